@@ -1,0 +1,28 @@
+# make quickstart: train and evaluate a small model on real pictures.   make test: the whole test suite.
+# Each does its own set-up: a virtual environment in .venv, made once and again when pyproject.toml changes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup quickstart test bench clean
+
+help:  ## List the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make .venv and install everything into it
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; say make PYTHON=/path/to/a/newer/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	@[ -x $(PY) ] || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing (several minutes the first time: torch alone is some GB)"
+	@$(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]' || { echo "make: the installation failed; the lines above say why"; exit 1; }
+	@touch $(STAMP)
+
+clean:  ## Remove .venv and everything the quickstart wrote
+	rm -rf $(VENV) quickstart build dist *.egg-info
