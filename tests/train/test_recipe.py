@@ -1,0 +1,80 @@
+"""Recipes: overrides, the reference's flags, and refusals that name the key and the mend."""
+
+import pytest
+import yaml
+
+from train.recipe import load_recipe
+
+BASE = {
+    "model": "m",
+    "output": "o",
+    "steps": 10,
+    "global_batch": 64,
+    "data": {"root": "r", "images": "i", "sources": [{"name": "a"}, {"name": "b", "weight": 2}]},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(overrides=(), **changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(BASE | changes))
+        return load_recipe(path, list(overrides))
+
+    return write
+
+
+def test_defaults_and_nested_overrides(recipe):
+    loaded = recipe(["--loss.temperature", "0.05", "--steps=20", "--learning_rate", "2e-5"])
+    assert (loaded.loss.temperature, loaded.steps, loaded.learning_rate) == (0.05, 20, 2e-5)
+    assert loaded.interleave_batch_size == 64
+    assert loaded.data.sources[1].weight == 2.0
+
+
+def test_resolved_recipe_reloads_as_itself(recipe, tmp_path):
+    loaded = recipe(["--lora", "--lora_r", "8"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(loaded.to_yaml())
+    assert load_recipe(path) == loaded
+
+
+def test_reference_command_line(recipe):
+    words = "--pooling eos --normalize --temperature 0.03 --grad_cache --interleave_batch_size 16 --lora --lora_r 8 --max_steps 5"
+    loaded = recipe(words.split())
+    assert (loaded.loss.temperature, loaded.interleave_batch_size, loaded.lora.r, loaded.steps) == (0.03, 16, 8, 5)
+
+
+@pytest.mark.parametrize(
+    "overrides,changes,words",
+    [
+        (["--temprature", "1"], {}, "unknown recipe key temprature"),
+        (["--loss.temprature", "1"], {}, "did you mean loss.temperature"),
+        (["--globalbatch", "1"], {}, "did you mean global_batch"),
+        (["--interleave_batch_size", "48"], {}, "must divide global_batch"),
+        (["--temperature", "0"], {}, "must be above 0"),
+        (["--steps", "many"], {}, "steps must be of type int"),
+        (["--steps", "0"], {}, "steps must be at least 1"),
+        (["--pooling", "mean"], {}, "not supported"),
+        (["--quantization", "nf4"], {}, "cannot be trained in full"),
+        (["--quantization", "int3"], {}, "quantization must be"),
+        (["--gc_q_chunk_size", "4"], {}, "chunk_tokens"),
+        (["word"], {}, "expected --key value"),
+        ([], {"data": {"root": "r", "images": "i", "sources": []}}, "names no data set"),
+        ([], {"data": {"root": "r", "sources": [{"name": "a"}]}}, "lacks data.images"),
+        (["--warmup_steps", "11"], {}, "exceeds steps"),
+    ],
+)
+def test_refusals(recipe, overrides, changes, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(overrides, **changes)
+
+
+def test_a_file_that_is_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="not a file"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")

@@ -1,0 +1,35 @@
+"""`python -m train RECIPE [--key value ...]`, also under `torchrun`. Run again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
+    from train.run import run
+
+    try:
+        return run(argv)
+    except (ValueError, FloatingPointError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+_USAGE = """usage: python -m train RECIPE [--key value ...] [--fresh]
+       torchrun --nproc-per-node 8 -m train RECIPE [--key value ...]
+
+RECIPE is a YAML file (train/recipes/); --key value overrides a key of it, nested ones with dots: --loss.temperature 0.05.
+A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

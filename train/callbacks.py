@@ -1,0 +1,68 @@
+"""Progress on the terminal, and Ctrl-C that saves before it stops."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import transformers
+from tqdm.auto import tqdm
+
+_SHOWN = {"loss": "loss", "accuracy": "acc", "samples_per_second": "samples/s", "learning_rate": "lr"}
+
+
+class Progress(transformers.TrainerCallback):
+    """One bar on the main process, with the last log line's figures behind it."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            # On a terminal ten times a second; in a file a line every ten seconds.
+            interval = 0.1 if sys.stderr.isatty() else 10.0
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=interval, dynamic_ncols=True
+            )
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
+        if self._bar is not None and logs:
+            shown = {short: f"{logs[name]:.3g}" for name, short in _SHOWN.items() if name in logs}
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StopOnInterrupt(transformers.TrainerCallback):
+    """The first Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nfinishing the step, then saving a checkpoint (Ctrl-C again stops at once)", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

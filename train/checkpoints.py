@@ -1,0 +1,75 @@
+"""Checkpoints that are whole or not there: written beside, moved into place by one rename, the oldest removed last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+STAGING = ".saving"
+RECIPE = "recipe.yaml"
+RESULT = "train_result.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def complete_checkpoints(output: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first. The rename that names a folder is made when all of it is on disk."""
+    found = []
+    for folder in Path(output).glob("checkpoint-*"):
+        match = _NAME.match(folder.name)
+        if match and (folder / "trainer_state.json").is_file():
+            found.append((int(match.group(1)), folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Moves a written folder into place, on disk before it has its name."""
+    for file in staged.rglob("*"):
+        if file.is_file():
+            _sync_to_disk(file)
+    if final.exists():  # left from a run that was resumed from an earlier checkpoint
+        shutil.rmtree(final)
+    os.replace(staged, final)
+    _sync_to_disk(final.parent)
+
+
+def rotate(output: str | Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints. A folder loses its name before its files."""
+    for folder in complete_checkpoints(output)[:-keep]:
+        doomed = folder.with_name(f"{STAGING}-old-{folder.name}")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_unfinished(output: str | Path) -> None:
+    """Removes what a killed run was writing or deleting."""
+    for folder in Path(output).glob(f"{STAGING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    _sync_to_disk(temporary)
+    os.replace(temporary, path)
+
+
+def read_result(output: str | Path) -> dict[str, Any] | None:
+    """What a finished run recorded about itself; None where no run has finished."""
+    path = Path(output) / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems refuse to sync a folder; the rename itself stays atomic there.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

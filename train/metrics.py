@@ -1,0 +1,67 @@
+"""What a run tells about its steps, averaged between two log lines."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+
+class StepStats:
+    """Collects per-step figures without waiting for the device; `drain` reads them once a log line."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tensors: dict[str, list[torch.Tensor]] = {}
+        self._samples = 0
+        self._tokens = 0
+        self._padded = 0
+        self._since = time.perf_counter()
+
+    def add(self, result: Any, sides: list[list[Any]], *, chunk_tokens: int) -> None:
+        """One step: its loss statistics and its samples (query, target, negatives)."""
+        for name, value in loss_figures(result.stats).items():
+            self._tensors.setdefault(name, []).append(value.detach().float())
+        self._samples += len(sides[0])
+        for side in sides:
+            if side:
+                lengths = [features.length for features in side]
+                self._tokens += sum(lengths)
+                self._padded += max(lengths) * len(lengths)
+
+    def drain(self, device: torch.device, world_size: int) -> dict[str, float]:
+        """Figures since the last call, for all ranks: rates per second and means over the steps."""
+        if not self._samples:
+            return {}
+        seconds = max(1e-9, time.perf_counter() - self._since)
+        figures = {name: torch.stack(values).mean().item() for name, values in self._tensors.items()}
+        figures["samples_per_second"] = self._samples * world_size / seconds
+        figures["tokens_per_second"] = self._tokens * world_size / seconds
+        figures["padding_avoided"] = 1.0 - self._tokens / self._padded
+        figures["peak_memory_mib"] = peak_memory_mib(device)
+        self._reset()
+        return {name: round(value, 4) for name, value in figures.items()}
+
+
+def loss_figures(stats: Any) -> dict[str, torch.Tensor]:
+    """The scalar figures of the loss's statistics under the names that are logged."""
+    if stats is None:
+        return {}
+    return {
+        "accuracy": stats["accuracy"],
+        "positive_similarity": stats["positive_similarity"],
+        "hardest_negative_similarity": stats["hardest_negative_similarity"],
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory used so far, MiB: what torch allocated on a GPU, the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (2**20 if sys.platform == "darwin" else 1024)

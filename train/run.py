@@ -1,0 +1,130 @@
+"""One run of a recipe: start, resume or recognise that it is finished; train; publish the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from train import checkpoints
+from train.callbacks import Progress, StopOnInterrupt
+from train.data import PairDataset
+from train.metrics import peak_memory_mib
+from train.recipe import Recipe, load_recipe
+from train.trainer import ContrastiveTrainer
+from vlm2vec.model import VLM2Vec
+
+# Keys that may change between a run and its resumption without changing what is computed.
+_FREE_KEYS = {"workers", "save_steps", "keep_checkpoints", "logging_steps", "report_to", "keep_mib", "output"}
+
+
+def run(argv: list[str]) -> int:
+    """Exit code of `python -m train` with these arguments. Raises ValueError for what the user can mend."""
+    fresh = "--fresh" in argv
+    recipe = load_recipe(argv[0], [word for word in argv[1:] if word != "--fresh"])
+    output = Path(recipe.output)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        if fresh:
+            _discard(output)
+        elif _is_finished(recipe, output):
+            print(f"{output} is already trained by this recipe; --fresh trains it again")
+            return 0
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_unfinished(output)
+        print(recipe.to_yaml(), end="")
+    _wait_for_main_process()
+    found = checkpoints.complete_checkpoints(output)
+    checkpoint = found[-1] if found else None
+    if checkpoint is not None:
+        _require_same(recipe, output, checkpoint)
+    if is_main:
+        checkpoints.write_text(output / checkpoints.RECIPE, recipe.to_yaml())
+        print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
+    transformers.set_seed(recipe.seed)
+    model = VLM2Vec.from_pretrained(str(checkpoint or recipe.model), dtype=getattr(torch, recipe.dtype), **recipe.model_options)
+    if recipe.freeze_vision:
+        model.freeze_vision()
+    interrupt = StopOnInterrupt()
+    trainer = ContrastiveTrainer(recipe, model, PairDataset(recipe.data, model.processing), [interrupt])
+    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.add_callback(Progress())
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.requested and trainer.state.global_step < recipe.steps:
+        if is_main:
+            print(f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there")
+        return 130
+    if trainer.args.should_save:
+        _publish(trainer, recipe, output, time.perf_counter() - began)
+    return 0
+
+
+def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path, seconds: float) -> None:
+    """Puts the trained model into the output folder itself; the result file comes last and says that it is whole."""
+    staged = output / checkpoints.STAGING
+    shutil.rmtree(staged, ignore_errors=True)
+    trainer.model.save_pretrained(str(staged))
+    trainer.state.save_to_json(str(staged / "trainer_state.json"))
+    for file in sorted(staged.iterdir()):
+        os.replace(file, output / file.name)
+    staged.rmdir()
+    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    result: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "loss": last.get("loss"),
+        "accuracy": last.get("accuracy"),
+        "seconds": round(seconds, 1),
+        "peak_memory_mib": round(peak_memory_mib(trainer.args.device), 1),
+        "recipe": recipe.to_dict(),
+    }
+    checkpoints.write_text(output / checkpoints.RESULT, json.dumps(result, indent=1))
+    print(f"trained {result['steps']} steps in {seconds:.0f} s, peak memory {result['peak_memory_mib']:.0f} MiB: {output}")
+
+
+def _is_finished(recipe: Recipe, output: Path) -> bool:
+    result = checkpoints.read_result(output)
+    if result is None:
+        return False
+    changed = _changed_keys(result["recipe"], recipe.to_dict())
+    if changed:
+        raise ValueError(f"{output} holds a model trained with other {', '.join(changed)}; choose another output, or pass --fresh")
+    return True
+
+
+def _require_same(recipe: Recipe, output: Path, checkpoint: Path) -> None:
+    path = output / checkpoints.RECIPE
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {checkpoints.RECIPE} beside it; choose another output, or pass --fresh")
+    changed = _changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.to_dict())
+    if changed:
+        raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}; choose another output, or pass --fresh")
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [key for key in now if key not in _FREE_KEYS and before.get(key) != now[key]]
+
+
+def _discard(output: Path) -> None:
+    """Removes what an earlier run of this program left in the folder, and nothing else."""
+    checkpoints.remove_unfinished(output)
+    if not any((output / name).is_file() for name in (checkpoints.RECIPE, checkpoints.RESULT)):
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty and holds no earlier run; choose another output")
+        return
+    shutil.rmtree(output)
+
+
+def _wait_for_main_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import accelerate
+
+        accelerate.PartialState().wait_for_everyone()

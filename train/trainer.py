@@ -1,0 +1,222 @@
+"""The trainer: transformers' own loop, checkpoints, schedule and launching, with a GradCache step inside."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from contrastive_kernels import GradCache
+from train import checkpoints
+from train.data import PairDataset, collate, to_features
+from train.metrics import StepStats
+from train.recipe import Recipe
+from train.sampler import BlockSampler
+
+logger = logging.getLogger(__name__)
+
+
+class ContrastiveTrainer(transformers.Trainer):
+    """Trains a `VLM2Vec` by a recipe. Differences from its base class:
+
+    * a step is one `GradCache.step` over this rank's share of the global batch;
+    * batches come from `BlockSampler`, so they depend on (seed, step) alone;
+    * a checkpoint is a loadable model folder and appears by one rename.
+
+    Args:
+        recipe: what to train and how.
+        model: a `VLM2Vec`; when resuming, already loaded from the checkpoint.
+        dataset: rows of the recipe's sources.
+    """
+
+    def __init__(self, recipe: Recipe, model: torch.nn.Module, dataset: PairDataset, callbacks: list | None = None):
+        self.recipe = recipe
+        arguments = training_arguments(recipe)
+        if arguments.deepspeed:
+            raise ValueError("DeepSpeed reduces gradients on every backward, which GradCache makes many of; use DDP or FSDP2")
+        if recipe.global_batch % arguments.world_size:
+            raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
+        super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
+        self._staging: str | None = None
+        self._stats = StepStats()
+        self._gradcache: GradCache | None = None
+
+    # Data
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        recipe, dataset = self.recipe, self.train_dataset
+        sampler = BlockSampler(
+            dataset.sizes,
+            [source.weight for source in recipe.data.sources],
+            global_batch=recipe.global_batch,
+            block=recipe.interleave_batch_size,
+            steps=recipe.steps,
+            seed=recipe.seed,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        # Not prepared by accelerate: the sampler has already taken this rank's share, and chunks go to the device one
+        # by one.
+        return torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=recipe.workers,
+            persistent_workers=False,
+            prefetch_factor=2 if recipe.workers else None,
+        )
+
+    # The step
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        model.train()
+        sides = [[to_features(a) for a in inputs[name]] for name in ("query", "target", "negatives")]
+        if self._gradcache is None:
+            self._gradcache = self._build_gradcache(model)
+        for error in inputs["errors"]:
+            logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
+        hard = {}
+        if sides[2]:
+            hard = {
+                "hard_negatives": sides[2],
+                "hard_offsets": self._tensor(inputs["hard_offsets"]),
+                "hard_ids": self._tensor(inputs["hard_ids"]),
+            }
+        used = [side for side in sides if side]
+        result = self._gradcache.step(
+            sides[0],
+            sides[1],
+            lengths=tuple([features.length for features in side] for side in used),
+            **hard,
+            **self._loss_options(inputs),
+        )
+        self._require_finite(result.loss, inputs)
+        self._stats.add(result, sides, chunk_tokens=self.recipe.chunk_tokens)
+        return result.loss.detach().float()
+
+    def _build_gradcache(self, model: torch.nn.Module) -> GradCache:
+        unwrapped = self.accelerator.unwrap_model(model)
+        device, dtype = self.args.device, unwrapped.dtype
+
+        def encode(inputs, rows, features=None):
+            packed = unwrapped.pack([inputs[row] for row in rows]).to(device, dtype)
+            return model(packed) if features is None else model(packed, vision_features=features)
+
+        def frozen_vision(inputs, rows):
+            return unwrapped.vision(unwrapped.pack([inputs[row] for row in rows]).to(device, dtype))
+
+        return GradCache(
+            encode,
+            chunk_tokens=self.recipe.chunk_tokens,
+            retain=self.recipe.retain,
+            retain_mib=self.recipe.retain_mib,
+            freeze=frozen_vision if self.recipe.freeze_vision else None,
+            keep_mib=self.recipe.keep_mib,
+            module=model if model is not unwrapped else None,
+            scaler=self.accelerator.scaler,
+        )
+
+    def _loss_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        loss = self.recipe.loss
+        options: dict[str, Any] = {
+            "temperature": loss.temperature,
+            "normalize": True,
+            "symmetric": loss.symmetric,
+            "return_stats": True,
+        }
+        if loss.mask_duplicates:
+            options["target_ids"] = self._tensor(inputs["target_ids"])
+            if loss.query_negatives or loss.symmetric:
+                options["query_ids"] = self._tensor(inputs["query_ids"])
+        for name in ("hardness", "label_smoothing", "matryoshka_dims", "query_negatives", "target_negatives"):
+            if value := getattr(loss, name):
+                options[name] = value
+        if not inputs["kept"].all():
+            kept = self._tensor(inputs["kept"])
+            own = torch.arange(len(kept), device=kept.device)
+            options["positives"] = torch.where(kept, own, torch.full_like(own, -100))
+            options["target_mask"] = kept
+        if self.args.world_size > 1:
+            options["group"] = torch.distributed.group.WORLD
+        return options
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.args.device)
+
+    def _require_finite(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        if torch.isfinite(loss):
+            return
+        names = [source.name for source in self.recipe.data.sources]
+        sources = sorted({names[source] for source, _ in inputs["rows"]})
+        rows = ", ".join(f"{names[source]}:{row}" for source, row in inputs["rows"][:8])
+        raise FloatingPointError(
+            f"the loss of step {self.state.global_step + 1} is {loss.item()}; sources {', '.join(sources)}; first rows {rows}"
+        )
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._stats.drain(self.args.device, self.args.world_size))
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial) -> None:
+        output = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = os.fspath(output / checkpoints.STAGING)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.args.world_size > 1:
+            torch.distributed.barrier()  # every rank's random state is in the folder
+        if self.args.should_save:
+            checkpoints.publish(output / checkpoints.STAGING / name, output / name)
+            checkpoints.rotate(output, self.recipe.keep_checkpoints)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Nothing to do: the model was loaded from the checkpoint, so that its weights are in memory only once."""
+
+
+def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
+    """The library's arguments for a recipe."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return transformers.TrainingArguments(
+        output_dir=recipe.output,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=max(1, recipe.global_batch // world_size),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_schedule,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optimizer,
+        bf16=recipe.autocast == "bfloat16",
+        fp16=recipe.autocast == "float16",
+        logging_steps=recipe.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=None,  # rotation is ours: after the rename
+        seed=recipe.seed,
+        report_to=recipe.report_to or "none",
+        remove_unused_columns=False,
+        use_cpu=recipe.cpu,
+        dataloader_num_workers=recipe.workers,
+    )
