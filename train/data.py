@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +108,20 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _to_arrays(features: Features) -> tuple[np.ndarray, dict[str, Any]]:
-    vision = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in features.vision.items()}
-    return features.input_ids.numpy(), vision
+def _to_arrays(features: Features) -> dict[str, Any]:
+    return {field.name: _map_tensors(getattr(features, field.name), torch.Tensor, torch.Tensor.numpy) for field in fields(features)}
 
 
-def to_features(arrays: tuple[np.ndarray, dict[str, Any]]) -> Features:
-    ids, vision = arrays
-    return Features(
-        torch.from_numpy(ids), {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in vision.items()}
-    )
+def to_features(arrays: dict[str, Any]) -> Features:
+    """The sample that `collate` took apart; shares its memory."""
+    return Features(**{name: _map_tensors(value, np.ndarray, torch.from_numpy) for name, value in arrays.items()})
+
+
+def _map_tensors(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return convert(value)
+    if isinstance(value, dict):
+        return {name: _map_tensors(entry, kind, convert) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(entry, kind, convert) for entry in value)
+    return value
