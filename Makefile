@@ -24,5 +24,18 @@ $(STAMP): pyproject.toml
 	@$(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]' || { echo "make: the installation failed; the lines above say why"; exit 1; }
 	@touch $(STAMP)
 
+quickstart: $(STAMP)  ## Draw a benchmark, train a small model on it, evaluate before and after, write report.html
+	@$(PY) -m vlm2vec.quickstart build quickstart
+	@$(VENV)/bin/vlm2vec eval quickstart/model-init --data quickstart/data/eval --images quickstart/data/images --output quickstart/scores-before
+	@$(PY) -m train train/recipes/quickstart.yaml
+	@$(VENV)/bin/vlm2vec eval quickstart/model --data quickstart/data/eval --images quickstart/data/images --output quickstart/scores-after
+	@$(PY) -m vlm2vec.quickstart report quickstart
+
+test: $(STAMP)  ## Run the whole test suite
+	@$(PY) -m pytest -n 2
+
+bench: $(STAMP)  ## Short benchmarks
+	@$(PY) -m pytest bench --benchmark-only
+
 clean:  ## Remove .venv and everything the quickstart wrote
 	rm -rf $(VENV) quickstart build dist *.egg-info
