@@ -1,0 +1,56 @@
+"""What was wrong with the data of a task: named, counted, and which rows it touched.
+
+Rules by which an imperfect row is still scored (the summary states the counts):
+
+| kind | rule |
+|---|---|
+| unreadable_candidate | an image or video that is missing, truncated or does not decode is ranked last, for every query |
+| unreadable_query | the row counts as wrong (0 in every metric) |
+| unreadable_positive | the right answer cannot be read, so the row counts as wrong |
+| empty_candidates | nothing to rank: the row counts as wrong |
+| absent_positive | no label is among the candidates: the row counts as wrong, ideal DCG still counts the label |
+| empty_labels | recall 1, everything else 0 (the reference's rule) |
+| duplicate_candidates | the first of equal candidates stands for all; the score is not affected |
+"""
+
+from collections import defaultdict
+
+HARMLESS = frozenset({"duplicate_candidates"})
+EXAMPLES = 5
+
+
+class Problems:
+    """Counter of bad rows. `add` is idempotent per (kind, row)."""
+
+    def __init__(self):
+        self.rows = defaultdict(set)
+        self.examples = defaultdict(list)
+
+    def add(self, kind, row, what=""):
+        """Note that `row` (an int, or None when no single row is meant) has a problem; `what` names file or value."""
+        if row in self.rows[kind] and row is not None:
+            return
+        self.rows[kind].add(row)
+        if what and len(self.examples[kind]) < EXAMPLES and what not in self.examples[kind]:
+            self.examples[kind].append(str(what))
+
+    def summary(self):
+        """{"affected_rows": int, kind: {"rows": int, "examples": [str]}}; empty dict when nothing was wrong."""
+        if not self.rows:
+            return {}
+        touched = set().union(*(rows for kind, rows in self.rows.items() if kind not in HARMLESS)) - {None}
+        out = {"affected_rows": len(touched)}
+        for kind in sorted(self.rows):
+            out[kind] = {"rows": len(self.rows[kind]), "examples": self.examples[kind]}
+        return out
+
+    def __bool__(self):
+        return any(kind not in HARMLESS for kind in self.rows)
+
+    def text(self):
+        """One line for the terminal."""
+        parts = []
+        for kind in sorted(self.rows):
+            sample = f" (e.g. {self.examples[kind][0]})" if self.examples[kind] else ""
+            parts.append(f"{kind.replace('_', ' ')}: {len(self.rows[kind])} rows{sample}")
+        return "; ".join(parts)

@@ -1,0 +1,225 @@
+"""Score a model on tasks: read all, encode each distinct input once, rank task by task, write files."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from vlm2vec.evaluation.encoding import collect_unreadable, fill_store, share_unreadable
+from vlm2vec.evaluation.keys import ContentHashes, item_key, model_identity, write_json
+from vlm2vec.evaluation.loaders import load_task
+from vlm2vec.evaluation.metrics import KS, per_query_metrics, METRICS
+from vlm2vec.evaluation.outputs import top_rows, write_lines, write_v1, write_v2
+from vlm2vec.evaluation.ranking import rank
+from vlm2vec.evaluation.store import EmbeddingStore
+
+TOP = 100
+MISSING_SHARE = 0.5
+
+
+@dataclass
+class Options:
+    """How tasks are run; every field has the command line's default."""
+
+    protocol: str = "v1"
+    hub: bool = False
+    strict: bool = False
+    batch_size: int = 32
+    prompt: str | None = None
+    top: int = TOP
+    report_top: int = 5
+    progress: bool = True
+    device: str | None = None
+    rank: int = 0
+    world: int = 1
+    barrier: object = None
+    shard_cost: int | None = None
+
+
+@dataclass
+class Prepared:
+    """A task whose inputs have keys. A key is None where a file cannot be read."""
+
+    data: object
+    query_keys: list
+    candidate_keys: list
+    reasons: dict = field(default_factory=dict)
+
+
+def prepare(data, hashes, prompt=None):
+    """Key every input of a task; unreadable files are noted, not raised. ValueError when most of a task's files are missing."""
+    reasons = {}
+
+    def key(item):
+        try:
+            return item_key(item, hashes, prompt)
+        except ValueError as error:
+            reasons[id(item)] = str(error)
+            return None
+
+    prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
+    visual = [i for i in data.queries + data.candidates if i.get("image") or i.get("video")]
+    bad = [i for i in visual if id(i) in reasons]
+    if bad and len(bad) > MISSING_SHARE * len(visual):
+        raise ValueError(
+            f"task {data.task.name}: {len(bad)} of {len(visual)} images or videos cannot be read, the first {reasons[id(bad[0])]}; "
+            "is the image folder (--images) right?"
+        )
+    return prepared
+
+
+def _note_unreadable(prepared, unreadable):
+    """Write the problems of a task: which rows touch an input that has no vector. Returns (bad_query, blocked)."""
+    data = prepared.data
+
+    def state(item, key):
+        return prepared.reasons.get(id(item)) if key is None else unreadable.get(key)
+
+    queries = [state(q, k) for q, k in zip(data.queries, prepared.query_keys)]
+    candidates = [state(c, k) for c, k in zip(data.candidates, prepared.candidate_keys)]
+    bad = {c for c, reason in enumerate(candidates) if reason}
+    for i, reason in enumerate(queries):
+        if reason:
+            data.problems.add("unreadable_query", i, reason)
+        seen = bad if data.local is None else bad.intersection(data.local[i]) if bad else ()
+        for c in seen:
+            data.problems.add("unreadable_candidate", i, candidates[c])
+        right = [c for c in data.labels[i] if c >= 0]
+        if right and all(c in bad for c in right):
+            data.problems.add("unreadable_positive", i, candidates[right[0]])
+        if not data.labels[i]:
+            data.problems.add("empty_labels", i, f"row {i}")
+        elif not right:
+            data.problems.add("absent_positive", i, f"row {i}")
+    return [bool(r) for r in queries], [bool(r) for r in candidates]
+
+
+def score_task(prepared, store, unreadable, options, output):
+    """Rank one task and write its files. Returns its summary row."""
+    data, task = prepared.data, prepared.data.task
+    started = time.perf_counter()
+    bad_query, blocked = _note_unreadable(prepared, unreadable)
+    if data.problems and options.strict:
+        raise ValueError(f"task {task.name}: {data.problems.text()} (refused because of --strict)")
+    rows = {}
+    target_row = [rows.setdefault(k, len(rows)) if not b else 0 for k, b in zip(prepared.candidate_keys, blocked)]
+    query_row = {}
+    for key, bad in zip(prepared.query_keys, bad_query):
+        if not bad:
+            query_row.setdefault(key, len(query_row))
+    depth = max(options.top, max(KS))
+    if rows and query_row:
+        target = store.get(list(rows))
+        query = store.get(list(query_row))[[query_row.get(k, 0) for k in prepared.query_keys]]
+        if options.device:
+            query, target = query.to(options.device), target.to(options.device)
+        scores, indices = rank(query, target, depth, local=data.local, target_row=target_row, blocked=blocked)
+        scores[torch.tensor(bad_query)], indices[torch.tensor(bad_query)] = float("-inf"), -1
+    else:
+        scores, indices = torch.full((len(data.queries), depth), float("-inf")), torch.full((len(data.queries), depth), -1)
+    # an absent label must match nothing: give each its own negative number
+    labels = [[c if c >= 0 else -2 - j for j, c in enumerate(row)] for row in data.labels]
+    ranked = [[c if c >= 0 else None for c in row] for row in indices.tolist()]
+    table = per_query_metrics(ranked, labels, data.grades)
+    metrics = {f"{m}@{k}": float(table[f"{m}@{k}"].mean()) for m in METRICS for k in KS}
+    ranks = []
+    for row, label in zip(ranked, labels):
+        right = set(label)
+        ranks.append(next((j + 1 for j, c in enumerate(row) if c is not None and c in right), None))
+    if task.modality == "image" and options.protocol == "v1":
+        write_v1(output, data, indices, table["hit@1"] > 0)
+    write_v2(output, data, indices[:, : options.top], metrics)
+    import json
+
+    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, scores, indices, ranks, options.report_top))
+    write_lines(Path(output) / f"{task.name}_top.jsonl", lines)
+    main = task.metric if task.metric in metrics else None
+    value = metrics[main] if main else float(_other_metric(ranked, labels, data.grades, task.metric))
+    sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)]
+    summary = {
+        "task": task.name,
+        "modality": task.modality,
+        "group": task.group,
+        "meta_task": task.meta_task,
+        "split": task.split,
+        "metric": task.metric,
+        "score": value,
+        "metrics": metrics,
+        "num_queries": len(data.queries),
+        "num_candidates": len(data.candidates),
+        "candidates_per_query": sum(sizes) / max(1, len(sizes)),
+        "problems": data.problems.summary(),
+        "rank_seconds": round(time.perf_counter() - started, 3),
+    }
+    write_json(Path(output) / "tasks" / f"{task.name}.json", summary)
+    return summary
+
+
+def _other_metric(ranked, labels, grades, metric):
+    k = int(metric.partition("@")[2])
+    return per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean()
+
+
+def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
+    """Score a model on several tasks.
+
+    Args:
+        model: has `encode(list of inputs, batch_size=, convert_to_tensor=)` and `preprocess(list)`.
+        tasks: Tasks. data: annotation folder. media: image root / video root. output: folder for all files.
+        store: folder of the embedding store, default OUTPUT/embeddings.
+        options: Options.
+
+    Returns: list of per-task summaries (also in OUTPUT/tasks/{dataset}.json), in the order of `tasks`.
+    """
+    options = options or Options()
+    say = print if options.progress and options.rank == 0 else (lambda *a, **k: None)
+    output = Path(output)
+    hashes = ContentHashes()
+    prepared = []
+    for task in tasks:
+        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol)
+        loaded.info = {"media": str(media)}
+        prepared.append(prepare(loaded, hashes, options.prompt))
+    items = {}
+    for p in prepared:
+        for item, key in zip(p.data.queries + p.data.candidates, p.query_keys + p.candidate_keys):
+            if key is not None:
+                items.setdefault(key, item)
+    asked = sum(len(p.query_keys) + len(p.candidate_keys) for p in prepared)
+    store = EmbeddingStore(store or output / "embeddings", model_identity(model))
+    for line in store.broken:
+        say(f"set aside a shard that does not read back: {line}", file=sys.stderr)
+    present = sum(key in store for key in items)
+    say(f"{len(tasks)} tasks, {asked} inputs, {len(items)} distinct, {present} already encoded", file=sys.stderr)
+    extra = {"shard_cost": options.shard_cost} if options.shard_cost else {}
+    with torch.inference_mode():
+        failed = fill_store(
+            model, store, items, rank=options.rank, world=options.world, batch_size=options.batch_size,
+            prompt=options.prompt, progress=options.progress, **extra,
+        )
+    share_unreadable(store, failed, options.rank)
+    if options.barrier:
+        options.barrier()
+    store.refresh()
+    unreadable = collect_unreadable(store, options.world)
+    summaries = {}
+    for p in prepared[options.rank :: options.world]:
+        summaries[p.data.task.name] = score_task(p, store, unreadable, options, output)
+        if p.data.problems:
+            print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)
+    if options.barrier:
+        options.barrier()
+    import json
+
+    for p in prepared:
+        name = p.data.task.name
+        if name not in summaries:
+            summaries[name] = json.loads((output / "tasks" / f"{name}.json").read_text(encoding="utf-8"))
+    return [summaries[p.data.task.name] for p in prepared]
+
+
+def run_task(model, task, data, media, output, **options):
+    """Score a model on one task; see `run_tasks`."""
+    return run_tasks(model, [task], data, media, output, options=Options(**options))[0]
