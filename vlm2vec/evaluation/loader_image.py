@@ -5,7 +5,7 @@ tgt_inst, from which the V1 strings are rebuilt. An unused side is the empty str
 image root.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vlm2vec.evaluation.tables import read_table
 from vlm2vec.evaluation.taskdata import Pool, TaskData
@@ -16,7 +16,12 @@ V2_COLUMNS = ("qry_inst", "tgt_inst")
 
 
 def item(text, image, root):
-    """Model input of one side; `"image": None` tells the model that a marker in the text is text (WebQA, EDIS)."""
+    """Model input of one side; `"image": None` tells the model that a marker in the text is text (WebQA, EDIS).
+
+    Raises: ValueError for a path that is absolute or climbs out of the image root.
+    """
+    if image and (PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts):
+        raise ValueError(f"image path {image!r} leaves the image folder; expected a path relative to it")
     return {"text": text, "image": str(Path(root) / image) if image else None}
 
 

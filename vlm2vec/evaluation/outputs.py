@@ -69,8 +69,7 @@ def write_v1(folder, data, indices, correct):
 
 
 def _relative(path, data):
-    root = data.info.get("media") if isinstance(data.info, dict) else None
-    return os.path.relpath(path, root) if path and root else path or ""
+    return os.path.relpath(path, data.media) if path and data.media else path or ""
 
 
 def write_v2(folder, data, indices, metrics):

@@ -1,5 +1,6 @@
 """Score a model on tasks: read all, encode each distinct input once, rank task by task, write files."""
 
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from vlm2vec.evaluation.encoding import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.keys import ContentHashes, item_key, model_identity, write_json
 from vlm2vec.evaluation.loaders import load_task
-from vlm2vec.evaluation.metrics import KS, per_query_metrics, METRICS
+from vlm2vec.evaluation.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.outputs import top_rows, write_lines, write_v1, write_v2
 from vlm2vec.evaluation.ranking import rank
 from vlm2vec.evaluation.store import EmbeddingStore
@@ -131,8 +132,6 @@ def score_task(prepared, store, unreadable, options, output):
     if task.modality == "image" and options.protocol == "v1":
         write_v1(output, data, indices, table["hit@1"] > 0)
     write_v2(output, data, indices[:, : options.top], metrics)
-    import json
-
     lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, scores, indices, ranks, options.report_top))
     write_lines(Path(output) / f"{task.name}_top.jsonl", lines)
     main = task.metric if task.metric in metrics else None
@@ -150,11 +149,19 @@ def score_task(prepared, store, unreadable, options, output):
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),
         "candidates_per_query": sum(sizes) / max(1, len(sizes)),
+        "chance": _chance(data),
         "problems": data.problems.summary(),
         "rank_seconds": round(time.perf_counter() - started, 3),
     }
     write_json(Path(output) / "tasks" / f"{task.name}.json", summary)
     return summary
+
+
+def _chance(data):
+    """hit@1 of a random order: the share of right candidates, averaged over queries."""
+    sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)] * len(data.labels)
+    right = [len({c for c in row if c >= 0}) for row in data.labels]
+    return sum(r / s for r, s in zip(right, sizes) if s) / max(1, len(sizes))
 
 
 def _other_metric(ranked, labels, grades, metric):
@@ -180,7 +187,7 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
     prepared = []
     for task in tasks:
         loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol)
-        loaded.info = {"media": str(media)}
+        loaded.media = str(media)
         prepared.append(prepare(loaded, hashes, options.prompt))
     items = {}
     for p in prepared:
@@ -211,8 +218,6 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
             print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)
     if options.barrier:
         options.barrier()
-    import json
-
     for p in prepared:
         name = p.data.task.name
         if name not in summaries:

@@ -13,7 +13,8 @@ class TaskData:
     `queries` and `candidates` are inputs of `model.encode` ({"text":, "image":, "video":}; images are paths). `names`
     identifies candidates in files. `local[i]` lists candidate indices of query i in the data's order, or `local` is
     None when every query sees all candidates. `labels[i]` are candidate indices, -1 for a label that is not among
-    them; `label_names[i]` the same as text; `grades[i]` None or one number per label.
+    them; `label_names[i]` the same as text; `grades[i]` None or one number per label. `media`
+    is the folder that image paths are made relative to in the files.
     """
 
     task: Task
@@ -24,7 +25,7 @@ class TaskData:
     label_names: list = field(default_factory=list)
     grades: list | None = None
     local: list | None = None
-    info: list | None = None
+    media: str = ""
     problems: Problems = field(default_factory=Problems)
 
 

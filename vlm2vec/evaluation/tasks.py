@@ -164,10 +164,19 @@ def read_hints(root):
     return {}
 
 
+def _usable(hint):
+    """The keys of a hint that describe a task; a benchmark's file may hold much else (counts, chance levels, notes)."""
+    kept = {k: hint[k] for k in ("meta_task", "group", "metric", "modality", "loader", "query_prompt") if hint.get(k)}
+    if hint.get("split") in ("ind", "ood"):
+        kept["split"] = hint["split"]
+    if hint.get("candidates") in ("local", "global"):
+        kept["candidates"] = hint["candidates"]
+    return kept
+
+
 def custom_task(name, hint=None):
-    """A task for a folder that the table does not know; keys of `hint` that no task has are left aside."""
-    known = {f.name for f in fields(Task)}
-    return make_task({"name": name, **{k: v for k, v in (hint or {}).items() if k in known}}, f"dataset {name!r}")
+    """A task for a folder that the table does not know."""
+    return make_task({"name": name, **_usable(hint or {})}, f"dataset {name!r}")
 
 
 def find_tasks(root, names=None, extra=None):
@@ -189,7 +198,7 @@ def find_tasks(root, names=None, extra=None):
     found = []
     for task in table.values():
         if holds_tables(root, task):
-            hint = {k: v for k, v in hints.get(task.name, {}).items() if k in ("meta_task", "group", "split", "metric")}
+            hint = _usable(hints.get(task.name, {}))
             found.append(replace(task, **hint) if hint else task)
     taken = {task.path or task.name for task in found} | {task.name for task in found}
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name not in taken):
