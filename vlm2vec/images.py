@@ -1,7 +1,9 @@
 """Opening images: every mode to RGB, with a pixel limit, and errors that name the item."""
 
 import io
+import math
 import os
+from functools import lru_cache
 
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit: beyond it a small file may unpack to gigabytes
 
@@ -79,3 +81,55 @@ def open_image(x, *, max_pixels: int = MAX_PIXELS):
     finally:
         if opened and hasattr(image, "close") and image.mode == "RGB" and not isinstance(x, (bytes, bytearray)):
             image.fp = None  # the pixels are loaded; the file handle is not needed any more
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen's target size as the V2 reference computes it: multiples of `factor`, area within the limits.
+
+    A side below `factor` or an aspect ratio above 200 makes a square of the longer side. Where the reference would give a side
+    of 0 (a strip under a small `max_pixels`) and fail, this gives `factor`.
+
+    Returns:
+        (height, width)
+    """
+    if min(height, width) < factor or max(height, width) > 200 * min(height, width):
+        height = width = max(height, width)
+    new_h, new_w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if new_h * new_w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        new_h = max(factor, math.floor(height / beta / factor) * factor)
+        new_w = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_h * new_w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new_h, new_w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+    return new_h, new_w
+
+
+@lru_cache(maxsize=16)
+def pixel_table(scale: float, mean: tuple, std: tuple):
+    """(256, 3) float32: the normalised value of each 8-bit value, by the reference's own arithmetic (float64 product, then
+    float32 minus mean over std), so that looking pixels up is exact and skips three passes over the image."""
+    import numpy as np
+
+    value = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)[:, None]
+    return (value - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+
+
+def patchify(frames, *, patch: int, merge: int, temporal: int):
+    """Cut frames into Qwen's flat patches.
+
+    Args:
+        frames: (F, H, W, C) array, H and W multiples of patch * merge. The last frame is repeated to a multiple of `temporal`.
+
+    Returns:
+        ((t * h * w, C * temporal * patch * patch) array, (t, h, w)), merge blocks contiguous, axes within a patch (C, time, y, x).
+    """
+    import numpy as np
+
+    if short := -len(frames) % temporal:
+        frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+    f, height, width, c = frames.shape
+    t, h, w = f // temporal, height // patch, width // patch
+    cut = frames.reshape(t, temporal, h // merge, merge, patch, w // merge, merge, patch, c)
+    cut = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return np.ascontiguousarray(cut).reshape(t * h * w, c * temporal * patch * patch), (t, h, w)

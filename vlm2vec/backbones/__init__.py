@@ -1,0 +1,21 @@
+"""The registry of backbone families: one line each, nothing else names a family."""
+
+from importlib import import_module
+
+# model_type in config.json -> where its Backbone class lives
+FAMILIES = {
+    "qwen2_vl": "vlm2vec.backbones.qwen2_vl:Qwen2VL",
+}
+
+
+def backbone_for(model_type: str | None):
+    """The Backbone for a `model_type` of config.json; families without a line take the generic path.
+
+    Raises:
+        ValueError: no model type, or one that neither the registry nor transformers' AutoModelForImageTextToText knows.
+    """
+    if model_type is None:
+        raise ValueError("config.json has no model_type; is this the folder of a vision-language model?")
+    path = FAMILIES.get(model_type, "vlm2vec.backbones.generic:Generic")
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)()

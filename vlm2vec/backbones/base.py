@@ -7,7 +7,6 @@ A family is one file with two classes and one line in `vlm2vec/backbones/__init_
   handed to it, so that state dicts and FSDP see only the module.
 """
 
-import math
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -81,6 +80,10 @@ class Processing:
         """Write tokenizer and processor files so that transformers' AutoProcessor reads the folder."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+    def hf_processor(self):
+        """transformers' own processor object, None when there is none."""
+        return None
 
     def process_image(self, image) -> Visual:
         """One RGB PIL image -> its inputs for the vision tower."""
@@ -243,8 +246,23 @@ class Backbone:
     adapter_renames: list[tuple[str, str]] = []
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
+    prompts: dict[str, str] = {}  # named prompts; "query" and "document" are used by encode_query and encode_document
+    prompt_is_instruction = False  # a prompt goes where the family's chat template holds an instruction
 
     # -- loading --------------------------------------------------------------------------------------------------------
+
+    def config(self, source: str, raw: dict):
+        """The configuration object for a folder or hub name; `raw` is its config.json."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(source)
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is unknown to this transformers ({e})") from e
+
+    def options_for(self, source: str, raw: dict) -> dict:
+        """Options that a checkpoint wants without saying so in vlm2vec.json (a public one, known by its name or config)."""
+        return {}
 
     def model_class(self, config):
         """Class of the bare module (no lm_head)."""
@@ -334,16 +352,3 @@ class last_tokens_only:
 
     def __exit__(self, *exc):
         self.handle.remove()
-
-
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's target size: multiples of `factor`, area within the limits, aspect ratio nearly kept (lookup: Image sizes)."""
-    new_h, new_w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
-    if new_h * new_w > max_pixels:
-        beta = math.sqrt(height * width / max_pixels)
-        new_h = max(factor, math.floor(height / beta / factor) * factor)
-        new_w = max(factor, math.floor(width / beta / factor) * factor)
-    elif new_h * new_w < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
-        new_h, new_w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
-    return new_h, new_w

@@ -1,0 +1,187 @@
+"""Qwen2-VL: the family of VLM2Vec-V2.0 and of the Qwen2VL-2B and -7B adapters.
+
+Defaults are the reference's: bare `<|image_pad|>` without vision start and end tokens, no chat template, 1-D positions for image
+and video tokens, images between 3,136 and 1,003,520 pixels, PIL's bicubic. `positions="mrope"` gives the model's own positions.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from vlm2vec.attention import Segments
+from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.images import patchify, pixel_table, smart_resize
+
+RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
+
+
+class Qwen2VLProcessing(Processing):
+    """Options besides the shared ones:
+
+    min_pixels, max_pixels: limits of the image's area after resizing, also of each video frame.
+    positions: "sequential" (1-D, as the reference trained) or "mrope".
+    pixels: "pil" (the reference's) or "torchvision" (faster, up to 0.1 apart per normalised pixel).
+    resolution: None, "high" 1344 x 1344, "mid" 672 x 672, "low" 128 x 128 or (width, height): a plain resize before the limits.
+    """
+
+    image_marker = "<|image_pad|>"
+    video_marker = "<|video_pad|>"
+    defaults = {
+        "min_pixels": 4 * 28 * 28,
+        "max_pixels": 1280 * 28 * 28,
+        "positions": "sequential",
+        "pixels": "pil",
+        "resolution": None,
+    }
+
+    def __init__(self, tokenizer, image_processor, config, options=None):
+        super().__init__(tokenizer, image_processor, config, options)
+        vision = config.vision_config
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
+        self.temporal = vision.temporal_patch_size
+        self.factor = self.patch * self.merge
+        for name, allowed in (("positions", ("sequential", "mrope")), ("pixels", ("pil", "torchvision"))):
+            if self.options[name] not in allowed:
+                raise ValueError(f"{name}={self.options[name]!r}: expected {' or '.join(map(repr, allowed))}")
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Target (width, height) of an image."""
+        o = self.options
+        h, w = smart_resize(height, width, factor=self.factor, min_pixels=o["min_pixels"], max_pixels=o["max_pixels"])
+        return w, h
+
+    def _first_resize(self, image):
+        """The resizes that the reference makes before the processor sees the image (PIL's default filter, bicubic)."""
+        wanted = self.options["resolution"]
+        if wanted is not None:
+            image = image.resize(RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted))
+        if min(image.size) < self.factor:
+            image = image.resize((2 * self.factor, 2 * self.factor))
+        return image
+
+    def _patches(self, frames: list):
+        """Frames of any size, all brought to the size computed for the first one."""
+        frames = [self._first_resize(f) for f in frames]
+        size = self.size(*frames[0].size)
+        ip = self.image_processor
+        if self.options["pixels"] == "torchvision":
+            return self._patches_torchvision(frames, size)
+        from PIL.Image import Resampling
+
+        pixels = np.stack([np.asarray(f.resize(size, Resampling.BICUBIC)) for f in frames])
+        patches, grid = patchify(pixels, patch=self.patch, merge=self.merge, temporal=1 if len(frames) == 1 else self.temporal)
+        table = pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std))
+        channels = patches.reshape(patches.shape[0], 3, -1)
+        values = np.stack([table[:, c][channels[:, c]] for c in range(3)], axis=1)
+        if len(frames) == 1:  # an image is a frame shown twice: doubled after the look-up
+            values = np.repeat(values[:, :, None], self.temporal, axis=2)
+        return torch.from_numpy(values.reshape(len(values), -1)), grid
+
+    def _patches_torchvision(self, frames: list, size: tuple[int, int]):
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as tvf
+
+        ip = self.image_processor
+        mean, std = ([v / ip.rescale_factor for v in values] for values in (ip.image_mean, ip.image_std))
+        video = torch.stack([tvf.pil_to_tensor(f) for f in frames])
+        video = tvf.resize(video, [size[1], size[0]], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        video = tvf.normalize(video.float(), mean, std).permute(0, 2, 3, 1).numpy()
+        if len(frames) == 1:
+            video = np.repeat(video, self.temporal, axis=0)
+        patches, grid = patchify(video, patch=self.patch, merge=self.merge, temporal=self.temporal)
+        return torch.from_numpy(patches), grid
+
+    def _visual(self, frames: list, token_id: int) -> Visual:
+        pixels, (t, h, w) = self._patches(frames)
+        tokens = t * h * w // self.merge**2
+        tensors = {"pixel_values": pixels, "grid_thw": torch.tensor([[t, h, w]])}
+        return Visual(tokens, tensors, t * h * w, token_id, (t, h // self.merge, w // self.merge))
+
+    def process_image(self, image) -> Visual:
+        return self._visual([image], self.image_token_id)
+
+    def process_video(self, frames: list) -> Visual:
+        return self._visual(frames, self.video_token_id)
+
+    def positions(self, input_ids, spans):
+        if self.options["positions"] == "sequential" or not spans:
+            return None
+        return mrope_positions(len(input_ids), [(start, v.grid, v.tokens) for start, v in spans])
+
+    def hf_processor(self):
+        from transformers import Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+        size = {"shortest_edge": self.options["min_pixels"], "longest_edge": self.options["max_pixels"]}
+        self.image_processor.size = size
+        video = Qwen2VLVideoProcessor(size=size, patch_size=self.patch, merge_size=self.merge, temporal_patch_size=self.temporal)
+        return Qwen2VLProcessor(self.image_processor, self.tokenizer, video, getattr(self.tokenizer, "chat_template", None))
+
+    def save(self, folder: str) -> None:
+        self.hf_processor().save_pretrained(folder)
+
+
+def mrope_positions(length: int, spans: list[tuple[int, tuple[int, int, int], int]], time_step: float = 1.0) -> torch.Tensor:
+    """M-RoPE positions (3, length): text counts on; a visual's tokens get (time, row, column) from the position reached, and the
+    text goes on after the larger of rows and columns (Qwen2-VL, section 2.1).
+
+    Args:
+        spans: (first token, (t, h, w) in merged patches, tokens) of each visual, in order.
+        time_step: position units per time step (Qwen2.5-VL spaces frames by real time).
+    """
+    parts, at, position = [], 0, 0
+    for start, (t, h, w), tokens in spans:
+        parts.append(torch.arange(position, position + start - at).expand(3, -1))
+        position += start - at
+        grid = torch.stack(torch.meshgrid((torch.arange(t) * time_step).long(), torch.arange(h), torch.arange(w), indexing="ij"))
+        parts.append(grid.reshape(3, -1) + position)
+        at, position = start + tokens, position + max(h, w)
+    parts.append(torch.arange(position, position + length - at).expand(3, -1))
+    return torch.cat(parts, dim=1)
+
+
+@lru_cache(maxsize=4096)
+def patch_positions(h: int, w: int, merge: int) -> torch.Tensor:
+    """(h * w, 2) row and column of each patch, merge blocks contiguous, as the patches are laid out."""
+    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    both = torch.stack([rows, cols], dim=-1).view(h // merge, merge, w // merge, merge, 2)
+    return both.transpose(1, 2).reshape(h * w, 2)
+
+
+class Qwen2VL(Backbone):
+    name = "qwen2_vl"
+    processing_class = Qwen2VLProcessing
+    architecture = "Qwen2VLForConditionalGeneration"
+    # The public adapters were trained when the text stack was `model.` and the tower `visual.` at the top.
+    adapter_renames = [
+        (r"^(?:model\.)?visual\.", "visual."),
+        (r"^model\.language_model\.", "language_model."),
+        (r"^model\.", "language_model."),
+    ]
+    merge = 2
+
+    def prepare_vision(self, vision: dict, provider: str) -> dict:
+        grids = vision["grid_thw"].tolist()
+        frames = [h * w for t, h, w in grids for _ in range(t)]
+        positions = [patch_positions(h, w, self.merge) for t, h, w in grids for _ in range(t)]
+        return {
+            "pixel_values": vision["pixel_values"],
+            "grid_thw": vision["grid_thw"],
+            "grids": grids,
+            "positions": torch.cat(positions),
+            "segments": Segments.from_lengths(frames, causal=False, provider=provider),
+        }
+
+    def vision(self, model, packed):
+        v = packed.vision
+        if not v:
+            return None
+        tower = self.vision_tower(model)
+        return tower(
+            v["pixel_values"].to(tower.dtype),
+            grid_thw=v["grid_thw"],
+            position_ids=v["positions"],
+            cu_seqlens=v["segments"].cu_seqlens,
+            max_seqlen=v["segments"].max_length,
+            segments=v["segments"],
+        ).pooler_output

@@ -1,0 +1,90 @@
+"""`encode`: preprocessing in the caller's order, chunks by length, results in the caller's order."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from vlm2vec.inputs import as_item, is_image
+from vlm2vec.packing import Features, token_budget_chunks
+from vlm2vec.prompts import prepend
+
+# Images of one window are in memory at once; sorting by length needs a window well above a chunk.
+WINDOW_CHUNKS = 16
+MAX_CHUNK_TOKENS = {"cpu": 8192, "cuda": 32768}
+
+
+def preprocess(processing, inputs: list, first: int = 0) -> list[Features]:
+    """Features of each input; an error is prefixed with the input's position."""
+    features = []
+    for i, x in enumerate(inputs):
+        try:
+            features.append(processing(x))
+        except ValueError as e:
+            raise ValueError(f"input {first + i}: {e}") from e
+    return features
+
+
+def is_single(inputs) -> bool:
+    """Whether this is one input and not a list of inputs."""
+    if isinstance(inputs, (str, dict)) or is_image(inputs):
+        return True
+    return isinstance(inputs, (list, tuple)) and len(inputs) > 0 and all(isinstance(m, dict) and "role" in m for m in inputs)
+
+
+def with_prompt(model, inputs: list, prompt: str | None) -> list:
+    """Items with the prompt set in; a family that has an instruction slot takes it there."""
+    if not prompt:
+        return inputs
+    prompt = model.prompts.get(prompt, prompt)
+    items = []
+    for x in inputs:
+        item = as_item(x)
+        if model.backbone.prompt_is_instruction:
+            item.instruction = item.instruction or prompt
+        else:
+            item.text = prepend(prompt, item.text)
+        items.append(item)
+    return items
+
+
+@torch.no_grad()
+def encode(model, inputs, *, prompt, batch_size, show_progress_bar, convert_to_tensor, normalize_embeddings, truncate_dim):
+    """See `VLM2Vec.encode`."""
+    single = is_single(inputs)
+    inputs = [inputs] if single else list(inputs)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
+        raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
+    dim = truncate_dim or model.embedding_dim
+    out = torch.empty(len(inputs), dim, dtype=torch.float32, device=model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with _progress(len(inputs), show_progress_bar) as bar:
+            for start in range(0, len(inputs), batch_size * WINDOW_CHUNKS):
+                window = with_prompt(model, inputs[start : start + batch_size * WINDOW_CHUNKS], prompt)
+                features = preprocess(model.processing, window, start)
+                for rows in chunks([f.length for f in features], batch_size, model.device.type):
+                    packed = model.pack([features[r] for r in rows]).to(model.device)
+                    hidden = model(packed)[:, :dim].float()
+                    out[torch.tensor(rows, device=out.device) + start] = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
+                    bar.update(len(rows))
+    finally:
+        model.train(was_training)
+    out = out[0] if single else out
+    return out if convert_to_tensor else out.cpu().numpy()
+
+
+def chunks(lengths: list[int], batch_size: int, device_type: str) -> list[list[int]]:
+    """Chunks of similar length, of at most `batch_size` inputs and the device's token budget."""
+    budget = MAX_CHUNK_TOKENS.get(device_type, MAX_CHUNK_TOKENS["cuda"])
+    return [rows[i : i + batch_size] for rows in token_budget_chunks(lengths, budget) for i in range(0, len(rows), batch_size)]
+
+
+def _progress(total: int, show: bool | None):
+    from tqdm.auto import tqdm
+
+    show = total > 512 and sys.stderr.isatty() if show is None else show
+    return tqdm(total=total, desc="encode", unit="input", disable=not show)

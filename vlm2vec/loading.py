@@ -1,0 +1,91 @@
+"""From a name or folder to a module with every weight accounted for."""
+
+import json
+import os
+import re
+
+import torch
+
+SETTINGS = "vlm2vec.json"
+
+
+def read_json(source: str, name: str, **hub) -> dict | None:
+    """A JSON file of a local folder or of a hub repository; None when it is not there."""
+    path = os.path.join(source, name)
+    if not os.path.isdir(source):
+        from transformers.utils import cached_file
+
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is None:
+            return None
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{path} is not valid JSON ({e})") from e
+
+
+def check_source(source: str) -> None:
+    """Fail early, with one line, on a path that is not a model folder."""
+    looks_local = source.startswith((".", "/", "~")) or os.sep in source.rstrip(os.sep).replace("/", os.sep, 1) or os.path.exists(source)
+    if os.path.isdir(source):
+        if not any(os.path.isfile(os.path.join(source, n)) for n in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{source} is not a model folder: it has neither config.json nor adapter_config.json")
+    elif looks_local:
+        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+
+
+def has_processor(source: str) -> bool:
+    """Whether a local folder holds tokenizer and image processor files; a hub name is taken at its word."""
+    if not os.path.isdir(source):
+        return True
+    tokenizer = any(os.path.isfile(os.path.join(source, n)) for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    processor = any(os.path.isfile(os.path.join(source, n)) for n in ("preprocessor_config.json", "processor_config.json"))
+    return tokenizer and processor
+
+
+def load_module(backbone, source: str, config, *, dtype, device, quantization=None, **hub):
+    """Load the bare module; every key of the checkpoint is used or listed in the family's `unused_keys`.
+
+    Raises:
+        ValueError: lists unexpected, missing and misshapen weights.
+    """
+    kwargs = dict(hub)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+        kwargs["device_map"] = {"": device}
+    cls = backbone.model_class(config)
+    try:
+        model, info = cls.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+    except (RuntimeError, OSError) as e:
+        raise ValueError(f"{source}: the weights cannot be loaded ({str(e).strip().splitlines()[0]})") from e
+    unused = [re.compile(p) for p in backbone.unused_keys]
+    unexpected = sorted(k for k in info["unexpected_keys"] if not any(p.search(k) for p in unused))
+    missing = sorted(info["missing_keys"])
+    problems = [
+        f"{len(keys)} {what}: {', '.join(map(str, keys[:20]))}{' ...' if len(keys) > 20 else ''}"
+        for what, keys in (
+            ("weights that the model has no place for", unexpected),
+            ("weights that the checkpoint lacks", missing),
+            ("weights of another shape", sorted(str(k) for k in info.get("mismatched_keys", []))),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
+    return model if quantization is not None else model.to(device)
+
+
+def resolve_dtype(dtype, config) -> torch.dtype:
+    """A torch dtype from a dtype, its name, or "auto" (the checkpoint's own; float32 when it names none)."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, "auto"):
+        named = getattr(config, "dtype", None)
+        return getattr(torch, named, torch.float32) if isinstance(named, str) else named or torch.float32
+    resolved = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, getattr(torch, str(dtype), None))
+    if not isinstance(resolved, torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: expected 'auto', a torch.dtype or its name, such as 'bfloat16'")
+    return resolved

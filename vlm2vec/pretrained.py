@@ -1,0 +1,51 @@
+"""`VLM2Vec.from_pretrained`: which family, which files, which options."""
+
+import torch
+
+from vlm2vec import loading
+from vlm2vec.backbones import backbone_for
+
+
+def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, liger, options: dict):
+    """See `VLM2Vec.from_pretrained`."""
+    loading.check_source(source)
+    hub = {"revision": revision} if revision else {}
+    settings = loading.read_json(source, loading.SETTINGS, **hub) or {}
+    adapter = loading.read_json(source, "adapter_config.json", **hub)
+    weights = source
+    if adapter is not None:
+        from vlm2vec import adapters
+
+        weights = adapters.base_of(source, adapter, base)
+    elif base is not None:
+        raise ValueError(f"base={base!r} was given, but {source} is not an adapter (it has no adapter_config.json); leave base out")
+    raw = loading.read_json(weights, "config.json", **({} if adapter is not None else hub))
+    if raw is None:
+        raise ValueError(f"{weights} has no config.json; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+    backbone = backbone_for(raw.get("model_type"))
+    config = backbone.config(weights, raw)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = loading.resolve_dtype(dtype, config)
+    quantization = None
+    if quantize is not None:
+        from vlm2vec.quantization import nf4_config
+
+        quantization = nf4_config(quantize, dtype, backbone)
+    options = {**backbone.options_for(weights, raw), **settings.get("options", {}), **options}
+    processing = None
+    for folder in dict.fromkeys([source, weights]):  # an adapter folder may hold its own tokenizer and processor, or none
+        if loading.has_processor(folder):
+            processing = backbone.processing_class.from_folder(folder, config, options)
+            break
+    if processing is None:
+        raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
+    module = loading.load_module(backbone, weights, config, dtype=dtype, device=device, quantization=quantization)
+    model = cls(module, backbone, processing, attn=attn, source=source, prompts=settings.get("prompts"))
+    model.base_source, model.revision = weights, revision
+    if adapter is not None:
+        adapters.load(model, source, adapter)
+    if liger:
+        from vlm2vec.quantization import apply_liger
+
+        apply_liger(model)
+    return model.eval()

@@ -1,0 +1,35 @@
+"""Prompt layouts as the public checkpoints were trained and evaluated (lookup: Prompt layouts).
+
+    image    `{marker}\\n{instruction} {text}\\n`; without a visual `{instruction} {text}\\n`    MMEB image tasks
+    space    `{marker} {instruction} {text}`, no final newline                                  V2 video and visual documents
+
+Targets that are plain text are fed bare: give no instruction.
+"""
+
+import re
+
+_LEADING = re.compile(r"^((?:<\|(?:image|video)_\d+\|>|<\|image_pad\|>|<\|video_pad\|>|<image>)\s*)+")
+LAYOUTS = ("image", "space")
+
+
+def layout(instruction: str, text: str, style: str = "image") -> str:
+    """Lay an instruction and a text out; markers at the head of the text stay in front.
+
+    Raises:
+        ValueError: for an unknown style.
+    """
+    if style not in LAYOUTS:
+        raise ValueError(f"layout={style!r}: expected {' or '.join(map(repr, LAYOUTS))}")
+    head = _LEADING.match(text)
+    markers = "" if head is None else head.group(0).strip()
+    body = text if head is None else text[head.end() :]
+    said = f"{instruction} {body}" if instruction and body else instruction or body
+    if style == "space":
+        return f"{markers} {said}" if markers else said
+    return f"{markers}\n{said}\n" if markers else f"{said}\n"
+
+
+def prepend(prompt: str, text: str) -> str:
+    """Put a prompt before the text, behind the markers and white space at its head; nothing else is added."""
+    head = _LEADING.match(text)
+    return prompt + text if head is None else head.group(0) + prompt + text[head.end() :]
