@@ -1,0 +1,128 @@
+"""The computation behind the public losses: every direction and level of one rank, value and wanted gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from contrastive_kernels.hard import HardNegatives
+from contrastive_kernels.operands import project_out
+from contrastive_kernels.options import InfoNCEOptions
+from contrastive_kernels.panels import MIB, Gradients, sweep
+from contrastive_kernels.problem import EPS, Problem, _matchable, build
+from contrastive_kernels.stats import row_sums
+
+DEFAULT_WORKSPACE_MIB = 256
+
+
+@dataclasses.dataclass
+class Computed:
+    """Loss (0-d, or (N,) for reduction none), gradients in the compute dtype or None, and the (7,) sums of the statistics."""
+
+    loss: torch.Tensor
+    d_query: torch.Tensor | None = None
+    d_target: torch.Tensor | None = None
+    d_hard_negatives: torch.Tensor | None = None
+    d_temperature: torch.Tensor | None = None
+    stat_sums: torch.Tensor | None = None
+
+
+def workspace_bytes(options: InfoNCEOptions, device: torch.device) -> int:
+    """Scratch in bytes: as asked, else 256 MiB, else on CUDA the larger of that and 10 % of the free memory."""
+    if options.workspace_mib is not None:
+        return int(options.workspace_mib * MIB)
+    bound = DEFAULT_WORKSPACE_MIB * MIB
+    if device.type == "cuda":
+        bound = max(bound, torch.cuda.mem_get_info(device)[0] // 10)
+    return bound
+
+
+def compute(query, target, options: InfoNCEOptions, wanted: frozenset[str]) -> Computed:
+    """Loss and the gradients named in `wanted`: of "query", "target", "hard_negatives", "temperature".
+
+    With reduction "none" and gradients wanted, `options.weight` must already hold the cotangent; use "sum" then.
+    """
+    with torch.no_grad(), torch.autocast(device_type=query.device.type, enabled=False):
+        if options.matryoshka_dims is not None:
+            return _levels(query, target, options, wanted)
+        return _one_level(query, target, options, wanted)
+
+
+def _one_level(query, target, options, wanted) -> Computed:
+    problem = build(query, target, options)
+    gradients = Gradients(problem, wanted) if wanted else None
+    workspace = workspace_bytes(options, problem.device)
+    forward = problem.directions[0]
+    hard = None if options.hard_negatives is None else _hard(problem, forward)
+    row_loss, sums = torch.zeros_like(problem.share), None
+    for direction in problem.directions:
+        own = hard if direction is forward else None
+        want_best = options.return_stats and direction is forward
+        result, rows = sweep(problem, direction, own, gradients, workspace, want_best)
+        if own is not None and gradients is not None:
+            own.add_gradients(direction, result, gradients)
+        row_loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
+        if want_best:
+            sums = row_sums(problem.kept, result.lse, direction.positive, rows.best)
+    loss = row_loss if options.reduction == "none" else row_loss.sum()
+    out = Computed(loss, stat_sums=sums)
+    if gradients is not None:
+        _finish(problem, gradients, hard, out)
+    return out
+
+
+def _finish(problem: Problem, gradients: Gradients, hard: HardNegatives | None, out: Computed) -> None:
+    """Gradients of the matrices as passed, and the temperature's sign and factor."""
+    if gradients.wants("query"):
+        out.d_query = gradients.of("query")
+        project_out(out.d_query, problem.query, EPS)
+    if gradients.wants("target"):
+        out.d_target = gradients.of("target")
+        project_out(out.d_target, problem.target, EPS)
+    if hard is not None and gradients.wants("hard_negatives"):
+        out.d_hard_negatives = gradients.held["hard_negatives"]
+        project_out(out.d_hard_negatives, hard.operand, EPS)
+        out.d_hard_negatives = out.d_hard_negatives.view(problem.options.hard_negatives.shape)
+    if gradients.wants("temperature"):
+        # d s / d temperature = -s / temperature; the sweeps have summed (d loss / d s) * s
+        out.d_temperature = -gradients.temperature * problem.inverse_temperature
+
+
+def _hard(problem: Problem, direction) -> HardNegatives:
+    options = problem.options
+    ids = None
+    if options.hard_ids is not None:
+        ids = _matchable(options.target_ids[problem.positives])
+    return HardNegatives(problem, direction, options.hard_negatives, options.hard_offsets, ids, options.hard_ids)
+
+
+def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:
+    """Matryoshka, a level at a time: the sum over widths of weight * loss of the re-normalised prefix."""
+    dims = options.matryoshka_dims
+    weights = options.matryoshka_weights or (1.0,) * len(dims)
+    total = Computed(0.0)
+    for dim, level_weight in zip(dims, weights):
+        hard = None if options.hard_negatives is None else options.hard_negatives[..., :dim]
+        level = options.replace(
+            matryoshka_dims=None,
+            matryoshka_weights=None,
+            normalize=True,
+            hard_negatives=hard,
+            return_stats=options.return_stats and dim == max(dims),
+        )
+        part = _one_level(query[:, :dim], target[:, :dim], level, wanted)
+        total.loss = total.loss + level_weight * part.loss
+        if part.stat_sums is not None:
+            total.stat_sums = part.stat_sums
+        for name, like in (("d_query", query), ("d_target", target), ("d_hard_negatives", options.hard_negatives)):
+            gradient = getattr(part, name)
+            if gradient is None:
+                continue
+            if getattr(total, name) is None:
+                setattr(total, name, torch.zeros(like.shape, dtype=gradient.dtype, device=gradient.device))
+            getattr(total, name)[..., :dim].add_(gradient, alpha=level_weight)
+        if part.d_temperature is not None:
+            before = 0.0 if total.d_temperature is None else total.d_temperature
+            total.d_temperature = before + level_weight * part.d_temperature
+    return total

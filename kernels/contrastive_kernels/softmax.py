@@ -1,0 +1,142 @@
+"""Row softmaxes over several blocks of candidates, the positive kept apart.
+
+    x_i = log(sum of negatives' exp) - s_i,positive        loss_i = log(1 + exp(x_i))        1 - p_positive = sigmoid(x_i)
+
+Nothing here subtracts numbers that are nearly equal: `softmax - 1` would. E overwrites the logits, and the row's
+normaliser comes back as a factor that the caller folds into the other operand of its products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+# |logit| up to which exp needs no running maximum: e^60 * 2^20 columns is far inside float32, e^-60 far above its least.
+SAFE_LOGIT = 60.0
+
+
+@dataclasses.dataclass
+class RowSums:
+    """Running sums of one row's negatives, (n,) each: exp(logit - shift) summed, and what options need besides."""
+
+    shift: torch.Tensor
+    total: torch.Tensor
+    best: torch.Tensor  # greatest cosine of a negative, -inf where there is none
+    logits: torch.Tensor | None = None  # sum of the negatives' logits, for label smoothing
+    count: torch.Tensor | None = None  # their number
+
+    @classmethod
+    def empty(cls, rows: int, dtype, device, smoothing: bool) -> RowSums:
+        def make(value):
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
+        return cls(
+            make(float("-inf")), make(0.0), make(float("-inf")), make(0.0) if smoothing else None, make(0.0) if smoothing else None
+        )
+
+    def add(self, rows: slice, other: RowSums) -> None:
+        """Merge another block's sums of the same rows."""
+        shift = torch.maximum(self.shift[rows], other.shift)
+        safe = torch.where(shift == float("-inf"), 0, shift)
+        self.total[rows] = self.total[rows] * (self.shift[rows] - safe).exp() + other.total * (other.shift - safe).exp()
+        self.shift[rows] = shift
+        self.best[rows] = torch.maximum(self.best[rows], other.best)
+        if self.logits is not None:
+            self.logits[rows] += other.logits
+            self.count[rows] += other.count
+
+    def log_sum(self) -> torch.Tensor:
+        """(n,) log of the negatives' sum, -inf where there is none."""
+        return torch.where(self.total > 0, self.shift + self.total.log(), float("-inf"))
+
+
+@dataclasses.dataclass
+class RowResult:
+    """What a finished row gives: (n,) each."""
+
+    loss: torch.Tensor
+    log_sum: torch.Tensor  # log of the negatives' sum
+    lse: torch.Tensor  # log-sum-exp over all candidates
+    positive: torch.Tensor  # d loss / d s_positive
+    smooth: torch.Tensor | None  # label smoothing's share of each candidate
+
+
+def finish(sums: RowSums, positive_logit: torch.Tensor, smoothing: float) -> RowResult:
+    """Row losses and the derivative with respect to the positive's logit."""
+    log_sum = sums.log_sum()
+    x = log_sum - positive_logit
+    # -logsigmoid(-x) is log(1 + e^x) without softplus's cut to x above 20, which costs float64 half its digits
+    loss = -torch.nn.functional.logsigmoid(-x)
+    lse = positive_logit + loss
+    gradient = -torch.sigmoid(x)
+    smooth = None
+    if smoothing:
+        candidates = sums.count + 1
+        smooth = smoothing / candidates
+        loss = loss + smoothing * positive_logit - smooth * (positive_logit + sums.logits)
+        gradient = gradient + smoothing - smooth
+    return RowResult(loss, log_sum, lse, gradient, smooth)
+
+
+def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> None:
+    """Set to -inf, in place, what is no negative of rows `rows`. `logits` (r, C) is scale * cos.
+
+    `dead_columns` are the indices where `block.keep` is False, known beforehand where that needs no wait for a GPU:
+    a few columns are cheaper to fill than a whole mask is to apply.
+    """
+    minus = float("-inf")
+    for row_ids, column_ids in block.ids:
+        logits.masked_fill_(row_ids[rows, None] == column_ids[None, :], minus)
+    if threshold is not None:
+        logits.masked_fill_(logits > (threshold[rows] * block.scale)[:, None], minus)
+    if dead_columns is not None:
+        logits.index_fill_(1, dead_columns, minus)
+    elif block.keep is not None:
+        logits.masked_fill_(~block.keep[None, :], minus)
+    if active is not None:
+        logits.masked_fill_(~active[rows, None], minus)
+    column = block.exclude[rows]
+    if block.offset is None:
+        logits.scatter_(1, column[:, None], minus)
+    else:
+        column = column - block.offset
+        inside = (column >= 0) & (column < logits.shape[1])
+        column = torch.where(inside, column, 0)[:, None]
+        logits.scatter_(1, column, torch.where(inside[:, None], minus, logits.gather(1, column)))
+
+
+def reduce_logits(logits_blocks, scales, fixed: bool, smoothing: bool, want_best: bool):
+    """Sum masked logits (r, C_b) over all blocks. In place they become E = exp(logit - shift).
+
+    Args:
+        scales: per block, what turned a cosine into a logit.
+        fixed: the caller knows that no logit exceeds SAFE_LOGIT: shift 0, no maximum is taken.
+        smoothing: also sum and count the logits. want_best: also take the greatest cosine.
+
+    Returns:
+        RowSums of these rows; the (r,) shift that E has; per block a bool mask of the dropped elements, or None.
+    """
+    first, minus = logits_blocks[0], float("-inf")
+    zeros = first.new_zeros(first.shape[0])
+    best = zeros + minus
+    shift = zeros
+    if not fixed or want_best:
+        tops = [block.amax(1) for block in logits_blocks]
+        for top, scale in zip(tops, scales):
+            best = torch.maximum(best, top / scale)
+        if not fixed:
+            shift = tops[0] if len(tops) == 1 else torch.stack(tops).amax(0)
+            shift = torch.where(shift == minus, 0, shift)
+    sums = RowSums(shift, zeros.clone(), best)
+    dropped = None
+    if smoothing:
+        dropped = [block == minus for block in logits_blocks]
+        sums.logits, sums.count = zeros.clone(), zeros.clone()
+        for block, gone in zip(logits_blocks, dropped):
+            sums.count += block.shape[1] - gone.sum(1)
+            sums.logits += block.masked_fill(gone, 0).sum(1)
+    for block in logits_blocks:
+        sums.total += (block if fixed else block.sub_(shift[:, None])).exp_().sum(1)
+    sums.shift = torch.where(sums.total > 0, shift, minus)
+    return sums, shift, dropped

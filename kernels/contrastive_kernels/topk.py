@@ -1,0 +1,53 @@
+"""The k best targets of every query, streamed: never N x M."""
+
+from __future__ import annotations
+
+import torch
+
+from contrastive_kernels.operands import Operand, compute_dtype
+from contrastive_kernels.panels import MIB, logits_into
+
+
+def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float | None = None, backend: str = "auto"):
+    """Scores and indices of each query's k greatest dot products with the targets.
+
+    Args:
+        query: (N, D). target: (M, D), same dtype and device.
+        k: at least 1; where fewer than k targets are left, scores end in -inf and indices in -1.
+        exclude: (N, E) int64 targets that a query must not get; -1 pads.
+        workspace_mib: bound on scratch memory, default 256.
+
+    Returns:
+        scores (N, k) float32 (float64 for float64 input), descending, and indices (N, k) int64; of equal scores the
+        lowest index comes first.
+    """
+    if query.dim() != 2 or target.dim() != 2 or query.shape[1] != target.shape[1]:
+        raise ValueError(f"expected query (N, D) and target (M, D), got {tuple(query.shape)} and {tuple(target.shape)}")
+    if k < 1:
+        raise ValueError(f"k: expected 1 or more, got {k}")
+    dtype, device = compute_dtype(query, target), query.device
+    n, m = len(query), len(target)
+    rows = min(n, 1024)
+    columns = max(k, min(m, int((workspace_mib or 256) * MIB) // (4 * rows * dtype.itemsize)))
+    scores = torch.full((n, k), float("-inf"), dtype=dtype, device=device)
+    indices = torch.full((n, k), -1, dtype=torch.int64, device=device)
+    queries, targets = Operand(query, dtype), Operand(target, dtype)
+    with torch.no_grad(), torch.autocast(device_type=device.type, enabled=False):
+        for a in range(0, n, rows):
+            b = min(a + rows, n)
+            tile = queries.tile(a, b)
+            for c in range(0, m, columns):
+                d = min(c + columns, m)
+                product = torch.empty(b - a, d - c, dtype=dtype, device=device)
+                logits_into(product, tile, Operand(target[c:d], dtype), 1.0)
+                if exclude is not None:
+                    column = exclude[a:b] - c
+                    inside = (column >= 0) & (column < d - c)
+                    row = torch.arange(b - a, device=device)[:, None].expand_as(column)
+                    product[row[inside], column[inside]] = float("-inf")
+                values = torch.cat([scores[a:b], product], 1)
+                where = torch.cat([indices[a:b], torch.arange(c, d, device=device).expand(b - a, -1)], 1)
+                order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+                scores[a:b], indices[a:b] = values.gather(1, order), where.gather(1, order)
+    indices.masked_fill_(scores == float("-inf"), -1)
+    return scores, indices
