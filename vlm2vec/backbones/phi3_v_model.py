@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3PreTrainedModel, Phi3RMSNorm
 
+from vlm2vec.backbones import clip
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
 
 
@@ -77,17 +78,11 @@ class ClipTower(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        clip = CLIPVisionModel(config)
-        self.vision_model = getattr(clip, "vision_model", clip)  # transformers before 5.2 had one more level
+        self.vision_model = clip.inner(CLIPVisionModel(config))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(C, 3, crop, crop) -> (C, patches, width). The last layer and the norm after it are never used."""
-        model = self.vision_model
-        hidden = model.pre_layrnorm(model.embeddings(pixels))
-        for layer in model.encoder.layers[:-1]:
-            hidden = layer(hidden, None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden[:, 1:]
+        """(C, 3, crop, crop) -> (C, patches, width)."""
+        return clip.hidden_states(self.vision_model, pixels, [-2])[0][:, 1:]
 
 
 class Phi3VImageEmbedding(nn.Module):
@@ -116,7 +111,7 @@ class Phi3VImageEmbedding(nn.Module):
         expected = sum(1 + h * w for h, w in grids)
         if expected != crops.shape[0]:
             raise ValueError(f"phi3_v: {crops.shape[0]} crops given, expected {expected} for grids {grids}")
-        patches = self.img_processor(crops.to(self.glb_GN.dtype))
+        patches = self.img_processor(crops)
         rows, at = [], 0
         for h, w in grids:
             whole, parts = patches[at : at + 1], patches[at + 1 : at + 1 + h * w]
@@ -166,16 +161,21 @@ class Phi3VModel(Phi3VPreTrainedModel):
         """(C, 3, crop, crop) pixels -> (V, D) image tokens, see `Phi3VImageEmbedding.forward`."""
         return self.vision_embed_tokens(crops, grids)
 
-    def _long_samples(self, position_ids, attention_mask, long_context):
-        """Which tokens belong to samples longer than the original context; None when none does."""
-        if long_context is not None:
-            return long_context
-        if position_ids.shape[-1] <= self.rotary_emb.original:
-            return None  # known from the shape: no look at device memory
+    def _long_samples(self, position_ids, attention_mask, segments):
+        """(B, L) bool, tokens of samples beyond the original context; None when there are none. No look at device memory
+        but for padded rows longer than that."""
+        original = self.rotary_emb.original
+        if segments is not None:
+            if segments.max_length <= original:
+                return None
+            lengths = segments.cu_seqlens.diff().long()
+            return (lengths > original).repeat_interleave(lengths, output_size=segments.total)[None]
+        if position_ids.shape[-1] <= original:
+            return None
         length = position_ids.amax(dim=-1) + 1
         if attention_mask is not None and attention_mask.dim() == 2:
             length = attention_mask.sum(dim=-1)
-        return (length > self.rotary_emb.original)[:, None].expand(position_ids.shape)
+        return (length > original)[:, None].expand(position_ids.shape)
 
     def forward(
         self,
@@ -185,19 +185,20 @@ class Phi3VModel(Phi3VPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         visual_index: torch.LongTensor | None = None,
-        long_context: torch.BoolTensor | None = None,
+        segments=None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: (B, L) int64, or `inputs_embeds` (B, L, D). Negative ids (the reference's image tokens) are places.
-            attention_mask: (B, L), 1 for real tokens; None when nothing is padded or attention gets `kwargs` instead.
+            attention_mask: (B, L), 1 for real tokens; None when nothing is padded. Not read when `segments` are given.
             position_ids: (B, L) int64 or (L,); 0..L-1 when None. Packed samples each start again at 0.
             image_features: (V, D) of `get_image_features`, with
             visual_index: (V,) int64 into the flattened (B * L) tokens; the negative ids in order when None.
-            long_context: (B, L) bool, tokens of samples beyond the original context. Found from mask and positions when
-                None, which is right for padded rows; a packed caller with such samples passes it.
-            **kwargs: reach every attention call (packed segments, flash attention's sequence lengths).
+            segments: `vlm2vec.attention.Segments` of a packed row (B = 1); reaches every attention call.
+            use_cache: accepted and ignored; nothing is ever cached.
+            **kwargs: reach every attention call.
 
         Returns:
             `last_hidden_state` (B, L, D) after the final norm.
@@ -219,19 +220,20 @@ class Phi3VModel(Phi3VPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)
         position_ids = position_ids.expand(hidden.shape[:2])
-        long_BL = self._long_samples(position_ids, attention_mask, long_context)
-        rope = self.rotary_emb(position_ids, hidden.dtype, long_BL)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
-        for layer in self.layers:
-            hidden = layer(
-                hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rope, use_cache=False, **kwargs
+        rope = self.rotary_emb(position_ids, hidden.dtype, self._long_samples(position_ids, attention_mask, segments))
+        mask = None
+        if segments is None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=None,
+                position_ids=position_ids,
             )
+        else:
+            kwargs["segments"] = segments
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rope, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
