@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlm2vec.attention import Segments
-from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.backbones.base import Backbone, Processing, Visual, patches_as_linear
 from vlm2vec.images import patchify, pixel_table, smart_resize
 
 RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
@@ -159,6 +159,10 @@ class Qwen2VL(Backbone):
         (r"^model\.", "language_model."),
     ]
     merge = 2
+
+    def finish(self, model):
+        super().finish(model)
+        patches_as_linear(self.vision_tower(model).patch_embed)
 
     def prepare_vision(self, vision: dict, provider: str) -> dict:
         grids = vision["grid_thw"].tolist()
