@@ -1,0 +1,189 @@
+"""LLaVA-Next (LLaVA-v1.6): the family of VLM2Vec-LLaVa-Next.
+
+Defaults are the reference's: `<image>` for the marker, raw text, positions 0..L-1, PIL's bicubic pixels. An image is cut into
+tiles ("anyres"): the whole picture in one tile, then the best-fitting grid; the tokens of padding are dropped and every line of
+the grid ends in `image_newline`. Tile counts differ from image to image, so tiles are kept in one row without padding: images
+of any sizes share a chunk, which the reference cannot do.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from vlm2vec.backbones import clip
+from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.inputs import MARKER, Item, as_item
+
+RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
+LONGEST_SIDE = 1344
+
+
+def image_tokens(width: int, height: int, grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """Tokens of the tiled picture: (lines, tokens a line without the newline).
+
+    Args:
+        width, height: of the picture in pixels, before tiling.
+        grid: (down, across) in tiles.
+        side: tokens along one side of a tile.
+
+    The tiled picture keeps its ratio and is centred, so whole lines or columns of the grid hold padding only; as many are
+    dropped on either side as fit (rounding as transformers' `unpad_image`, which cuts the features).
+    """
+    lines, columns = grid[0] * side, grid[1] * side
+    if width / height > columns / lines:
+        kept = int(round(height * (columns / width), 7))
+        lines -= (lines - kept) // 2 * 2
+    else:
+        kept = int(round(width * (lines / height), 7))
+        columns -= (columns - kept) // 2 * 2
+    return lines, columns
+
+
+class LlavaNextProcessing(Processing):
+    """Options besides the shared ones:
+
+    resolution: a plain resize before tiling that ignores the aspect ratio, as the reference's option of that name: "high"
+        1344 x 1344, "mid" 672 x 672, "low" 128 x 128 or (width, height). None, as there, squashes only images with a side
+        above 1344; "native" resizes nothing.
+    pixels: "pil" (the reference's) or "torchvision" (faster, up to 0.14 apart per normalised pixel).
+    """
+
+    image_marker = "<image>"
+    defaults = {"resolution": None, "pixels": "pil"}
+
+    def __init__(self, tokenizer, image_processor, config, options=None):
+        super().__init__(tokenizer, image_processor, config, options)
+        wanted = self.options["resolution"]
+        if isinstance(wanted, str) and wanted not in (*RESOLUTIONS, "native"):
+            raise ValueError(f"resolution={wanted!r}: expected {', '.join(map(repr, RESOLUTIONS))}, 'native', None or (width, height)")
+        if self.options["pixels"] not in ("pil", "torchvision"):
+            raise ValueError(f"pixels={self.options['pixels']!r}: expected 'pil' or 'torchvision'")
+        self.pinpoints = [list(p) for p in config.image_grid_pinpoints]
+        self.tile, self.patch = config.vision_config.image_size, config.vision_config.patch_size
+        self.class_token = config.vision_feature_select_strategy != "default"
+        self.newline = getattr(config, "use_image_newline_parameter", True)
+        token = getattr(config, "image_token_id", None)
+        if token is None:
+            token = getattr(config, "image_token_index", None)
+        if token is not None and token != self.image_token_id:
+            raise ValueError(
+                f"config.json says that image tokens are {token}, the tokenizer says {self.image_token_id} for "
+                f"{self.image_marker!r}; take both from the same folder"
+            )
+
+    def save(self, folder):
+        self.hf_processor().save_pretrained(folder)
+
+    def hf_processor(self):
+        """transformers' LlavaNextProcessor of the same tokenizer and image processor."""
+        from transformers import LlavaNextProcessor
+
+        return LlavaNextProcessor(
+            self.image_processor,
+            self.tokenizer,
+            patch_size=self.patch,
+            vision_feature_select_strategy="full" if self.class_token else "default",
+            image_token=self.image_marker,
+            num_additional_image_tokens=1,
+            chat_template=getattr(self.tokenizer, "chat_template", None),
+        )
+
+    def __call__(self, x):
+        item = as_item(x)
+        return super().__call__(self._frames_as_images(item) if item.videos else item)
+
+    def _frames_as_images(self, item: Item) -> Item:
+        """A video is its frames, each an `<image>`."""
+        images, videos = iter(item.images), iter(item.videos)
+        shown = []
+
+        def spell(match):
+            frames = self._next(images, "image") if match.group(1) == "image" else self.frames(self._next(videos, "video"))
+            frames = frames if isinstance(frames, list) else [frames]
+            shown.extend(frames)
+            return self.image_marker * len(frames)
+
+        text = MARKER.sub(spell, item.text)
+        left = len(list(images)) + len(list(videos))
+        if left:
+            raise ValueError(f"input {item.text[:80]!r} has fewer markers than visuals: {left} are left over; give each its marker")
+        return replace(item, text=text, images=shown, videos=[])
+
+    @staticmethod
+    def _next(visuals: Iterator, kind: str):
+        found = next(visuals, None)
+        if found is None:
+            raise ValueError(f"input has more {kind} markers than {kind}s; give the missing one or take the marker out")
+        return found
+
+    def resize(self, image):
+        """The reference's resize before the processor sees the image (PIL's default filter, bicubic)."""
+        wanted = self.options["resolution"]
+        if wanted == "native":
+            return image
+        if wanted is None:
+            return image if max(image.size) <= LONGEST_SIDE else image.resize((LONGEST_SIDE, LONGEST_SIDE))
+        return image.resize(RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted))
+
+    def process_image(self, image):
+        image = self.resize(image)
+        pixels = self.image_processor(image, return_tensors="pt", do_pad=False)["pixel_values"][0]
+        width, height = image.size
+        tokens = (self.tile // self.patch) ** 2 + self.class_token
+        patches = len(pixels) * (self.tile // self.patch) ** 2
+        if len(pixels) > 1:
+            lines, columns = image_tokens(width, height, self._grid(width, height), self.tile // self.patch)
+            tokens += lines * (columns + self.newline)
+        else:
+            tokens += self.newline
+        return Visual(tokens, {"pixel_values": pixels, "image_sizes": [(height, width)], "tiles": [len(pixels)]}, patches)
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """(down, across) in tiles."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        best = select_best_resolution((height, width), self.pinpoints)
+        return best[0] // self.tile, best[1] // self.tile
+
+
+class LlavaNext(Backbone):
+    name = "llava_next"
+    processing_class = LlavaNextProcessing
+    architecture = "LlavaNextForConditionalGeneration"
+    # The hub's names until transformers 4.52, in the merged checkpoint and in adapters.
+    adapter_renames = [
+        (r"^model\.(vision_tower|multi_modal_projector|image_newline|language_model)", r"\1"),
+        (r"^language_model\.model\.", "language_model."),
+        (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ]
+    unused_keys = [r"^lm_head\.", r"^language_model\.lm_head\."]  # the embedding model has no language-model head
+
+    def options_for(self, source, raw):
+        # checkpoints.yaml: this checkpoint was trained and scored on images squashed to 1344 x 1344
+        return {"resolution": "high"} if source.rstrip("/").lower().endswith("tiger-lab/vlm2vec-llava-next") else {}
+
+    def vision_tower(self, model):
+        return model.vision_tower
+
+    def vision(self, model, packed):
+        v = packed.vision
+        if not v:
+            return None
+        config = model.config
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        if not clip.is_clip(model.vision_tower):
+            return torch.cat(model.get_image_features(v["pixel_values"].to(model.dtype), v["image_sizes"]).pooler_output)
+        states = torch.cat(clip.hidden_states(model.vision_tower, v["pixel_values"], layers), dim=-1)
+        if config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        tiles = model.multi_modal_projector(states).split(v["tiles"])
+        newline = model.image_newline if getattr(config, "use_image_newline_parameter", True) else None
+        features, _ = model.pack_image_features(tiles, v["image_sizes"], config.vision_feature_select_strategy, newline)
+        return torch.cat(features)
+
+    def no_mask(self, text):
+        # Llama's and Mistral's mask makers hand a ready 4-D mask on; packed attention never reads it. Without one they would
+        # search the positions for sample boundaries, which waits for the device.
+        return torch.zeros(1, 1, 1, 1)

@@ -1,0 +1,121 @@
+"""Phi-3.5-V: the family of VLM2Vec-Full and VLM2Vec-LoRA.
+
+Defaults are the reference's: raw text, num_crops 4 (the paper's and its evaluation scripts'), images never resized before the HD
+transform, positions 0..L-1. The text is split at each image marker and every part is tokenised alone, so that a BOS stands
+before AND behind an image; the public weights were trained that way. Samples are packed, so no padding side is left to force.
+"""
+
+import json
+import os
+
+from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.backbones.phi3_v_config import Phi3VConfig
+from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_crops, image_tokens
+from vlm2vec.backbones.phi3_v_model import Phi3VModel
+
+IMAGE_PLACE = -1  # what the tokenised text holds for an image; never a token of the vocabulary
+PREPROCESSOR = "preprocessor_config.json"
+
+
+class WithImages(str):
+    """Text whose markers stand for images; in any other text they are words, and are tokenised as such."""
+
+
+class Phi3VProcessing(Processing):
+    """Options besides the shared ones:
+
+    num_crops: most crops of 336 x 336 pixels that an image may take beside its global view; 4 in the paper and its evaluation,
+        16 in the demos. 4 crops are 313 to 781 tokens, 16 are at most 2,557.
+    """
+
+    image_marker = "<|image_1|>"
+    defaults = {"num_crops": 4}
+
+    def __init__(self, tokenizer, image_processor, config, options=None):
+        super().__init__(tokenizer, image_processor, config, options)
+        if not isinstance(self.options["num_crops"], int) or self.options["num_crops"] < 1:
+            raise ValueError(f"num_crops={self.options['num_crops']!r}: expected an integer of at least 1; 4 and 16 are usual")
+        self.crop, self.grid = config.crop_size, config.crop_grid
+        self.crop_patches = (config.crop_size // config.vision_config.patch_size) ** 2
+        self.image_token_id = IMAGE_PLACE
+        # The place holder's embedding is overwritten; its id only has to be inside the vocabulary.
+        self.filler = 0
+
+    @classmethod
+    def from_folder(cls, folder, config, options=None, **hub):
+        from transformers import AutoTokenizer
+
+        from vlm2vec.loading import read_json
+
+        settings = read_json(folder, PREPROCESSOR, **hub) or {}
+        return cls(AutoTokenizer.from_pretrained(folder, **hub), settings, config, options)
+
+    def save(self, folder):
+        self.tokenizer.save_pretrained(folder)
+        settings = {
+            "image_processor_type": "Phi3VImageProcessor",
+            "processor_class": "Phi3VProcessor",
+            "do_convert_rgb": True,
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
+            "num_img_tokens": self.grid**2,
+            **{k: v for k, v in self.image_processor.items() if k != "auto_map"},  # auto_map names the hub's remote code
+            "num_crops": self.options["num_crops"],
+        }
+        with open(os.path.join(folder, PREPROCESSOR), "w", encoding="utf-8") as f:
+            json.dump(settings, f, indent=2)
+            f.write("\n")
+
+    def native_text(self, item):
+        if item.markers_are_text:
+            return self.render(item), []  # no image: the reference tokenises the marker like any text
+        text, kinds = super().native_text(item)
+        return WithImages(text) if kinds else text, kinds
+
+    def tokenize(self, text):
+        parts = text.split(self.image_marker) if isinstance(text, WithImages) else [text]
+        first, *others = (self.tokenizer(part, verbose=False)["input_ids"] for part in parts)
+        ids = list(first)
+        for part in others:
+            ids += [IMAGE_PLACE, *part]
+        return ids
+
+    def process_image(self, image):
+        mean = tuple(self.image_processor.get("image_mean", CLIP_MEAN))
+        std = tuple(self.image_processor.get("image_std", CLIP_STD))
+        crops, (height, width) = image_crops(image, self.options["num_crops"], self.crop, mean, std)
+        grid = (height // self.crop, width // self.crop)
+        tokens = image_tokens(width, height, self.crop, self.grid)
+        return Visual(tokens, {"crops": crops, "grids": [grid]}, len(crops) * self.crop_patches, self.filler)
+
+
+class Phi3V(Backbone):
+    name = "phi3_v"
+    processing_class = Phi3VProcessing
+    architecture = "Phi3VForCausalLM"
+    adapter_renames = [(r"^model\.", "")]
+    unused_keys = [
+        r"^lm_head\.",  # the embedding model has no language-model head
+        r"vision_embed_tokens\.wte\.weight$",  # the token table once more, under the image embedding's own name for it
+        r"\.position_ids$",  # a buffer of old CLIP modules, 0, 1, 2, ...
+    ]
+
+    def config(self, source, raw):
+        return Phi3VConfig.from_pretrained(source)
+
+    def model_class(self, config):
+        return Phi3VModel
+
+    def text_model(self, model):
+        return model
+
+    def vision_tower(self, model):
+        return model.vision_embed_tokens
+
+    def vision(self, model, packed):
+        if not packed.vision:
+            return None
+        return model.get_image_features(packed.vision["crops"], packed.vision["grids"])
+
+    def no_mask(self, text):
+        return None
