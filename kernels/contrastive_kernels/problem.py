@@ -122,6 +122,13 @@ def row_positives(rows, targets, options: InfoNCEOptions, device) -> tuple[torch
     return positives, kept
 
 
+def owned_targets(positives: torch.Tensor, options: InfoNCEOptions) -> torch.Tensor:
+    """(n,) the target that each query belongs to, -1 where it has none; a masked row still belongs to its own."""
+    if options.positives is None:
+        return positives
+    return torch.where(options.positives == options.ignore_index, -1, positives)
+
+
 def build(query: torch.Tensor, target: torch.Tensor, options: InfoNCEOptions, shard: Shard | None = None) -> Problem:
     """Prepare the softmaxes of this rank's rows. `query` (n, D), `target` (m, D) are the rank's own."""
     device, n = query.device, len(query)
@@ -129,7 +136,7 @@ def build(query: torch.Tensor, target: torch.Tensor, options: InfoNCEOptions, sh
     local = shard is None
     positives, kept = row_positives(n, len(target), options, device)
     if shard is None:
-        owners = torch.where(kept, positives, -1) if options.symmetric else None
+        owners = owned_targets(positives, options) if options.symmetric else None
         shard = Shard(
             query, target, options.query_ids, options.target_ids, options.query_mask, options.target_mask, owners
         )

@@ -1,0 +1,211 @@
+"""The definitions, dense and in plain PyTorch: what every fast path is judged by. Dtype-generic, differentiable by autograd.
+
+Legend: N queries, M targets, D width, K hard negatives of a query, C candidates of all blocks of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from contrastive_kernels.options import InfoNCEOptions
+from contrastive_kernels.stats import InfoNCEStats
+
+EPS = 1e-12
+
+
+def _normalize(x):
+    """x / max(|x|, eps); a row shorter than eps has no direction and gets no gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm > EPS, x / norm.clamp(min=EPS), (x / EPS).detach())
+
+
+def last_token_pool_reference(hidden, *, attention_mask=None, cu_seqlens=None, normalize=True, eps=EPS):
+    """Row by row: the last position that is attended to, or the last token of each packed sample."""
+    if cu_seqlens is not None:
+        rows = torch.stack([hidden[end - 1] for end in cu_seqlens.tolist()[1:]])
+    else:
+        rows = torch.stack([h[m.nonzero()[-1, 0] if m.any() else 0] for h, m in zip(hidden, attention_mask)])
+    return F.normalize(rows, dim=-1, eps=eps) if normalize else rows
+
+
+def topk_similarity_reference(query, target, k, *, exclude=None):
+    """Sort every row of the dense product; of equal scores the lowest index comes first."""
+    scores = query @ target.T
+    if exclude is not None:
+        for row, gone in zip(scores, exclude.tolist()):
+            row[[g for g in gone if g >= 0]] = float("-inf")
+    best, index = scores.sort(dim=1, descending=True, stable=True)
+    best, index = F.pad(best[:, :k], (0, max(0, k - best.shape[1])), value=float("-inf")), index[:, :k]
+    index = F.pad(index, (0, max(0, k - index.shape[1])), value=-1)
+    return best, index.masked_fill(best == float("-inf"), -1)
+
+
+def sigmoid_loss_reference(
+    query, target, *, scale, bias, normalize=False, positives=None, query_ids=None, target_ids=None, ignore_index=-100,
+    query_mask=None, target_mask=None, weight=None, reduction="mean",
+):
+    """SigLIP: -sum over pairs of log sigmoid(z (scale q.t + bias)), z = +1 where the pair belongs together, else -1."""
+    n, m = len(query), len(target)
+    if normalize:
+        query, target = _normalize(query), _normalize(target)
+    label, rows = pair_labels(n, m, positives, query_ids, target_ids, ignore_index, query.device)
+    if query_mask is not None:
+        rows = rows & query_mask
+        query = torch.where(query_mask[:, None], query, 0)
+    columns = torch.ones(m, dtype=torch.bool, device=query.device) if target_mask is None else target_mask
+    target = torch.where(columns[:, None], target, 0)
+    z = torch.where(label, 1.0, -1.0).to(query.dtype)
+    pair = -F.logsigmoid(z * (scale * (query @ target.T) + bias))
+    row = torch.where(rows[:, None] & columns, pair, 0).sum(1)
+    w = torch.where(rows, torch.ones_like(row) if weight is None else weight.to(row.dtype), 0)
+    row = row * w
+    if reduction == "none":
+        return row
+    return row.sum() if reduction == "sum" else row.sum() / torch.where(w.sum() == 0, 1, w.sum())
+
+
+def pair_labels(n, m, positives, query_ids, target_ids, ignore_index, device):
+    """(N, M) bool of pairs that belong together, and (N,) bool of rows that count."""
+    rows = torch.ones(n, dtype=torch.bool, device=device)
+    if query_ids is not None:
+        return (query_ids[:, None] == target_ids[None, :]) & (query_ids != -1)[:, None], rows
+    if positives is None:
+        positives = torch.arange(n, device=device) * (m // n)
+    rows = positives != ignore_index
+    label = F.one_hot(torch.where(rows, positives, 0), m).bool() & rows[:, None]
+    if target_ids is not None:
+        own = target_ids[torch.where(rows, positives, 0)]
+        label = label | ((own[:, None] == target_ids[None, :]) & ((own != -1) & rows)[:, None])
+    return label, rows
+
+
+def info_nce_reference(query, target, **options):
+    """`info_nce` by its definition: every logit of every block side by side, one cross entropy a row.
+
+    `group`, `exchange`, `workspace_mib` and `backend` say how a result is computed and are left aside.
+    """
+    o = InfoNCEOptions.make(options)
+    dims = o.matryoshka_dims or (query.shape[1],)
+    weights = o.matryoshka_weights or (1.0,) * len(dims)
+    total, stats = 0.0, None
+    for dim, level_weight in zip(dims, weights):
+        hard = None if o.hard_negatives is None else _padded(o.hard_negatives, o.hard_offsets)[..., :dim]
+        q, t = query[:, :dim], target[:, :dim]
+        if o.query_mask is not None:
+            q = torch.where(o.query_mask[:, None], q, 0)
+        if o.target_mask is not None:
+            t = torch.where(o.target_mask[:, None], t, 0)
+        if o.normalize or o.matryoshka_dims is not None:
+            q, t, hard = _normalize(q), _normalize(t), None if hard is None else _normalize(hard)
+        loss, level_stats = _level(q, t, hard, o)
+        total = total + level_weight * loss
+        if dim == max(dims):
+            stats = level_stats
+    return (total, stats) if o.return_stats else total
+
+
+def _padded(values, offsets, fill=0.0):
+    """Packed (H, ...) by offsets to (N, K, ...); what is dense already comes back as it is."""
+    if offsets is None:
+        return values
+    pieces = values.split(offsets.diff().tolist())
+    longest = max(max(len(p) for p in pieces), 1)
+    return torch.stack([torch.cat([p, p.new_full((longest - len(p), *p.shape[1:]), fill)]) for p in pieces])
+
+
+def _level(q, t, hard, o):
+    n, m, device = len(q), len(t), q.device
+    minus = float("-inf")
+    if o.positives is None:
+        p, kept = torch.arange(n, device=device) * (m // n), torch.ones(n, dtype=torch.bool, device=device)
+    else:
+        kept = o.positives != o.ignore_index
+        p = torch.where(kept, o.positives, 0)
+    has_positive = kept
+    query_kept = torch.ones(n, dtype=torch.bool, device=device) if o.query_mask is None else o.query_mask
+    target_kept = torch.ones(m, dtype=torch.bool, device=device) if o.target_mask is None else o.target_mask
+    kept = kept & query_kept & target_kept[p]
+
+    positive = (q * t[p]).sum(-1)
+    limit = torch.full((n,), float("inf"), dtype=q.dtype, device=device)
+    if o.mask_margin is not None:
+        limit = torch.minimum(limit, positive.detach() + o.mask_margin)
+    if o.mask_relative is not None:
+        limit = torch.minimum(limit, positive.detach() + o.mask_relative * positive.detach().abs())
+    in_batch = o.hardness if o.hardness_scope in ("all", "in_batch") else 0.0
+    of_hard = o.hardness if o.hardness_scope in ("all", "hard") else 0.0
+    sees_batch = torch.ones(n, dtype=torch.bool, device=device) if o.own_negatives_only is None else ~o.own_negatives_only
+    me = torch.arange(n, device=device)
+
+    def same(a, b):
+        return (a[:, None] == b[None, :]) & (a != -1)[:, None]
+
+    def block(cos, excluded, columns, hardness=in_batch, batch=True):
+        """Logits (N, C) of one block of negatives, -inf where dropped."""
+        gone = excluded | ~columns | (cos.detach() > limit[:, None])
+        if batch:
+            gone = gone | ~sees_batch[:, None]
+        return (cos / o.temperature + hardness * cos.detach()).masked_fill(gone, minus), cos.masked_fill(gone, minus)
+
+    def is_column(index, size):
+        return index[:, None] == torch.arange(size, device=device)[None, :]
+
+    no_target_match = torch.zeros(n, m, dtype=torch.bool, device=device)
+    target_match = no_target_match if o.target_ids is None else same(o.target_ids[p], o.target_ids)
+    query_match = torch.zeros(n, n, dtype=torch.bool, device=device)
+    if o.query_ids is not None:
+        query_match = same(o.query_ids, o.query_ids)
+
+    blocks = [block(q @ t.T, is_column(p, m) | target_match, target_kept)]
+    if o.query_negatives:
+        blocks.append(block(q @ q.T, is_column(me, n) | query_match, query_kept))
+    if o.target_negatives:
+        blocks.append(block(t[p] @ t.T, is_column(p, m) | target_match, target_kept))
+    if hard is not None:
+        gone = torch.zeros(hard.shape[:2], dtype=torch.bool, device=device)
+        if o.hard_offsets is not None:
+            gone = torch.arange(hard.shape[1], device=device) >= o.hard_offsets.diff()[:, None]
+        if o.hard_ids is not None:
+            own = o.target_ids[p]
+            gone = gone | ((_padded(o.hard_ids, o.hard_offsets, -1) == own[:, None]) & (own != -1)[:, None])
+        blocks.append(block((q[:, None] * hard).sum(-1), gone, torch.ones_like(gone), of_hard, batch=False))
+    loss = _rows(positive / o.temperature, blocks, o.label_smoothing)
+    stats = _stats(positive, blocks, loss_lse(positive / o.temperature, blocks), kept)
+    if o.symmetric:
+        # pairs whose queries share a positive, or positives of one id, are no negatives of the reverse direction
+        shared = (p[:, None] == p[None, :]) & has_positive[:, None] & has_positive[None, :]
+        shared = shared | query_match | (target_match[:, p] & has_positive[None, :])
+        reverse = block(t[p] @ q.T, is_column(me, n) | shared, query_kept)
+        loss = (loss + _rows(positive / o.temperature, [reverse], o.label_smoothing)) / 2
+
+    weight = torch.where(kept, torch.ones_like(loss) if o.weight is None else o.weight.to(loss.dtype), 0)
+    loss = torch.where(kept, loss, 0) * weight
+    if o.reduction == "mean":
+        loss = loss.sum() / torch.where(weight.sum() == 0, 1, weight.sum())
+    return (loss.sum() if o.reduction == "sum" else loss), stats
+
+
+def loss_lse(positive, blocks):
+    return torch.cat([positive[:, None], *(logits for logits, _ in blocks)], 1).logsumexp(1)
+
+
+def _rows(positive, blocks, smoothing):
+    logits = torch.cat([positive[:, None], *(logits for logits, _ in blocks)], 1)
+    lse = logits.logsumexp(1)
+    there = logits > float("-inf")
+    mean = torch.where(there, logits, 0).sum(1) / there.sum(1)
+    return lse - (1 - smoothing) * positive - smoothing * mean
+
+
+def _stats(positive, blocks, lse, kept) -> InfoNCEStats:
+    best = torch.cat([cos for _, cos in blocks], 1).amax(1).detach()
+    positive, count = positive.detach(), kept.sum().clamp(min=1)
+    having = kept & (best > float("-inf"))
+    return InfoNCEStats(
+        logsumexp=torch.where(kept, lse.detach(), 0).sum() / count,
+        accuracy=(kept & (positive > best)).to(positive.dtype).sum() / count,
+        positive_cosine=torch.where(kept, positive, 0).sum() / count,
+        hardest_negative_cosine=torch.where(having, best, 0).sum() / having.sum().clamp(min=1),
+        rows_masked=(~kept).to(positive.dtype).sum(),
+    )

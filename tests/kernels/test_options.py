@@ -1,0 +1,93 @@
+"""Every option, every pair and a sample of larger sets, against the dense definition in float64: value and gradients."""
+
+import pytest
+import torch
+from sampling import Case, random_sets, singles_and_pairs
+
+from contrastive_kernels import info_nce, info_nce_value_and_grad, operands, panels
+from contrastive_kernels.reference import info_nce_reference
+
+NAMES = ("query", "target", "hard_negatives", "temperature")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Batches this small would be one tile and one sub-panel: shrink both, so that every seam is crossed."""
+    monkeypatch.setattr(operands, "TILE_BYTES", 400)
+    monkeypatch.setattr(panels, "SUB_PANEL_BYTES", 700)
+
+
+def leaves(case, options):
+    """The differentiable tensors of a case, as leaves, and the options that hold them."""
+    out = {"query": case.query, "target": case.target}
+    for name in NAMES[2:]:
+        if isinstance(options.get(name), torch.Tensor):
+            out[name] = options[name]
+    out = {name: tensor.clone().requires_grad_() for name, tensor in out.items()}
+    return out, {**options, **{name: out[name] for name in NAMES[2:] if name in out}}
+
+
+def run(function, case, options, cotangent):
+    tensors, options = leaves(case, options)
+    loss = function(tensors["query"], tensors["target"], **options)
+    gradients = torch.autograd.grad((loss * cotangent[: loss.numel()].view(loss.shape)).sum(), list(tensors.values()), allow_unused=True)
+    # a gradient that is masked away may come as None or as zeros
+    return loss.detach(), {n: torch.zeros_like(tensors[n]) if g is None else g for n, g in zip(tensors, gradients)}
+
+
+def close(a, b, what, atol=1e-11):
+    scale = max(1.0, b.abs().max().item() if b.numel() else 0.0)
+    assert torch.isfinite(a).all(), f"{what}: not finite"
+    assert (a - b).abs().max() <= atol * scale if a.numel() else a.shape == b.shape, f"{what}: {(a - b).abs().max()} of {scale}"
+
+
+def agree(names, seed):
+    case = Case(seed)
+    options = case.options(names)
+    cotangent = 0.5 + torch.rand(case.n, generator=case.generator, dtype=torch.float64)
+    loss, gradients = run(info_nce, case, options, cotangent)
+    true_loss, true_gradients = run(info_nce_reference, case, options, cotangent)
+    close(loss, true_loss, "loss")
+    for name in true_gradients:
+        truth = torch.nan_to_num(true_gradients[name])
+        close(gradients[name], truth, f"d {name}", 1e-10)
+
+
+def test_every_option_and_pair():
+    for seed, names in enumerate(singles_and_pairs()):
+        try:
+            agree(names, seed)
+        except Exception as error:
+            raise AssertionError(f"options {names}, seed {seed}") from error
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_sets(block):
+    for seed, names in enumerate(random_sets(100, seed=block)):
+        try:
+            agree(names, seed)
+        except Exception as error:
+            raise AssertionError(f"options {names}, seed {seed}, block {block}") from error
+
+
+def test_value_and_grad_equals_autograd():
+    for seed, names in enumerate(random_sets(60, seed=9)):
+        if "none" in names:
+            continue
+        case = Case(seed)
+        options = case.options(names)
+        loss, gradients = run(info_nce, case, options, torch.ones(case.n, dtype=torch.float64))
+        result = info_nce_value_and_grad(case.query, case.target, return_stats=True, **options)
+        close(result.loss, loss, f"{names}")
+        for name, gradient in gradients.items():
+            close(getattr(result, "d_" + name), gradient, f"{names} {name}")
+
+
+def test_statistics():
+    for seed, names in enumerate(random_sets(60, seed=5)):
+        case = Case(seed)
+        options = case.options(names)
+        _, ours = info_nce(case.query, case.target, return_stats=True, **options)
+        _, truth = info_nce_reference(case.query, case.target, return_stats=True, **options)
+        for field in vars(truth):
+            close(getattr(ours, field), getattr(truth, field), f"{names} {field}")
