@@ -1,0 +1,123 @@
+"""What every kernel here shares: the interpreter's needs, the element types, and the mask of a tile of cosines.
+
+Legend of shapes, in all files of this folder: R rows (anchors), C columns (candidates), D width, L Matryoshka levels, T tiles.
+Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+# Read when a function is decorated, so it is a constant of this process.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+
+LOG2E = 1.4426950408889634
+NEGATIVE_INFINITY = float("-inf")
+
+TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 (truth under the interpreter), float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: what torch would do for its own float32 products, IEEE unless the user allowed tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in TRITON_DTYPE or (dtype == torch.float64 and not INTERPRET):
+        raise ValueError(f"{name}: expected bfloat16, float16 or float32 for the Triton kernels, got {dtype}; use backend='torch'")
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@triton.jit
+def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + x @ y. The interpreter's products of bfloat16 are garbage, so there (UPCAST) operands are widened first."""
+    if UPCAST:
+        b_x = b_x.to(b_acc.dtype)
+        b_y = b_y.to(b_acc.dtype)
+    return tl.dot(b_x, b_y, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
+
+
+@triton.jit
+def _narrow(b_x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Cast to the storage type, rounding to nearest even. The interpreter truncates to bfloat16: there the bits are rounded by hand."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        b_bits = b_x.to(tl.float32).to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        return b_bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def _grouped_tile(i_pid, tiles_r, tiles_c, GROUP: tl.constexpr):
+    """Programs walk GROUP row tiles before they move one column tile on, so that operand tiles are re-read from L2."""
+    per_group = GROUP * tiles_c
+    first = (i_pid // per_group) * GROUP
+    rows = tl.minimum(tiles_r - first, GROUP)
+    return first + (i_pid % per_group) % rows, (i_pid % per_group) // rows
+
+
+@triton.jit
+def _halves(b_tile):
+    """Left and right half of a tile; no data moves, since no layout of the tensor cores splits a row between its halves' warps."""
+    return tl.split(tl.permute(tl.reshape(b_tile, (b_tile.shape[0], 2, b_tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _slices(b_tile, SLICES: tl.constexpr):
+    """A tile as a tuple of 1, 2 or 4 slices of columns, left to right."""
+    if SLICES == 1:
+        return (b_tile,)
+    elif SLICES == 2:
+        return _halves(b_tile)
+    else:
+        b_low, b_high = _halves(b_tile)
+        return _halves(b_low) + _halves(b_high)
+
+
+@triton.jit
+def _drop(
+    b_cos, o_r, o_c, m_r, m_c, o_global, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
+    HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr, EVEN_C: tl.constexpr,
+):
+    """Cosines of a (rows, columns) tile with everything that is no negative set to -1e30: positive, false negatives, padding.
+
+    -1e30 and not -inf, since its exponential is 0 all the same and 0 * -1e30 stays 0. Each condition is a comparison and a select
+    on the spot: anding boolean tiles would pack and unpack predicate registers, three times the instructions.
+    o_r, o_c index the per-row and per-column vectors; o_global is the column's number as `positive` counts it.
+    """
+    if HAS_THRESHOLD:
+        # first, while the cosines are themselves; not-greater keeps a NaN in, to be seen in the loss
+        b_threshold = tl.load(p_threshold + o_r, mask=m_r, other=float("inf"))
+        b_cos = tl.where(b_cos > b_threshold[:, None], -1e30, b_cos)
+    if HAS_KEEP:
+        b_keep = tl.load(p_keep + o_c, mask=m_c, other=0)
+        b_cos = tl.minimum(b_cos, tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype)[None, :])
+    elif not EVEN_C:
+        b_cos = tl.minimum(b_cos, tl.where(m_c, 1e30, -1e30).to(b_cos.dtype)[None, :])
+    if HAS_POSITIVE:
+        # 32 bits are enough for a column's number and halve the comparisons
+        b_positive = tl.load(p_positive + o_r, mask=m_r, other=-1).to(tl.int32)
+        b_cos = tl.where(b_positive[:, None] == o_global.to(tl.int32)[None, :], -1e30, b_cos)
+    if IDS >= 1:
+        b_cos = _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c)
+    if IDS >= 2:
+        b_cos = _drop_same(b_cos, p_row_id2, p_col_id2, o_r, o_c, m_r, m_c)
+    return b_cos
+
+
+@triton.jit
+def _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c):
+    # the launchers' contract: a row whose id matches nothing comes with a number that no column bears
+    b_row = tl.load(p_row_id + o_r, mask=m_r, other=-0x7FFFFFFFFFFFFFFF)
+    b_col = tl.load(p_col_id + o_c, mask=m_c, other=-1)
+    return tl.where(b_row[:, None] == b_col[None, :], -1e30, b_cos)

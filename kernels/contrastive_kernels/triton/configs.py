@@ -1,0 +1,75 @@
+"""Tile shapes, few of them, keyed by architecture, element size and how much the epilogue has to hold.
+
+Each was chosen by compiling for the architecture and reading registers, spills and instructions (`python -m bench aot` prints
+them, tests/kernels/test_aot.py holds them): the accumulator of a tile takes BLOCK_R * BLOCK_C / (32 warps) registers a thread,
+128 at most, and the epilogue works in SLICES of columns so that its own values fit beside it. The last row of every table is
+the default for an architecture that is not listed; it fits in the 99 KiB of shared memory that any GPU since sm_80 has.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from contrastive_kernels.triton.common import INTERPRET
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_R x BLOCK_C outputs, BLOCK_K of the width at a time."""
+
+    block_r: int
+    block_c: int
+    block_k: int
+    warps: int
+    stages: int
+    slices: int = 1
+    group: int = 8
+
+    @property
+    def constants(self) -> dict:
+        return dict(BLOCK_R=self.block_r, BLOCK_C=self.block_c, BLOCK_K=self.block_k)
+
+    @property
+    def options(self) -> dict:
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
+    def __str__(self):
+        return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
+
+
+# (architecture, element size, rich epilogue) -> tile. Rich: ids, thresholds, column masks, column sums or several prefixes.
+EXP_PANEL = {
+    (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
+    (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
+    (90, 2, False): Tile(128, 256, 64, 8, 3, 4),
+    (90, 2, True): Tile(128, 128, 64, 8, 4, 4),
+    (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
+    (100, 2, True): Tile(128, 128, 64, 8, 3, 4),
+    (0, 2, False): Tile(128, 128, 32, 8, 3, 4),
+    (0, 2, True): Tile(128, 128, 32, 8, 3, 4),
+    (0, 4, False): Tile(128, 64, 32, 8, 3, 2),
+    (0, 4, True): Tile(128, 64, 32, 8, 3, 2),
+}
+INTERPRETED = Tile(64, 64, 64, 4, 1, 2)
+
+
+def architecture(device: torch.device) -> int:
+    """80, 90, 100 for CUDA devices (major * 10 + minor), 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def choose(table: dict, arch: int, *key) -> Tile:
+    """The entry of the newest listed architecture that is not newer than `arch` and of its major number, else the default."""
+    listed = [a for (a, *rest) in table if tuple(rest) == key and 0 < a <= arch and a // 10 == arch // 10]
+    return table[(max(listed, default=0), *key)]
+
+
+def exp_panel(arch: int, itemsize: int, rich: bool) -> Tile:
+    if INTERPRET:
+        return INTERPRETED
+    return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)

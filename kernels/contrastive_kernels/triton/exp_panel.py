@@ -1,0 +1,209 @@
+"""Logits product whose epilogue stores exponentials: E_ij = exp(k cos_ij - shift_i) over the kept negatives, 0 elsewhere.
+
+    cos_ij = x_i . y_j * row_scale_i * col_scale_j        k = 1/temperature (+ hardness)
+
+and, in the same pass, per row sum_j E_ij and max_j cos_ij (statistics, and the check that the fixed shift was safe), per column
+sum_i E_ij. The positive is left out of E, see DESIGN.md, "How it is computed". sum_j E_ij cos_ij, which the temperature's
+gradient needs, is x_i . (E Y)_i and costs nothing beyond the query's gradient, so it is not reduced here.
+
+FLOPs 2 R C D. Bytes: operands once from memory (re-read from L2), 2 R C written for 16-bit types, no float32 logits.
+Every program leaves its partial sums in its own place and a second, small sum adds them up in a fixed order: deterministic.
+Source: the design of this repository; the fixed shift is that of CLIP-style losses, bounded so that it cannot under- or overflow.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+from contrastive_kernels.triton import configs, work
+from contrastive_kernels.triton.common import (
+    INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
+)
+
+
+@triton.jit
+def _products(b_acc, p_bx, p_by, o_k, k_from, k_to, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + X[:, k_from:k_to] Y[:, k_from:k_to]^T"""
+    for k in range(k_from, k_to, BLOCK_K):
+        if EVEN_K:
+            b_x = tl.load(p_bx + k)
+            b_y = tl.load(p_by + k)
+        else:
+            b_x = tl.load(p_bx + k, mask=(k + o_k < k_to)[None, :], other=0.0)
+            b_y = tl.load(p_by + k, mask=(k + o_k < k_to)[:, None], other=0.0)
+        b_acc = _dot(b_x, b_y, b_acc, PRECISION, UPCAST)
+    return b_acc
+
+
+@triton.jit
+def _finish(
+    b_acc, i_r, i_c, level, levels, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
+    p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
+    R, C, stride_e, column_offset,
+    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr,
+    ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, EVEN_C: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr,
+):
+    """The epilogue: cosines of one tile and level -> E and partial sums in memory."""
+    ACC: tl.constexpr = b_acc.dtype
+    WIDTH: tl.constexpr = BLOCK_C // SLICES
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < R
+    tiles_r, tiles_c = tl.cdiv(R, BLOCK_R).to(tl.int64), tl.cdiv(C, BLOCK_C).to(tl.int64)
+    o_row = o_r + level * R
+    b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634  # exp(a) = exp2(a log2 e)
+    # a row that takes no part has shift +inf, which makes its exponentials 0 without a comparison
+    b_shift = tl.load(p_shift + o_row, mask=m_r, other=float("inf")).to(ACC) * 1.4426950408889634
+    b_sum = tl.zeros((BLOCK_R,), ACC)
+    b_max = tl.full((BLOCK_R,), -1e30, ACC)
+    # finished in slices of columns: with all of E alive beside the accumulator the registers would spill
+    b_slices = _slices(b_acc, SLICES)
+    for i_slice in tl.static_range(SLICES):
+        o_c = i_c * BLOCK_C + i_slice * WIDTH + tl.arange(0, WIDTH)
+        m_c = o_c < C
+        b_cos = b_slices[i_slice]
+        if HAS_SCALE:
+            b_cos = b_cos * tl.load(p_row_scale + o_row, mask=m_r, other=0.0)[:, None]
+            b_cos = b_cos * tl.load(p_col_scale + o_c + level * C, mask=m_c, other=0.0)[None, :]
+        b_cos = _drop(b_cos, o_r, o_c, m_r, m_c, o_c + column_offset, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
+                      p_threshold + level * R, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, EVEN_C)
+        b_e = tl.exp2(b_cos * b_k - b_shift[:, None])
+        p_be = p_e + o_row[:, None] * stride_e + o_c[None, :]
+        tl.store(p_be, _narrow(b_e, p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
+        b_sum += tl.sum(b_e, 1)
+        if ROW_MAX:
+            b_max = tl.maximum(b_max, tl.max(b_cos, 1))
+        if COL_SUM:
+            tl.store(p_col_part + (level * tiles_r + i_r) * C + o_c, tl.sum(b_e, 0), mask=m_c)
+    # partial results lie as (statistic, level, column tile, row): a row tile writes one contiguous piece
+    p_part = p_row_part + (level * tiles_c + i_c) * R + o_r
+    tl.store(p_part, b_sum, mask=m_r)
+    if ROW_MAX:
+        tl.store(p_part + levels * tiles_c * R, b_max, mask=m_r)
+
+
+@triton.jit
+def _exp_panel_kernel(
+    p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
+    p_row_part, p_col_part, p_levels, p_redo,
+    R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
+    PREFIXES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, REDO: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+):
+    i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+    if REDO:
+        # second launch for rows whose shift was unsafe: nearly every program leaves here
+        if tl.load(p_redo + i_r) == 0:
+            return
+    i_r, i_c = i_r.to(tl.int64), i_c.to(tl.int64)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_k = tl.arange(0, BLOCK_K)
+    # rows past the end read row 0 instead of being masked in the hot loop; the epilogue drops them
+    p_bx = p_x + tl.where(o_r < R, o_r, 0)[:, None] * stride_x + o_k[None, :]
+    p_by = p_y + tl.where(o_c < C, o_c, 0)[None, :] * stride_y + o_k[:, None]
+    b_acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    if PREFIXES:
+        # Matryoshka levels share one sweep: the accumulator of a prefix grows into that of the next
+        k_from = tl.load(p_levels) * 0
+        for level in range(levels):
+            k_to = tl.load(p_levels + level)
+            b_acc = _products(b_acc, p_bx, p_by, o_k, k_from, k_to, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+            k_from = k_to
+            _finish(b_acc, i_r, i_c, level, levels, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
+                    p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
+                    R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
+                    ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
+    else:
+        b_acc = _products(b_acc, p_bx, p_by, o_k, 0, D, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+        _finish(b_acc, i_r, i_c, 0, 1, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
+                p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
+                R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
+                ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
+
+
+@dataclass
+class ExpPanel:
+    """What one launch leaves behind; levels L is 1 unless prefixes were asked for.
+
+    Args:
+        e: (L, R, C) exponentials in the operands' dtype, the positive and everything dropped 0.
+        row_sum: (L, R) sums of a row of E before rounding, accumulator type.
+        row_max: (L, R) greatest kept cosine, -inf where there is none; None unless asked for.
+        col_sum: (L, C) sums of a column of E; None unless asked for.
+    """
+
+    e: torch.Tensor
+    row_sum: torch.Tensor
+    row_max: torch.Tensor | None
+    col_sum: torch.Tensor | None
+
+
+def exp_panel(
+    x, y, *, scale, shift, out=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
+    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, tile=None,
+) -> ExpPanel:
+    """E = exp(scale * cos - shift) of one panel of rows against all columns, with its sums.
+
+    Args:
+        x, y: (R, D), (C, D), one dtype: bfloat16, float16, float32 (float64 when interpreted). The width must be contiguous.
+        scale: float or 0-d tensor, 1 / temperature plus hardness. A tensor is read on the device, without a host sync.
+        shift: (R,) or (L, R), what is subtracted in the exponent; +inf takes a row out.
+        out: (L, R, C) buffer in the operands' dtype, whose last dimension is contiguous; made when None.
+        row_scale, col_scale: (L, R), (L, C) or without L: factors of the cosines, inverse norms; both or neither.
+        positive: (R,) int64, the column (counted from `column_offset`) that is left out; -1 for none.
+        ids: at most two pairs ((R,), (C,)) of int64; a column that bears its row's number is dropped. A row that is to match
+            nothing brings a number that no column has.
+        threshold: (R,) or (L, R) cosines above which a column is dropped. keep: (C,) bool, columns that are candidates.
+        row_max, col_sum: also reduce these.
+        levels: int32 tensor of L ascending prefix widths on the device, for Matryoshka; None is the whole width.
+        redo: (row tiles,) int32; tiles whose entry is 0 are left as they are.
+        tile: a `configs.Tile` instead of the table's.
+
+    Raises: ValueError for a dtype the kernels do not take. Numerics: products and sums in float32 (float64 for float64).
+    """
+    check_dtype("exp_panel", x.dtype)
+    rows, columns, width = len(x), len(y), x.shape[1]
+    acc = accumulator(x.dtype)
+    device = x.device
+    number = 1 if levels is None else len(levels)
+    rich = bool(ids) or threshold is not None or keep is not None or col_sum or levels is not None or row_scale is not None
+    tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich)
+    tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = y if y.stride(1) == 1 else y.contiguous()
+    if out is None:
+        out = torch.empty(number, rows, columns, dtype=x.dtype, device=device)
+    exponent = torch.as_tensor(scale, dtype=acc, device=device)
+    row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
+    col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
+    # Matryoshka prefixes end inside a block unless every one of them is a multiple of it, which the host does not know
+    even_k = width % tile.block_k == 0 and levels is None
+    (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
+    if rows and columns:
+        _exp_panel_kernel[(tiles_r * tiles_c,)](
+            x, y, out, exponent, shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
+            x if positive is None else positive, row_id, col_id, row_id2, col_id2, x if threshold is None else threshold,
+            x if keep is None else keep.view(torch.uint8), row_part, col_part, x if levels is None else levels, x if redo is None else redo,
+            rows, columns, width, x.stride(0), y.stride(0), out.stride(-2), column_offset, number,
+            PREFIXES=levels is not None, HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, IDS=len(ids),
+            HAS_THRESHOLD=threshold is not None, HAS_KEEP=keep is not None, ROW_MAX=row_max, COL_SUM=col_sum, REDO=redo is not None,
+            EVEN_K=even_k, EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
+            UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices, **tile.constants, **tile.options,
+        )
+    else:
+        row_part.zero_() if not columns else None
+    work.note(
+        "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
+        work.size(x, y), work.size(out, row_part) + (work.size(col_part) if col_sum else 0),
+    )
+    best = None
+    if row_max:
+        best = row_part[1].amax(1) if columns else torch.full((number, rows), -1e30, dtype=acc, device=device)
+        best = torch.where(best <= -1e29, float("-inf"), best)
+    return ExpPanel(out, row_part[0].sum(1), best, col_part.sum(1) if col_sum else None)
