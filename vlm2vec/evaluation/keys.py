@@ -62,11 +62,17 @@ def item_key(item, hashes, prompt=None):
 
     Raises: ValueError naming the file that cannot be read.
     """
+    if item.get("unreadable"):
+        raise ValueError(item["unreadable"])
     digest = _hash()
-    digest.update(json.dumps([prompt, item.get("text"), item.get("instruction"), sorted(item)]).encode())
+    text = item.get("text") or ""
+    given = [name for name in ("image", "images", "video", "videos") if name in item]
+    # a side that says "no image" feeds a marker in its text as an ordinary token; without a marker that changes nothing
+    marker_is_text = "<|" in text and bool(given) and not any(item[name] for name in given)
+    digest.update(json.dumps([prompt, text, item.get("instruction"), marker_is_text]).encode())
     for name in ("image", "images", "video", "videos"):
         value = item.get(name)
-        if value is None:
+        if value is None or value == "":
             continue
         visuals = value if isinstance(value, (list, tuple)) else [value]
         digest.update(f"{name} {len(visuals)}".encode())
@@ -93,41 +99,28 @@ def weights_digest(module):
     return digest.hexdigest()
 
 
-def _plain(value, depth=0):
-    """A JSON-able view of a processing object's settings: numbers, strings, and what they are nested in."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)) and depth < 4:
-        return [_plain(v, depth + 1) for v in value]
-    if isinstance(value, dict) and depth < 4:
-        return {str(k): _plain(v, depth + 1) for k, v in sorted(value.items(), key=lambda kv: str(kv[0]))}
-    return type(value).__name__
-
-
 def model_identity(model, **extra):
     """Everything a stored vector depends on besides the input, as a JSON-able dict.
 
-    A model may say it itself: `model.identity()` -> dict. Otherwise: class, weights' digest, dtype, and the settings of
-    its `processing` object (image limits, crops, positions) and of its `settings`.
+    A model may say it itself: `model.identity()` -> dict. Otherwise: family, digest of the weights, dtype, the family
+    options in force (image limits, crops, positions), the image processor's settings and the named prompts.
     """
     from vlm2vec import __version__
 
     if callable(getattr(model, "identity", None)):
         known = dict(model.identity())
     else:
-        known = {"class": type(model).__name__, "family": getattr(model, "family", None)}
-        known["family"] = _plain(known["family"])
-        if hasattr(model, "state_dict"):
-            known["weights"] = weights_digest(model)
-            parameter = next(iter(model.parameters()), None)
-            known["dtype"] = str(parameter.dtype) if parameter is not None else None
-        for name in ("processing", "settings", "options"):
-            value = getattr(model, name, None)
-            if isinstance(value, dict):
-                known[name] = _plain(value)
-            elif value is not None and hasattr(value, "__dict__"):
-                known[name] = _plain(vars(value))
-    return {**known, "vlm2vec": __version__, **extra}
+        processor = getattr(getattr(model, "processing", None), "image_processor", None)
+        known = {
+            "class": type(model).__name__,
+            "family": getattr(model, "family", None),
+            "weights": weights_digest(model) if hasattr(model, "state_dict") else None,
+            "dtype": str(getattr(model, "dtype", None)),
+            "options": getattr(model, "options", None),
+            "image_processor": processor.to_dict() if hasattr(processor, "to_dict") else None,
+            "prompts": getattr(model, "prompts", None),
+        }
+    return json.loads(json.dumps({**known, "vlm2vec": __version__, **extra}, sort_keys=True, default=str))
 
 
 def identity_digest(identity):

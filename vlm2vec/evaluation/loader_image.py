@@ -76,7 +76,7 @@ def _check(task, row, i):
         raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
 
 
-def load_mmeb(task, root, images, *, hub=False, protocol="v1"):
+def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
     """Read one MMEB image task.
 
     Args:

@@ -19,7 +19,7 @@ def load_task(task, root, media, **options):
     Args:
         task: a Task. root: folder of annotation folders (None with hub=True). media: image root, or the folder that
             holds video-tasks/ for videos.
-        options: hub (bool), protocol ("v1" or "v2").
+        options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked).
     """
     if task.loader not in LOADERS:
         raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")

@@ -61,7 +61,7 @@ def prepare(data, hashes, prompt=None):
             return None
 
     prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
-    visual = [i for i in data.queries + data.candidates if i.get("image") or i.get("video")]
+    visual = [i for i in data.queries + data.candidates if i.get("image") or i.get("video") or i.get("unreadable")]
     bad = [i for i in visual if id(i) in reasons]
     if bad and len(bad) > MISSING_SHARE * len(visual):
         raise ValueError(
@@ -186,7 +186,7 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
     hashes = ContentHashes()
     prepared = []
     for task in tasks:
-        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol)
+        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, cache=output / "media")
         loaded.media = str(media)
         prepared.append(prepare(loaded, hashes, options.prompt))
     items = {}
