@@ -1,0 +1,188 @@
+"""What a GPU needs for the pieces of the loss: primitives of the cost model in `dispatch.py`, and of `python -m bench aot`.
+
+Every time here is PREDICTED: floating point operations over an achieved rate, bytes over an achieved bandwidth, instructions of an
+epilogue over the issue rate. Nothing in this file needs a GPU, torch or Triton. Rates of a `Gpu` may be replaced by measured ones
+(`dataclasses.replace`). Units: seconds, bytes, FLOP (a multiply-add is two).
+
+    three bare GEMMs     3 * 2NMD / achieved
+    ours                 logits product with epilogue  +  E target  +  E^T query  +  accumulation of panels  +  row vectors
+
+Source: vendors' data sheets for peaks; achieved rates from DESIGN.md (H100 about 700 TFLOP/s and 3.0 TB/s, A100 250 and 1.8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    Args:
+        arch: compute capability times ten. sms, clock: multiprocessors, and Hz under load.
+        peak: dense bf16/fp16 FLOP/s of the data sheet. achieved: what the library's large GEMMs reach.
+        achieved_fp32: the same for float32 products (IEEE, no tensor cores). bandwidth: achieved bytes/s of memory.
+        l2_bandwidth: bytes/s from L2 to all multiprocessors. memory: bytes.
+        registers, shared, threads, blocks: limits of one multiprocessor. shared_block: shared memory one block may take.
+    """
+
+    name: str
+    arch: int
+    sms: int
+    clock: float
+    peak: float
+    achieved: float
+    achieved_fp32: float
+    bandwidth: float
+    l2_bandwidth: float
+    memory: float
+    shared: int
+    shared_block: int
+    registers: int = 65536
+    threads: int = 2048
+    blocks: int = 32
+
+    @property
+    def issue(self) -> float:
+        """Instructions of single lanes a second: four schedulers, 32 lanes each."""
+        return self.sms * self.clock * 128
+
+
+GIB = 1 << 30
+A100 = Gpu("a100", 80, 108, 1.30e9, 312e12, 250e12, 16e12, 1.8e12, 4.5e12, 80 * GIB, 167_936, 166_912)
+H100 = Gpu("h100", 90, 132, 1.60e9, 989e12, 700e12, 45e12, 3.0e12, 7.0e12, 80 * GIB, 233_472, 232_448)
+H200 = dataclasses.replace(H100, name="h200", bandwidth=4.3e12, memory=141 * GIB)
+B200 = Gpu("b200", 100, 148, 1.85e9, 2250e12, 1500e12, 60e12, 7.0e12, 12e12, 180 * GIB, 233_472, 232_448)
+GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
+
+# Assumptions that compilation cannot tell; `python -m bench gpu` prints what they are on the device at hand.
+TRITON_SHARE = 0.85  # main loop of a Triton product against the library's
+ISSUE_SHARE = 0.6  # instructions issued while an epilogue waits on shared memory and stores
+LAUNCH = 5e-6  # one kernel after another
+
+
+def for_arch(arch: int) -> Gpu:
+    """The GPU a compute capability (times ten) stands for; H100 where it is unknown and newer than sm_80."""
+    return {80: A100, 90: H100, 100: B200}.get(arch, A100 if arch < 90 else H100)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One kernel of a plan: what it does, and the seconds it is predicted to take."""
+
+    name: str
+    flops: float
+    read: float
+    written: float
+    seconds: float
+    times: int = 1
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+    def line(self) -> str:
+        return (
+            f"{self.times:>4} x {self.name:<28} {self.flops / 1e12:>9.3f} TFLOP {self.bytes / GIB:>8.3f} GiB "
+            f"{self.seconds * 1e3:>9.3f} ms each, {self.times * self.seconds * 1e3:>9.3f} ms"
+        )
+
+
+def bytes_seconds(gpu: Gpu, count: float) -> float:
+    return count / gpu.bandwidth
+
+
+def rate(gpu: Gpu, itemsize: int) -> float:
+    """FLOP/s of the library's products of 2-byte or 4-byte elements."""
+    return gpu.achieved if itemsize <= 2 else gpu.achieved_fp32
+
+
+def gemm(gpu: Gpu, m: int, n: int, k: int, *, itemsize: int, out_itemsize: int | None = None, accumulate: bool = False, name="gemm", times=1) -> Piece:
+    """(m, k) @ (k, n) by the library; `accumulate` reads and writes an existing output once more."""
+    out = (out_itemsize or itemsize) * m * n
+    read = itemsize * (m * k + k * n) + (out if accumulate else 0)
+    flops = 2 * m * n * k
+    seconds = max(flops / rate(gpu, itemsize), (read + out) / gpu.bandwidth)
+    return Piece(name, flops, read, out, seconds + LAUNCH, times)
+
+
+def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", times=1) -> Piece:
+    return Piece(name, 0, read, written, (read + written) / gpu.bandwidth + LAUNCH, times)
+
+
+# Instructions a thread issues after the main loop, per element of the tile: upper bounds held by tests/kernels/test_aot.py.
+EPILOGUE_INSTRUCTIONS = {80: 20.0, 90: 20.0, 100: 28.0}
+TILE = {80: (128, 256), 90: (128, 256), 100: (128, 256)}
+
+
+def exp_panel(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, times=1, instructions: float | None = None) -> Piece:
+    """Logits product with exponential epilogue: (rows, width) @ (width, columns), E written in the operands' type.
+
+    Main loop at TRITON_SHARE of the library's rate, or as fast as L2 feeds its tiles; the epilogue is added in full, as if
+    nothing of it hid behind another block's main loop.
+    """
+    flops = 2 * rows * columns * width
+    tile_r, tile_c = TILE.get(gpu.arch, (128, 256))
+    read = itemsize * width * (rows + columns)
+    # a row sum of every tile, float32
+    written = itemsize * rows * columns + 4 * rows * -(-columns // tile_c)
+    tiles = rows / tile_r * columns / tile_c
+    from_l2 = tiles * (tile_r + tile_c) * width * itemsize
+    loop = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
+    per_element = EPILOGUE_INSTRUCTIONS.get(gpu.arch, 28.0) if instructions is None else instructions
+    epilogue = rows * columns * per_element / (gpu.issue * ISSUE_SHARE)
+    return Piece("logits product, exp epilogue", flops, read, written, loop + epilogue + LAUNCH, times)
+
+
+def chunk_panel(gpu: Gpu, rows: int, columns: int, *, itemsize: int, times=1) -> Piece:
+    """Softmax over float32 logits in memory: read twice (the second time partly from L2, counted in full), written once."""
+    return elementwise(gpu, 8 * rows * columns, itemsize * rows * columns, name="softmax over float32 logits", times=times)
+
+
+def panels(gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, itemsize: int, path: str = "exp", d_query=True, d_target=True) -> list[Piece]:
+    """The pieces of one direction: n rows against `columns` candidates, in panels of `panel_rows` rows.
+
+    Args:
+        path: "exp" (exponentials from the product's epilogue) or "chunk" (float32 logits, then one kernel).
+    """
+    full, rest = divmod(n, panel_rows)
+    out: list[Piece] = []
+    for rows, times in ((panel_rows, full), (rest, 1 if rest else 0)):
+        if not times:
+            continue
+        if path == "exp":
+            out.append(exp_panel(gpu, rows, columns, width, itemsize=itemsize, times=times))
+        else:
+            out.append(gemm(gpu, rows, columns, width, itemsize=itemsize, out_itemsize=4, name="logits, float32", times=times))
+            out.append(chunk_panel(gpu, rows, columns, itemsize=itemsize, times=times))
+        if d_query:
+            out.append(gemm(gpu, rows, width, columns, itemsize=itemsize, out_itemsize=4, name="d_query = E target", times=times))
+            out.append(elementwise(gpu, 8 * rows * width, 4 * rows * width, name="row factors", times=times))
+        if d_target:
+            out.append(elementwise(gpu, itemsize * rows * width, itemsize * rows * width, name="scaled query", times=times))
+            whole = panel_rows >= n
+            out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=not whole, name="d_target += E^T query", times=times))
+    return out
+
+
+def seconds(pieces: list[Piece]) -> float:
+    return sum(p.seconds * p.times for p in pieces)
+
+
+def three_gemms(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> float:
+    """Seconds of the limit: logits, d_query and d_target as bare library products."""
+    return seconds(
+        [gemm(gpu, n, m, d, itemsize=itemsize), gemm(gpu, n, d, m, itemsize=itemsize), gemm(gpu, m, d, n, itemsize=itemsize)]
+    )
+
+
+def occupancy(gpu: Gpu, registers: int, shared: int, threads: int) -> tuple[int, float]:
+    """Blocks that fit on a multiprocessor, and the share of its threads that they fill."""
+    warps = -(-threads // 32)
+    # registers are handed out per warp in units of 256; a block keeps 1 KiB of shared memory for the system
+    by_registers = gpu.registers // (warps * (-(-registers * 32 // 256) * 256)) if registers else gpu.blocks
+    by_shared = gpu.shared // (shared + 1024)
+    blocks = max(0, min(gpu.blocks, gpu.threads // (warps * 32), by_registers, by_shared))
+    return blocks, blocks * warps * 32 / gpu.threads
