@@ -157,6 +157,12 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
+        """As transformers' own, under the hub's names: everything below `model.`."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = {k if k.startswith("model.") else f"model.{k}": v for k, v in state_dict.items()}
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
     def get_image_features(self, crops: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
         """(C, 3, crop, crop) pixels -> (V, D) image tokens, see `Phi3VImageEmbedding.forward`."""
         return self.vision_embed_tokens(crops, grids)
