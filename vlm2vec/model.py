@@ -1,11 +1,12 @@
 """`VLM2Vec`: one embedding model for any mix of text, images and video."""
 
 import os
+import warnings
 
 import torch
 from torch import nn
 
-from vlm2vec import encoding, loading, saving
+from vlm2vec import adapters, encoding, saving
 from vlm2vec.attention import choose_provider
 from vlm2vec.backbones import backbone_for
 from vlm2vec.packing import Features, PackedBatch
@@ -30,6 +31,7 @@ class VLM2Vec(nn.Module):
         self.source = source
         self.base_source = source
         self.revision: str | None = None
+        self.adapter_settings: dict | None = None
         self.prompts = {**backbone.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
         backbone.finish(model)
@@ -119,10 +121,14 @@ class VLM2Vec(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recompute layers in the backward pass (transformers' own switch; non-reentrant)."""
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6, the old name serves both
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model.gradient_checkpointing_disable()
 
     # -- encoding -------------------------------------------------------------------------------------------------------
 
@@ -162,6 +168,24 @@ class VLM2Vec(nn.Module):
 
     # -- saving ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder, merge: bool = False) -> None:
-        """Write weights (an adapter alone when there is one and `merge` is False), processor files and vlm2vec.json."""
-        saving.save(self, os.fspath(folder), merge=merge)
+    def save_pretrained(self, folder, merge: bool = False, state_dict: dict | None = None) -> None:
+        """Write weights (an adapter alone when there is one and `merge` is False), processor files and vlm2vec.json.
+
+        Args:
+            merge: fold the adapter in and write a full model, laid out as the family's hub checkpoints are.
+            state_dict: weights gathered from shards, under the names of `self.state_dict()`; default is the model's own.
+        """
+        state = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
+        saving.save(self, os.fspath(folder), merge=merge, state=state)
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, **lora) -> None:
+        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets (`vlm2vec.adapters.add`)."""
+        adapters.add(self, **lora)
+
+    def merge_adapter(self) -> "VLM2Vec":
+        """Fold the adapter into the weights, so that encoding costs what the base model costs."""
+        if adapters.has_adapter(self):
+            adapters.merge(self)
+        return self

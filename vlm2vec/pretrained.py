@@ -17,6 +17,9 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
         from vlm2vec import adapters
 
         weights = adapters.base_of(source, adapter, base)
+        loading.check_source(weights)
+        inherited = loading.read_json(weights, loading.SETTINGS) or {}
+        settings = {k: {**inherited.get(k, {}), **settings.get(k, {})} for k in ("options", "prompts")}
     elif base is not None:
         raise ValueError(f"base={base!r} was given, but {source} is not an adapter (it has no adapter_config.json); leave base out")
     raw = loading.read_json(weights, "config.json", **({} if adapter is not None else hub))
@@ -43,7 +46,7 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     model = cls(module, backbone, processing, attn=attn, source=source, prompts=settings.get("prompts"))
     model.base_source, model.revision = weights, revision
     if adapter is not None:
-        adapters.load(model, source, adapter)
+        adapters.load(model, source, adapter, **hub)
     if liger:
         from vlm2vec.quantization import apply_liger
 

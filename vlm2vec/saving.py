@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 
+from vlm2vec import adapters
 from vlm2vec.loading import SETTINGS
 
 
@@ -16,13 +18,13 @@ def settings_of(model) -> dict:
     return settings
 
 
-def save(model, folder: str, *, merge: bool) -> None:
+def save(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
     """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are made beside and moved one by one."""
     folder = os.path.abspath(folder)
     os.makedirs(folder, exist_ok=True)
     work = tempfile.mkdtemp(prefix=".saving-", dir=os.path.dirname(folder))
     try:
-        write_weights(model, work, merge=merge)
+        write_weights(model, work, merge=merge, state=state)
         model.processing.save(work)
         with open(os.path.join(work, SETTINGS), "w", encoding="utf-8") as f:
             json.dump(settings_of(model), f, indent=2, ensure_ascii=False)
@@ -36,15 +38,46 @@ def save(model, folder: str, *, merge: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_weights(model, folder: str, *, merge: bool) -> None:
-    """The module's weights in the hub's layout, config.json naming the class that transformers and vLLM expect."""
-    config = model.model.config
-    model.model.save_pretrained(folder)
+def hub_names(backbone, state: dict) -> dict:
+    """A module's state dict under the names that the hub's checkpoints of the family have (`Backbone.hub_names`)."""
+    named = {}
+    for name, value in state.items():
+        for pattern, replacement in backbone.hub_names:
+            renamed, hits = re.subn(pattern, replacement, name, count=1)
+            if hits:
+                name = renamed
+                break
+        named[name] = value
+    return named
+
+
+def write_weights(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
+    """Weights and config.json. With an adapter and merge=False only the adapter: the base stays where it is."""
+    if adapters.has_adapter(model) and not merge:
+        adapters.save(model, folder, state)
+        return
+    if state is None:
+        state = adapters.merged_state(model) if adapters.has_adapter(model) else model.model.state_dict()
+    write_state(hub_names(model.backbone, state), folder)
+    write_config(model, folder)
+
+
+def write_state(state: dict, folder: str) -> None:
+    """Safetensors shards of at most 5 GB with their index."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict({k: v.detach() for k, v in state.items()}, folder, max_shard_size="5GB", safe_serialization=True)
+
+
+def write_config(model, folder: str) -> None:
+    """config.json naming the class that transformers and vLLM expect for the family."""
+    model.model.config.save_pretrained(folder)
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as f:
         written = json.load(f)
-    if model.backbone.architecture:
-        written["architectures"] = [model.backbone.architecture]
+    written["architectures"] = [model.backbone.architecture or type(model.model).__name__]
+    written["dtype"] = str(model.dtype).removeprefix("torch.")
+    written.pop("quantization_config", None)
     with open(path, "w", encoding="utf-8") as f:
         json.dump(written, f, indent=2)
         f.write("\n")

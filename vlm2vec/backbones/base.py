@@ -237,6 +237,7 @@ class Backbone:
         packs: False for families whose layers carry state from token to token (recurrent, linear attention) or that see images
             bidirectionally: their samples leak into each other when packed, so they are padded inside `last_hidden`.
         adapter_renames: (pattern, replacement) pairs that bring older weight names to the module's own, tried in order.
+        hub_names: (pattern, replacement) pairs from the module's names to those of the hub's checkpoints, first match only.
         unused_keys: patterns of checkpoint names that the embedding model does not have, with the reason in a comment.
     """
 
@@ -244,6 +245,7 @@ class Backbone:
     processing_class: type[Processing] = Processing
     packs = True
     adapter_renames: list[tuple[str, str]] = []
+    hub_names: list[tuple[str, str]] = [(r"^", "model.")]
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
     prompts: dict[str, str] = {}  # named prompts; "query" and "document" are used by encode_query and encode_document

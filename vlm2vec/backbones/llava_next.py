@@ -157,6 +157,7 @@ class LlavaNext(Backbone):
         (r"^language_model\.model\.", "language_model."),
         (r"^vision_tower\.vision_model\.", "vision_tower."),
     ]
+    hub_names = [(r"^language_model\.", "language_model.model."), (r"^vision_tower\.", "vision_tower.vision_model.")]
     unused_keys = [r"^lm_head\.", r"^language_model\.lm_head\."]  # the embedding model has no language-model head
 
     def options_for(self, source, raw):

@@ -158,6 +158,7 @@ class Qwen2VL(Backbone):
         (r"^model\.language_model\.", "language_model."),
         (r"^model\.", "language_model."),
     ]
+    hub_names = [(r"^language_model\.", "model.")]
     merge = 2
 
     def finish(self, model):
