@@ -151,11 +151,11 @@ class LlavaNext(Backbone):
     name = "llava_next"
     processing_class = LlavaNextProcessing
     architecture = "LlavaNextForConditionalGeneration"
-    # The hub's names until transformers 4.52, in the merged checkpoint and in adapters.
+    # As transformers 5 writes them, as it wrote them until 4.52 (language_model.model.), and with CLIP's inner level.
     adapter_renames = [
-        (r"^model\.(vision_tower|multi_modal_projector|image_newline|language_model)", r"\1"),
-        (r"^language_model\.model\.", "language_model."),
-        (r"^vision_tower\.vision_model\.", "vision_tower."),
+        (r"^(?:model\.)?language_model\.(?:model\.)?", "language_model."),
+        (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
+        (r"^model\.", ""),
     ]
     hub_names = [(r"^language_model\.", "language_model.model."), (r"^vision_tower\.", "vision_tower.vision_model.")]
     unused_keys = [r"^lm_head\.", r"^language_model\.lm_head\."]  # the embedding model has no language-model head
