@@ -1,8 +1,10 @@
 """From a name or folder to a module with every weight accounted for."""
 
+import contextlib
 import json
 import os
 import re
+import sys
 
 import torch
 
@@ -37,6 +39,23 @@ def check_source(source: str) -> None:
         raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
 
 
+@contextlib.contextmanager
+def quiet():
+    """transformers' load report and progress bar are silenced: the keys are accounted for below, with an error where needed."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def has_processor(source: str) -> bool:
     """Whether a local folder holds tokenizer and image processor files; a hub name is taken at its word."""
     if not os.path.isdir(source):
@@ -58,7 +77,8 @@ def load_module(backbone, source: str, config, *, dtype, device, quantization=No
         kwargs["device_map"] = {"": device}
     cls = backbone.model_class(config)
     try:
-        model, info = cls.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+        with quiet():
+            model, info = cls.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **kwargs)
     except (RuntimeError, OSError) as e:
         raise ValueError(f"{source}: the weights cannot be loaded ({str(e).strip().splitlines()[0]})") from e
     unused = [re.compile(p) for p in backbone.unused_keys]

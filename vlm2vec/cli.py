@@ -1,0 +1,52 @@
+"""`vlm2vec embed | search | eval | mine | info`. An expected error is one line on stderr and exit code 2."""
+
+import argparse
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "embed": "embeddings of files or of a JSONL, written to a safetensors file",
+    "search": "the images of a folder, or a file of embeddings, that fit a text or an image best",
+    "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
+    "mine": "hard negatives for training data",
+    "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Only the chosen command's module is imported."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+        print("usage: vlm2vec COMMAND ...\n\n" + "\n".join(lines) + "\n\nvlm2vec COMMAND --help says more.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from vlm2vec import __version__
+
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"vlm2vec: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        command = import_module(f"vlm2vec.commands.{name}")
+        parser = argparse.ArgumentParser(prog=f"vlm2vec {name}", description=COMMANDS[name])
+        command.add_arguments(parser)
+        return command.run(parser.parse_args(argv[1:])) or 0
+    except ValueError as e:
+        print(f"vlm2vec {name}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("vlm2vec"):
+            raise
+        print(f"vlm2vec {name}: needs {e.name}; pip install 'vlm2vec[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vlm2vec {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

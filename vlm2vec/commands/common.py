@@ -1,0 +1,116 @@
+"""Arguments and file walking that several commands share."""
+
+import json
+import os
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+
+
+def add_model_arguments(parser) -> None:
+    parser.add_argument("--base", help="base model of a PEFT adapter, when its config names another")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+    parser.add_argument("--attn", default=None, help="auto, sdpa, flash_attn or varlen")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="an option of the family, e.g. --option positions=mrope --option num_crops=16; may be repeated")  # fmt: skip
+
+
+def parse_options(pairs: list[str]) -> dict:
+    """NAME=VALUE pairs; values are JSON where they can be, else text."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r}: expected NAME=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def load_model(name: str, args):
+    from vlm2vec import VLM2Vec
+
+    model = VLM2Vec.from_pretrained(
+        name, base=args.base, dtype=args.dtype, device=args.device, attn=args.attn, **parse_options(args.option)
+    )
+    return model.merge_adapter()
+
+
+def images_below(folder: str) -> list[str]:
+    """Image files in a folder and below it, in order of their paths."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder of images")
+    found = sorted(
+        os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(IMAGE_SUFFIXES)
+    )
+    if not found:
+        raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict]]:
+    """Keys and inputs of a JSONL: objects with text, image, video, instruction; "key" (or "id") names the row, else its number.
+
+    Relative media paths are taken from `root`, by default the file's own folder.
+    """
+    root = os.path.dirname(os.path.abspath(path)) if root is None else root
+    keys, inputs = [], []
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{path}, line {number}: not JSON ({e})") from e
+        if isinstance(row, str):
+            row = {"text": row}
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object with text, image, video or instruction")
+        row = dict(row)
+        key = row.pop("key", row.pop("id", None))
+        for kind in ("image", "images", "video", "videos"):
+            if row.get(kind):
+                row[kind] = _below(root, row[kind])
+        keys.append(str(number - 1) if key is None else str(key))
+        inputs.append(row)
+    if not inputs:
+        raise ValueError(f"{path}: no rows")
+    return keys, inputs
+
+
+def _below(root: str, value):
+    return [_below(root, v) for v in value] if isinstance(value, list) else os.path.join(root, value)
+
+
+def write_embeddings(path: str, embeddings, keys: list[str], about: dict) -> None:
+    """A safetensors file: tensor "embeddings" (N, D) float32, metadata "keys" (a JSON list) and what else is told."""
+    from safetensors.torch import save_file
+
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    part = path + ".part"
+    metadata = {"keys": json.dumps(keys), **{k: str(v) for k, v in about.items()}}
+    save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
+    os.replace(part, path)
+
+
+def read_embeddings(path: str):
+    """(embeddings (N, D), keys, metadata) of a file that `vlm2vec embed` wrote."""
+    from safetensors import safe_open
+
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; make it with vlm2vec embed")
+    try:
+        with safe_open(path, "pt") as f:
+            about = f.metadata() or {}
+            return f.get_tensor("embeddings"), json.loads(about["keys"]), about
+    except Exception as e:
+        raise ValueError(f"{path} is not a file of embeddings that vlm2vec embed wrote ({e})") from e

@@ -1,0 +1,65 @@
+"""`vlm2vec embed MODEL INPUT ... --output FILE`: images, videos, folders of images, texts or a JSONL to embeddings."""
+
+import os
+from pathlib import Path
+
+from vlm2vec.commands import common
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", help="checkpoint folder or hub name")
+    parser.add_argument("inputs", nargs="*", help="image or video files, folders of images, or .jsonl files (rows with text, image, video, key)")
+    parser.add_argument("--text", action="append", default=[], help="a text to embed; may be repeated")
+    parser.add_argument("--output", "-o", required=True, help="safetensors file to write")
+    parser.add_argument("--images", help="folder that relative paths in a JSONL are taken from (default: the JSONL's own)")
+    parser.add_argument("--prompt", default=None, help="text put in front of every input's text, or a prompt's name (query, document)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--truncate-dim", type=int, default=None, help="keep the first dimensions (Matryoshka models)")
+    common.add_model_arguments(parser)
+
+
+def collect(args) -> tuple[list[str], list]:
+    """Keys (path, JSONL key or the text itself) and inputs."""
+    keys, inputs = [], []
+    for path in args.inputs:
+        if path.lower().endswith(".jsonl"):
+            more_keys, more = common.read_jsonl(path, args.images)
+            keys += more_keys
+            inputs += more
+        elif os.path.isdir(path):
+            found = common.images_below(path)
+            keys += found
+            inputs += [Path(p) for p in found]
+        elif not os.path.isfile(path):
+            raise ValueError(f"{path}: no such file or folder; a text goes behind --text")
+        else:
+            keys.append(path)
+            inputs.append({"video": path} if path.lower().endswith(common.VIDEO_SUFFIXES) else Path(path))
+    keys += args.text
+    inputs += args.text
+    if not inputs:
+        raise ValueError("nothing to embed: name files, folders or a .jsonl, or give --text")
+    return keys, inputs
+
+
+def run(args) -> int:
+    if not args.output.endswith(".safetensors"):
+        raise ValueError(f"--output {args.output}: expected a name that ends in .safetensors")
+    keys, inputs = collect(args)
+    model = common.load_model(args.model, args)
+    try:
+        embeddings = model.encode(
+            inputs, prompt=args.prompt, batch_size=args.batch_size, truncate_dim=args.truncate_dim, convert_to_tensor=True
+        )
+    except ValueError as e:
+        raise ValueError(_named(str(e), keys)) from e
+    common.write_embeddings(args.output, embeddings, keys, {"model": args.model, "prompt": args.prompt or "", "normalized": True})
+    print(f"{args.output}: {embeddings.shape[0]} embeddings of {embeddings.shape[1]} dimensions")
+    return 0
+
+
+def _named(message: str, keys: list[str]) -> str:
+    """"input 3: ..." with the key of input 3 beside it."""
+    head, colon, rest = message.partition(":")
+    number = head.removeprefix("input ")
+    return f"{head} ({keys[int(number)]}):{rest}" if colon and number.isdigit() and int(number) < len(keys) else message

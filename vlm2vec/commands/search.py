@@ -1,0 +1,63 @@
+"""`vlm2vec search [MODEL] QUERY --images DIR`: the images that fit a text (or an image) best, with their scores."""
+
+import os
+from pathlib import Path
+
+from vlm2vec.commands import common
+
+QUICKSTART_MODEL = "quickstart/model"
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("words", nargs="+", metavar="[MODEL] QUERY",
+                        help=f"the query, a text or an image file; a model in front of it, default {QUICKSTART_MODEL}")  # fmt: skip
+    parser.add_argument("--model", help="the model, instead of naming it in front of the query")
+    parser.add_argument("--images", help="folder of images to search")
+    parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed wrote with the same model")
+    parser.add_argument("-k", type=int, default=5, help="how many to show (default 5)")
+    parser.add_argument("--prompt", default="query", help="prompt of the query: a name or the text itself")
+    parser.add_argument("--image-prompt", default="document", help="prompt of the images: a name or the text itself")
+    parser.add_argument("--batch-size", type=int, default=32)
+    common.add_model_arguments(parser)
+
+
+def _model_and_query(args) -> tuple[str, str]:
+    words = list(args.words)
+    if len(words) > 2 or (args.model and len(words) > 1):
+        raise ValueError(f"expected one query (quote it), got {len(words)} words: {' '.join(words)!r}")
+    if args.model or len(words) == 2:
+        return args.model or words[0], words[-1]
+    if not os.path.isdir(QUICKSTART_MODEL):
+        raise ValueError(f"no model named, and {QUICKSTART_MODEL} is not there; say vlm2vec search MODEL {words[0]!r} --images DIR")
+    return QUICKSTART_MODEL, words[0]
+
+
+def run(args) -> int:
+    from contrastive_kernels import topk_similarity
+
+    name, query = _model_and_query(args)
+    if (args.images is None) == (args.embeddings is None):
+        raise ValueError("give --images DIR or --embeddings FILE, one of them")
+    if args.k < 1:
+        raise ValueError(f"-k must be at least 1, got {args.k}")
+    paths = common.images_below(args.images) if args.images else None
+    stored = common.read_embeddings(args.embeddings) if args.embeddings else None
+    model = common.load_model(name, args)
+    prompts = {p: (model.prompts.get(p) if p in ("query", "document") else p) for p in (args.prompt, args.image_prompt)}
+    is_file = query.lower().endswith(common.IMAGE_SUFFIXES) and os.path.isfile(query)
+    vector = model.encode([Path(query) if is_file else query], prompt=prompts[args.prompt], convert_to_tensor=True)
+    if stored is not None:
+        targets, keys, _ = stored
+        if targets.shape[1] != vector.shape[1]:
+            raise ValueError(f"{args.embeddings} holds {targets.shape[1]} dimensions, the model makes {vector.shape[1]}; embed with the same model")
+        targets = targets.to(vector.device)
+    else:
+        keys = [os.path.relpath(p, args.images) for p in paths]
+        targets = model.encode(
+            [Path(p) for p in paths], prompt=prompts[args.image_prompt], batch_size=args.batch_size, convert_to_tensor=True
+        )
+    scores, index = topk_similarity(vector, targets, min(args.k, len(keys)))
+    print(f"{'rank':>4}  {'score':>7}  image")
+    for rank, (score, i) in enumerate(zip(scores[0].tolist(), index[0].tolist()), 1):
+        print(f"{rank:>4}  {score:>7.4f}  {keys[i]}")
+    return 0
