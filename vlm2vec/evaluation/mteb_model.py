@@ -1,0 +1,150 @@
+"""A VLM2Vec model inside mteb: `mteb.evaluate(MTEBEncoder("folder or name"), tasks)`.
+
+Queries get the task's instruction in the layout the model was trained with; text documents stay bare, image documents
+get "Represent the given image.", as MMEB's targets do. mteb itself is imported where it is needed only.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+
+IMAGE_DOCUMENT = "Represent the given image."
+FRAMES = 8
+
+
+class MTEBEncoder:
+    """mteb's EncoderProtocol around `vlm2vec.VLM2Vec`.
+
+    Args:
+        model_name: checkpoint folder, hub name, or a loaded VLM2Vec model.
+        revision: hub revision. device: as for `from_pretrained`.
+        instructions: {task name or task type: instruction, or {"query": .., "document": ..}}; it goes before the prompt in
+            mteb's own task metadata. use_instructions=False feeds everything bare.
+        batch_size: inputs per forward pass unless mteb says otherwise.
+        options: family options such as max_pixels, num_crops, positions.
+    """
+
+    def __init__(self, model_name, revision=None, *, device=None, instructions=None, use_instructions=True, batch_size=32, **options):
+        if not isinstance(model_name, (str, os.PathLike)):
+            self.model, self.name = model_name, getattr(model_name, "source", "") or "vlm2vec-model"
+        else:
+            from vlm2vec import VLM2Vec
+
+            self.model = VLM2Vec.from_pretrained(model_name, device=device, **({"revision": revision} if revision else {}), **options)
+            self.name = str(model_name)
+        self.revision = revision or "local"
+        self.instructions = instructions or {}
+        self.use_instructions = use_instructions
+        self.batch_size = batch_size
+
+    def instruction(self, task_metadata, prompt_type):
+        """The instruction for one side of a task, or ""."""
+        if not self.use_instructions:
+            return ""
+        side = getattr(prompt_type, "value", prompt_type) or "query"
+        for source in (self.instructions.get(task_metadata.name), self.instructions.get(task_metadata.type), task_metadata.prompt):
+            if isinstance(source, dict) and source.get(side):
+                return source[side]
+            if isinstance(source, str) and source and side == "query":
+                return source
+        return ""
+
+    def items(self, batch, instruction, is_document):
+        """Inputs of `VLM2Vec.encode` from one of mteb's batches ({"text": [..], "image": [..], "video": [..]})."""
+        columns = {name: batch[name] for name in ("text", "image", "video") if batch.get(name) is not None}
+        if not columns:
+            raise ValueError(f"expected a batch with text, image or video, got {', '.join(batch)}")
+        out = []
+        for row in zip(*columns.values()):
+            item = {name: value for name, value in zip(columns, row) if value is not None}
+            if "video" in item:
+                item["video"] = _frames(item["video"])
+            if not item.get("text", "x"):
+                # mteb marks an absent text by ""; alone it has no tokens, so it is fed as the reference feeds nothing
+                item["text"] = "" if len(item) > 1 else "  "
+            visual = "image" in item or "video" in item
+            said = instruction or (IMAGE_DOCUMENT if is_document and visual and self.use_instructions else "")
+            if said:
+                item["instruction"] = said
+            out.append(item)
+        return out
+
+    def encode(self, inputs, *, task_metadata, hf_split: str = "", hf_subset: str = "", prompt_type=None, **kwargs: Any):
+        """(N, D) float32 vectors for a DataLoader of mteb's batches."""
+        instruction = self.instruction(task_metadata, prompt_type)
+        is_document = getattr(prompt_type, "value", prompt_type) == "document"
+        if "video" in getattr(task_metadata, "modalities", ()) and hasattr(inputs, "collate_fn"):
+            from mteb.models.modality_collators import FramesCollator
+
+            inputs.collate_fn = FramesCollator(num_frames=FRAMES)
+        size = kwargs.get("batch_size") or self.batch_size
+        show = bool(kwargs.get("show_progress_bar", False))
+        vectors = [
+            self.model.encode(self.items(batch, instruction, is_document), batch_size=size, show_progress_bar=show) for batch in inputs
+        ]
+        if not vectors:
+            return np.zeros((0, getattr(self.model, "embedding_dim", 0)), dtype=np.float32)
+        return np.concatenate([np.asarray(v, dtype=np.float32) for v in vectors])
+
+    def similarity(self, embeddings1, embeddings2):
+        """Cosine similarity, (N, M)."""
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1, embeddings2):
+        """Cosine similarity of row pairs, (N,)."""
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(embeddings1, embeddings2)
+
+    @property
+    def mteb_model_meta(self):
+        """mteb.ModelMeta of the loaded model."""
+        return model_meta(self)
+
+
+def _frames(video):
+    """PIL frames from mteb's (T, C, H, W) tensor; lists are passed on."""
+    if not hasattr(video, "ndim"):
+        return list(video)
+    from PIL import Image
+
+    array = np.asarray(video)
+    array = array.transpose(0, 2, 3, 1) if array.shape[1] == 3 else array
+    if array.dtype != np.uint8:
+        array = (array * 255 if array.max(initial=0) <= 1 else array).clip(0, 255).round().astype(np.uint8)
+    return [Image.fromarray(frame) for frame in array]
+
+
+def model_meta(encoder):
+    """ModelMeta: name "organisation/model", size, modalities, width; mteb asks for a slash in the name."""
+    from mteb.models import ModelMeta
+
+    name = encoder.name.rstrip("/")
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    name = "/".join(parts[-2:]) if len(parts) > 1 else f"local/{parts[0] if parts else 'model'}"
+    model = encoder.model
+    count = sum(p.numel() for p in model.parameters()) if hasattr(model, "parameters") else None
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20 if count else None
+    return ModelMeta(
+        loader=MTEBEncoder,
+        name=name,
+        revision=encoder.revision,
+        release_date=None,
+        languages=None,
+        n_parameters=count,
+        memory_usage_mb=size,
+        max_tokens=None,
+        embed_dim=getattr(model, "embedding_dim", None),
+        license=None,
+        open_weights=True,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch", "Transformers"],
+        similarity_fn_name="cosine",
+        use_instructions=encoder.use_instructions,
+        training_datasets=None,
+        modalities=["text", "image", "video"],
+    )
