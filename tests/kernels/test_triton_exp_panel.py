@@ -102,8 +102,8 @@ def test_low_precision_stays_within_twice_eager(dtype):
 
 
 def test_prefixes_in_one_sweep():
-    rows, columns, dims = 33, 40, (24, 40, 72)
-    x, y = unit(rows, 72), unit(columns, 72)
+    rows, columns, dims = 33, 40, (32, 64, 96)
+    x, y = unit(rows, 96), unit(columns, 96)
     inverse = lambda m: torch.stack([1 / m[:, :d].norm(dim=1) for d in dims])  # noqa: E731
     row_scale, col_scale = inverse(x), inverse(y)
     shift = torch.zeros(3, rows, dtype=torch.float64, device=DEVICE)

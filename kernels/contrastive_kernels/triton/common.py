@@ -38,6 +38,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def whole_blocks(matrix: torch.Tensor, block: int) -> torch.Tensor:
+    """The matrix with a contiguous width that is a multiple of `block`, zeros appended; a copy only where it has to be.
+
+    The hot loops have no masks and load 16 bytes a thread, which a ragged width forbids. Widths of real models are multiples.
+    """
+    rest = -matrix.shape[1] % block
+    if rest:
+        return torch.nn.functional.pad(matrix, (0, rest))
+    aligned = matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return matrix if aligned else matrix.contiguous()
+
+
 @triton.jit
 def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + x @ y. The interpreter's products of bfloat16 are garbage, so there (UPCAST) operands are widened first."""
@@ -74,14 +86,14 @@ def _halves(b_tile):
 
 @triton.jit
 def _slices(b_tile, SLICES: tl.constexpr):
-    """A tile as a tuple of 1, 2 or 4 slices of columns, left to right."""
+    """A tile as a tuple of 1, 2, 4 or 8 slices of columns, left to right."""
     if SLICES == 1:
         return (b_tile,)
     elif SLICES == 2:
         return _halves(b_tile)
     else:
         b_low, b_high = _halves(b_tile)
-        return _halves(b_low) + _halves(b_high)
+        return _slices(b_low, SLICES // 2) + _slices(b_high, SLICES // 2)
 
 
 @triton.jit

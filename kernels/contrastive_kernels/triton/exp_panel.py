@@ -21,20 +21,15 @@ import triton.language as tl
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
+    whole_blocks,
 )
 
 
 @triton.jit
-def _products(b_acc, p_bx, p_by, o_k, k_from, k_to, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + X[:, k_from:k_to] Y[:, k_from:k_to]^T"""
+def _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + X[:, k_from:k_to] Y[:, k_from:k_to]^T, both bounds multiples of BLOCK_K."""
     for k in range(k_from, k_to, BLOCK_K):
-        if EVEN_K:
-            b_x = tl.load(p_bx + k)
-            b_y = tl.load(p_by + k)
-        else:
-            b_x = tl.load(p_bx + k, mask=(k + o_k < k_to)[None, :], other=0.0)
-            b_y = tl.load(p_by + k, mask=(k + o_k < k_to)[:, None], other=0.0)
-        b_acc = _dot(b_x, b_y, b_acc, PRECISION, UPCAST)
+        b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION, UPCAST)
     return b_acc
 
 
@@ -92,7 +87,7 @@ def _exp_panel_kernel(
     R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
     PREFIXES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
     HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, REDO: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):
     i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
@@ -106,21 +101,21 @@ def _exp_panel_kernel(
     o_k = tl.arange(0, BLOCK_K)
     # rows past the end read row 0 instead of being masked in the hot loop; the epilogue drops them
     p_bx = p_x + tl.where(o_r < R, o_r, 0)[:, None] * stride_x + o_k[None, :]
-    p_by = p_y + tl.where(o_c < C, o_c, 0)[None, :] * stride_y + o_k[:, None]
+    p_by = p_y + tl.where(o_c < C, o_c, 0)[:, None] * stride_y + o_k[None, :]
     b_acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     if PREFIXES:
         # Matryoshka levels share one sweep: the accumulator of a prefix grows into that of the next
         k_from = tl.load(p_levels) * 0
         for level in range(levels):
             k_to = tl.load(p_levels + level)
-            b_acc = _products(b_acc, p_bx, p_by, o_k, k_from, k_to, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+            b_acc = _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K, PRECISION, UPCAST)
             k_from = k_to
             _finish(b_acc, i_r, i_c, level, levels, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
                     p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
                     R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
                     ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
     else:
-        b_acc = _products(b_acc, p_bx, p_by, o_k, 0, D, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+        b_acc = _products(b_acc, p_bx, p_by, 0, D, BLOCK_K, PRECISION, UPCAST)
         _finish(b_acc, i_r, i_c, 0, 1, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
                 p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
                 R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
@@ -161,7 +156,8 @@ def exp_panel(
             nothing brings a number that no column has.
         threshold: (R,) or (L, R) cosines above which a column is dropped. keep: (C,) bool, columns that are candidates.
         row_max, col_sum: also reduce these.
-        levels: int32 tensor of L ascending prefix widths on the device, for Matryoshka; None is the whole width.
+        levels: int32 tensor of L ascending prefix widths on the device, for Matryoshka, each a multiple of the tile's block_k
+            (the last may be D); None is the whole width.
         redo: (row tiles,) int32; tiles whose entry is 0 are left as they are.
         tile: a `configs.Tile` instead of the table's.
 
@@ -175,15 +171,13 @@ def exp_panel(
     rich = bool(ids) or threshold is not None or keep is not None or col_sum or levels is not None or row_scale is not None
     tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = y if y.stride(1) == 1 else y.contiguous()
+    x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
+    width = x.shape[1]
     if out is None:
         out = torch.empty(number, rows, columns, dtype=x.dtype, device=device)
     exponent = torch.as_tensor(scale, dtype=acc, device=device)
     row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
     col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
-    # Matryoshka prefixes end inside a block unless every one of them is a multiple of it, which the host does not know
-    even_k = width % tile.block_k == 0 and levels is None
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
     if rows and columns:
         _exp_panel_kernel[(tiles_r * tiles_c,)](
@@ -193,7 +187,7 @@ def exp_panel(
             rows, columns, width, x.stride(0), y.stride(0), out.stride(-2), column_offset, number,
             PREFIXES=levels is not None, HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, IDS=len(ids),
             HAS_THRESHOLD=threshold is not None, HAS_KEEP=keep is not None, ROW_MAX=row_max, COL_SUM=col_sum, REDO=redo is not None,
-            EVEN_K=even_k, EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
+            EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
             UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices, **tile.constants, **tile.options,
         )
     else:

@@ -1,0 +1,112 @@
+"""Kernels compiled for GPUs that are not there: registers, spills, shared memory, occupancy, the hot loop, predicted times.
+
+    python -m bench aot [--arch 80 90 100] [--csv FILE] [--markdown FILE]
+
+Nothing is executed, so times are predictions; how each comes about stands in contrastive_kernels/roofline.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from contrastive_kernels import roofline
+
+ARCHITECTURES = (80, 90, 100)
+ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = (768, 1536, 2048, 3072, 3584, 4096)
+
+
+def compile_all(architectures=ARCHITECTURES, processes: int = 2) -> list[dict]:
+    """Rows of `bench.aot_compile` for every architecture, built by `processes` children that do not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH")]))
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    out = []
+    for arch in architectures:
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-m", "bench.aot_compile", str(arch), str(first), str(processes)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            )
+            for first in range(processes)
+        ]
+        for child in children:
+            printed, error = child.communicate()
+            if child.returncode:
+                raise RuntimeError(f"compiling for sm_{arch} failed:\n{error[-4000:]}")
+            out += [json.loads(line) for line in printed.splitlines()]
+    return out
+
+
+def verdict(row: dict) -> list[str]:
+    """What is wrong with a compiled kernel; empty when nothing is."""
+    wrong = []
+    if row["spills"]:
+        wrong.append(f"{row['spills']} spills")
+    if row["shared"] > row["shared_limit"]:
+        wrong.append(f"shared memory {row['shared']} over {row['shared_limit']}")
+    if row["dot"] and not row["loop_tensor"]:
+        wrong.append("no tensor-core instruction in the hot loop")
+    if row["narrow_loads"]:
+        wrong.append(f"{len(row['narrow_loads'])} copies of less than 16 bytes in the hot loop")
+    if row["blocks_per_sm"] < 1:
+        wrong.append("no block fits on a multiprocessor")
+    return wrong
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, one line a kernel and architecture."""
+    lines = [
+        "| arch | kernel | tile | registers | spills | shared KiB | blocks/SM | occupancy | hot loop | epilogue instr. | verdict |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|--:|---|",
+    ]
+    for row in rows:
+        tile = "x".join(str(row[k]) for k in ("block_r", "block_c", "block_k", "block_d") if k in row) + f" w{row['warps']} s{row['stages']}"
+        loop = " ".join(f"{v} {k}" for k, v in list(row["loop"].items())[:4])
+        lines.append(
+            f"| {row['arch']} | {row['case']} | {tile} | {row['registers']} | {row['spills']} | {row['shared'] / 1024:.0f} | "
+            f"{row['blocks_per_sm']} | {row['occupancy']:.0%} | {loop} | {row['epilogue']} | {'; '.join(verdict(row)) or 'good'} |"
+        )
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    part = path.with_suffix(path.suffix + ".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities times ten")
+    parser.add_argument("--csv", type=Path, default=ROOT / "bench/results/aot.csv", help="where the table is written")
+    parser.add_argument("--processes", type=int, default=2)
+
+
+def run(args) -> int:
+    rows = compile_all(args.arch, args.processes)
+    print(table(rows))
+    write_csv(args.csv, rows)
+    bad = [row for row in rows if verdict(row)]
+    print(f"\n{len(rows)} kernels compiled, {len(bad)} with a fault; written to {args.csv}")
+    return 1 if bad else 0
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

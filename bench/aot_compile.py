@@ -1,0 +1,151 @@
+"""Compiles the kernels for GPUs that are not there: launches are caught where the launchers make them, then built for a target.
+
+    python -m bench.aot_compile ARCH FIRST STEP > rows.json     one process of the pool of `bench.aot`
+
+Must run without TRITON_INTERPRET. The launchers see CPU tensors and are told the architecture, so that tile, flags, types and
+strides are those of a real launch, not a second list of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bench import sass
+from contrastive_kernels import roofline
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8", torch.bool: "u1",
+}
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+@dataclass
+class Caught:
+    """One launch: the function, what it was called with by name, its launch options and its grid."""
+
+    function: JITFunction
+    arguments: dict
+    options: dict
+    grid: tuple
+
+
+@contextlib.contextmanager
+def caught_launches():
+    """Instead of launching, note the launches made inside the block."""
+    launches: list[Caught] = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        named = dict(zip(self.arg_names, args)) | kwargs
+        launches.append(Caught(self, named, options, grid if isinstance(grid, tuple) else grid(named)))
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def source(launch: Caught) -> ASTSource:
+    """Signature, constants and alignment as the run-time specialisation would find them."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.function.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value == 1 and not isinstance(value, float):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = 1
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_for(launch: Caught, arch: int):
+    return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options={**launch.options, "enable_fp_fusion": True})
+
+
+def analyse(kernel, arch: int, threads: int) -> dict:
+    """Registers, spills, shared memory, occupancy and the hot loop of a compiled kernel."""
+    gpu = roofline.for_arch(arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+        text = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    registers = int((usage.stdout + usage.stderr).split("REG:")[1].split()[0])
+    code = sass.parse(text)
+    everything = code.count()
+    loop = code.hot_loop()
+    inside = code.count(*loop) if loop else {}
+    after = code.count(loop[1] + 1) if loop else everything
+    blocks, share = roofline.occupancy(gpu, registers, kernel.metadata.shared, threads)
+    return {
+        "registers": registers,
+        "spills": everything["LDL"] + everything["STL"],
+        "shared": kernel.metadata.shared,
+        "shared_limit": gpu.shared_block,
+        "blocks_per_sm": blocks,
+        "occupancy": round(share, 3),
+        "tensor": {name: everything[name] for name in sass.TENSOR if everything[name]},
+        "loop_tensor": sum(inside.get(name, 0) for name in sass.TENSOR),
+        "loop": {name: inside[name] for name in sorted(inside, key=lambda n: -inside[n])},
+        "narrow_loads": code.narrow_loads(*loop) if loop else [],
+        "wide_stores": sum(i.name == "STG" and ".128" in i.full or i.name == "UTMASTG" for i in code.instructions),
+        "instructions": sum(everything.values()),
+        "epilogue": sum(after.values()),
+        "exponentials": everything["MUFU"],
+    }
+
+
+def rows(arch: int, first: int = 0, step: int = 1):
+    """Compile every `step`-th distinct launch from `first` on, and describe it."""
+    from bench.aot_launches import launches
+
+    for number, (name, launch, has_dot) in enumerate(launches(arch)):
+        if number % step != first:
+            continue
+        kernel = compile_for(launch, arch)
+        threads = 32 * launch.options.get("num_warps", 4)
+        constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
+        block = constants.get("BLOCK_R", 1) * constants.get("BLOCK_C", 1)
+        row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]))
+        row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK")}
+        yield row | analyse(kernel, arch, threads)
+
+
+def main() -> int:
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("bench.aot_compile: TRITON_INTERPRET is set; it turns compilation off, unset it", file=sys.stderr)
+        return 2
+    arch, first, step = map(int, sys.argv[1:4])
+    for row in rows(arch, first, step):
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

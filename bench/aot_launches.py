@@ -1,0 +1,68 @@
+"""Every kernel in every configuration that the launchers can choose, as launches on tensors of realistic strides.
+
+A tile is chosen by architecture, element size and richness of the epilogue; flags that only add comparisons are compiled alone
+once and all together once, since together is where registers run out.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from bench.aot_compile import Caught, caught_launches
+
+R, C, D = 512, 1024, 1536  # multiples of every block; ODD is none
+ODD_R, ODD_C, ODD_D = 500, 1003, 1544
+
+
+def matrix(rows, width, dtype):
+    return torch.zeros(rows, width, dtype=dtype)
+
+
+def _exp_panel(dtype):
+    from contrastive_kernels.triton.exp_panel import exp_panel
+
+    def run(rows=R, columns=C, width=D, **options):
+        exp_panel(matrix(rows, width, dtype), matrix(columns, width, dtype), scale=50.0, shift=torch.zeros(rows), **options)
+
+    positive, ids = torch.zeros(R, dtype=torch.int64), (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
+    threshold, keep = torch.zeros(R), torch.ones(C, dtype=torch.bool)
+    scales = dict(row_scale=torch.ones(R), col_scale=torch.ones(C))
+    yield "plain", lambda: run(positive=positive)
+    if dtype != torch.bfloat16:
+        return
+    yield "stats", lambda: run(positive=positive, row_max=True)
+    yield "redo", lambda: run(positive=positive, row_max=True, redo=torch.ones(64, dtype=torch.int32))
+    yield "odd", lambda: run(ODD_R, ODD_C, ODD_D, positive=positive, row_max=True)
+    yield "symmetric", lambda: run(positive=positive, row_max=True, col_sum=True)
+    yield "normalize", lambda: run(positive=positive, row_max=True, **scales)
+    everything = dict(positive=positive, ids=(ids, ids), threshold=threshold, keep=keep, row_max=True, col_sum=True)
+    yield "all", lambda: run(**everything, **scales)
+    yield "all, odd", lambda: run(ODD_R, ODD_C, ODD_D, **everything, **scales)
+    yield "prefixes", lambda: run(positive=positive, levels=torch.tensor([256, 512, D], dtype=torch.int32), row_max=True, **{k: v.repeat(3, 1) for k, v in scales.items()})
+
+
+def _families():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield "exp panel", dtype, _exp_panel(dtype)
+
+
+def launches(arch: int) -> list[tuple[str, Caught, bool]]:
+    """(case, launch, whether it multiplies 2-byte elements) for one architecture, equal ones once."""
+    out, seen = [], set()
+    with mock.patch("contrastive_kernels.triton.configs.architecture", lambda device: arch):
+        for family, dtype, cases in _families():
+            for case, make in cases:
+                with caught_launches() as caught:
+                    make()
+                for launch in caught:
+                    key = (launch.function.fn.__name__, *(
+                        (k, str(v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()
+                    ))
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    has_dot = dtype.itemsize == 2 and "BLOCK_K" in launch.arguments
+                    out.append((f"{family}, {case}, {str(dtype)[6:]}", launch, has_dot))
+    return out

@@ -1,0 +1,80 @@
+"""Last-token gather and normalisation, against float64 and through autograd."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from contrastive_kernels.triton.pool import last_token_index, pool_backward, pool_forward  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def masks():
+    right = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    return {"right": right, "left": right.flip(1), "bool": right.bool(), "none": torch.zeros(3, 4, dtype=torch.int32), "transposed": right.T.contiguous().T}
+
+
+@pytest.mark.parametrize("name", masks())
+def test_index_of_either_padding_side(name):
+    mask = masks()[name].to(DEVICE)
+    places = torch.where(mask != 0, torch.arange(4, device=DEVICE), -1).amax(1)
+    expected = torch.where(places < 0, -1, places + 4 * torch.arange(3, device=DEVICE))
+    assert torch.equal(last_token_index(attention_mask=mask), expected)
+
+
+def test_index_of_long_and_packed_sequences():
+    mask = torch.zeros(2, 2500, dtype=torch.int64, device=DEVICE)  # longer than two blocks
+    mask[0, :1500], mask[1, 2499] = 1, 1
+    assert last_token_index(attention_mask=mask).tolist() == [1499, 4999]
+    cu_seqlens = torch.tensor([0, 3, 3, 10], dtype=torch.int32, device=DEVICE)  # the second sequence is empty
+    assert last_token_index(cu_seqlens=cu_seqlens).tolist() == [2, -1, 9]
+
+
+class Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, index, normalize):
+        out, inverse = pool_forward(hidden, index, normalize=normalize)
+        ctx.save_for_backward(hidden, index, inverse)
+        ctx.normalize = normalize
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, index, inverse = ctx.saved_tensors
+        rows = pool_backward(grad, hidden, index, inverse, normalize=ctx.normalize)
+        there = index >= 0
+        flat = torch.zeros_like(hidden).view(-1, hidden.shape[-1])
+        return flat.index_copy_(0, index[there], rows[there]).view_as(hidden), None, None
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck(normalize):
+    hidden = torch.randn(3, 5, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    index = torch.tensor([4, -1, 11], device=DEVICE)
+    assert torch.autograd.gradcheck(lambda h: Pool.apply(h, index, normalize), (hidden,))
+
+
+# width 1; odd; one above the block; a real model's, in every storage type
+@pytest.mark.parametrize("dtype, width", [(torch.float64, 1), (torch.float32, 33), (torch.float32, 1025), (torch.bfloat16, 1536), (torch.float16, 64)])
+def test_against_float64(dtype, width):
+    hidden = torch.randn(40, width, device=DEVICE).to(dtype)[::2]  # strided rows
+    hidden[3] = 0  # no direction
+    index = torch.tensor([0, 3, 19, -1], device=DEVICE)
+    grad = torch.randn(4, width, device=DEVICE).to(dtype)
+    out, inverse = pool_forward(hidden, index)
+    rows = pool_backward(grad, hidden, index, inverse)
+    picked = hidden[index.clamp(min=0)].double() * (index >= 0)[:, None]
+    norm = picked.norm(dim=1, keepdim=True)
+    unit = picked / norm.clamp(min=1e-12)
+    truth = torch.where(norm > 0, (grad.double() - (grad.double() * unit).sum(1, keepdim=True) * unit) / norm.clamp(min=1e-12), 0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), unit, rtol=eps, atol=eps * 1e-2)
+    torch.testing.assert_close(rows.double(), truth, rtol=2 * eps, atol=4 * eps * (grad.double() / norm.clamp(min=1e-12))[norm[:, 0] > 0].abs().max().item())
+    assert not out[1].any() and not out[3].any() and not rows[1].any() and not rows[3].any()
+
+
+def test_empty_batch():
+    hidden = torch.randn(0, 4, device=DEVICE)
+    out, _ = pool_forward(hidden, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    assert out.shape == (0, 4)
