@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.base import Backbone, Processing, Visual
@@ -165,7 +166,11 @@ class LlavaNext(Backbone):
         return {"resolution": "high"} if source.rstrip("/").lower().endswith("tiger-lab/vlm2vec-llava-next") else {}
 
     def vision_tower(self, model):
-        return model.vision_tower
+        # All that `vision` runs. Frozen features are kept from one pass to the next, so freezing the tower alone would leave
+        # a projector that is said to train and never does.
+        side = nn.Module()
+        side.tower, side.projector, side.newline = model.vision_tower, model.multi_modal_projector, model.image_newline
+        return side
 
     def vision(self, model, packed):
         v = packed.vision
