@@ -236,6 +236,8 @@ def _attention_interface(module, query, key, value, attention_mask, scaling=None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(segments, tuple):  # a tower with windowed and full layers: the layer says which by its boundaries
+        segments = next(s for s in segments if s.cu_seqlens is kwargs["cu_seq_lens_q"])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     window = kwargs.get("sliding_window")
     out = packed_attention(q, k, v, segments, scale=scaling, dropout=dropout, window=window)

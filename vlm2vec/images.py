@@ -83,16 +83,22 @@ def open_image(x, *, max_pixels: int = MAX_PIXELS):
             image.fp = None  # the pixels are loaded; the file handle is not needed any more
 
 
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, reference_edges: bool = True
+) -> tuple[int, int]:
     """Qwen's target size as the V2 reference computes it: multiples of `factor`, area within the limits.
 
     A side below `factor` or an aspect ratio above 200 makes a square of the longer side. Where the reference would give a side
-    of 0 (a strip under a small `max_pixels`) and fail, this gives `factor`.
+    of 0 (a strip under a small `max_pixels`) and fail, this gives `factor`. With reference_edges=False (families that the
+    reference did not train) no squares are made, and an aspect ratio above 200 is an error.
 
     Returns:
         (height, width)
     """
-    if min(height, width) < factor or max(height, width) > 200 * min(height, width):
+    long = max(height, width) > 200 * min(height, width)
+    if long and not reference_edges:
+        raise ValueError(f"image of {width} x {height} pixels: the model takes aspect ratios up to 200; crop it")
+    if reference_edges and (long or min(height, width) < factor):
         height = width = max(height, width)
     new_h, new_w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if new_h * new_w > max_pixels:

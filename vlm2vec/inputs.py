@@ -24,6 +24,8 @@ class Item:
         images: PIL images, paths or bytes, not opened yet.
         videos: a path, or a list of frames (PIL images or paths), each.
         instruction: kept apart, because each family lays it out its own way; None when not given.
+        markers_added: the markers, each with a newline before the text that follows, were put in here and not by the caller;
+            families with a chat template take the newlines out again.
         markers_are_text: the caller said that there is no visual (`"image": None` or `""`), so that a marker in the text is
             one ordinary token, as the reference feeds WebQA and EDIS queries.
     """
@@ -32,6 +34,7 @@ class Item:
     images: list = field(default_factory=list)
     videos: list = field(default_factory=list)
     instruction: str | None = None
+    markers_added: bool = False
     markers_are_text: bool = False
 
     @property
@@ -73,7 +76,7 @@ def _from_dict(x: dict) -> Item:
     images = _listed(x.get("image")) + _listed(x.get("images"))
     videos = _videos(x.get("video")) + _videos(x.get("videos"))
     named = [k for k in ("image", "images", "video", "videos") if k in x]
-    item = Item(text or "", images, videos, x.get("instruction"), bool(named) and not images and not videos)
+    item = Item(text or "", images, videos, x.get("instruction"), markers_are_text=bool(named) and not images and not videos)
     return with_markers(item)
 
 
@@ -99,8 +102,8 @@ def _from_messages(messages: list) -> Item:
             else:
                 raise ValueError(f"chat part of type {kind!r}: expected text, image or video")
     text = "".join(parts)
-    item.text = text[:-1] if text.endswith("|>\n") else text
-    return with_markers(item)
+    item.text, item.markers_added = text[:-1] if text.endswith("|>\n") else text, item.visuals > 0
+    return item
 
 
 def with_markers(item: Item) -> Item:
@@ -110,6 +113,7 @@ def with_markers(item: Item) -> Item:
         marks = [f"<|image_{i + 1}|>" for i in range(len(item.images))]
         marks += [f"<|video_{i + 1}|>" for i in range(len(item.videos))]
         item.text = "\n".join(marks + [item.text]) if item.text else "\n".join(marks)
+        item.markers_added = True
     return item
 
 

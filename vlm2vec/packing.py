@@ -76,14 +76,18 @@ class PackedBatch:
         def move(v):
             if isinstance(v, torch.Tensor):
                 return v.to(device, dtype if dtype is not None and v.is_floating_point() else None, non_blocking=True)
-            return v.to(device) if isinstance(v, Segments) else [move(e) for e in v] if isinstance(v, list) else v
+            if isinstance(v, (list, tuple)):
+                return type(v)(move(e) for e in v)
+            if isinstance(v, dict):
+                return {k: move(e) for k, e in v.items()}
+            return v.to(device) if isinstance(v, Segments) else v
 
         return replace(
             self,
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             segments=self.segments.to(device),
-            vision={k: move(v) for k, v in self.vision.items()},
+            vision=move(self.vision),
             visual_index=None if self.visual_index is None else move(self.visual_index),
         )
 

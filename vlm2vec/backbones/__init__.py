@@ -4,6 +4,8 @@ from importlib import import_module
 
 # model_type in config.json -> where its Backbone class lives
 FAMILIES = {
+    "qwen2_5_vl": "vlm2vec.backbones.qwen2_5_vl:Qwen25VL",
+    "qwen3_vl": "vlm2vec.backbones.qwen3_vl:Qwen3VL",
     "llava_next": "vlm2vec.backbones.llava_next:LlavaNext",
     "phi3_v": "vlm2vec.backbones.phi3_v:Phi3V",
     "qwen2_vl": "vlm2vec.backbones.qwen2_vl:Qwen2VL",

@@ -29,6 +29,8 @@ class Visual:
         patches: cost in the vision tower.
         token_id: id that its tokens bear in `input_ids`.
         grid: (t, h, w) in merged patches, where the family positions tokens by it.
+        pieces: how its tokens stand in the text when they are not one run: token ids (int) and runs of visual tokens
+            ((count, grid)), in order. None is one run of `tokens`.
     """
 
     tokens: int
@@ -36,6 +38,12 @@ class Visual:
     patches: int = 0
     token_id: int | None = None
     grid: tuple[int, int, int] | None = None
+    pieces: list | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that it takes in the text, those between its runs included."""
+        return self.tokens + sum(1 for p in self.pieces or () if isinstance(p, int))
 
 
 class Processing:
@@ -49,7 +57,7 @@ class Processing:
     image_marker: str | None = None
     video_marker: str | None = None
     defaults: dict = {}
-    shared_defaults = {"max_length": None, "layout": "image", "frames": 8, "max_image_pixels": None}
+    shared_defaults = {"max_length": None, "layout": "image", "frames": 8, "max_image_pixels": None, "append_eos": False}
 
     def __init__(self, tokenizer, image_processor, config, options: dict | None = None):
         self.tokenizer = tokenizer
@@ -62,6 +70,7 @@ class Processing:
         self.options = {**known, **options}
         self.max_length = self.options["max_length"]
         self.truncated = 0
+        self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
         self.image_token_id = None if self.image_marker is None else tokenizer.convert_tokens_to_ids(self.image_marker)
         self.video_token_id = None if self.video_marker is None else tokenizer.convert_tokens_to_ids(self.video_marker)
 
@@ -93,13 +102,14 @@ class Processing:
         """RGB PIL frames of one video -> its inputs for the vision tower."""
         raise ValueError(f"{type(self).__name__} takes no videos; give its frames as images")
 
-    def positions(self, input_ids: torch.Tensor, spans: list[tuple[int, Visual]]) -> torch.Tensor | None:
-        """Position ids (L,) or (3, L); None for 0..L-1. `spans` holds (first token, visual) in order."""
+    def positions(self, input_ids: torch.Tensor, spans: list[tuple[int, tuple | None, int]]) -> torch.Tensor | None:
+        """Position ids (L,) or (3, L); None for 0..L-1. `spans` holds (first token, grid, tokens) of each visual run."""
         return None
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of the text with each visual still one marker token."""
-        return self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids + [self.tokenizer.eos_token_id] if self.options["append_eos"] else ids
 
     def render(self, item: Item) -> str:
         """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.prompts`."""
@@ -180,30 +190,36 @@ class Processing:
         pieces = self._truncate(pieces)
         out, spans, index = [], [], []
         for piece in pieces:
-            if isinstance(piece, Visual):
-                spans.append((len(out), piece))
-                index.extend(range(len(out), len(out) + piece.tokens))
-                token_id = self.image_token_id if piece.token_id is None else piece.token_id
-                out.extend([token_id] * piece.tokens)
-            else:
+            if not isinstance(piece, Visual):
                 out.append(piece)
+                continue
+            token_id = self.image_token_id if piece.token_id is None else piece.token_id
+            for part in piece.pieces or [(piece.tokens, piece.grid)]:
+                if isinstance(part, int):
+                    out.append(part)
+                    continue
+                spans.append((len(out), part[1], part[0]))
+                index.extend(range(len(out), len(out) + part[0]))
+                out.extend([token_id] * part[0])
         if not out:
             raise ValueError("input has no tokens: an empty text without an image has no embedding; feed at least one word")
         input_ids = torch.tensor(out, dtype=torch.long)
         return Features(
             input_ids,
-            concat_vision([v.tensors for _, v in spans]),
+            concat_vision([v.tensors for v in visuals]),
             torch.tensor(index, dtype=torch.long) if index else None,
             self.positions(input_ids, spans),
-            sum(v.patches for _, v in spans),
+            sum(v.patches for v in visuals),
         )
 
     def _truncate(self, pieces: list) -> list:
-        """Keep the first text tokens that fit besides the image tokens, which are never cut."""
+        """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
         if self.max_length is None:
             return pieces
-        visual = sum(p.tokens for p in pieces if isinstance(p, Visual))
-        text = sum(1 for p in pieces if not isinstance(p, Visual))
+        visual = sum(p.length for p in pieces if isinstance(p, Visual)) + sum(
+            1 for p in pieces if isinstance(p, int) and p in self.kept_ids
+        )
+        text = sum(1 for p in pieces if isinstance(p, int) and p not in self.kept_ids)
         room = self.max_length - visual
         if text <= room:
             return pieces
@@ -221,7 +237,7 @@ class Processing:
             )
         kept = []
         for piece in pieces:
-            if isinstance(piece, Visual):
+            if isinstance(piece, Visual) or piece in self.kept_ids:
                 kept.append(piece)
             elif room > 0:
                 kept.append(piece)
@@ -330,13 +346,17 @@ class Backbone:
         with last_tokens_only(text.norm, packed.last_index):
             out = text(
                 inputs_embeds=embeds[None],
-                position_ids=packed.position_ids[..., None, :],
+                position_ids=self.position_argument(packed),
                 attention_mask=self.no_mask(text),
                 use_cache=False,
                 segments=packed.segments,
                 **self.text_kwargs(model, packed, features),
             )
         return out.last_hidden_state[0]
+
+    def position_argument(self, packed: PackedBatch) -> torch.Tensor:
+        """Position ids as the decoder takes them: (1, T), or (3, 1, T)."""
+        return packed.position_ids[..., None, :]
 
     def no_mask(self, text):
         """Packed attention needs no mask; a dictionary tells transformers that masks are already made."""
@@ -356,15 +376,16 @@ class last_tokens_only:
         self.handle.remove()
 
 
-def patches_as_linear(patch_embed: torch.nn.Module) -> None:
-    """Run a patch embedding, a convolution whose stride is its kernel, as the matrix product it is.
+def override(module: torch.nn.Module, **methods) -> None:
+    """Give one module other methods; its weights, their names and its siblings stay as they are."""
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), methods)
 
-    The weights and their names stay; on a CPU the convolution's backward is several times slower than the product.
+
+def patches_as_linear(self, patches: torch.Tensor) -> torch.Tensor:
+    """`forward` of a patch embedding, a convolution whose stride is its kernel, as the matrix product that it is.
+
+    On a CPU the convolution's backward is several times slower than the product.
     """
-    cls = type(patch_embed)
-
-    def forward(self, patches):
-        weight = self.proj.weight.flatten(1)
-        return torch.nn.functional.linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
-
-    patch_embed.__class__ = type(f"Linear{cls.__name__}", (cls,), {"forward": forward})
+    weight = self.proj.weight.flatten(1)
+    return torch.nn.functional.linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlm2vec.attention import Segments
-from vlm2vec.backbones.base import Backbone, Processing, Visual, patches_as_linear
+from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patches_as_linear
 from vlm2vec.images import patchify, pixel_table, smart_resize
 
 RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
@@ -27,6 +27,7 @@ class Qwen2VLProcessing(Processing):
 
     image_marker = "<|image_pad|>"
     video_marker = "<|video_pad|>"
+    reference_edges = True  # tiny and very long images become squares, as in the V2 reference
     defaults = {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 1280 * 28 * 28,
@@ -45,25 +46,29 @@ class Qwen2VLProcessing(Processing):
             if self.options[name] not in allowed:
                 raise ValueError(f"{name}={self.options[name]!r}: expected {' or '.join(map(repr, allowed))}")
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
+    def size(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
         """Target (width, height) of an image."""
-        o = self.options
-        h, w = smart_resize(height, width, factor=self.factor, min_pixels=o["min_pixels"], max_pixels=o["max_pixels"])
+        h, w = smart_resize(height, width, factor=self.factor, min_pixels=self.options["min_pixels"],
+                            max_pixels=self.max_pixels(frames), reference_edges=self.reference_edges)  # fmt: skip
         return w, h
+
+    def max_pixels(self, frames: int) -> int:
+        """Largest area of an image, or of each frame of a video."""
+        return self.options["max_pixels"]
 
     def _first_resize(self, image):
         """The resizes that the reference makes before the processor sees the image (PIL's default filter, bicubic)."""
         wanted = self.options["resolution"]
         if wanted is not None:
             image = image.resize(RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted))
-        if min(image.size) < self.factor:
+        if self.reference_edges and min(image.size) < self.factor:
             image = image.resize((2 * self.factor, 2 * self.factor))
         return image
 
     def _patches(self, frames: list):
         """Frames of any size, all brought to the size computed for the first one."""
         frames = [self._first_resize(f) for f in frames]
-        size = self.size(*frames[0].size)
+        size = self.size(*frames[0].size, frames=len(frames))
         ip = self.image_processor
         if self.options["pixels"] == "torchvision":
             return self._patches_torchvision(frames, size)
@@ -107,7 +112,7 @@ class Qwen2VLProcessing(Processing):
     def positions(self, input_ids, spans):
         if self.options["positions"] == "sequential" or not spans:
             return None
-        return mrope_positions(len(input_ids), [(start, v.grid, v.tokens) for start, v in spans])
+        return mrope_positions(len(input_ids), spans)
 
     def hf_processor(self):
         from transformers import Qwen2VLProcessor, Qwen2VLVideoProcessor
@@ -121,19 +126,19 @@ class Qwen2VLProcessing(Processing):
         self.hf_processor().save_pretrained(folder)
 
 
-def mrope_positions(length: int, spans: list[tuple[int, tuple[int, int, int], int]], time_step: float = 1.0) -> torch.Tensor:
+def mrope_positions(length: int, spans: list[tuple[int, tuple, int]]) -> torch.Tensor:
     """M-RoPE positions (3, length): text counts on; a visual's tokens get (time, row, column) from the position reached, and the
     text goes on after the larger of rows and columns (Qwen2-VL, section 2.1).
 
     Args:
-        spans: (first token, (t, h, w) in merged patches, tokens) of each visual, in order.
-        time_step: position units per time step (Qwen2.5-VL spaces frames by real time).
+        spans: (first token, (t, h, w) in merged patches, tokens) of each visual, in order. A fourth entry of the grid is the
+            position units per time step (Qwen2.5-VL spaces frames by real time), 1 without it.
     """
     parts, at, position = [], 0, 0
-    for start, (t, h, w), tokens in spans:
+    for start, (t, h, w, *step), tokens in spans:
         parts.append(torch.arange(position, position + start - at).expand(3, -1))
         position += start - at
-        grid = torch.stack(torch.meshgrid((torch.arange(t) * time_step).long(), torch.arange(h), torch.arange(w), indexing="ij"))
+        grid = torch.stack(torch.meshgrid((torch.arange(t) * (step[0] if step else 1)).long(), torch.arange(h), torch.arange(w), indexing="ij"))
         parts.append(grid.reshape(3, -1) + position)
         at, position = start + tokens, position + max(h, w)
     parts.append(torch.arange(position, position + length - at).expand(3, -1))
@@ -159,34 +164,40 @@ class Qwen2VL(Backbone):
         (r"^model\.", "language_model."),
     ]
     hub_names = [(r"^language_model\.", "model.")]
-    merge = 2
 
     def finish(self, model):
         super().finish(model)
-        patches_as_linear(self.vision_tower(model).patch_embed)
+        self.merge = model.config.vision_config.spatial_merge_size
+        override(self.vision_tower(model).patch_embed, forward=patches_as_linear)
+
+    def position_argument(self, packed):
+        return packed.position_ids.expand(3, -1)[:, None]
 
     def prepare_vision(self, vision: dict, provider: str) -> dict:
         grids = vision["grid_thw"].tolist()
         frames = [h * w for t, h, w in grids for _ in range(t)]
-        positions = [patch_positions(h, w, self.merge) for t, h, w in grids for _ in range(t)]
+        segments = Segments.from_lengths(frames, causal=False, provider=provider)
         return {
             "pixel_values": vision["pixel_values"],
             "grid_thw": vision["grid_thw"],
-            "grids": grids,
-            "positions": torch.cat(positions),
-            "segments": Segments.from_lengths(frames, causal=False, provider=provider),
+            "segments": segments,
+            # What the tower would compute from the grids for itself, on the device and with a wait for it.
+            "tower": {
+                "position_ids": torch.cat([patch_positions(h, w, self.merge) for t, h, w in grids for _ in range(t)]),
+                "cu_seqlens": segments.cu_seqlens,
+                "max_seqlen": segments.max_length,
+                **self.tower_arguments(vision["grid_thw"], provider),
+            },
         }
 
+    def tower_arguments(self, grid_thw: torch.Tensor, provider: str) -> dict:
+        """More keyword arguments for the tower, made on the CPU."""
+        return {}
+
+    def run_tower(self, model, packed):
+        """The tower's output object for the chunk's visuals."""
+        v, tower = packed.vision, self.vision_tower(model)
+        return tower(v["pixel_values"].to(tower.dtype), grid_thw=v["grid_thw"], segments=v["segments"], **v["tower"])
+
     def vision(self, model, packed):
-        v = packed.vision
-        if not v:
-            return None
-        tower = self.vision_tower(model)
-        return tower(
-            v["pixel_values"].to(tower.dtype),
-            grid_thw=v["grid_thw"],
-            position_ids=v["positions"],
-            cu_seqlens=v["segments"].cu_seqlens,
-            max_seqlen=v["segments"].max_length,
-            segments=v["segments"],
-        ).pooler_output
+        return self.run_tower(model, packed).pooler_output if packed.vision else None

@@ -1,0 +1,61 @@
+"""Qwen2.5-VL: as Qwen2-VL, with windowed attention in most layers of the tower and M-RoPE that counts real time."""
+
+from vlm2vec.attention import Segments
+from vlm2vec.backbones.qwen2_vl import Qwen2VL, Qwen2VLProcessing
+
+
+class Qwen25VLProcessing(Qwen2VLProcessing):
+    """Options besides those of Qwen2-VL:
+
+    seconds_per_step: with positions="mrope", the real time between two time steps of a video (two frames each).
+    """
+
+    defaults = {**Qwen2VLProcessing.defaults, "seconds_per_step": 1.0}
+
+    def __init__(self, tokenizer, image_processor, config, options=None):
+        super().__init__(tokenizer, image_processor, config, options)
+        self.tokens_per_second = config.vision_config.tokens_per_second
+
+    def process_video(self, frames):
+        visual = super().process_video(frames)
+        visual.grid = (*visual.grid, self.tokens_per_second * self.options["seconds_per_step"])
+        return visual
+
+    def hf_processor(self):
+        from transformers import Qwen2_5_VLProcessor
+
+        parts = super().hf_processor()
+        return Qwen2_5_VLProcessor(parts.image_processor, parts.tokenizer, parts.video_processor, parts.chat_template)
+
+
+class Qwen25VL(Qwen2VL):
+    name = "qwen2_5_vl"
+    processing_class = Qwen25VLProcessing
+    architecture = "Qwen2_5_VLForConditionalGeneration"
+
+    def finish(self, model):
+        super().finish(model)
+        config = model.config.vision_config
+        self.window, self.patch = config.window_size, config.patch_size
+
+    def tower_arguments(self, grid_thw, provider):
+        from transformers.vision_utils import get_vision_window_index
+
+        index, boundaries = get_vision_window_index(grid_thw, self.merge, self.window, self.patch)
+        windows = Segments.from_lengths(boundaries.diff().tolist(), causal=False, provider=provider)
+        return {
+            "window_index": index,
+            "cu_window_seqlens": windows.cu_seqlens,
+            "max_window_seqlen": windows.max_length,
+            "windows": windows,
+        }
+
+    def run_tower(self, model, packed):
+        v = packed.vision
+        windows = v["tower"]["windows"]
+        # After the move to the device each Segments must hold the very tensors that the tower hands to its layers.
+        arguments = {**v["tower"], "cu_seqlens": v["segments"].cu_seqlens, "cu_window_seqlens": windows.cu_seqlens}
+        arguments.pop("windows")
+        tower = self.vision_tower(model)
+        segments = (v["segments"], windows)
+        return tower(v["pixel_values"].to(tower.dtype), grid_thw=v["grid_thw"], segments=segments, **arguments)

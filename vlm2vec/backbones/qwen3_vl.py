@@ -1,0 +1,154 @@
+"""Qwen3-VL and Qwen3-VL-Embedding: M-RoPE, deepstack features in the first layers, timestamps between the frames of a video.
+
+A base model takes raw text, as every family here. Qwen3-VL-Embedding is fed as published: chat template with the instruction as
+the system message ("Represent the user's input." by default), images between 4 and 1,800 blocks of 32 x 32 pixels, the last
+token's hidden state, and Matryoshka truncation (`truncate_dim`). Source: QwenLM/Qwen3-VL-Embedding, its embedder's settings.
+"""
+
+import unicodedata
+
+import torch
+
+from vlm2vec.backbones.base import Visual, override
+from vlm2vec.backbones.qwen2_vl import Qwen2VL, Qwen2VLProcessing
+
+INSTRUCTION = "Represent the user's input."
+FACTOR = 32
+EMBEDDING_OPTIONS = {"chat_template": True, "min_pixels": 4 * FACTOR**2, "max_pixels": 1800 * FACTOR**2, "max_length": 8192}
+START, END = "<|vision_start|>", "<|vision_end|>"
+
+
+class Qwen3VLProcessing(Qwen2VLProcessing):
+    """Options besides those of Qwen2-VL:
+
+    chat_template: True feeds system instruction, user content and the opening of the answer.
+    video_min_pixels, video_max_pixels, video_total_pixels: area of a frame, and the share that all frames have of a total.
+    video_fps: frames per second of a video that is given as a list of frames, for its timestamps.
+    """
+
+    reference_edges = False
+    defaults = {
+        **Qwen2VLProcessing.defaults,
+        "min_pixels": 64 * FACTOR**2,
+        "max_pixels": 16384 * FACTOR**2,
+        "positions": "mrope",
+        "chat_template": False,
+        "video_min_pixels": 4 * FACTOR**2,
+        "video_max_pixels": 768 * FACTOR**2,
+        "video_total_pixels": 7680 * FACTOR**2,
+        "video_fps": 2.0,
+    }
+
+    def __init__(self, tokenizer, image_processor, config, options=None):
+        super().__init__(tokenizer, image_processor, config, options)
+        if self.options["chat_template"]:
+            self.kept_ids = frozenset(tokenizer.all_special_ids)
+
+    def render(self, item):
+        if not self.options["chat_template"]:
+            return super().render(item)
+        text = item.text
+        if item.markers_added:
+            text = text.replace("|>\n", "|>")
+        said = (item.instruction or INSTRUCTION).strip()
+        if not unicodedata.category(said[-1]).startswith("P"):
+            said += "."
+        messages = [{"role": "system", "content": said}, {"role": "user", "content": text or "NULL"}]
+        if self.tokenizer.chat_template is None:
+            return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _marker(self, kind):
+        marker = super()._marker(kind)
+        # A video brings start and end tokens of its own, one pair for each time step.
+        return f"{START}{marker}{END}" if self.options["chat_template"] and kind == "image" else marker
+
+    def max_pixels(self, frames):
+        o = self.options
+        if frames == 1:
+            return o["max_pixels"]
+        share = o["video_total_pixels"] * self.temporal // frames
+        return max(min(o["video_max_pixels"], share), int(o["video_min_pixels"] * 1.05))
+
+    def process_video(self, frames):
+        visual = super().process_video(frames)
+        t, h, w = visual.grid
+        if not self.options["chat_template"]:
+            visual.pieces = [(h * w, (1, h, w))] * t
+            return visual
+        times = [f.info.get("seconds", i / self.options["video_fps"]) for i, f in enumerate(frames)]
+        times += times[-1:] * (-len(times) % self.temporal)
+        visual.pieces = []
+        for step in range(t):
+            first, last = times[step * self.temporal], times[(step + 1) * self.temporal - 1]
+            visual.pieces += self._ids(f"<{(first + last) / 2:.1f} seconds>{START}")
+            visual.pieces.append((h * w, (1, h, w)))
+            visual.pieces += self._ids(END)
+        return visual
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _visual(self, frames, token_id) -> Visual:
+        return super()._visual(frames if len(frames) != 1 or token_id == self.image_token_id else frames * 2, token_id)
+
+    def hf_processor(self):
+        from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+        o = self.options
+        self.image_processor.size = {"shortest_edge": o["min_pixels"], "longest_edge": o["max_pixels"]}
+        video = Qwen3VLVideoProcessor(
+            size={"shortest_edge": o["video_min_pixels"], "longest_edge": o["video_total_pixels"]},
+            patch_size=self.patch, merge_size=self.merge, temporal_patch_size=self.temporal,
+        )  # fmt: skip
+        return Qwen3VLProcessor(self.image_processor, self.tokenizer, video, getattr(self.tokenizer, "chat_template", None))
+
+
+def add_deepstack(self, hidden: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Add features at the visual tokens by index: a mask would wait for the device to count its tokens."""
+    return hidden.index_add(1, index, features[None].to(hidden.dtype))
+
+
+class Qwen3VL(Qwen2VL):
+    name = "qwen3_vl"
+    processing_class = Qwen3VLProcessing
+    architecture = "Qwen3VLForConditionalGeneration"
+    hub_names = [(r"^", "model.")]
+    prompt_is_instruction = True
+
+    def options_for(self, source, raw):
+        return dict(EMBEDDING_OPTIONS) if "embedding" in source.rstrip("/").rpartition("/")[2].lower() else {}
+
+    def finish(self, model):
+        super().finish(model)
+        tower = self.vision_tower(model)
+        self.grid_side = tower.num_grid_per_side
+        self.interpolation = {"mode": tower.interpolation_mode, "align_corners": tower.interpolation_align_corners}
+        override(model.language_model, _deepstack_process=add_deepstack)
+
+    def tower_arguments(self, grid_thw, provider):
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw, num_grid_per_side=self.grid_side, spatial_merge_size=self.merge, **self.interpolation
+        )
+        return {"interp_indices": indices, "interp_weights": weights}
+
+    def vision(self, model, packed):
+        """(V, D * (1 + deepstack layers)): the features and, beside them, those for the decoder's first layers."""
+        if not packed.vision:
+            return None
+        out = self.run_tower(model, packed)
+        return torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
+
+    def embed(self, model, packed, features):
+        return super().embed(model, packed, None if features is None else features[:, : self.embedding_dim(model.config)])
+
+    def text_kwargs(self, model, packed, features):
+        if features is None:
+            return {}
+        _, *deep = features.split(self.embedding_dim(model.config), dim=-1)
+        return {"visual_pos_masks": packed.visual_index, "deepstack_visual_embeds": list(deep)}
+
+    def no_mask(self, text):
+        return None
