@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from vlm2vec.commands import common
+
 
 def add_arguments(parser):
     parser.add_argument("model", nargs="?", help="checkpoint folder or hub name")
@@ -18,9 +20,9 @@ def add_arguments(parser):
     parser.add_argument("--prompt", help="text put in front of every input (the data usually holds its own)")
     parser.add_argument("--top", type=int, default=100, help="candidates kept per query in the prediction files (default 100)")
     parser.add_argument("--strict", action="store_true", help="refuse a task with unreadable files or rows without an answer")
-    parser.add_argument("--base", help="base model of a PEFT adapter, when its config names another")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16, ... (default: the model's)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+    parser.add_argument("--faiss", action="store_true", help="write the candidates of each task as a FAISS index (needs faiss-cpu)")
+    parser.add_argument("--name", help="name of the model in reports (default: the last part of MODEL)")
+    common.add_model_arguments(parser)
     parser.add_argument("--no-report", action="store_true", help="skip report.html")
 
 
@@ -76,36 +78,29 @@ def run(args):
         return 0
     _need(args)
     tasks = _tasks(args)
-    from vlm2vec.evaluation.distributed import local_device, process_group
+    from vlm2vec.evaluation.distributed import finish, local_device, process_group
+    from vlm2vec.evaluation.export import write_leaderboard
+    from vlm2vec.evaluation.report import write_report
     from vlm2vec.evaluation.runner import Options, run_tasks
     from vlm2vec.evaluation.summary import terminal, write_summary
+    from vlm2vec.evaluation.tasks import load_tasks
 
     rank, world, barrier = process_group()
-    model = _load(args, args.device or local_device())
+    args.device = args.device or local_device()
+    model = common.load_model(args.model, args)
     options = Options(
-        protocol=args.protocol, hub=args.hub, strict=args.strict, batch_size=args.batch_size, prompt=args.prompt,
-        top=args.top, rank=rank, world=world, barrier=barrier,
-    )
-    rows = run_tasks(model, tasks, args.data, args.media or args.data, args.output, store=args.store, options=options)
+        protocol=args.protocol, hub=args.hub, strict=args.strict, batch_size=args.batch_size, prompt=args.prompt, top=args.top,
+        rank=rank, world=world, barrier=barrier, faiss=args.faiss, device=str(model.device),
+    )  # fmt: skip
+    rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
-        name = Path(args.model).name or args.model
-        summary = write_summary(args.output, rows, name, {"protocol": args.protocol, "processes": world})
+        name = args.name or Path(args.model).name or args.model
+        summary = write_summary(args.output, rows, name, {"protocol": args.protocol})
         print("\n".join(terminal(rows, summary["means"])))
         print(f"summary: {Path(args.output) / 'summary.md'}")
+        if any(r["task"] in load_tasks() for r in rows):
+            print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
+        if not args.no_report:
+            print(f"report: {write_report(args.output, rows, name)}")
+    finish()
     return 0
-
-
-def _load(args, device):
-    import torch
-
-    from vlm2vec import VLM2Vec
-
-    options = {}
-    if args.dtype:
-        dtype = getattr(torch, args.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"--dtype is a torch dtype such as float32 or bfloat16, got {args.dtype!r}")
-        options["dtype"] = dtype
-    if args.base:
-        options["base"] = args.base
-    return VLM2Vec.from_pretrained(args.model, device=device, **options)

@@ -4,7 +4,7 @@ OUTPUT/
   {dataset}_score.json            V1 (image tasks): {"acc", "num_correct", "num_pred"}
   {dataset}_pred.txt              V1: the chosen candidate of each query, one (text, path) pair a line
   {dataset}_top.jsonl             ours: query, label and the best candidates with scores, for reports
-  {image|video|visdoc}/{dataset}_score.json, _pred.jsonl, _info.jsonl      V2
+  {image|video|visdoc}/{dataset}_score.json, _pred.jsonl, _info.jsonl      V2 (image tasks: _info under --protocol v2)
 
 The reference's `_qry` and `_tgt` files are pickles: neither written nor read. The vectors are in the embedding store.
 The reference skips a data set whose `_score.json` is there, so its tools run on this folder without the pickles.
@@ -72,8 +72,11 @@ def _relative(path, data):
     return os.path.relpath(path, data.media) if path and data.media else path or ""
 
 
-def write_v2(folder, data, indices, metrics):
-    """`_score.json`, `_pred.jsonl`, `_info.jsonl` in OUTPUT/{modality} as V2 writes them; predictions cut at our depth."""
+def write_v2(folder, data, indices, metrics, info=True):
+    """`_score.json`, `_pred.jsonl`, `_info.jsonl` in OUTPUT/{modality} as V2 writes them; predictions cut at our depth.
+
+    `info=False` leaves `_info.jsonl` out: with a thousand local candidates a query it is the largest file by far.
+    """
     folder, name = Path(folder) / data.task.modality, data.task.name
 
     def predictions():
@@ -87,14 +90,15 @@ def write_v2(folder, data, indices, metrics):
     def infos():
         for i in range(len(data.queries)):
             names = data.label_names[i]
-            cand = [data.names[c] for c in data.local[i]] if data.local is not None else []
+            cand = [data.names[c] for c in data.local[i]] if data.local is not None else names
             info = {"cand_names": cand, "label_name": names[0] if len(names) == 1 else names}
             if data.grades is not None:
                 info["rel_scores"] = data.grades[i]
             yield json.dumps(info, ensure_ascii=False)
 
     write_lines(folder / f"{name}_pred.jsonl", predictions())
-    write_lines(folder / f"{name}_info.jsonl", infos())
+    if info:
+        write_lines(folder / f"{name}_info.jsonl", infos())
     score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries)}
     write_json(folder / f"{name}_score.json", score)
     return score

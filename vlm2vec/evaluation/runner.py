@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vlm2vec.evaluation.encoding import collect_unreadable, fill_store, share_unreadable
+from vlm2vec.evaluation.export import write_faiss, write_predictions
 from vlm2vec.evaluation.keys import ContentHashes, item_key, model_identity, write_json
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.metrics import KS, METRICS, per_query_metrics
@@ -37,6 +38,7 @@ class Options:
     world: int = 1
     barrier: object = None
     shard_cost: int | None = None
+    faiss: bool = False
 
 
 @dataclass
@@ -97,63 +99,75 @@ def _note_unreadable(prepared, unreadable):
     return [bool(r) for r in queries], [bool(r) for r in candidates]
 
 
-def score_task(prepared, store, unreadable, options, output):
-    """Rank one task and write its files. Returns its summary row."""
-    data, task = prepared.data, prepared.data.task
-    started = time.perf_counter()
+@dataclass
+class Ranked:
+    """One task after ranking: the best candidates of each query, and the vectors the candidates have."""
+
+    scores: torch.Tensor
+    indices: torch.Tensor
+    target: torch.Tensor | None
+    target_row: list
+    blocked: list
+    labels: list
+
+    @property
+    def lists(self):
+        """Candidate numbers per query, best first; None where nothing is left to rank."""
+        return [[c if c >= 0 else None for c in row] for row in self.indices.tolist()]
+
+
+def rank_task(prepared, store, unreadable, options):
+    """Rank the candidates of one task; notes its data problems. ValueError under --strict when there are any."""
+    data = prepared.data
     bad_query, blocked = _note_unreadable(prepared, unreadable)
     if data.problems and options.strict:
-        raise ValueError(f"task {task.name}: {data.problems.text()} (refused because of --strict)")
-    rows = {}
+        raise ValueError(f"task {data.task.name}: {data.problems.text()} (refused because of --strict)")
+    rows, query_row = {}, {}
     target_row = [rows.setdefault(k, len(rows)) if not b else 0 for k, b in zip(prepared.candidate_keys, blocked)]
-    query_row = {}
     for key, bad in zip(prepared.query_keys, bad_query):
         if not bad:
             query_row.setdefault(key, len(query_row))
-    depth = max(options.top, max(KS))
+    depth, count, target = max(options.top, max(KS)), len(data.queries), None
+    scores, indices = torch.full((count, depth), float("-inf")), torch.full((count, depth), -1)
     if rows and query_row:
-        target = store.get(list(rows))
-        query = store.get(list(query_row))[[query_row.get(k, 0) for k in prepared.query_keys]]
-        if options.device:
-            query, target = query.to(options.device), target.to(options.device)
+        target = store.get(list(rows)).to(options.device or "cpu")
+        query = store.get(list(query_row)).to(target.device)[[query_row.get(k, 0) for k in prepared.query_keys]]
         scores, indices = rank(query, target, depth, local=data.local, target_row=target_row, blocked=blocked)
         scores[torch.tensor(bad_query)], indices[torch.tensor(bad_query)] = float("-inf"), -1
-    else:
-        scores, indices = torch.full((len(data.queries), depth), float("-inf")), torch.full((len(data.queries), depth), -1)
     # an absent label must match nothing: give each its own negative number
     labels = [[c if c >= 0 else -2 - j for j, c in enumerate(row)] for row in data.labels]
-    ranked = [[c if c >= 0 else None for c in row] for row in indices.tolist()]
-    table = per_query_metrics(ranked, labels, data.grades)
+    return Ranked(scores, indices, target, target_row, blocked, labels)
+
+
+def score_task(prepared, store, unreadable, options, output):
+    """Rank one task and write its files. Returns its summary row."""
+    data, task, output = prepared.data, prepared.data.task, Path(output)
+    started = time.perf_counter()
+    found = rank_task(prepared, store, unreadable, options)
+    ranked = found.lists
+    table = per_query_metrics(ranked, found.labels, data.grades)
     metrics = {f"{m}@{k}": float(table[f"{m}@{k}"].mean()) for m in METRICS for k in KS}
-    ranks = []
-    for row, label in zip(ranked, labels):
-        right = set(label)
-        ranks.append(next((j + 1 for j, c in enumerate(row) if c is not None and c in right), None))
-    if task.modality == "image" and options.protocol == "v1":
-        write_v1(output, data, indices, table["hit@1"] > 0)
-    write_v2(output, data, indices[:, : options.top], metrics)
-    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, scores, indices, ranks, options.report_top))
-    write_lines(Path(output) / f"{task.name}_top.jsonl", lines)
-    main = task.metric if task.metric in metrics else None
-    value = metrics[main] if main else float(_other_metric(ranked, labels, data.grades, task.metric))
+    ranks = [next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, found.labels)]
+    v1 = task.modality == "image" and options.protocol == "v1"
+    if v1:
+        write_v1(output, data, found.indices, table["hit@1"] > 0)
+    write_v2(output, data, found.indices[:, : options.top], metrics, info=not v1)
+    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, found.scores, found.indices, ranks, options.report_top))
+    write_lines(output / f"{task.name}_top.jsonl", lines)
+    write_predictions(output / "predictions" / f"{task.name}.parquet", data, found.scores, found.indices, ranks, options.top)
+    if options.faiss and found.target is not None:
+        good = [c for c, bad in enumerate(found.blocked) if not bad]
+        write_faiss(output / "faiss", task.name, found.target[[found.target_row[c] for c in good]], [data.names[c] for c in good])
     sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)]
     summary = {
-        "task": task.name,
-        "modality": task.modality,
-        "group": task.group,
-        "meta_task": task.meta_task,
-        "split": task.split,
+        "task": task.name, "modality": task.modality, "group": task.group, "meta_task": task.meta_task, "split": task.split,
         "metric": task.metric,
-        "score": value,
-        "metrics": metrics,
-        "num_queries": len(data.queries),
-        "num_candidates": len(data.candidates),
-        "candidates_per_query": sum(sizes) / max(1, len(sizes)),
-        "chance": _chance(data),
-        "problems": data.problems.summary(),
+        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, found.labels, data.grades, task.metric),
+        "metrics": metrics, "num_queries": len(data.queries), "num_candidates": len(data.candidates),
+        "candidates_per_query": sum(sizes) / max(1, len(sizes)), "chance": _chance(data), "problems": data.problems.summary(),
         "rank_seconds": round(time.perf_counter() - started, 3),
-    }
-    write_json(Path(output) / "tasks" / f"{task.name}.json", summary)
+    }  # fmt: skip
+    write_json(output / "tasks" / f"{task.name}.json", summary)
     return summary
 
 
@@ -166,7 +180,7 @@ def _chance(data):
 
 def _other_metric(ranked, labels, grades, metric):
     k = int(metric.partition("@")[2])
-    return per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean()
+    return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
 
 
 def run_tasks(model, tasks, data, media, output, *, store=None, options=None):

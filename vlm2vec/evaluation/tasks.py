@@ -201,7 +201,9 @@ def find_tasks(root, names=None, extra=None):
             hint = _usable(hints.get(task.name, {}))
             found.append(replace(task, **hint) if hint else task)
     taken = {task.path or task.name for task in found} | {task.name for task in found}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name not in taken):
+    order = {name: i for i, name in enumerate(hints)}
+    folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
+    for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
         task = custom_task(folder.name, hints.get(folder.name))
         if holds_tables(root, task):
             found.append(task)
