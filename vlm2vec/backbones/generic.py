@@ -1,0 +1,178 @@
+"""Any other `AutoModelForImageTextToText`: the library's own processor and forward pass, batched with padding.
+
+Nothing is assumed about the family's layers, so samples are not packed: layers may be recurrent (Qwen3.5 and other hybrids) or
+see images in both directions (Gemma 3), where packed samples would leak into each other. Inside `last_hidden` samples are padded
+on the right, so that nothing stands before a real token, and only samples with vision inputs of the same shapes share a forward
+pass. Positions, image limits and pixels are the family's own. The vision tower runs inside the forward pass.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.inputs import as_item
+from vlm2vec.packing import Features, pack
+
+TEXT_KEYS = ("input_ids", "attention_mask")
+
+
+class GenericProcessing(Processing):
+    """Options: the shared ones and
+
+    chat_template: True feeds the model's own chat template with the instruction, where given, as the system message.
+    """
+
+    defaults = {"chat_template": False}
+
+    def __init__(self, tokenizer, image_processor, config, options=None):
+        super().__init__(tokenizer, image_processor, config, options)
+        self.hf = None
+
+    @classmethod
+    def from_folder(cls, folder, config, options=None, **hub):
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(folder, **hub)
+        made = cls(processor.tokenizer, getattr(processor, "image_processor", None), config, options)
+        made.hf = processor
+        # Gemma 3's processor wants the token that opens an image and writes the image tokens itself.
+        made.image_marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        made.video_marker = getattr(processor, "video_token", None)
+        ids = (getattr(config, "image_token_id", None), getattr(config, "image_token_index", None), getattr(config, "video_token_id", None))
+        made.kept_ids = frozenset(i for i in (*ids, *processor.tokenizer.all_special_ids) if i is not None)
+        return made
+
+    def hf_processor(self):
+        return self.hf
+
+    def save(self, folder):
+        self.hf.save_pretrained(folder)
+
+    def render(self, item):
+        if not self.options["chat_template"]:
+            return super().render(item)
+        messages = [{"role": "user", "content": item.text.replace("|>\n", "|>") if item.markers_added else item.text}]
+        if item.instruction:
+            messages.insert(0, {"role": "system", "content": item.instruction})
+        return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def __call__(self, x):
+        item = as_item(x)
+        text, kinds = self.native_text(item)
+        if item.markers_are_text or not kinds:
+            features = self.assemble(self.tokenize(text), [])
+            if "token_type_ids" in self.hf.model_input_names:  # Gemma 3 wants them in training, zero for text
+                features.vision = {"token_type_ids": features.input_ids.new_zeros(1, features.length)}
+            return features
+        made = self.hf(
+            text=[text],
+            images=[[self.open(i) for i in item.images]] if item.images else None,
+            **({"videos": [[self.frames(v) for v in item.videos]]} if item.videos else {}),
+            return_tensors="pt",
+        )
+        ids = made["input_ids"][0]
+        if self.options["append_eos"]:
+            ids = torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
+        kept = self._kept(ids.tolist())
+        vision = {}
+        for key, value in made.items():
+            if key in TEXT_KEYS:
+                continue
+            if isinstance(value, torch.Tensor) and value.shape == made["input_ids"].shape:
+                # one number per token (token types): cut as the text is
+                value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept]
+            vision[key] = value
+        patches = sum(v.shape[:-3].numel() for k, v in vision.items() if k.startswith("pixel_values") and v.dim() > 3)
+        return Features(ids[kept], vision, None, None, patches)
+
+    def _kept(self, ids: list[int]) -> list[int]:
+        """Positions that stay when the text is cut to max_length."""
+        marked = [Visual(1, {}, token_id=at) if token in self.kept_ids else at for at, token in enumerate(ids)]
+        return [piece.token_id if isinstance(piece, Visual) else piece for piece in self._truncate(marked)]
+
+    def _truncate(self, pieces):
+        kept, self.kept_ids = self.kept_ids, frozenset()  # positions here, not ids
+        try:
+            return super()._truncate(pieces)
+        finally:
+            self.kept_ids = kept
+
+
+class Generic(Backbone):
+    name = "generic"
+    processing_class = GenericProcessing
+    packs = False
+    prompt_is_instruction = False
+    unused_keys = [r"(^|\.)lm_head\."]  # the embedding model has no language-model head
+    adapter_renames = [(r"^model\.", "")]
+
+    def config(self, source, raw):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        config = super().config(source, raw)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            from vlm2vec.backbones import FAMILIES
+
+            raise ValueError(
+                f"{source}: family {raw.get('model_type')!r} is not a vision-language model that transformers knows; "
+                f"there are {', '.join(FAMILIES)} and every AutoModelForImageTextToText"
+            )
+        self.architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
+        return config
+
+    def finish(self, model):
+        """The module keeps the attention that transformers chose for it."""
+
+    def text_model(self, model):
+        return model.get_decoder() or model
+
+    def vision_tower(self, model):
+        found = (getattr(model, name, None) for name in ("visual", "vision_tower", "vision_model"))
+        return next((tower for tower in found if tower is not None), None)
+
+    def pack(self, features, provider="sdpa"):
+        packed = pack([replace(f, vision={}) for f in features])
+        packed.vision = {"samples": [f.vision for f in features]} if any(f.vision for f in features) else {}
+        return packed
+
+    def last_hidden(self, model, packed, features):
+        rows = packed.input_ids.split(packed.seqlens)
+        samples = packed.vision.get("samples") or [{}] * len(rows)
+        groups: dict = {}
+        for i, sample in enumerate(samples):
+            groups.setdefault(signature(sample, packed.seqlens[i]), []).append(i)
+        out = [None] * len(rows)
+        for members in groups.values():
+            hidden = self._padded(model, [rows[i] for i in members], [samples[i] for i in members])
+            for i, row in zip(members, hidden):
+                out[i] = row
+        return torch.stack(out)
+
+    def _padded(self, model, rows: list[torch.Tensor], samples: list[dict]) -> torch.Tensor:
+        lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
+        more = {}
+        for key in samples[0]:
+            values = [s[key] for s in samples]
+            if per_token(values[0], len(rows[0])):
+                more[key] = torch.nn.utils.rnn.pad_sequence([v[0] for v in values], batch_first=True)
+            elif isinstance(values[0], torch.Tensor):
+                value = torch.cat(values)
+                more[key] = value.to(model.dtype) if value.is_floating_point() else value
+        hidden = model(input_ids=input_ids, attention_mask=mask, use_cache=False, return_dict=True, **more).last_hidden_state
+        return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+
+
+def per_token(value, length: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape == (1, length) and not value.is_floating_point()
+
+
+def signature(sample: dict, length: int) -> tuple:
+    """Samples of one signature can share a forward pass: the same keys, the same shapes behind the first dimension."""
+    parts = []
+    for key, value in sorted(sample.items()):
+        shape = ("per token",) if per_token(value, length) else tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
+        parts.append((key, shape))
+    return tuple(parts)
