@@ -232,6 +232,10 @@ def _has_varlen() -> bool:
 
 def _attention_interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, **kwargs):
     """transformers' calling convention: (1, H, T, D) in, (1, T, H, D) out."""
+    if segments is None and kwargs.get("cu_seq_lens_q") is not None:
+        # The module was called by somebody else than our backbones: a vision tower says its boundaries flash attention's way.
+        boundaries = kwargs["cu_seq_lens_q"]
+        segments = Segments.from_lengths(boundaries.diff().tolist(), causal=getattr(module, "is_causal", False)).to(query.device)
     if segments is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -73,6 +73,9 @@ def test_padded_stock_model(family, tmp_path):
         for side in ("left", "right"):
             theirs = last_hidden(stock, family, features, packed, side)
             torch.testing.assert_close(ours, theirs, atol=SAME, rtol=0, msg=lambda m: f"{positions}, {side}: {m}")
+            # `model.model` is still transformers' module: called its own way, it must not mix images up
+            direct = last_hidden(model.model, family, features, packed, side)
+            torch.testing.assert_close(direct, theirs, atol=SAME, rtol=0, msg=lambda m: f"called directly, {positions}, {side}: {m}")
 
 
 @pytest.mark.parametrize("family", sorted(set(QWEN) & set(FAMILIES)))

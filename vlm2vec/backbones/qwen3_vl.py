@@ -106,6 +106,9 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
 
 def add_deepstack(self, hidden: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Add features at the visual tokens by index: a mask would wait for the device to count its tokens."""
+    if index.dtype == torch.bool:  # transformers' own call, on rows that are not packed
+        index, shape = index.flatten().nonzero().squeeze(-1), hidden.shape
+        return hidden.flatten(0, 1).index_add(0, index, features.to(hidden.dtype)).view(shape)
     return hidden.index_add(1, index, features[None].to(hidden.dtype))
 
 
