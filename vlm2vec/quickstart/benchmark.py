@@ -4,7 +4,7 @@ Pictures
     drawings   one subject, 56 x 56. Training: 24 a subject. Evaluation: a gallery of 4 a subject, on four grounds, and one
                more as a query.
     pairs      two subjects, 112 x 56; every subject is in one evaluation pair.
-    quads      four subjects, 112 x 112; every subject is in two evaluation quads, on different grounds.
+    quads      four subjects, 84 x 84; every subject is in two evaluation quads, on different grounds.
     crops      a subject cut out of a quad.
 Nothing leaks: all names are known in training (as in ImageNet), but no evaluation picture, pairing or scene is drawn from a
 seed that training uses, and clutter is of kinds that training never shows (`pictures.STYLES`). Each subject is the right
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vlm2vec.quickstart.catalogue import GROUPS, subjects, with_article
-from vlm2vec.quickstart.pictures import COLOURS, Scene
+from vlm2vec.quickstart.pictures import CELL, COLOURS, QUAD_CELL, Scene
 from vlm2vec.quickstart.tasks import CROP, PICTURE, TASKS
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
@@ -112,7 +112,8 @@ class _World:
             last.update((s, colour) for s in inside)
             cut = () if kind == "pairs" else rng.permutation(cells)[: self.size.crops] if split == "train" else range(cells)
             crops = tuple((int(c), f"{split}/crops/{k:05d}_{int(c)}.png") for c in sorted(cut))
-            scene = Scene(f"{split}/{kind}/{k:05d}.png", (*key, k), split, 2, tuple(s.character for s in inside), colour, crops)
+            scene = Scene(f"{split}/{kind}/{k:05d}.png", (*key, k), split, 2, tuple(s.character for s in inside), colour,
+                          CELL if kind == "pairs" else QUAD_CELL, crops)
             out.append(((inside, colour), scene))
         return out
 

@@ -1,7 +1,7 @@
 """Drawing: OpenMoji glyphs on coloured grounds, one subject or a scene of several, deterministic from a seed.
 
-A picture is a `Scene`: a canvas of 56-pixel cells (4 x 4 patches of 14 pixels, four image tokens of Qwen2-VL each) with
-one subject a cell, somewhere in it. Training and evaluation share subjects and ground colours and differ in everything
+A picture is a `Scene`: a canvas of square cells with one subject a cell, somewhere in it. A cell of 56 pixels is 4 x 4
+patches of 14 pixels, four image tokens of Qwen2-VL. Training and evaluation share subjects and ground colours and differ in everything
 else: ranges of turn and size overlap only partly, and the clutter drawn for evaluation is of kinds that training never
 shows. The same (seed, key) draws the same pixels.
 """
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 CELL = 56           # pixels; 56 * 56 = 3136 is the smallest picture Qwen2-VL's processor leaves alone
+QUAD_CELL = 42      # pixels; four of them are 84 x 84, nine image tokens, about the cost of two cells of 56
+SMALLEST = 32       # pixels of the smallest subject: below it look-alikes cannot be told apart
 GLYPH = 72           # pixels of the cached glyph, above the largest it is pasted at
 
 # name -> (hue in turns, saturation, value): light enough that OpenMoji's black outlines stand out on every one
@@ -51,6 +53,7 @@ class Scene:
     columns: int
     characters: tuple[str, ...]
     colour: str
+    cell: int = CELL
     crops: tuple[tuple[int, str], ...] = ()
 
 
@@ -94,7 +97,7 @@ def draw(scene: Scene, seed: int):
     """Draw a scene.
 
     Returns:
-        (picture, boxes): an RGB image of 56 pixels a cell, and (left, top, right, bottom) of every subject in pixels.
+        (picture, boxes): an RGB image of `scene.cell` pixels a cell, and (left, top, right, bottom) of every subject in pixels.
     """
     import numpy as np
     from PIL import Image
@@ -102,18 +105,19 @@ def draw(scene: Scene, seed: int):
     rng = np.random.default_rng([seed, *scene.key])
     style = STYLES[scene.split]
     rows = -(-len(scene.characters) // scene.columns)
-    width, height = CELL * scene.columns, CELL * rows
+    size = scene.cell
+    width, height = size * scene.columns, size * rows
     picture = Image.fromarray(_ground(rng, scene.colour, width, height))
     _clutter(picture, rng, style.clutter[rng.integers(len(style.clutter))])
     boxes = []
     for cell, character in enumerate(scene.characters):
-        side = CELL * rng.uniform(*style.size)
+        side = max(SMALLEST, size * rng.uniform(*style.size))
         turned = glyph(character).rotate(rng.uniform(-style.turn, style.turn), Image.Resampling.BILINEAR, expand=True)
         scale = side / max(turned.size)
         small = turned.resize((max(1, round(turned.width * scale)), max(1, round(turned.height * scale))),
                               Image.Resampling.BICUBIC, reducing_gap=2.0)
-        left = CELL * (cell % scene.columns) + round(rng.uniform(0, 1) * (CELL - small.width))
-        top = CELL * (cell // scene.columns) + round(rng.uniform(0, 1) * (CELL - small.height))
+        left = size * (cell % scene.columns) + round(rng.uniform(0, 1) * (size - small.width))
+        top = size * (cell // scene.columns) + round(rng.uniform(0, 1) * (size - small.height))
         picture.paste(small, (left, top), small)
         boxes.append((left, top, left + small.width, top + small.height))
     return picture, boxes
