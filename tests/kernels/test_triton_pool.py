@@ -69,8 +69,8 @@ def test_against_float64(dtype, width):
     unit = picked / norm.clamp(min=1e-12)
     truth = torch.where(norm > 0, (grad.double() - (grad.double() * unit).sum(1, keepdim=True) * unit) / norm.clamp(min=1e-12), 0)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), unit, rtol=eps, atol=eps * 1e-2)
-    torch.testing.assert_close(rows.double(), truth, rtol=2 * eps, atol=4 * eps * (grad.double() / norm.clamp(min=1e-12))[norm[:, 0] > 0].abs().max().item())
+    torch.testing.assert_close(out.double(), unit, rtol=4 * eps, atol=eps * 1e-2)
+    torch.testing.assert_close(rows.double(), truth, rtol=8 * eps, atol=8 * eps * (grad.double() / norm.clamp(min=1e-12))[norm[:, 0] > 0].abs().max().item())
     assert not out[1].any() and not out[3].any() and not rows[1].any() and not rows[3].any()
 
 

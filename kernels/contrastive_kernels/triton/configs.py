@@ -6,7 +6,7 @@ them, tests/kernels/test_aot.py holds them): the accumulator of a tile takes BLO
 the default for an architecture that is not listed; it fits in the 99 KiB of shared memory that any GPU since sm_80 has.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -53,6 +53,10 @@ EXP_PANEL = {
     (0, 4, True): Tile(128, 64, 32, 8, 3, 2),
 }
 INTERPRETED = Tile(64, 64, 64, 4, 1, 2)
+
+# Memory-bound passes: a few rows a program so that 2,048 columns of each are 16-byte loads for every thread.
+CHUNK_REDUCE = Tile(2, 2048, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
+CHUNK_WRITE = Tile(8, 512, 1, 4, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
 
 
 def architecture(device: torch.device) -> int:
