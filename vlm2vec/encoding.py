@@ -40,7 +40,7 @@ def with_prompt(model, inputs: list, prompt: str | None) -> list:
     items = []
     for x in inputs:
         item = as_item(x)
-        if model.backbone.prompt_is_instruction:
+        if model.processing.prompt_is_instruction:
             item.instruction = item.instruction or prompt
         else:
             item.text = prepend(prompt, item.text)

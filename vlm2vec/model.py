@@ -32,7 +32,7 @@ class VLM2Vec(nn.Module):
         self.base_source = source
         self.revision: str | None = None
         self.adapter_settings: dict | None = None
-        self.prompts = {**backbone.prompts, **(prompts or {})}
+        self.prompts = {**processing.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
         backbone.finish(model)
 
@@ -177,6 +177,12 @@ class VLM2Vec(nn.Module):
         """
         state = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         saving.save(self, os.fspath(folder), merge=merge, state=state)
+
+    def to_sentence_transformer(self):
+        """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`)."""
+        from vlm2vec.st import to_sentence_transformer
+
+        return to_sentence_transformer(self)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 
-from vlm2vec import adapters
+from vlm2vec import adapters, st_files
 from vlm2vec.loading import SETTINGS
 
 
@@ -29,6 +29,7 @@ def save(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
         with open(os.path.join(work, SETTINGS), "w", encoding="utf-8") as f:
             json.dump(settings_of(model), f, indent=2, ensure_ascii=False)
             f.write("\n")
+        st_files.write(model, work, full=merge or not adapters.has_adapter(model))
         for root, _, names in os.walk(work):
             target = os.path.join(folder, os.path.relpath(root, work))
             os.makedirs(target, exist_ok=True)

@@ -90,6 +90,16 @@ class Processing:
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Named prompts that the family brings; "query" and "document" are used by encode_query and encode_document."""
+        return {}
+
+    @property
+    def prompt_is_instruction(self) -> bool:
+        """Whether a prompt goes where the chat template holds an instruction, and not before the text."""
+        return bool(self.options.get("chat_template"))
+
     def hf_processor(self):
         """transformers' own processor object, None when there is none."""
         return None
@@ -264,8 +274,6 @@ class Backbone:
     hub_names: list[tuple[str, str]] = [(r"^", "model.")]
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
-    prompts: dict[str, str] = {}  # named prompts; "query" and "document" are used by encode_query and encode_document
-    prompt_is_instruction = False  # a prompt goes where the family's chat template holds an instruction
 
     # -- loading --------------------------------------------------------------------------------------------------------
 

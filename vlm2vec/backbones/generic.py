@@ -103,7 +103,6 @@ class Generic(Backbone):
     name = "generic"
     processing_class = GenericProcessing
     packs = False
-    prompt_is_instruction = False
     unused_keys = [r"(^|\.)lm_head\."]  # the embedding model has no language-model head
     adapter_renames = [(r"^model\.", "")]
 

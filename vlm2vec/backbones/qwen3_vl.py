@@ -44,6 +44,10 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         if self.options["chat_template"]:
             self.kept_ids = frozenset(tokenizer.all_special_ids)
 
+    @property
+    def prompts(self):
+        return {"query": INSTRUCTION, "document": INSTRUCTION} if self.options["chat_template"] else {}
+
     def render(self, item):
         if not self.options["chat_template"]:
             return super().render(item)
@@ -117,7 +121,6 @@ class Qwen3VL(Qwen2VL):
     processing_class = Qwen3VLProcessing
     architecture = "Qwen3VLForConditionalGeneration"
     hub_names = [(r"^", "model.")]
-    prompt_is_instruction = True
 
     def options_for(self, source, raw):
         return dict(EMBEDDING_OPTIONS) if "embedding" in source.rstrip("/").rpartition("/")[2].lower() else {}

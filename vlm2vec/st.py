@@ -1,0 +1,73 @@
+"""The model as a sentence-transformers module, and the files that make a saved folder one.
+
+`to_sentence_transformer(model)` gives a SentenceTransformer with the same embeddings for text, images, video and any mix in one
+input. A saved folder carries modules.json. A model with M-RoPE positions and a chat template (Qwen3-VL-Embedding) is described
+by stock modules and loads with `SentenceTransformer(folder)`. All others need this module, because stock ones give them other
+positions and no text beside an image: `SentenceTransformer(folder, trust_remote_code=True)`, where the code that is trusted is
+the installed vlm2vec package and nothing from the folder (sentence-transformers asks for the flag with any foreign class name).
+"""
+
+import os
+
+from sentence_transformers.base.modules.input_module import InputModule
+
+MODULE = "vlm2vec.st.VLM2VecModule"
+MODALITIES = ["text", "image", "video", ("image", "text"), ("text", "image"), ("text", "video"), ("video", "text"), "message"]
+
+
+class VLM2VecModule(InputModule):
+    """Input module that packs a batch, runs it and gives normalised sentence embeddings."""
+
+    save_in_root = True
+
+    def __init__(self, model):
+        super().__init__()
+        self.vlm2vec = model
+
+    @property
+    def tokenizer(self):
+        return self.vlm2vec.processing.tokenizer
+
+    @property
+    def modalities(self):
+        return MODALITIES
+
+    @property
+    def max_seq_length(self):
+        return self.vlm2vec.processing.max_length
+
+    def get_embedding_dimension(self) -> int:
+        return self.vlm2vec.embedding_dim
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+    def preprocess(self, inputs, prompt=None, **kwargs) -> dict:
+        from vlm2vec.encoding import with_prompt
+
+        inputs = with_prompt(self.vlm2vec, list(inputs), prompt)
+        return {"packed": self.vlm2vec.pack(self.vlm2vec.preprocess(inputs))}
+
+    def forward(self, features: dict, **kwargs) -> dict:
+        from torch.nn.functional import normalize
+
+        packed = features["packed"].to(self.vlm2vec.device)
+        return {**features, "sentence_embedding": normalize(self.vlm2vec(packed).float(), dim=-1)}
+
+    def save(self, output_path: str, *args, **kwargs) -> None:
+        self.vlm2vec.save_pretrained(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", revision: str | None = None, model_kwargs: dict | None = None, **kwargs):
+        from vlm2vec.model import VLM2Vec
+
+        wanted = dict(model_kwargs or {})
+        dtype = wanted.pop("dtype", wanted.pop("torch_dtype", "auto"))
+        return cls(VLM2Vec.from_pretrained(os.path.join(model_name_or_path, subfolder), dtype=dtype, revision=revision, device="cpu"))
+
+
+def to_sentence_transformer(model):
+    """A SentenceTransformer around the model: the same weights, the same embeddings."""
+    from sentence_transformers import SentenceTransformer
+
+    prompts = {k: v for k, v in model.prompts.items() if v}
+    return SentenceTransformer(modules=[VLM2VecModule(model)], device=str(model.device), prompts=prompts)

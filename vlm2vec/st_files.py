@@ -1,0 +1,45 @@
+"""modules.json and its companions in a saved folder, written without importing sentence-transformers."""
+
+import json
+import os
+
+STOCK = "sentence_transformers."
+
+
+def stock(model) -> bool:
+    """Whether sentence-transformers' own modules compute the model: its own positions, behind a chat template."""
+    options = model.options
+    return options.get("positions") == "mrope" and bool(options.get("chat_template"))
+
+
+def write(model, folder: str, *, full: bool) -> None:
+    """Describe the folder to sentence-transformers; `full` says that it holds all weights and not an adapter alone."""
+    prompts = {name: text for name, text in model.prompts.items() if text}
+    about = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    if not (full and stock(model)):
+        modules = [{"idx": 0, "name": "0", "path": "", "type": "vlm2vec.st.VLM2VecModule"}]
+    else:
+        modules = [
+            {"idx": 0, "name": "0", "path": "", "type": STOCK + "base.modules.transformer.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": STOCK + "sentence_transformer.modules.pooling.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": STOCK + "base.modules.normalize.Normalize"},
+        ]
+        about["default_prompt_name"] = next((n for n in ("document", "query") if n in prompts), None)
+        method = {"method": "forward", "method_output_name": "last_hidden_state"}
+        modalities = {kind: method for kind in ("text", "image", "video")} | {"message": {**method, "format": "structured"}}
+        _dump(folder, "sentence_bert_config.json", {
+            "transformer_task": "feature-extraction", "modality_config": modalities, "module_output_name": "token_embeddings",
+            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+        })  # fmt: skip
+        _dump(folder, "1_Pooling/config.json", {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
+        _dump(folder, "2_Normalize/config.json", {})
+    _dump(folder, "modules.json", modules)
+    _dump(folder, "config_sentence_transformers.json", about)
+
+
+def _dump(folder: str, name: str, value) -> None:
+    path = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
