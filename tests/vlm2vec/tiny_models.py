@@ -42,7 +42,7 @@ def token(name: str) -> int:
     return SPECIAL.index(name)
 
 
-def spread(model, seed: int = 7):
+def spread(model, seed: int = 7, scale: float = 0.5):
     """Random weights of a size at which every layer changes the output; norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def spread(model, seed: int = 7):
             if p.dim() == 1 and name.endswith("weight"):
                 p.copy_(1 + 0.1 * noise)
             else:
-                p.copy_(noise * (0.5 / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.1))
+                p.copy_(noise * (scale / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.1))
     return model.float().eval()
 
 
