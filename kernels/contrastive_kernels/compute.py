@@ -6,11 +6,13 @@ import dataclasses
 
 import torch
 
-from contrastive_kernels.hard import HardNegatives
+from contrastive_kernels import distributed
+from contrastive_kernels.gradients import Gradients
+from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import project_out
 from contrastive_kernels.options import InfoNCEOptions
-from contrastive_kernels.panels import MIB, Gradients, sweep
-from contrastive_kernels.problem import EPS, Problem, _matchable, build
+from contrastive_kernels.panels import MIB, sweep
+from contrastive_kernels.problem import EPS, Direction, Problem, build, directions, own_columns
 from contrastive_kernels.stats import row_sums
 
 DEFAULT_WORKSPACE_MIB = 256
@@ -50,51 +52,47 @@ def compute(query, target, options: InfoNCEOptions, wanted: frozenset[str]) -> C
 
 
 def _one_level(query, target, options, wanted) -> Computed:
+    if options.group is not None:
+        return distributed.one_level(query, target, options, wanted, workspace_bytes(options, query.device))
     problem = build(query, target, options)
     gradients = Gradients(problem, wanted) if wanted else None
     workspace = workspace_bytes(options, problem.device)
-    forward = problem.directions[0]
-    hard = None if options.hard_negatives is None else _hard(problem, forward)
-    row_loss, sums = torch.zeros_like(problem.share), None
-    for direction in problem.directions:
-        own = hard if direction is forward else None
-        want_best = options.return_stats and direction is forward
-        result, rows = sweep(problem, direction, own, gradients, workspace, want_best)
-        if own is not None and gradients is not None:
-            own.add_gradients(direction, result, gradients)
-        row_loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
-        if want_best:
-            sums = row_sums(problem.kept, result.lse, direction.positive, rows.best)
-    loss = row_loss if options.reduction == "none" else row_loss.sum()
-    out = Computed(loss, stat_sums=sums)
+    out = reduce_directions(problem, directions(problem, *own_columns(problem)), gradients, workspace)
     if gradients is not None:
-        _finish(problem, gradients, hard, out)
+        finish_gradients(problem, gradients, out)
     return out
 
 
-def _finish(problem: Problem, gradients: Gradients, hard: HardNegatives | None, out: Computed) -> None:
+def reduce_directions(problem: Problem, parts: list[Direction], gradients: Gradients | None, workspace: int) -> Computed:
+    """Every direction over columns that are all at hand, one sweep each."""
+    options = problem.options
+    hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
+    loss, stat_sums = torch.zeros_like(problem.share), None
+    for direction in parts:
+        own = hard if direction.forward else None
+        want_best = options.return_stats and direction.forward
+        result, rows = sweep(problem, direction, own, gradients, workspace, want_best)
+        if own is not None and gradients is not None:
+            own.add_gradients(direction, result, gradients)
+        loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
+        if want_best:
+            stat_sums = row_sums(problem.kept, result.lse, direction.positive, rows.best)
+    return Computed(loss if options.reduction == "none" else loss.sum(), stat_sums=stat_sums)
+
+
+def finish_gradients(problem: Problem, gradients: Gradients, out: Computed) -> None:
     """Gradients of the matrices as passed, and the temperature's sign and factor."""
     if gradients.wants("query"):
-        out.d_query = gradients.of("query")
+        out.d_query = gradients.of("query", problem.query.rows)
         project_out(out.d_query, problem.query, EPS)
     if gradients.wants("target"):
-        out.d_target = gradients.of("target")
+        out.d_target = gradients.of("target", problem.target.rows)
         project_out(out.d_target, problem.target, EPS)
-    if hard is not None and gradients.wants("hard_negatives"):
-        out.d_hard_negatives = gradients.held["hard_negatives"]
-        project_out(out.d_hard_negatives, hard.operand, EPS)
-        out.d_hard_negatives = out.d_hard_negatives.view(problem.options.hard_negatives.shape)
+    if gradients.wants("hard_negatives"):
+        out.d_hard_negatives = gradients.held["hard_negatives"].view(problem.options.hard_negatives.shape)
     if gradients.wants("temperature"):
         # d s / d temperature = -s / temperature; the sweeps have summed (d loss / d s) * s
         out.d_temperature = -gradients.temperature * problem.inverse_temperature
-
-
-def _hard(problem: Problem, direction) -> HardNegatives:
-    options = problem.options
-    ids = None
-    if options.hard_ids is not None:
-        ids = _matchable(options.target_ids[problem.positives])
-    return HardNegatives(problem, direction, options.hard_negatives, options.hard_offsets, ids, options.hard_ids)
 
 
 def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:

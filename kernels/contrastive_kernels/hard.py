@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from contrastive_kernels.operands import TILE_BYTES, Operand, inverse_norms, scatter_rows
-from contrastive_kernels.problem import EPS, Direction, Problem
+from contrastive_kernels.operands import TILE_BYTES, Operand, inverse_norms, project_out, scatter_rows
+from contrastive_kernels.problem import EPS, Direction, Problem, matchable
 from contrastive_kernels.softmax import RowResult, RowSums
 
 
@@ -84,10 +84,19 @@ class HardNegatives:
             )
         for a, b in self._steps():
             if gradients.wants("query"):
-                scatter_rows(gradients.of("query"), owner[a:b], self.operand.tile(a, b) * coefficient[a:b, None])
+                scatter_rows(gradients.of("query", problem.query.rows), owner[a:b], self.operand.tile(a, b) * coefficient[a:b, None])
             if gradients.wants("hard_negatives"):
                 torch.mul(
                     problem.query.gathered(owner).tile(a, b),
                     coefficient[a:b, None],
                     out=gradients.held["hard_negatives"][a:b],
                 )
+        if gradients.wants("hard_negatives"):
+            project_out(gradients.held["hard_negatives"], self.operand, EPS)
+
+
+def hard_negatives(problem: Problem, direction: Direction) -> HardNegatives:
+    """From the problem's options."""
+    o = problem.options
+    ids = None if o.hard_ids is None else matchable(o.target_ids[problem.positives])
+    return HardNegatives(problem, direction, o.hard_negatives, o.hard_offsets, ids, o.hard_ids)

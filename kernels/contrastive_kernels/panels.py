@@ -13,47 +13,19 @@ from __future__ import annotations
 
 import torch
 
+from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import HardNegatives
-from contrastive_kernels.operands import TILE_BYTES, Operand, scatter_rows
+from contrastive_kernels.operands import TILE_BYTES, Operand
 from contrastive_kernels.problem import Direction, Problem
-from contrastive_kernels.softmax import SAFE_LOGIT, RowSums, finish, mask_logits, reduce_logits
+from contrastive_kernels.softmax import SAFE_LOGIT, RowSums, finish, mask_logits, reduce_logits, row_factor
 
 SUB_PANEL_BYTES = 4 << 20
 MIB = 1 << 20
 
 
-class Gradients:
-    """Accumulators in the compute dtype, by name, made when first written; a name that is not wanted swallows writes."""
-
-    def __init__(self, problem: Problem, wanted: frozenset[str]):
-        self.problem, self.wanted = problem, wanted
-        self.held: dict[str, torch.Tensor] = {}
-        self.temperature = torch.zeros((), dtype=problem.dtype, device=problem.device)
-
-    def wants(self, name: str) -> bool:
-        return {"all_queries": "query", "positive": "target"}.get(name, name) in self.wanted
-
-    def of(self, name: str) -> torch.Tensor:
-        if name not in self.held:
-            operand = {"query": self.problem.query, "all_queries": self.problem.all_queries, "target": self.problem.target}[name]
-            self.held[name] = torch.zeros(operand.rows, operand.width, dtype=operand.dtype, device=self.problem.device)
-        return self.held[name]
-
-    def add_rows(self, name: str, start: int, stop: int, rows: torch.Tensor) -> None:
-        """Add gradients of rows [start, stop) of the anchors called `name`."""
-        if name == "positive":
-            scatter_rows(self.of("target"), self.problem.positives[start:stop], rows)
-        else:
-            self.of(name)[start:stop].add_(rows)
-
-
-def panel_rows(direction: Direction, rows: int, workspace: int) -> int:
-    """Rows of a panel whose logits, and three copies of whose anchors, fit in `workspace` bytes."""
-    operand = direction.blocks[0].anchors
-    itemsize = operand.dtype.itemsize
-    columns = sum(block.columns for block in direction.blocks)
-    fixed = SUB_PANEL_BYTES * 2 + (0 if all(b.candidates.plain for b in direction.blocks) else 2 * TILE_BYTES)
-    each = (columns + 3 * operand.width) * itemsize
+def panel_rows(rows: int, columns: int, width: int, itemsize: int, fixed: int, workspace: int) -> int:
+    """Rows of a panel whose logits, and three copies of whose anchors, fit in `workspace` bytes beside `fixed` bytes."""
+    each = (columns + 3 * width) * itemsize
     room = max(workspace - fixed, workspace // 2)
     if room < each:
         raise ValueError(
@@ -81,106 +53,109 @@ def logits_into(out: torch.Tensor, anchors: torch.Tensor, candidates: Operand, s
         multiply(out[:, start:stop], anchors, candidates.tile(start, stop).T, alpha)
 
 
-def largest_logit(problem: Problem, direction: Direction) -> float | None:
-    """A bound on |logit|, or None where it would need a wait for a GPU."""
-    scales = [block.scale for block in direction.blocks]
-    if any(isinstance(scale, torch.Tensor) for scale in scales) or (not problem.options.normalize and problem.device.type != "cpu"):
-        return None
-    largest = 1.0 if problem.options.normalize else problem.largest_product()
-    return max(scales) * largest
+def logits_are_safe(problem: Problem, direction: Direction) -> bool:
+    """True when no logit can exceed SAFE_LOGIT; False too where knowing it would need a wait for a GPU."""
+    if any(isinstance(block.scale, torch.Tensor) for block in direction.blocks) or problem.options.group is not None:
+        return False
+    scale = max(block.scale for block in direction.blocks)
+    if scale > SAFE_LOGIT or problem.options.normalize:
+        return scale <= SAFE_LOGIT * 0.999
+    return problem.device.type == "cpu" and scale * problem.largest_product() <= SAFE_LOGIT
+
+
+class Panels:
+    """Buffers for the logits of one direction, and the walk over them."""
+
+    def __init__(self, problem: Problem, direction: Direction, workspace: int):
+        self.problem, self.direction, self.blocks = problem, direction, direction.blocks
+        dtype, device = problem.dtype, problem.device
+        columns = sum(block.width for block in self.blocks)
+        tiles = 0 if all(b.columns.operand.plain for b in self.blocks) else 2 * TILE_BYTES
+        self.rows = problem.query.rows
+        self.size = panel_rows(self.rows, columns, problem.query.width, dtype.itemsize, tiles + 2 * SUB_PANEL_BYTES, workspace)
+        self.buffers = [torch.empty(self.size * block.width, dtype=dtype, device=device) for block in self.blocks]
+        keeps = [block.columns.keep for block in self.blocks]
+        self.dead = [None if k is None or k.is_cuda else (~k).nonzero()[:, 0] for k in keeps]
+        self.step = self.size if device.type == "cuda" else max(1, SUB_PANEL_BYTES // (columns * dtype.itemsize))
+        self.scales = [block.scale for block in self.blocks]
+        self.smoothing = problem.options.label_smoothing
+
+    def __iter__(self):
+        """(start, stop) of each panel."""
+        return ((a, min(a + self.size, self.rows)) for a in range(0, self.rows, self.size))
+
+    def fill(self, start: int, stop: int):
+        """Compute the logits of rows [start, stop): a panel a block, and the anchors' tiles by identity."""
+        panels, anchors = [], {}
+        for block, buffer in zip(self.blocks, self.buffers):
+            panel = buffer[: (stop - start) * block.width].view(stop - start, block.width)
+            if id(block.anchors) not in anchors:
+                anchors[id(block.anchors)] = block.anchors.tile(start, stop)
+            logits_into(panel, anchors[id(block.anchors)], block.columns.operand, block.scale)
+            panels.append(panel)
+        return panels, anchors
+
+    def parts(self, panels, start: int, stop: int):
+        """Sub-panels with their negatives masked: (slice of rows, one view a block)."""
+        direction = self.direction
+        for first in range(start, stop, self.step):
+            rows = slice(first, min(first + self.step, stop))
+            parts = [panel[rows.start - start : rows.stop - start] for panel in panels]
+            for block, part, dead in zip(self.blocks, parts, self.dead):
+                mask_logits(part, block, rows, direction.threshold, direction.active, dead)
+            yield rows, parts
+
+    def products(self, panels, anchors, start, stop, factor, gradients: Gradients) -> None:
+        """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
+        for block, panel in zip(self.blocks, panels):
+            tile, candidates = anchors[id(block.anchors)], block.columns.operand
+            if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
+                rows = None
+                for first, last in candidates.steps():
+                    piece = candidates.tile(first, last)
+                    rows = panel[:, first:last] @ piece if rows is None else rows.addmm_(panel[:, first:last], piece)
+                rows.mul_(factor[:, None])
+                if gradients.wants("temperature"):
+                    gradients.temperature += torch.linalg.vecdot(rows, tile).sum()
+                if gradients.wants(block.anchor_sink):
+                    gradients.add_anchors(block.anchor_sink, start, stop, rows)
+                del rows
+            if gradients.wants(block.columns.sink):
+                gradients.of(block.columns.sink, candidates.rows).addmm_(panel.T, tile * factor[:, None])
+
+
+def smooth_parts(parts, dropped, factor, smooth) -> None:
+    """E becomes the derivative with respect to the logits: factor * E - smooth, over the candidates."""
+    for part, gone in zip(parts, dropped):
+        part.mul_(factor[:, None]).sub_(smooth[:, None]).masked_fill_(gone, 0)
 
 
 def sweep(problem: Problem, direction: Direction, hard: HardNegatives | None, gradients: Gradients | None, workspace: int, want_best: bool):
     """Reduce every row of `direction` and add its gradients. Returns (RowResult, RowSums) of all rows, (n,) each."""
-    n, dtype, device = problem.query.rows, problem.dtype, problem.device
-    blocks, smoothing = direction.blocks, problem.options.label_smoothing
-    inverse_temperature = problem.inverse_temperature
-    bound = largest_logit(problem, direction)
-    fixed = bound is not None and bound <= SAFE_LOGIT
-    size = panel_rows(direction, n, workspace)
-    sums = RowSums.empty(n, dtype, device, bool(smoothing))
+    n, smoothing = problem.query.rows, problem.options.label_smoothing
+    safe = logits_are_safe(problem, direction)
+    panels = Panels(problem, direction, workspace)
+    sums = RowSums.empty(n, problem.dtype, problem.device, bool(smoothing))
     if hard is not None:
         sums.add(slice(0, n), hard.sums)
-    factor = torch.zeros(n, dtype=dtype, device=device)
-    logit = direction.positive * inverse_temperature
-    buffers = [torch.empty(size * block.columns, dtype=dtype, device=device) for block in blocks]
-    dead = [None if b.keep is None or b.keep.is_cuda else (~b.keep).nonzero()[:, 0] for b in blocks]
-    total_columns = sum(block.columns for block in blocks)
-    step = size if device.type == "cuda" else max(1, SUB_PANEL_BYTES // (total_columns * dtype.itemsize))
-    want = gradients is not None
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        panels = [buffer[: (stop - start) * b.columns].view(stop - start, b.columns) for buffer, b in zip(buffers, blocks)]
-        anchors = {}
-        for block, panel in zip(blocks, panels):
-            if id(block.anchors) not in anchors:
-                anchors[id(block.anchors)] = block.anchors.tile(start, stop)
-            logits_into(panel, anchors[id(block.anchors)], block.candidates, block.scale)
-        for first in range(start, stop, step):
-            rows = slice(first, min(first + step, stop))
-            parts = [panel[rows.start - start : rows.stop - start] for panel in panels]
-            for block, part, columns in zip(blocks, parts, dead):
-                mask_logits(part, block, rows, direction.threshold, direction.active, columns)
-            here, shift, dropped = reduce_logits(parts, [b.scale for b in blocks], fixed, bool(smoothing), want_best)
+    factor = torch.ones(n, dtype=problem.dtype, device=problem.device)
+    logit = direction.positive * problem.inverse_temperature
+    for start, stop in panels:
+        filled, anchors = panels.fill(start, stop)
+        for rows, parts in panels.parts(filled, start, stop):
+            here, shift, dropped = reduce_logits(parts, panels.scales, safe, bool(smoothing), want_best)
             sums.add(rows, here)
-            if want:
-                done = finish(_rows(sums, rows), logit[rows], smoothing)
-                rescale = torch.where(sums.total[rows] > 0, (shift - sums.shift[rows]).exp() / sums.total[rows], 0)
-                factor[rows] = direction.weight[rows] * torch.sigmoid(done.log_sum - logit[rows]) * rescale
-                if smoothing:
-                    factor[rows] = _smooth(parts, dropped, factor[rows], direction.weight[rows] * done.smooth)
-        if want:
-            _products(blocks, panels, anchors, start, stop, factor[start:stop] * inverse_temperature, gradients)
+            if gradients is None:
+                continue
+            own = sums.rows(rows)
+            part_factor = row_factor(own, logit[rows], shift) * direction.weight[rows]
+            if smoothing:
+                smooth_parts(parts, dropped, part_factor, direction.weight[rows] * finish(own, logit[rows], smoothing).smooth)
+            else:
+                factor[rows] = part_factor
+        if gradients is not None:
+            panels.products(filled, anchors, start, stop, factor[start:stop] * problem.inverse_temperature, gradients)
     result = finish(sums, logit, smoothing)
-    if want:
-        _positives(problem, direction, result.positive * direction.weight * inverse_temperature, gradients)
+    if gradients is not None:
+        gradients.add_positives(direction, result.positive * direction.weight * problem.inverse_temperature)
     return result, sums
-
-
-def _rows(sums: RowSums, rows: slice) -> RowSums:
-    def cut(x):
-        return None if x is None else x[rows]
-
-    return RowSums(cut(sums.shift), cut(sums.total), cut(sums.best), cut(sums.logits), cut(sums.count))
-
-
-def _smooth(parts, dropped, factor, smooth):
-    """Turn E into derivatives with respect to the logits: factor * E - smooth over the candidates. Factor becomes 1."""
-    for part, gone in zip(parts, dropped):
-        part.mul_(factor[:, None]).sub_(smooth[:, None]).masked_fill_(gone, 0)
-    return torch.ones_like(factor)
-
-
-def _products(blocks, panels, anchors, start, stop, factor, gradients: Gradients) -> None:
-    """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
-    for block, panel in zip(blocks, panels):
-        tile = anchors[id(block.anchors)]
-        if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
-            rows = None
-            for first, last in block.candidates.steps():
-                piece = block.candidates.tile(first, last)
-                rows = panel[:, first:last] @ piece if rows is None else rows.addmm_(panel[:, first:last], piece)
-            rows.mul_(factor[:, None])
-            if gradients.wants("temperature"):
-                gradients.temperature += (rows * tile).sum()
-            if gradients.wants(block.anchor_sink):
-                gradients.add_rows(block.anchor_sink, start, stop, rows)
-            del rows
-        if gradients.wants(block.candidate_sink):
-            out = gradients.of(block.candidate_sink)
-            out.addmm_(panel.T, tile * factor[:, None])
-
-
-def _positives(problem: Problem, direction: Direction, coefficient: torch.Tensor, gradients: Gradients) -> None:
-    """The positive's own term: q += g t, t += g q, with g (n,) the derivative with respect to its cosine."""
-    if gradients.wants("temperature"):
-        gradients.temperature += (coefficient * direction.positive).sum()
-    positive = problem.target.gathered(problem.positives)
-    step = max(1, TILE_BYTES // (problem.query.width * problem.dtype.itemsize))
-    for start in range(0, problem.query.rows, step):
-        stop = min(start + step, problem.query.rows)
-        scale = coefficient[start:stop, None]
-        if gradients.wants("query"):
-            gradients.add_rows("query", start, stop, positive.tile(start, stop).mul_(scale))
-        if gradients.wants("target"):
-            gradients.add_rows("positive", start, stop, problem.query.tile(start, stop) * scale)

@@ -1,13 +1,14 @@
-"""From tensors and options to rows, blocks of candidates, and weights: what every compute path starts from.
+"""From tensors and options to rows, columns, blocks of candidates and weights: what every compute path starts from.
 
-The loss is a set of softmaxes. One `Direction` is one softmax a row: its anchors, its positives' cosines, its weights,
-and `Block`s of candidates that share one denominator. `symmetric` is two directions. Legend: n rows of this rank,
-N queries and M targets of all ranks (the same where no group is given), D width.
+The loss is a set of softmaxes. One `Direction` is one softmax a row: `Block`s of candidates that share a denominator.
+`symmetric` is two directions. Rows belong to this rank. Columns (`Columns`) may be this rank's, those of all ranks
+(gather) or one rank's at a time (ring). Legend: n, m rows and targets of this rank; N, M columns; D width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -15,91 +16,88 @@ from contrastive_kernels.operands import Operand, compute_dtype, inverse_norms, 
 from contrastive_kernels.options import InfoNCEOptions
 
 EPS = 1e-12
+UNMATCHABLE = torch.iinfo(torch.int64).min
+
+
+@dataclasses.dataclass
+class Columns:
+    """One side's embeddings as candidates, with what is known of each.
+
+    Args:
+        operand: (C, D). sink: name that its gradient is kept under.
+        ids: (C,) int64 or None. keep: (C,) bool or None, False where it is no candidate.
+        owners: (C,) int64 or None, for queries: the identity of the target that each belongs to, -1 for none.
+        offset: global number of the first column, or None where all columns are here.
+    """
+
+    operand: Operand
+    sink: str
+    ids: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    owners: torch.Tensor | None = None
+    offset: int | None = None
 
 
 @dataclasses.dataclass
 class Block:
-    """Candidates shared by all rows: logits = (scale) * anchors @ candidates^T, some of them dropped.
+    """Candidates shared by all rows: logits = scale * anchors @ candidates^T, some of them dropped.
 
     Args:
-        anchors, candidates: operands (n, D) and (C, D); `anchor_sink`, `candidate_sink` name where gradients go.
+        anchors: (n, D). anchor_sink: "query", or "positive" for the rows' own targets.
+        columns: the candidates. ids: pairs ((n,), (C,)); equal pairs are dropped, row ids are never -1.
+        exclude: (n,) global number of the column that is the row itself or its positive.
         scale: what multiplies a cosine in the logit, 1 / temperature plus hardness.
-        exclude: (n,) int64, the column that is the row itself or its positive.
-        ids: pairs ((n,), (C,)) of int64; equal, non-negative-one pairs are dropped.
-        keep: (C,) bool or None, columns that are candidates at all.
-        offset: number of this block's first column as `exclude` counts them, for the shards of a ring; None when the
-            block holds every column.
     """
 
     anchors: Operand
-    candidates: Operand
     anchor_sink: str
-    candidate_sink: str
-    scale: float | torch.Tensor
+    columns: Columns
     exclude: torch.Tensor
+    scale: float | torch.Tensor
     ids: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-    keep: torch.Tensor | None = None
-    offset: int | None = None
 
     @property
-    def columns(self) -> int:
-        return self.candidates.rows
+    def width(self) -> int:
+        return self.columns.operand.rows
 
 
 @dataclasses.dataclass
 class Direction:
-    """One softmax a row. `share` is its part of the loss (0.5 each when symmetric); `weight` (n,) is 0 for rows left out."""
+    """One softmax a row; all (n,). `weight` multiplies row losses, and is 0 for rows left out."""
 
     blocks: list[Block]
-    positive: torch.Tensor  # (n,) cosine of each row's positive
-    weight: torch.Tensor  # (n,) weights as they multiply row losses, share and mean's denominator included
-    threshold: torch.Tensor | None  # (n,) cosine above which a negative is dropped
-    active: torch.Tensor | None  # (n,) bool: rows that see the blocks at all (not own_negatives_only)
-    with_hard: bool
+    positive: torch.Tensor  # cosine of each row's positive
+    weight: torch.Tensor
+    threshold: torch.Tensor | None  # cosine above which a negative is dropped
+    active: torch.Tensor | None  # bool: rows that see the blocks at all (not own_negatives_only)
+    forward: bool
 
 
 @dataclasses.dataclass
 class Problem:
+    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept` (n,) bool."""
+
     options: InfoNCEOptions
     dtype: torch.dtype
     inverse_temperature: float | torch.Tensor
     query: Operand  # (n, D)
-    all_queries: Operand  # (N, D)
-    target: Operand  # (M, D)
-    positives: torch.Tensor  # (n,) int64, in range even for rows left out
-    kept: torch.Tensor  # (n,) bool, rows that count
-    share: torch.Tensor  # (n,) row weights, normalised by the mean's denominator, 0 where not kept
-    directions: list[Direction]
-    local: bool  # all_queries is query
+    target: Operand  # (m, D), own targets
+    positives: torch.Tensor
+    kept: torch.Tensor
+    share: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not kept
+    positive: torch.Tensor  # (n,) cosines
+    threshold: torch.Tensor | None
+    first_row: int = 0  # global numbers of this rank's first row and target
+    first_target: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.query.source.device
 
     def largest_product(self) -> float:
-        """The greatest |cos| that Cauchy and Schwarz allow; reads both matrices and waits for the device."""
-        sides = [self.all_queries, self.target]
-        return max(norms(side.source, side.dtype, side.keep).max().item() for side in sides) ** 2
-
-
-
-@dataclasses.dataclass
-class Shard:
-    """The columns that a rank's rows see, gathered from all ranks, and where its own rows begin among them.
-
-    `total_weight` sums a (n,) weight over ranks.
-    """
-
-    query: torch.Tensor
-    target: torch.Tensor
-    query_ids: torch.Tensor | None
-    target_ids: torch.Tensor | None
-    query_mask: torch.Tensor | None
-    target_mask: torch.Tensor | None
-    row_positives: torch.Tensor | None  # (N,) positives of all rows, in global numbering, -1 for rows left out
-    first_row: int = 0
-    first_target: int = 0
-    total_weight: object = None
+        """The greatest |cos| between rows at hand that Cauchy and Schwarz allow; waits for the device."""
+        longest = [norms(x.source, x.dtype, x.keep).max().item() for x in (self.query, self.target)]
+        return max(longest) ** 2
 
 
 def default_positives(rows: int, targets: int, device) -> torch.Tensor:
@@ -107,11 +105,17 @@ def default_positives(rows: int, targets: int, device) -> torch.Tensor:
     return torch.arange(rows, device=device) * (targets // rows)
 
 
-def row_positives(rows, targets, options: InfoNCEOptions, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n,) positives made safe to index with, and (n,) bool of rows that have one and are not masked themselves."""
+def build(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    options: InfoNCEOptions,
+    rank: int = 0,
+    all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> Problem:
+    """Prepare this rank's rows. `query` (n, D), `target` (m, D) are its own; `all_sum` adds a tensor over ranks."""
+    device, n, dtype = query.device, len(query), compute_dtype(query, target)
     if options.positives is None:
-        positives = default_positives(rows, targets, device)
-        kept = torch.ones(rows, dtype=torch.bool, device=device)
+        positives, kept = default_positives(n, len(target), device), torch.ones(n, dtype=torch.bool, device=device)
     else:
         kept = options.positives != options.ignore_index
         positives = torch.where(kept, options.positives, 0)
@@ -119,63 +123,57 @@ def row_positives(rows, targets, options: InfoNCEOptions, device) -> tuple[torch
         kept = kept & options.query_mask
     if options.target_mask is not None:
         kept = kept & options.target_mask[positives]
-    return positives, kept
 
-
-def owned_targets(positives: torch.Tensor, options: InfoNCEOptions) -> torch.Tensor:
-    """(n,) the target that each query belongs to, -1 where it has none; a masked row still belongs to its own."""
-    if options.positives is None:
-        return positives
-    return torch.where(options.positives == options.ignore_index, -1, positives)
-
-
-def build(query: torch.Tensor, target: torch.Tensor, options: InfoNCEOptions, shard: Shard | None = None) -> Problem:
-    """Prepare the softmaxes of this rank's rows. `query` (n, D), `target` (m, D) are the rank's own."""
-    device, n = query.device, len(query)
-    dtype = compute_dtype(query, target)
-    local = shard is None
-    positives, kept = row_positives(n, len(target), options, device)
-    if shard is None:
-        owners = owned_targets(positives, options) if options.symmetric else None
-        shard = Shard(
-            query, target, options.query_ids, options.target_ids, options.query_mask, options.target_mask, owners
-        )
-    else:
-        positives = positives + shard.first_target
-
-    def operand(matrix, mask):
-        inverse = inverse_norms(matrix, dtype, EPS, mask) if options.normalize else None
-        return Operand(matrix, dtype, inverse, mask)
-
-    all_queries, targets = operand(shard.query, shard.query_mask), operand(shard.target, shard.target_mask)
-    own = all_queries if local else operand(query, options.query_mask)
-
-    inverse_temperature = _inverse_temperature(options.temperature, device, dtype)
-    share = torch.where(kept, torch.ones_like(kept, dtype=dtype) if options.weight is None else options.weight.to(dtype), 0)
+    weight = torch.ones(n, dtype=dtype, device=device) if options.weight is None else options.weight.to(dtype)
+    share = torch.where(kept, weight, 0)
     if options.reduction == "mean":
-        total = share.sum() if shard.total_weight is None else shard.total_weight(share)
-        share = share / torch.where(total == 0, torch.ones_like(total), total)
-    problem = Problem(
-        options, dtype, inverse_temperature, own, all_queries, targets, positives, kept, share, [], local
+        total = all_sum(share.sum())
+        share = share / torch.where(total == 0, 1, total)
+    own_query = operand(query, dtype, options.normalize, options.query_mask)
+    own_target = operand(target, dtype, options.normalize, options.target_mask)
+    positive = row_dots(own_query, own_target.gathered(positives))
+    return Problem(
+        options, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, positives, kept,
+        share, positive, _threshold(options, positive), rank * n, rank * len(target),
     )
-    problem.directions = _directions(problem, shard)
-    return problem
+
+
+def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None) -> Operand:
+    return Operand(matrix, dtype, inverse_norms(matrix, dtype, EPS, mask) if normalize else None, mask)
+
+
+def own_columns(problem: Problem) -> tuple[Columns, Columns]:
+    """This rank's queries and targets as candidates."""
+    o = problem.options
+    owners = None
+    if o.symmetric and (o.positives is not None or o.target_ids is not None):
+        # a masked row still belongs to its target
+        there = torch.ones_like(problem.kept) if o.positives is None else o.positives != o.ignore_index
+        owners = torch.where(there, _identity(problem), -1)
+    queries = Columns(problem.query, "query", o.query_ids, o.query_mask, owners)
+    return queries, Columns(problem.target, "target", o.target_ids, o.target_mask)
+
+
+def _identity(problem: Problem) -> torch.Tensor:
+    """(n,) what tells rows' targets apart: the target's id, or, where it has none, its position (never equal to an id)."""
+    position = UNMATCHABLE + 1 + problem.first_target + problem.positives
+    if problem.options.target_ids is None:
+        return position
+    ids = problem.options.target_ids[problem.positives]
+    return torch.where(ids == -1, position, ids)
 
 
 def _inverse_temperature(temperature, device, dtype) -> float | torch.Tensor:
     """A float wherever that needs no wait for a GPU, so that it can ride on the GEMM's alpha."""
     if isinstance(temperature, torch.Tensor):
         if temperature.device.type == "cpu":
-            value = temperature.item()
-            if not 0 < value:
-                raise ValueError(f"temperature: expected a number above 0, got {value}; 0.02 is usual")
-            return 1.0 / value
+            return 1.0 / temperature.item()
         return temperature.detach().to(device=device, dtype=dtype).reciprocal()
     return 1.0 / float(temperature)
 
 
 def row_dots(a: Operand, b: Operand) -> torch.Tensor:
-    """(n,) dot products of matching rows."""
+    """(n,) dot products of matching rows, a few MiB at a time."""
     out = torch.empty(a.rows, dtype=a.dtype, device=a.source.device)
     step = max(1, (4 << 20) // max(1, a.width))
     for start in range(0, a.rows, step):
@@ -195,55 +193,34 @@ def _threshold(options: InfoNCEOptions, positive: torch.Tensor) -> torch.Tensor 
     return bounds[0] if len(bounds) == 1 else torch.minimum(*bounds)
 
 
-def _matchable(ids: torch.Tensor) -> torch.Tensor:
+def matchable(ids: torch.Tensor) -> torch.Tensor:
     """Row ids with -1 turned into a value that no column bears."""
-    return torch.where(ids == -1, torch.iinfo(torch.int64).min, ids)
+    return torch.where(ids == -1, UNMATCHABLE, ids)
 
 
-def _directions(problem: Problem, shard: Shard) -> list[Direction]:
-    options, positives = problem.options, problem.positives
-    n, device = problem.query.rows, problem.device
-    positive_rows = problem.target.gathered(positives)
-    positive = row_dots(problem.query, positive_rows)
-    threshold = _threshold(options, positive)
-    active = None if options.own_negatives_only is None else ~options.own_negatives_only
-    plain = problem.inverse_temperature
-    batch_scale = plain + options.hardness if options.hardness_scope in ("all", "in_batch") else plain
-    myself = torch.arange(shard.first_row, shard.first_row + n, device=device)
-    query_ids = () if options.query_ids is None else ((_matchable(options.query_ids), shard.query_ids),)
-    target_ids = ()
-    if shard.target_ids is not None:
-        target_ids = ((_matchable(shard.target_ids[positives]), shard.target_ids),)
+def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Direction]:
+    """The softmaxes of this rank's rows over the given columns; for a ring, the part of them that these columns are."""
+    o, positives = problem.options, problem.positives
+    own_targets = problem.target.gathered(positives)
+    active = None if o.own_negatives_only is None else ~o.own_negatives_only
+    scale = problem.inverse_temperature
+    scale = scale + o.hardness if o.hardness_scope in ("all", "in_batch") else scale
+    myself = torch.arange(problem.first_row, problem.first_row + problem.query.rows, device=problem.device)
+    my_positive = positives + problem.first_target
+    query_ids = () if o.query_ids is None else ((matchable(o.query_ids), queries.ids),)
+    target_ids = () if o.target_ids is None else ((matchable(o.target_ids[positives]), targets.ids),)
 
-    queries = "query" if problem.local else "all_queries"
-    shared = dict(scale=batch_scale)
-    blocks = [
-        Block(problem.query, problem.target, "query", "target", exclude=positives, ids=target_ids, keep=shard.target_mask, **shared)
-    ]
-    if options.query_negatives:
-        blocks.append(
-            Block(problem.query, problem.all_queries, "query", queries, exclude=myself, ids=query_ids, keep=shard.query_mask, **shared)
-        )
-    if options.target_negatives:
-        blocks.append(
-            Block(positive_rows, problem.target, "positive", "target", exclude=positives, ids=target_ids, keep=shard.target_mask, **shared)
-        )
-    half = 0.5 if options.symmetric else 1.0
-    directions = [Direction(blocks, positive, problem.share * half, threshold, active, with_hard=True)]
-    if options.symmetric:
-        owners = shard.row_positives
-        ids = query_ids + _owner_ids(options, shard, positives, owners)
-        reverse = Block(positive_rows, problem.all_queries, "positive", queries, exclude=myself, ids=ids, keep=shard.query_mask, **shared)
-        directions.append(Direction([reverse], positive, problem.share * half, threshold, active, with_hard=False))
-    return directions
-
-
-def _owner_ids(options, shard, positives, owners):
-    """Queries that share the row's positive, or a target with the same id, are no negatives of the reverse direction."""
-    if shard.target_ids is None and options.positives is None:
-        return ()  # every query has a target of its own
-    by_position = torch.iinfo(torch.int64).min + 1
-    if shard.target_ids is None:
-        return ((positives, owners),)
-    of_target = torch.where(shard.target_ids == -1, by_position + torch.arange(len(shard.target_ids), device=positives.device), shard.target_ids)
-    return ((of_target[positives], torch.where(owners >= 0, of_target[owners.clamp(min=0)], -1)),)
+    blocks = [Block(problem.query, "query", targets, my_positive, scale, target_ids)]
+    if o.query_negatives:
+        blocks.append(Block(problem.query, "query", queries, myself, scale, query_ids))
+    if o.target_negatives:
+        blocks.append(Block(own_targets, "positive", targets, my_positive, scale, target_ids))
+    weight = problem.share * (0.5 if o.symmetric else 1.0)
+    out = [Direction(blocks, problem.positive, weight, problem.threshold, active, forward=True)]
+    if o.symmetric:
+        ids = query_ids
+        if queries.owners is not None:
+            ids += ((_identity(problem), queries.owners),)
+        reverse = Block(own_targets, "positive", queries, myself, scale, ids)
+        out.append(Direction([reverse], problem.positive, weight, problem.threshold, active, forward=False))
+    return out

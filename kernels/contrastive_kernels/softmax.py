@@ -46,6 +46,10 @@ class RowSums:
             self.logits[rows] += other.logits
             self.count[rows] += other.count
 
+    def rows(self, rows: slice) -> RowSums:
+        """Views of some rows."""
+        return RowSums(*(None if x is None else x[rows] for x in (self.shift, self.total, self.best, self.logits, self.count)))
+
     def log_sum(self) -> torch.Tensor:
         """(n,) log of the negatives' sum, -inf where there is none."""
         return torch.where(self.total > 0, self.shift + self.total.log(), float("-inf"))
@@ -79,10 +83,19 @@ def finish(sums: RowSums, positive_logit: torch.Tensor, smoothing: float) -> Row
     return RowResult(loss, log_sum, lse, gradient, smooth)
 
 
+def row_factor(sums: RowSums, positive_logit: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """(n,) what turns E = exp(logit - shift) into probabilities: sigmoid(x) / total, 0 for a row without negatives.
+
+    As a quotient of sums it is exact to rounding where exp(shift - lse) would carry the error of lse itself.
+    """
+    share = torch.sigmoid(sums.log_sum() - positive_logit)
+    return torch.where(sums.total > 0, share * (shift - sums.shift).exp() / sums.total, 0)
+
+
 def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> None:
     """Set to -inf, in place, what is no negative of rows `rows`. `logits` (r, C) is scale * cos.
 
-    `dead_columns` are the indices where `block.keep` is False, known beforehand where that needs no wait for a GPU:
+    `dead_columns` are the indices where `block.columns.keep` is False, known beforehand where that needs no wait for a GPU:
     a few columns are cheaper to fill than a whole mask is to apply.
     """
     minus = float("-inf")
@@ -92,15 +105,15 @@ def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> 
         logits.masked_fill_(logits > (threshold[rows] * block.scale)[:, None], minus)
     if dead_columns is not None:
         logits.index_fill_(1, dead_columns, minus)
-    elif block.keep is not None:
-        logits.masked_fill_(~block.keep[None, :], minus)
+    elif block.columns.keep is not None:
+        logits.masked_fill_(~block.columns.keep[None, :], minus)
     if active is not None:
         logits.masked_fill_(~active[rows, None], minus)
     column = block.exclude[rows]
-    if block.offset is None:
+    if block.columns.offset is None:
         logits.scatter_(1, column[:, None], minus)
     else:
-        column = column - block.offset
+        column = column - block.columns.offset
         inside = (column >= 0) & (column < logits.shape[1])
         column = torch.where(inside, column, 0)[:, None]
         logits.scatter_(1, column, torch.where(inside[:, None], minus, logits.gather(1, column)))
