@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_generic import BUILDERS as GENERIC
 from tiny_models import BUILDERS
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from vlm2vec.model import VLM2Vec
 
@@ -96,3 +97,24 @@ def test_mrope_positions_are_the_models_own(family, tmp_path):
             attention_mask=torch.ones_like(features.input_ids[None]),
         )  # fmt: skip
         assert torch.equal(packed.position_ids, want[:, 0])
+
+
+@pytest.mark.parametrize("family", sorted(GENERIC))
+def test_generic_path_is_the_librarys_own_forward(family, tmp_path):
+    """Processor and model as transformers loads them, one input at a time, against our padded groups."""
+    GENERIC[family](tmp_path)
+    stock = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    model = VLM2Vec.from_pretrained(tmp_path, dtype="float32")
+    marker = getattr(processor, "boi_token", None) or processor.image_token
+    rows = []
+    for x in INPUTS:
+        x = {"text": x} if isinstance(x, str) else x
+        images = x.get("images") or ([x["image"]] if "image" in x else None)
+        text = x.get("text", "<|image_1|>").replace("<|image_1|>", marker).replace("<|image_2|>", marker)
+        inputs = processor(text=[text], images=None if images is None else [images], return_tensors="pt")
+        with torch.no_grad():
+            rows.append(stock(**inputs).last_hidden_state[0, -1])
+    theirs = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+    ours = model.encode(INPUTS, convert_to_tensor=True)
+    torch.testing.assert_close(ours, theirs, atol=SAME, rtol=0)
