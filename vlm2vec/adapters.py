@@ -217,17 +217,20 @@ def lora_layers(model) -> dict:
 
 
 def merged_state(model) -> dict[str, torch.Tensor]:
-    """The module's state dict with the adapter folded in; the model itself is left as it is."""
+    """The module's state dict with the adapter folded in and nothing in four bits; the model itself is left as it is."""
+    from peft.utils.integrations import dequantize_module_weight
+
     layers = lora_layers(model)
+    four_bit = {f"{n}.weight": m for n, m in model.model.named_modules() if type(m).__name__ == "Linear4bit"}
     state = {}
     for name, value in model.model.state_dict().items():
-        if ".lora_" in name or ".quant_" in name or ".absmax" in name or ".nested_" in name:
+        if ".lora_" in name or any(name.startswith(f"{weight}.") for weight in four_bit):
             continue
         owner, base, rest = name.partition(".base_layer.")
         if base and owner in layers:
             state[f"{owner}.{rest}"] = merged_weight(layers[owner]) if rest == "weight" else value
         else:
-            state[name] = value
+            state[name] = dequantize_module_weight(four_bit[name]).detach() if name in four_bit else value
     return state
 
 

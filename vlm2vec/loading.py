@@ -71,7 +71,7 @@ def load_module(backbone, source: str, config, *, dtype, device, quantization=No
     Raises:
         ValueError: lists unexpected, missing and misshapen weights.
     """
-    kwargs = dict(hub)
+    kwargs = {"ignore_mismatched_sizes": True, **hub}  # listed below, by name
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         kwargs["device_map"] = {"": device}
@@ -89,7 +89,7 @@ def load_module(backbone, source: str, config, *, dtype, device, quantization=No
         for what, keys in (
             ("weights that the model has no place for", unexpected),
             ("weights that the checkpoint lacks", missing),
-            ("weights of another shape", sorted(str(k) for k in info.get("mismatched_keys", []))),
+            ("weights of another shape", sorted(str(k) for k in info["mismatched_keys"])),
         )
         if keys
     ]

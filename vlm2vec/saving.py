@@ -58,7 +58,8 @@ def write_weights(model, folder: str, *, merge: bool, state: dict | None = None)
         adapters.save(model, folder, state)
         return
     if state is None:
-        state = adapters.merged_state(model) if adapters.has_adapter(model) else model.model.state_dict()
+        plain = not adapters.has_adapter(model) and not getattr(model.model, "is_quantized", False)
+        state = model.model.state_dict() if plain else adapters.merged_state(model)
     write_state(hub_names(model.backbone, state), folder)
     write_config(model, folder)
 

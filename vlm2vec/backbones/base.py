@@ -264,6 +264,7 @@ class Backbone:
             bidirectionally: their samples leak into each other when packed, so they are padded inside `last_hidden`.
         adapter_renames: (pattern, replacement) pairs that bring older weight names to the module's own, tried in order.
         hub_names: (pattern, replacement) pairs from the module's names to those of the hub's checkpoints, first match only.
+        unquantized: parts whose names contain one of these stay in full precision when the base is quantised.
         unused_keys: patterns of checkpoint names that the embedding model does not have, with the reason in a comment.
     """
 
@@ -272,6 +273,7 @@ class Backbone:
     packs = True
     adapter_renames: list[tuple[str, str]] = []
     hub_names: list[tuple[str, str]] = [(r"^", "model.")]
+    unquantized: tuple[str, ...] = ("visual", "vision_tower", "vision_model", "vision_embed_tokens", "multi_modal_projector", "connector", "lm_head")
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
 

@@ -1,0 +1,47 @@
+"""Four-bit base weights (QLoRA) and Liger kernels: both optional, both asked for by name."""
+
+import torch
+
+
+def nf4_config(quantize: str, dtype: torch.dtype, backbone):
+    """The bitsandbytes settings of QLoRA: NF4, double quantisation, products in `dtype`. The vision tower stays as it is.
+
+    Raises:
+        ValueError: another scheme than "nf4", or bitsandbytes missing.
+    """
+    if quantize != "nf4":
+        raise ValueError(f"quantize={quantize!r}: expected 'nf4' or None")
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("quantize='nf4' needs bitsandbytes; pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(backbone.unquantized),
+    )
+
+
+def apply_liger(model) -> None:
+    """Swap RMSNorm, rotary embedding and SwiGLU for Liger's kernels, in place.
+
+    Raises:
+        ValueError: liger-kernel missing, or no kernels for the family.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("liger_kernel") is None:
+        raise ValueError("liger=True needs liger-kernel; pip install liger-kernel")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"liger=True: liger-kernel has no kernels for {kind}; there are {', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}")
+    if model.device.type != "cuda":
+        raise ValueError(f"liger=True needs CUDA, the model is on {model.device}; leave it out")
+    # No head here, so none of the loss kernels.
+    MODEL_TYPE_TO_APPLY_LIGER_FN[kind](model=model.model, fused_linear_cross_entropy=False, cross_entropy=False)
