@@ -50,8 +50,8 @@ class Pool(torch.autograd.Function):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradcheck(normalize):
-    hidden = torch.randn(3, 5, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    index = torch.tensor([4, -1, 11], device=DEVICE)
+    hidden = torch.randn(3, 2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    index = torch.tensor([1, -1, 4], device=DEVICE)
     assert torch.autograd.gradcheck(lambda h: Pool.apply(h, index, normalize), (hidden,))
 
 

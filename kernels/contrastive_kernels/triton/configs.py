@@ -77,3 +77,22 @@ def exp_panel(arch: int, itemsize: int, rich: bool) -> Tile:
     if INTERPRET:
         return INTERPRETED
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+
+
+TOPK = {
+    (80, 2): Tile(64, 128, 32, 4, 4),
+    (90, 2): Tile(64, 128, 64, 4, 4),
+    (100, 2): Tile(128, 128, 64, 8, 3),
+    (0, 2): Tile(64, 128, 32, 4, 3),
+    (0, 4): Tile(64, 128, 32, 8, 3),
+}
+
+
+def topk(arch: int, itemsize: int) -> Tile:
+    return INTERPRETED if INTERPRET else choose(TOPK, arch, 4 if itemsize >= 4 else 2)
+
+
+def topk_shares(device: torch.device, tiles_r: int) -> int:
+    """Pieces of the targets, so that about four programs wait for each multiprocessor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, 4 * processors // max(tiles_r, 1))
