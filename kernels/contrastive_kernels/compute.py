@@ -7,11 +7,12 @@ import dataclasses
 import torch
 
 from contrastive_kernels import distributed
+from contrastive_kernels.backends import sweep_for
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import project_out
 from contrastive_kernels.options import InfoNCEOptions
-from contrastive_kernels.panels import MIB, sweep
+from contrastive_kernels.panels import MIB
 from contrastive_kernels.problem import EPS, Direction, Problem, build, directions, own_columns
 from contrastive_kernels.stats import row_sums
 
@@ -67,6 +68,7 @@ def reduce_directions(problem: Problem, parts: list[Direction], gradients: Gradi
     """Every direction over columns that are all at hand, one sweep each."""
     options = problem.options
     hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
+    sweep = sweep_for(problem)
     loss, stat_sums = torch.zeros_like(problem.share), None
     for direction in parts:
         own = hard if direction.forward else None

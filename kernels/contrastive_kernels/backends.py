@@ -1,0 +1,61 @@
+"""Which implementation of a sweep runs: plain torch or the Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from contrastive_kernels import panels
+
+logger = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=None)
+def _log_once(reason: str) -> None:
+    logger.warning("contrastive_kernels: backend='auto' takes torch: %s", reason)
+
+
+def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the Triton kernels cannot take these tensors in this process, or None."""
+    from contrastive_kernels import triton as kernels
+
+    there, reason = kernels.available()
+    if not there:
+        return reason
+    from contrastive_kernels.triton.common import INTERPRET
+
+    if not INTERPRET and device.type != "cuda":
+        return f"the tensors are on {device.type}, the kernels run on CUDA"
+    if INTERPRET and device.type != "cpu":
+        return "TRITON_INTERPRET=1 runs the kernels on the CPU, and the tensors are not there"
+    if dtype == torch.float64 and not INTERPRET:
+        return "the kernels have no float64"
+    return None
+
+
+def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
+    """"torch" or "triton". `auto` takes the kernels on CUDA where it can, and says once why it does not.
+
+    Raises ValueError when "triton" is asked for and cannot be had.
+    """
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
+    reason = obstacle(dtype, device)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot be had here: {reason}; use backend='auto' or 'torch'")
+    _log_once(reason)
+    return "torch"
+
+
+def sweep_for(problem):
+    """The sweep function for a problem's backend, dtype and device."""
+    dtype = problem.query.source.dtype
+    if choose(problem.options.backend, dtype, problem.device) == "torch":
+        return panels.sweep
+    from contrastive_kernels.triton.sweep import sweep
+
+    return sweep
