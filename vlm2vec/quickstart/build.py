@@ -73,7 +73,7 @@ def read_summary(folder) -> dict:
     file = Path(folder) / "tasks.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{file}: not there; build the benchmark first: python -m vlm2vec.quickstart build DIR") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not readable ({error}); remove {folder} and build it again") from error
