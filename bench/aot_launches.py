@@ -43,9 +43,46 @@ def _exp_panel(dtype):
     yield "prefixes", lambda: run(positive=positive, levels=torch.tensor([256, 512, D], dtype=torch.int32), row_max=True, **{k: v.repeat(3, 1) for k, v in scales.items()})
 
 
+def _pool(dtype):
+    from contrastive_kernels.triton import pool
+
+    hidden, index = matrix(R, D, dtype), torch.zeros(R, dtype=torch.int64)
+    yield "forward", lambda: pool.pool_forward(hidden, index)
+    yield "backward", lambda: pool.pool_backward(matrix(R, D, dtype), hidden, index, torch.ones(R))
+    if dtype == torch.bfloat16:
+        yield "index", lambda: pool.last_token_index(attention_mask=torch.ones(16, 4096, dtype=torch.int64))
+
+
+def _chunk(dtype):
+    from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
+
+    cos, out = torch.zeros(R, C), torch.zeros(R, C, dtype=dtype)
+    ids = (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
+    plain = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64))
+    full = plain | dict(ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C))
+    yield "write", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, **plain)
+    if dtype == torch.bfloat16:
+        yield "write, all", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, **full)
+        yield "reduce", lambda: chunk_reduce(cos, **plain)
+        yield "reduce, all", lambda: chunk_reduce(cos, smoothing=True, **full)
+
+
+def _topk(dtype):
+    from contrastive_kernels.triton.topk import topk
+
+    yield "k 16", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 10)
+    if dtype == torch.bfloat16:
+        yield "k 128, exclude", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 100, exclude=torch.zeros(R, 16, dtype=torch.int64))
+
+
+FAMILIES = {"exp panel": _exp_panel, "pool": _pool, "chunk": _chunk, "topk": _topk}
+
+
 def _families():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield "exp panel", dtype, _exp_panel(dtype)
+    for name, cases in FAMILIES.items():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if name != "topk" or dtype != torch.float16:  # the same code as for bfloat16
+                yield name, dtype, cases(dtype)
 
 
 def launches(arch: int) -> list[tuple[str, Caught, bool]]:
@@ -63,6 +100,6 @@ def launches(arch: int) -> list[tuple[str, Caught, bool]]:
                     if key in seen:
                         continue
                     seen.add(key)
-                    has_dot = dtype.itemsize == 2 and "BLOCK_K" in launch.arguments
+                    has_dot = dtype.itemsize == 2 and launch.arguments.get("BLOCK_K", 1) > 1
                     out.append((f"{family}, {case}, {str(dtype)[6:]}", launch, has_dot))
     return out

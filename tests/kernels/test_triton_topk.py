@@ -9,7 +9,7 @@ from contrastive_kernels.triton import configs  # noqa: E402
 from contrastive_kernels.triton.topk import topk  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = configs.Tile(16, 16, 16, 4, 1) if torch.cuda.is_available() else configs.Tile(4, 16, 16, 4, 1)  # sorting is slow when interpreted
+SMALL = configs.Tile(16, 16, 16, 4, 1)
 
 
 def dense(query, target, k, exclude=None):
@@ -23,7 +23,7 @@ def dense(query, target, k, exclude=None):
 
 
 # one of each; k above M; k not a power of two; several tiles and shares, the last one ragged
-@pytest.mark.parametrize("rows, columns, k, shares", [(1, 1, 1, 1), (3, 5, 7, 1), (5, 33, 3, 1), (2, 70, 5, 3), (4, 40, 16, 2)])
+@pytest.mark.parametrize("rows, columns, k, shares", [(1, 1, 1, 1), (3, 5, 9, 1), (17, 33, 3, 1), (5, 130, 5, 3), (20, 100, 16, 2), (2, 70, 40, 1)])
 def test_against_dense_with_ties(rows, columns, k, shares):
     # small integers: exact in any precision, full of ties, negative scores and zeros of both signs
     query = torch.randint(-2, 3, (rows, 7), device=DEVICE).float()
@@ -34,12 +34,19 @@ def test_against_dense_with_ties(rows, columns, k, shares):
     assert torch.equal(indices, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] + ([torch.float64] if DEVICE == "cpu" else []))
 def test_low_precision_input(dtype):
     query, target = torch.randint(-2, 3, (3, 32), device=DEVICE).to(dtype), torch.randint(-2, 3, (20, 32), device=DEVICE).to(dtype)
     scores, indices = topk(query, target, 4, tile=SMALL)
     values, expected = dense(query, target, 4)
     assert torch.equal(scores.double(), values) and torch.equal(indices, expected)
+
+
+def test_ascending_scores_replace_every_slot():
+    # each target beats all before it: the worst case of the selection, every tile taken apart
+    query, target = torch.ones(3, 1, device=DEVICE), torch.arange(60.0, device=DEVICE)[:, None]
+    scores, indices = topk(query, target, 5, tile=SMALL)
+    assert indices.tolist() == [[59, 58, 57, 56, 55]] * 3 and scores[0].tolist() == [59.0, 58.0, 57.0, 56.0, 55.0]
 
 
 def test_exclude():

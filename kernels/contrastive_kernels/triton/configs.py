@@ -39,7 +39,8 @@ class Tile:
         return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
 
 
-# (architecture, element size, rich epilogue) -> tile. Rich: ids, thresholds, column masks, column sums or several prefixes.
+# (architecture, element size, rich epilogue) -> tile. Rich: ids, thresholds, column masks, column
+# sums, norms, a ragged number of columns, several prefixes, or a second launch over unsafe rows.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
     (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
@@ -69,7 +70,7 @@ def architecture(device: torch.device) -> int:
 
 def choose(table: dict, arch: int, *key) -> Tile:
     """The entry of the newest listed architecture that is not newer than `arch` and of its major number, else the default."""
-    listed = [a for (a, *rest) in table if tuple(rest) == key and 0 < a <= arch and a // 10 == arch // 10]
+    listed = [a for (a, *rest) in table if tuple(rest) == key and 0 < a <= arch and a // 10 == arch // 10]  # sm_86 takes sm_80's
     return table[(max(listed, default=0), *key)]
 
 
@@ -79,17 +80,24 @@ def exp_panel(arch: int, itemsize: int, rich: bool) -> Tile:
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
 
 
+# (architecture, element size, more than 32 kept) -> tile: scores and the kept lists share the registers.
 TOPK = {
-    (80, 2): Tile(64, 128, 32, 4, 4),
-    (90, 2): Tile(64, 128, 64, 4, 4),
-    (100, 2): Tile(128, 128, 64, 8, 3),
-    (0, 2): Tile(64, 128, 32, 4, 3),
-    (0, 4): Tile(64, 128, 32, 8, 3),
+    (80, 2, False): Tile(64, 128, 32, 4, 4),
+    (80, 2, True): Tile(64, 64, 32, 8, 4),
+    (90, 2, False): Tile(64, 128, 64, 4, 4),
+    (90, 2, True): Tile(64, 64, 64, 8, 4),
+    (100, 2, False): Tile(128, 64, 64, 8, 3),
+    (100, 2, True): Tile(128, 32, 64, 8, 3),
+    (100, 4, False): Tile(64, 32, 32, 8, 3),
+    (0, 2, False): Tile(64, 128, 32, 4, 3),
+    (0, 2, True): Tile(64, 64, 32, 8, 3),
+    (0, 4, False): Tile(64, 64, 32, 8, 3),
+    (0, 4, True): Tile(32, 64, 32, 8, 3),
 }
 
 
-def topk(arch: int, itemsize: int) -> Tile:
-    return INTERPRETED if INTERPRET else choose(TOPK, arch, 4 if itemsize >= 4 else 2)
+def topk(arch: int, itemsize: int, kept: int) -> Tile:
+    return INTERPRETED if INTERPRET else choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
 
 
 def topk_shares(device: torch.device, tiles_r: int) -> int:

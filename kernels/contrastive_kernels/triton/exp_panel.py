@@ -24,6 +24,9 @@ from contrastive_kernels.triton.common import (
     whole_blocks,
 )
 
+# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
+PLAIN_COLUMNS = 256
+
 
 @triton.jit
 def _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
@@ -169,6 +172,7 @@ def exp_panel(
     device = x.device
     number = 1 if levels is None else len(levels)
     rich = bool(ids) or threshold is not None or keep is not None or col_sum or levels is not None or row_scale is not None
+    rich = rich or redo is not None or columns % PLAIN_COLUMNS != 0
     tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)

@@ -111,8 +111,7 @@ def _redo(blocks, rows, outs, shift, total, tops):
     own = torch.where(unsafe, tops, shift)
     again = 0.0
     for block, out in zip(blocks, outs):
-        rich = block.ids or block.threshold is not None or block.keep is not None or block.row_scale is not None
-        tile = configs.exp_panel(configs.architecture(block.x.device), block.x.element_size(), bool(rich))
+        tile = configs.exp_panel(configs.architecture(block.x.device), block.x.element_size(), True)
         tiles = cdiv(len(unsafe), tile.block_r)
         padded = torch.nn.functional.pad(unsafe, (0, tiles * tile.block_r - len(unsafe)))
         marked = padded.view(tiles, tile.block_r).any(1).to(torch.int32)
