@@ -23,9 +23,11 @@ import torch.nn.functional as F
 PROVIDERS = ("sdpa", "flash_attn", "varlen")
 TEXT_ATTENTION = "vlm2vec_packed"
 VISION_ATTENTION = "vlm2vec_packed_flash"
-# Padding a group costs arithmetic, another group costs a call: below this share of padding one group is cheaper.
+# Padding a group costs arithmetic, another group costs a call: below this share of padded scores one group is cheaper. A key
+# mask makes SDPA itself slower, so that bidirectional segments are only padded where a call would be all overhead.
 MAX_WASTE = 0.15
-FREE_SLACK = 8  # tokens of difference that are always padded over: tiny segments are all call overhead
+FREE_SLACK = 8  # tokens of difference that are always padded over ...
+SMALL = 64  # ... in segments up to this length
 
 
 @dataclass
@@ -88,15 +90,16 @@ def _group(lengths: list[int], cu: torch.Tensor, causal: bool) -> tuple[list[Gro
     if len(set(lengths)) <= 1:
         return [Group(len(lengths), lengths[0] if lengths else 0, None)], None, None
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    buckets, current, tokens = [], [], 0
+    buckets, current, scores = [], [], 0
     for i in order:
-        top = lengths[current[0]] if current else lengths[i]
-        padded = top * (len(current) + 1) - tokens - lengths[i]
-        if current and top - lengths[i] > FREE_SLACK and padded > MAX_WASTE * top * (len(current) + 1):
+        top, length = lengths[current[0]] if current else lengths[i], lengths[i]
+        padded = top * top * (len(current) + 1)
+        near = top == length or (top <= SMALL and top - length <= FREE_SLACK)
+        if current and not near and not (causal and padded - scores - length * length <= MAX_WASTE * padded):
             buckets.append(current)
-            current, tokens = [], 0
+            current, scores = [], 0
         current.append(i)
-        tokens += lengths[i]
+        scores += length * length
     buckets.append(current)
     all_lengths = torch.tensor(lengths)
     inverse = torch.empty(sum(lengths), dtype=torch.long)

@@ -1,6 +1,7 @@
 """`encode`: preprocessing in the caller's order, chunks by length, results in the caller's order."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +63,19 @@ def encode(model, inputs, *, prompt, batch_size, show_progress_bar, convert_to_t
     was_training = model.training
     model.eval()
     try:
-        with _progress(len(inputs), show_progress_bar) as bar:
-            for start in range(0, len(inputs), batch_size * WINDOW_CHUNKS):
+        with _progress(len(inputs), show_progress_bar) as bar, ThreadPoolExecutor(1) as worker:
+            starts = range(0, len(inputs), batch_size * WINDOW_CHUNKS)
+
+            def prepare(start: int) -> list[Features]:
                 window = with_prompt(model, inputs[start : start + batch_size * WINDOW_CHUNKS], prompt)
-                features = preprocess(model.processing, window, start)
+                return preprocess(model.processing, window, start)
+
+            # The next window is preprocessed while the model runs on this one.
+            coming = worker.submit(prepare, 0) if inputs else None
+            for start in starts:
+                features = coming.result()
+                if start + starts.step < len(inputs):
+                    coming = worker.submit(prepare, start + starts.step)
                 for rows in chunks([f.length for f in features], batch_size, model.device.type):
                     packed = model.pack([features[r] for r in rows]).to(model.device)
                     hidden = model(packed)[:, :dim].float()

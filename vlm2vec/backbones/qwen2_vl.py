@@ -74,13 +74,14 @@ class Qwen2VLProcessing(Processing):
             return self._patches_torchvision(frames, size)
         from PIL.Image import Resampling
 
-        pixels = np.stack([np.asarray(f.resize(size, Resampling.BICUBIC)) for f in frames])
-        patches, grid = patchify(pixels, patch=self.patch, merge=self.merge, temporal=1 if len(frames) == 1 else self.temporal)
+        pixels = np.stack([np.asarray(f if f.size == size else f.resize(size, Resampling.BICUBIC)) for f in frames])
+        shown = 1 if len(frames) == 1 else self.temporal  # an image is a frame shown twice: doubled after the look-up
+        patches, grid = patchify(pixels, patch=self.patch, merge=self.merge, temporal=shown)
         table = pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std))
-        channels = patches.reshape(patches.shape[0], 3, -1)
-        values = np.stack([table[:, c][channels[:, c]] for c in range(3)], axis=1)
-        if len(frames) == 1:  # an image is a frame shown twice: doubled after the look-up
-            values = np.repeat(values[:, :, None], self.temporal, axis=2)
+        channels = patches.reshape(len(patches), 3, shown, -1)
+        values = np.empty((len(patches), 3, self.temporal, channels.shape[-1]), dtype=np.float32)
+        for c in range(3):
+            values[:, c, :] = np.take(table[:, c], channels[:, c])  # one frame is broadcast to both places
         return torch.from_numpy(values.reshape(len(values), -1)), grid
 
     def _patches_torchvision(self, frames: list, size: tuple[int, int]):
