@@ -53,9 +53,9 @@ def loss_figures(stats: Any) -> dict[str, torch.Tensor]:
     if stats is None:
         return {}
     return {
-        "accuracy": stats["accuracy"],
-        "positive_similarity": stats["positive_similarity"],
-        "hardest_negative_similarity": stats["hardest_negative_similarity"],
+        "accuracy": stats.accuracy,
+        "positive_similarity": stats.positive_cosine,
+        "hardest_negative_similarity": stats.hardest_negative_cosine,
     }
 
 

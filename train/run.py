@@ -51,7 +51,10 @@ def run(argv: list[str]) -> int:
     transformers.set_seed(recipe.seed)
     model = VLM2Vec.from_pretrained(str(checkpoint or recipe.model), dtype=getattr(torch, recipe.dtype), **recipe.model_options)
     if recipe.freeze_vision:
-        model.freeze_vision()
+        tower = model.backbone.vision_tower(model.model)
+        if tower is None:
+            raise ValueError(f"freeze_vision: {recipe.model} has no vision tower of its own; leave the key out")
+        tower.requires_grad_(False)
     interrupt = StopOnInterrupt()
     trainer = ContrastiveTrainer(recipe, model, PairDataset(recipe.data, model.processing), [interrupt])
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
