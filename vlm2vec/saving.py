@@ -9,6 +9,8 @@ import tempfile
 from vlm2vec import adapters, st_files
 from vlm2vec.loading import SETTINGS
 
+_STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
 
 def settings_of(model) -> dict:
     """What vlm2vec.json holds: enough to reload the model as it was trained."""
@@ -30,13 +32,26 @@ def save(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
             json.dump(settings_of(model), f, indent=2, ensure_ascii=False)
             f.write("\n")
         st_files.write(model, work, full=merge or not adapters.has_adapter(model))
+        kept = set(os.listdir(work))
         for root, _, names in os.walk(work):
             target = os.path.join(folder, os.path.relpath(root, work))
             os.makedirs(target, exist_ok=True)
             for name in names:
                 os.replace(os.path.join(root, name), os.path.join(target, name))
+        if merge or not adapters.has_adapter(model):
+            remove_stale(folder, kept)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_stale(folder: str, kept: set[str]) -> None:
+    """Take away what an earlier save left and a reload would prefer to the full model just written: an adapter, other shards.
+
+    An adapter saved into a full model's folder removes nothing: the full model may be its base.
+    """
+    for name in os.listdir(folder):
+        if name not in kept and _STALE.fullmatch(name):
+            os.remove(os.path.join(folder, name))
 
 
 def hub_names(backbone, state: dict) -> dict:

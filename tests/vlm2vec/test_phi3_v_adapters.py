@@ -95,3 +95,20 @@ def test_a_tensor_without_a_place_is_named(adapted, tmp_path):
         VLM2Vec.from_pretrained(tmp_path)
     settings = json.loads((saved / "adapter_config.json").read_text())
     assert settings["use_dora"] is True and settings["base_model_name_or_path"] == str(folder)
+
+
+def test_a_full_model_replaces_the_adapter_saved_there_before(adapted, tmp_path):
+    """Left in place, the old adapter would win at the next load, over the base and not over what was just saved."""
+    folder, model, saved = adapted
+    target = tmp_path / "out"
+    target.mkdir()
+    again = VLM2Vec.from_pretrained(saved)
+    again.save_pretrained(target)
+    (target / "model-00001-of-00002.safetensors").write_bytes(b"from an earlier save")
+    (target / "notes.txt").write_text("the user's own")
+    again.save_pretrained(target, merge=True)
+    names = {p.name for p in target.iterdir()}
+    assert "notes.txt" in names and not any(n.startswith(("adapter_", "model-")) for n in names)
+    reloaded = VLM2Vec.from_pretrained(target)
+    assert reloaded.adapter_settings is None
+    np.testing.assert_allclose(reloaded.encode(inputs()), model.encode(inputs()), atol=1e-5, rtol=0)
