@@ -74,9 +74,15 @@ def choose(table: dict, arch: int, *key) -> Tile:
     return table[(max(listed, default=0), *key)]
 
 
-def exp_panel(arch: int, itemsize: int, rich: bool) -> Tile:
+# tensor memory is read into registers anew for every prefix, which leaves fewer for the epilogue
+PREFIXES = {100: Tile(128, 64, 64, 8, 3, 4)}
+
+
+def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
     if INTERPRET:
         return INTERPRETED
+    if prefixes and itemsize <= 2 and arch // 10 * 10 in PREFIXES:
+        return PREFIXES[arch // 10 * 10]
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
 
 

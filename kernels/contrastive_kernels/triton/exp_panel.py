@@ -173,7 +173,7 @@ def exp_panel(
     number = 1 if levels is None else len(levels)
     rich = bool(ids) or threshold is not None or keep is not None or col_sum or levels is not None or row_scale is not None
     rich = rich or redo is not None or columns % PLAIN_COLUMNS != 0
-    tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich)
+    tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich, levels is not None)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     width = x.shape[1]

@@ -1,0 +1,96 @@
+"""Every kernel in every configuration the launchers can choose, compiled for sm_80, sm_90 and sm_100 without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import aot, sass  # noqa: E402
+from contrastive_kernels import roofline  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return aot.rows()
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_no_kernel_has_a_fault(rows, arch):
+    # spills, shared memory over the limit, no tensor cores in the hot loop, copies narrower than 16 bytes, no occupancy
+    here = [row for row in rows if row["arch"] == arch]
+    assert len(here) > 15
+    assert not {row["case"]: aot.verdict(row) for row in here if aot.verdict(row)}
+
+
+@pytest.mark.parametrize("arch, name", [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
+def test_tensor_cores_of_the_architecture(rows, arch, name):
+    for row in rows:
+        if row["arch"] == arch and row["dot"]:
+            assert row["tensor"].get(name), row["case"]
+
+
+def test_every_family_is_compiled(rows):
+    assert {row["kernel"] for row in rows} >= {
+        "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
+    }
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_epilogue_is_as_cheap_as_the_cost_model_says(rows, arch):
+    assert aot.per_element(rows, arch) <= roofline.EPILOGUE_INSTRUCTIONS[arch]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("n", [16_384, 65_536])
+@pytest.mark.parametrize("d", aot.WIDTHS)
+def test_predicted_time_stays_near_three_products(rows, arch, n, d):
+    pieces, limit = aot.predicted(roofline.for_arch(arch), n, d, aot.per_element(rows, arch))
+    assert roofline.seconds(pieces) <= (1.43 if d == 768 else 1.18) * limit
+
+
+@pytest.mark.parametrize("panel", [64, 96])
+def test_launched_work_equals_the_cost_model(panel, monkeypatch):
+    """FLOPs of grids times tiles, and bytes of the tensors that the launches touch, against `roofline.panels`."""
+    from contrastive_kernels import info_nce_value_and_grad
+    from contrastive_kernels.triton import configs, sweep, work
+    from contrastive_kernels.triton.common import INTERPRET
+
+    if not INTERPRET and not torch.cuda.is_available():
+        pytest.skip("needs the interpreter or a GPU")
+    n, d = 192, 64
+    monkeypatch.setattr(sweep, "panel_rows", lambda *a: panel)
+    tile = configs.Tile(32, 64, 64, 4, 1, 2)
+    monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
+    query = torch.nn.functional.normalize(torch.randn(n, d), dim=1).bfloat16()
+    with work.record() as launches:
+        info_nce_value_and_grad(query, query.roll(1, 0), backend="triton")
+    # the second launch of every panel does nothing unless a row was unsafe, and is not counted by the model
+    exps = [x for x in launches if x.name == "exp_panel"][::2]
+    gemms = [x for x in launches if x.name == "gemm"]
+    model = roofline.panels(roofline.H100, n, n, d, panel, itemsize=2)
+    products = [p for p in model if p.flops]
+    assert sum(x.flops for x in exps + gemms) == sum(p.flops * p.times for p in products) == 6 * n * n * d
+    ours, theirs = [p for p in products if p.name.startswith("logits")], exps
+    statistics = sum(4 * panel * (2 * -(-n // 64) - -(-n // 256)) for _ in exps)  # row sums and maxima of 64-wide tiles, not one of 256
+    assert sum(x.bytes for x in theirs) == sum(p.bytes * p.times for p in ours) + statistics
+    library = [p for p in products if not p.name.startswith("logits")]
+    assert sum(x.bytes for x in gemms) == sum(p.bytes * p.times for p in library)
+
+
+def test_disassembly_reader():
+    text = """
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64] ;
+        /*0020*/              @!P0 LDGSTS.E [R1], [R2.64] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   MUFU.EX2 R1, R1 ;
+        /*0060*/                   STL [R1], R2 ;
+"""
+    code = sass.parse(text)
+    loop = code.hot_loop()
+    assert loop == (0, 3)
+    assert code.count(*loop)["HMMA"] == 1 and code.count(loop[1] + 1)["STL"] == 1
+    assert code.narrow_loads(*loop) == ["LDGSTS.E"]
