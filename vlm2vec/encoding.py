@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,9 @@ def with_prompt(model, inputs: list, prompt: str | None) -> list:
     for x in inputs:
         item = as_item(x)
         if model.processing.prompt_is_instruction:
-            item.instruction = item.instruction or prompt
+            items.append(replace(item, instruction=item.instruction or prompt))
         else:
-            item.text = prepend(prompt, item.text)
-        items.append(item)
+            items.append(replace(item, text=prepend(prompt, item.text)))
     return items
 
 

@@ -71,6 +71,7 @@ class Processing:
         self.max_length = self.options["max_length"]
         self.truncated = 0
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
+        self.tail = int(self.options["append_eos"])  # last tokens that shortening leaves in place
         self.image_token_id = None if self.image_marker is None else tokenizer.convert_tokens_to_ids(self.image_marker)
         self.video_token_id = None if self.video_marker is None else tokenizer.convert_tokens_to_ids(self.video_marker)
 
@@ -226,32 +227,28 @@ class Processing:
         """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
         if self.max_length is None:
             return pieces
-        visual = sum(p.length for p in pieces if isinstance(p, Visual)) + sum(
-            1 for p in pieces if isinstance(p, int) and p in self.kept_ids
-        )
-        text = sum(1 for p in pieces if isinstance(p, int) and p not in self.kept_ids)
-        room = self.max_length - visual
+        free = [isinstance(p, int) and p not in self.kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
+        fixed = sum(p.length if isinstance(p, Visual) else 1 for p, cuttable in zip(pieces, free) if not cuttable)
+        text, room = sum(free), self.max_length - fixed
         if text <= room:
             return pieces
         if room < 0:
             raise ValueError(
-                f"max_length={self.max_length} is below the {visual} image tokens of the input; image tokens are never cut: "
+                f"max_length={self.max_length} is below the {fixed} image tokens of the input; image tokens are never cut: "
                 "raise max_length or lower max_pixels"
             )
         self.truncated += 1
         if self.truncated in (1, 10, 100) or self.truncated % 1000 == 0:
             warnings.warn(
                 f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to max_length={self.max_length} tokens "
-                f"(the last one had {text} besides {visual} image tokens)",
+                f"(the last one had {text} besides {fixed} that stay)",
                 stacklevel=3,
             )
         kept = []
-        for piece in pieces:
-            if isinstance(piece, Visual) or piece in self.kept_ids:
+        for piece, cuttable in zip(pieces, free):
+            if not cuttable or room > 0:
                 kept.append(piece)
-            elif room > 0:
-                kept.append(piece)
-                room -= 1
+                room -= cuttable
         return kept
 
 

@@ -11,10 +11,12 @@ import torch
 
 from vlm2vec.backbones.base import Visual, override
 from vlm2vec.backbones.qwen2_vl import Qwen2VL, Qwen2VLProcessing
+from vlm2vec.inputs import Item
 
 INSTRUCTION = "Represent the user's input."
 FACTOR = 32
 EMBEDDING_OPTIONS = {"chat_template": True, "min_pixels": 4 * FACTOR**2, "max_pixels": 1800 * FACTOR**2, "max_length": 8192}
+EMPTY = "NULL"  # what an empty content is fed as
 START, END = "<|vision_start|>", "<|vision_end|>"
 
 
@@ -42,7 +44,9 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
     def __init__(self, tokenizer, image_processor, config, options=None):
         super().__init__(tokenizer, image_processor, config, options)
         if self.options["chat_template"]:
-            self.kept_ids = frozenset(tokenizer.all_special_ids)
+            self.kept_ids = frozenset([*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([START, END])])
+            # A text that is too long is cut before the template's closing, on whose last token the embedding stands.
+            self.tail = len(self.tokenize(self.render(Item()).rpartition(EMPTY)[2]))
 
     @property
     def prompts(self):
@@ -57,7 +61,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         said = (item.instruction or INSTRUCTION).strip()
         if not unicodedata.category(said[-1]).startswith("P"):
             said += "."
-        messages = [{"role": "system", "content": said}, {"role": "user", "content": text or "NULL"}]
+        messages = [{"role": "system", "content": said}, {"role": "user", "content": text or EMPTY}]
         if self.tokenizer.chat_template is None:
             return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
