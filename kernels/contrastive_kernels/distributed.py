@@ -23,6 +23,10 @@ from contrastive_kernels.problem import Columns, Direction, Problem, build, dire
 from contrastive_kernels.softmax import RowSums, finish, reduce_logits, row_factor
 from contrastive_kernels.stats import row_sums
 
+# names of torch 2.14; the older ones are deprecated there
+gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def one_level(query, target, options, wanted, workspace: int):
     """What `compute` does for one width, over `options.group`."""
@@ -65,9 +69,9 @@ def check_equal_shards(query, target, options, group) -> None:
     if query.is_cuda and not options.validate:
         return
     mine = torch.tensor([len(query), len(target), query.shape[1]], device=query.device)
-    everyone = torch.empty(dist.get_world_size(group), 3, dtype=mine.dtype, device=query.device)
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    shapes = everyone.tolist()
+    everyone = torch.empty(dist.get_world_size(group) * 3, dtype=mine.dtype, device=query.device)
+    gather_single(everyone, mine, group=group)
+    shapes = everyone.view(-1, 3).tolist()
     if any(shape != shapes[0] for shape in shapes):
         listed = "; ".join(f"rank {r}: {n} queries, {m} targets, D={d}" for r, (n, m, d) in enumerate(shapes))
         raise ValueError(
@@ -82,7 +86,7 @@ def _all_gather(tensor: torch.Tensor | None, group) -> torch.Tensor | None:
         return None
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     out = torch.empty(dist.get_world_size(group) * flat.numel(), dtype=torch.uint8, device=tensor.device)
-    dist.all_gather_into_tensor(out, flat, group=group)
+    gather_single(out, flat, group=group)
     return out.view(tensor.dtype).view(-1, *tensor.shape[1:])
 
 
@@ -110,7 +114,7 @@ def scatter(gradients: Gradients, name: str, own: str, like: torch.Tensor, group
     mine = gradients.of(own, len(like))
     if whole.is_cuda:
         part = torch.empty_like(mine)
-        dist.reduce_scatter_tensor(part, whole, group=group)
+        reduce_scatter_single(part, whole, group=group)
     else:
         dist.all_reduce(whole, group=group)  # gloo
         part = whole[rank * len(like) : (rank + 1) * len(like)]
