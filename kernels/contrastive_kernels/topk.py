@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from contrastive_kernels.operands import Operand, compute_dtype
 from contrastive_kernels.panels import MIB, logits_into
+
+
+def best_columns(values, k: int):
+    """The k greatest of each row, equal ones by column: `values.sort(dim=1, descending=True, stable=True)[:, :k]` without sorting rows.
+
+    The k best entries lie in the k blocks of columns with the greatest maxima, equal blocks taken in order: each such block
+    holds an entry that is better than any outside, by value or by column. So one pass takes block maxima, and only
+    k * block entries a row are sorted; a sort of the whole row costs 20 to 50 times the product's own pass.
+
+    Args:
+        values: (R, C). k: at least 1.
+
+    Returns:
+        (R, min(k, C)) values and int64 columns.
+    """
+    width = values.shape[1]
+    block = 1 << max(3, round(math.log2(max(1.0, width / k)) / 2))
+    blocks = width // block
+    if blocks <= 2 * k:
+        best = values.sort(dim=1, descending=True, stable=True)
+        return best.values[:, :k], best.indices[:, :k]
+    peaks = values[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1)
+    chosen = peaks.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    columns = (chosen[:, :, None] * block + torch.arange(block, device=values.device)).flatten(1)
+    tail = torch.arange(blocks * block, width, device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, tail], 1)
+    picked = values.gather(1, columns)
+    best = picked.sort(dim=1, descending=True, stable=True)
+    order = best.indices[:, :k]
+    return best.values[:, :k], columns.gather(1, order)
 
 
 def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float | None = None, backend: str = "auto"):
@@ -45,8 +77,9 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
                     inside = (column >= 0) & (column < d - c)
                     row = torch.arange(b - a, device=device)[:, None].expand_as(column)
                     product[row[inside], column[inside]] = float("-inf")
-                values = torch.cat([scores[a:b], product], 1)
-                where = torch.cat([indices[a:b], torch.arange(c, d, device=device).expand(b - a, -1)], 1)
+                found, column = best_columns(product, k)
+                values = torch.cat([scores[a:b], found], 1)
+                where = torch.cat([indices[a:b], column + c], 1)
                 order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
                 scores[a:b], indices[a:b] = values.gather(1, order), where.gather(1, order)
     indices.masked_fill_(scores == float("-inf"), -1)
