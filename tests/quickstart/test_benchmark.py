@@ -82,7 +82,7 @@ def test_shortcuts_are_what_the_tasks_say(full):
         label = own_scene.characters[cell]
         same = [file for file in row["tgt_img_path"] if crops[file][0].characters[crops[file][1]] == label]
         assert len(same) == 2 and len({crops[file][0].colour for file in same}) == 2
-    for row in made.rows["eval"]["OpenMoji_t2i"][:40]:
+    for row in made.rows["eval"]["OpenMoji-Recolour"][:40]:
         label = name_of[row["tgt_img_path"][0]].characters
         same = [name_of[file] for file in row["tgt_img_path"] if name_of[file].characters == label]
         assert len(same) == 4 and len({scene.colour for scene in same}) == 4
@@ -139,7 +139,7 @@ def test_finished_is_reused_and_broken_is_rebuilt(built, tmp_path):
 def test_summary_states_chance(built):
     summary = build.read_summary(built)
     chance = {task["name"]: task["chance"] for task in summary["tasks"]}
-    assert chance["OpenMoji-Object"] == pytest.approx(1 / 32) and chance["OpenMoji_t2i"] == pytest.approx(1 / 128)
+    assert chance["OpenMoji-Object"] == pytest.approx(1 / 32) and chance["OpenMoji-Recolour"] == pytest.approx(1 / 128)
     assert "CC BY-SA 4.0" in summary["credits"]
     assert sum(summary["pictures"].values()) == len(list((built / "images").rglob("*.png")))
     (built.parent / "bad").mkdir()
