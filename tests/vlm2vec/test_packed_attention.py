@@ -1,0 +1,180 @@
+"""Packed attention against dense attention with a block mask; the providers' signatures; chunking and packing."""
+
+import inspect
+import random
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from vlm2vec import attention
+from vlm2vec.attention import Segments, choose_provider, packed_attention
+from vlm2vec.packing import Features, pack, token_budget_chunks
+
+LENGTHS = [
+    [5],  # one segment
+    [1, 1, 1],  # single tokens
+    [7, 7, 7, 7],  # equal: no gather at all
+    [3, 40, 1, 40, 17, 4, 39],  # groups of near lengths, out of order
+    [130, 2, 65, 129, 64, 128],  # around the small-segment limit and a power of two
+]
+
+
+def dense(q, k, v, segments, window=None):
+    """One (T, T) mask in the tensors' own dtype."""
+    which = torch.repeat_interleave(torch.arange(len(segments.lengths)), torch.tensor(segments.lengths))
+    at = torch.cat([torch.arange(n) for n in segments.lengths])
+    seen = which[:, None] == which[None, :]
+    if segments.causal:
+        seen &= at[:, None] >= at[None, :]
+    if window is not None:
+        seen &= (at[:, None] - at[None, :]).abs() < window
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "key_heads", "window"), [(4, 2, None), (2, 2, 9)])
+def test_values_and_gradients(lengths, causal, heads, key_heads, window):
+    segments = Segments.from_lengths(lengths, causal=causal)
+    total = sum(lengths)
+    q = torch.randn(total, heads, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(total, key_heads, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    cotangent = torch.randn(total, heads, 8, dtype=torch.float64)
+    results = []
+    for run in (packed_attention, dense):
+        out = run(q, k, v, segments, window=window)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), cotangent)))
+    for ours, truth in zip(*results):
+        torch.testing.assert_close(ours, truth, atol=1e-12, rtol=1e-10)
+
+
+def test_garbage_in_other_segments_is_not_seen():
+    """NaN in one segment stays in it, even where it serves as padding of none."""
+    segments = Segments.from_lengths([3, 40, 12, 33], causal=True)
+    q, k, v = (torch.randn(88, 2, 8) for _ in range(3))
+    for x in (q, k, v):
+        x[3:43] = float("nan")
+    out = packed_attention(q, k, v, segments)
+    assert out[:3].isfinite().all() and out[43:].isfinite().all()
+
+
+def test_groups_waste_little_and_cover_everything():
+    rng = random.Random(0)
+    for causal in (True, False):
+        lengths = [rng.randint(1, 400) for _ in range(200)]
+        segments = Segments.from_lengths(lengths, causal=causal)
+        assert sum(g.count for g in segments.groups) == 200
+        assert torch.equal(segments.rows[segments.inverse], torch.arange(sum(lengths)))
+        scores = sum(g.count * g.length**2 for g in segments.groups if g.length > attention.SMALL)
+        real = sum(n**2 for n in lengths if n > attention.SMALL)
+        assert scores <= real * 1.25
+        assert len(segments.groups) < (40 if causal else 200)
+
+
+def test_calls_without_segments_are_ordinary_attention():
+    attention.register()
+
+    class Layer(torch.nn.Module):
+        is_causal, num_key_value_groups = True, 2
+
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    out, _ = attention._attention_interface(Layer(), q, k, v, None, scaling=8**-0.5)
+    for row in range(2):
+        one = dense(*(x[row].transpose(0, 1) for x in (q, k, v)), Segments.from_lengths([6], causal=True))
+        torch.testing.assert_close(out[row], one, atol=1e-5, rtol=1e-5)
+
+
+# -- providers that need CUDA: held to their signatures ----------------------------------------------------------------
+
+# flash_attn.flash_attn_varlen_func of flash-attn 2.x, as its documentation gives it; the package itself builds with CUDA only
+FLASH_ATTN = (
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal",
+    "window_size", "softcap", "alibi_slopes", "deterministic", "return_attn_probs", "block_table",
+)  # fmt: skip
+
+
+class Recorder:
+    def __init__(self, signature):
+        self.signature, self.arguments = signature, None
+
+    def __call__(self, *args, **kwargs):
+        self.arguments = self.signature.bind(*args, **kwargs).arguments
+        return args[0]
+
+
+@pytest.mark.parametrize(("causal", "window", "flash_window"), [(True, None, (-1, 0)), (False, None, (-1, -1)), (True, 5, (4, 0)), (False, 5, (4, 4))])
+def test_flash_attn_is_called_by_its_signature(monkeypatch, causal, window, flash_window):
+    import sys
+    import types
+
+    if find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        assert set(FLASH_ATTN[:11]) <= set(inspect.signature(flash_attn_varlen_func).parameters)
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in FLASH_ATTN[:7]]
+    parameters += [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for n in FLASH_ATTN[7:]]
+    record = Recorder(inspect.Signature(parameters))
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=record))
+    segments = Segments.from_lengths([3, 5], causal=causal)
+    q = torch.randn(8, 2, 4)
+    attention.flash_attn_packed(q, q, q, segments, scale=0.5, window=window)
+    got = record.arguments
+    assert got["cu_seqlens_q"].dtype == torch.int32 and got["cu_seqlens_q"].tolist() == [0, 3, 8]
+    assert (got["max_seqlen_q"], got["softmax_scale"], got["causal"], got["window_size"]) == (5, 0.5, causal, flash_window)
+
+
+def test_torch_varlen_is_called_by_its_installed_signature(monkeypatch):
+    from torch.nn.attention import varlen
+
+    record = Recorder(inspect.signature(varlen.varlen_attn))
+    monkeypatch.setattr(varlen, "varlen_attn", record)
+    segments = Segments.from_lengths([3, 5], causal=True)
+    q, k = torch.randn(8, 4, 8), torch.randn(8, 2, 8)
+    attention.varlen_packed(q, k, k, segments, scale=0.5)
+    got = record.arguments
+    assert (got["max_q"], got["max_k"], got["scale"], got["window_size"], got["enable_gqa"]) == (5, 5, 0.5, (-1, 0), True)
+    assert got["cu_seq_q"].tolist() == got["cu_seq_k"].tolist() == [0, 3, 8]
+    with pytest.raises(ValueError, match="dropout"):
+        attention.varlen_packed(q, k, k, segments, dropout=0.1)
+
+
+def test_choice_of_provider():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_provider(None, cpu, torch.float32) == choose_provider("auto", cuda, torch.float32) == "sdpa"
+    assert choose_provider("auto", cuda, torch.bfloat16) == ("flash_attn" if find_spec("flash_attn") else "varlen")
+    for attn, said in (("eager", "expected 'auto'"), ("flash_attn", "needs CUDA"), ("varlen", "needs CUDA")):
+        with pytest.raises(ValueError, match=said):
+            choose_provider(attn, cpu, torch.bfloat16)
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def test_token_budget_chunks():
+    rng = random.Random(1)
+    for budget in (1, 50, 1000):
+        lengths = [rng.randint(1, 120) for _ in range(99)]
+        chunks = token_budget_chunks(lengths, budget)
+        assert sorted(i for c in chunks for i in c) == list(range(99))
+        assert all(len(c) == 1 or sum(lengths[i] for i in c) <= budget for c in chunks)
+        flat = [lengths[i] for c in chunks for i in c]
+        assert flat == sorted(flat, reverse=True)
+    assert token_budget_chunks([], 5) == []
+    with pytest.raises(ValueError, match="at least 1"):
+        token_budget_chunks([1], 0)
+
+
+def test_pack_lays_samples_one_behind_the_other():
+    a = Features(torch.arange(3), {"x": torch.ones(2, 4)}, torch.tensor([0, 1]))
+    b = Features(torch.arange(5), {}, None, torch.arange(5).expand(3, -1) * 2)
+    packed = pack([b, a])
+    assert packed.seqlens == [5, 3] and packed.cu_seqlens.tolist() == [0, 5, 8] and packed.last_index.tolist() == [4, 7]
+    assert packed.position_ids[0].tolist() == [0, 2, 4, 6, 8, 0, 1, 2] and packed.visual_index.tolist() == [5, 6]
+    moved = packed.to("cpu", torch.bfloat16)
+    assert moved.vision["x"].dtype == torch.bfloat16 and moved.input_ids.dtype == torch.long
+    for bad in ([], [Features(torch.empty(0, dtype=torch.long))]):
+        with pytest.raises(ValueError):
+            pack(bad)
