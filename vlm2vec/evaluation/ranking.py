@@ -40,32 +40,29 @@ def _rank_global(query, target, k, row, blocked):
     """Top k of the distinct vectors, each then stands for its candidates in their order."""
     from contrastive_kernels import topk_similarity
 
-    members = [[] for _ in range(len(target))]
-    for candidate, (vector, skip) in enumerate(zip(row.tolist(), blocked.tolist())):
-        if not skip:
-            members[vector].append(candidate)
-    kept = [v for v, group in enumerate(members) if group]
-    # in the order of their first candidate, so that "lowest index wins" means the data's order
-    kept.sort(key=lambda v: members[v][0])
-    if not kept:
+    free = (~blocked).nonzero()[:, 0]
+    vector = row[free]
+    # the first candidate of each vector; vectors in that order, so that "lowest index wins" means the data's order
+    first = torch.full((len(target),), len(row)).scatter_reduce(0, vector, free, "amin")
+    count = torch.bincount(vector, minlength=len(target))
+    kept = first.argsort(stable=True)[: int((count > 0).sum())]
+    if not len(kept):
         return torch.full((len(query), k), float("-inf")), torch.full((len(query), k), -1)
-    identity = kept == list(range(len(target)))
-    used = target if identity else target[torch.tensor(kept, device=target.device)]
-    width = min(k, len(kept))
-    scores, vectors = (t.cpu() for t in topk_similarity(query, used, width))
-    if all(len(members[v]) == 1 for v in kept):
-        single = torch.tensor([members[v][0] for v in kept])
-        indices = torch.where(vectors >= 0, single[vectors.clamp(min=0)], -1)
-        return _pad(scores.float(), indices, k)
+    ordered = len(kept) == len(target) and bool((kept[1:] > kept[:-1]).all())
+    used = target if ordered else target[kept.to(target.device)]
+    scores, found = (t.cpu() for t in topk_similarity(query, used, min(k, len(kept))))
+    scores = scores.float()
+    if int(count.max()) == 1:
+        return _pad(scores, torch.where(found >= 0, first[kept][found.clamp(min=0)], -1), k)
+    # members[start[v] : start[v] + count[v]] are the candidates of vector v, in order
+    members = free[vector.argsort(stable=True)]
+    start = count.cumsum(0) - count
     out_scores, out = torch.full((len(query), k), float("-inf")), torch.full((len(query), k), -1)
     for i in range(len(query)):
-        place = 0
-        for score, v in zip(scores[i].tolist(), vectors[i].tolist()):
-            for candidate in members[kept[v]][: k - place] if v >= 0 else ():
-                out_scores[i, place], out[i, place] = score, candidate
-                place += 1
-            if place == k:
-                break
+        hits = kept[found[i][found[i] >= 0]]
+        candidates = torch.cat([members[int(start[v]) : int(start[v] + count[v])] for v in hits])[:k]
+        repeated = scores[i, : len(hits)].repeat_interleave(count[hits])[:k]
+        out_scores[i, : len(candidates)], out[i, : len(candidates)] = repeated, candidates
     return out_scores, out
 
 

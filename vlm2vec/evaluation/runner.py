@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +141,6 @@ def rank_task(prepared, store, unreadable, options):
 def score_task(prepared, store, unreadable, options, output):
     """Rank one task and write its files. Returns its summary row."""
     data, task, output = prepared.data, prepared.data.task, Path(output)
-    started = time.perf_counter()
     found = rank_task(prepared, store, unreadable, options)
     ranked = found.lists
     table = per_query_metrics(ranked, found.labels, data.grades)
@@ -165,7 +163,6 @@ def score_task(prepared, store, unreadable, options, output):
         "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, found.labels, data.grades, task.metric),
         "metrics": metrics, "num_queries": len(data.queries), "num_candidates": len(data.candidates),
         "candidates_per_query": sum(sizes) / max(1, len(sizes)), "chance": _chance(data), "problems": data.problems.summary(),
-        "rank_seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
     write_json(output / "tasks" / f"{task.name}.json", summary)
     return summary
