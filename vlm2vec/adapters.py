@@ -42,14 +42,14 @@ def read_tensors(source: str, **hub) -> dict[str, torch.Tensor]:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
         if path is None or not os.path.isfile(path):
             continue
-        if name.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
         try:
+            if name.endswith(".safetensors"):
+                from safetensors.torch import load_file
+
+                return load_file(path)
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
-            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); convert it to safetensors") from e
+            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); download it again or convert it to safetensors") from e
     raise ValueError(f"{source} has adapter_config.json but neither adapter_model.safetensors nor adapter_model.bin")
 
 

@@ -75,11 +75,13 @@ def load_module(backbone, source: str, config, *, dtype, device, quantization=No
     if quantization is not None:
         kwargs["quantization_config"] = quantization
         kwargs["device_map"] = {"": device}
+    from safetensors import SafetensorError
+
     cls = backbone.model_class(config)
     try:
         with quiet():
             model, info = cls.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **kwargs)
-    except (RuntimeError, OSError) as e:
+    except (RuntimeError, OSError, SafetensorError) as e:
         raise ValueError(f"{source}: the weights cannot be loaded ({str(e).strip().splitlines()[0]})") from e
     unused = [re.compile(p) for p in backbone.unused_keys]
     unexpected = sorted(k for k in info["unexpected_keys"] if not any(p.search(k) for p in unused))

@@ -11,6 +11,7 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     loading.check_source(source)
     hub = {"revision": revision} if revision else {}
     settings = loading.read_json(source, loading.SETTINGS, **hub) or {}
+    family = settings.get("family")
     adapter = loading.read_json(source, "adapter_config.json", **hub)
     weights = source
     if adapter is not None:
@@ -26,6 +27,8 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     if raw is None:
         raise ValueError(f"{weights} has no config.json; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
     backbone = backbone_for(raw.get("model_type"))
+    if family not in (None, backbone.name):
+        raise ValueError(f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base=")
     config = backbone.config(weights, raw)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = loading.resolve_dtype(dtype, config)

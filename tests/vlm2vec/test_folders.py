@@ -1,0 +1,310 @@
+"""Folders: every weight accounted for, adapters with every tensor used, saved models that reload as trained, sentence-transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_generic import smolvlm
+from tiny_models import qwen2_5_vl, qwen2_vl, qwen3_vl
+
+from vlm2vec import adapters
+from vlm2vec.model import VLM2Vec
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+INPUTS = ["a photo of a cat", {"text": "<|image_1|>\nwhat?", "image": PICTURE}, PICTURE, "b"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen2_vl")
+    qwen2_vl(folder)
+    return folder
+
+
+def copy(folder, target, change=None):
+    """A copy of a model folder with its weights changed by `change(tensors)`."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file():
+            (target / file.name).write_bytes(file.read_bytes())
+    if change is not None:
+        tensors = load_file(target / "model.safetensors")
+        change(tensors)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def filled(model, **lora):
+    """The model with an adapter that changes its embeddings."""
+    model.add_adapter(r=3, alpha=7, **lora)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def test_misfits_are_all_listed(folder, tmp_path):
+    def spoil(tensors):
+        tensors["model.strange.weight"] = torch.ones(2)
+        del tensors["model.norm.weight"]
+        tensors["visual.merger.ln_q.bias"] = torch.ones(3)
+        tensors["lm_head.weight"] = torch.ones(2, 2)  # not part of the embedding model, whatever it holds
+
+    with pytest.raises(ValueError) as e:
+        VLM2Vec.from_pretrained(copy(folder, tmp_path / "bad", spoil))
+    message = str(e.value)
+    for part in ("strange.weight", "language_model.norm.weight", "visual.merger.ln_q.bias"):
+        assert part in message
+    assert "lm_head" not in message
+
+
+def test_a_vision_weight_that_is_missing_is_noticed(folder, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint lacks: visual.blocks.1.attn.proj.weight"):
+        VLM2Vec.from_pretrained(copy(folder, tmp_path / "bad", lambda t: t.pop("visual.blocks.1.attn.proj.weight")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: (d / "config.json").unlink(), "neither config.json nor adapter_config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "config.json").write_text("{}"), "no model_type"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "nonsense"}'), "'nonsense' is unknown"),
+        (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "not a vision-language model"),
+        (lambda d: (d / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"junk"), "cannot be loaded"),
+        (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer or processor"),
+        (lambda d: (d / "preprocessor_config.json").unlink(), "no tokenizer or processor"),
+    ],
+)
+def test_broken_folders(folder, tmp_path, change, said):
+    broken = copy(folder, tmp_path / "broken")
+    change(broken)
+    with pytest.raises(ValueError, match=said):
+        VLM2Vec.from_pretrained(broken)
+
+
+def test_wrong_arguments(folder):
+    for kwargs, said in (
+        ({"positions": "2d"}, "expected 'sequential' or 'mrope'"),
+        ({"min_pixel": 1}, "unknown options"),
+        ({"dtype": "float17"}, "expected 'auto'"),
+        ({"attn": "fast"}, "expected 'auto'"),
+        ({"quantize": "int3"}, "expected 'nf4'"),
+        ({"base": "x"}, "not an adapter"),
+        ({"layout": "other"}, "layout"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            VLM2Vec.from_pretrained(folder, **kwargs).encode({"text": "a", "instruction": "b"})
+    with pytest.raises(ValueError, match="no such folder"):
+        VLM2Vec.from_pretrained("./not/there")
+    model = VLM2Vec.from_pretrained(folder)
+    for kwargs, said in (({"truncate_dim": 99}, "expected 1 to 32"), ({"batch_size": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=said):
+            model.encode(["a"], **kwargs)
+
+
+# -- reloading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm], ids=lambda b: b.__name__)
+def test_saved_folders_reload_as_trained_and_as_the_hubs(build, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    build(tmp_path)
+    options = {} if build is smolvlm else {"positions": "mrope", "min_pixels": 64 * 64, "max_length": 500}
+    model = VLM2Vec.from_pretrained(tmp_path, **options)
+    model.prompts["query"] = "find "
+    rows = model.encode(INPUTS)
+    model.save_pretrained(tmp_path / "saved")
+    again = VLM2Vec.from_pretrained(tmp_path / "saved")
+    assert again.options == model.options and again.prompts == model.prompts
+    np.testing.assert_allclose(again.encode(INPUTS), rows, atol=1e-6)
+    assert AutoProcessor.from_pretrained(tmp_path / "saved").tokenizer is not None
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["unexpected_keys"] and set(info["missing_keys"]) <= {"lm_head.weight"}
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert config["architectures"] == [model.backbone.architecture]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".saving")]
+
+
+def test_dtype_and_truncation(folder):
+    model = VLM2Vec.from_pretrained(folder, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    rows, truth = model.encode(INPUTS), VLM2Vec.from_pretrained(folder).encode(INPUTS)
+    assert rows.dtype == np.float32 and (rows * truth).sum(-1).min() > 0.99
+    short = VLM2Vec.from_pretrained(folder).encode(INPUTS, truncate_dim=8)
+    np.testing.assert_allclose(short, truth[:, :8] / np.linalg.norm(truth[:, :8], axis=1, keepdims=True), atol=1e-6)
+    raw = VLM2Vec.from_pretrained(folder).encode(INPUTS, normalize_embeddings=False, convert_to_tensor=True)
+    torch.testing.assert_close(model.similarity(raw, truth).diagonal(), torch.ones(4), atol=1e-5, rtol=0)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapter_merged_and_reloaded_agree(folder, tmp_path, dora):
+    model = filled(VLM2Vec.from_pretrained(folder), dora=dora)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in n for n in trained)
+    rows = model.encode(INPUTS)
+    assert np.abs(rows - VLM2Vec.from_pretrained(folder).encode(INPUTS)).max() > 0.01
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "merged", merge=True)
+    np.testing.assert_array_equal(model.encode(INPUTS), rows)  # merging on the way out left the model as it was
+    assert not (tmp_path / "adapter/model.safetensors").exists()
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(saved) == len(trained) and sum("magnitude" in k for k in saved) == (len(saved) // 3 if dora else 0)
+    again = VLM2Vec.from_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(again.encode(INPUTS), rows, atol=1e-6)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == trained  # ready to train on
+    np.testing.assert_allclose(again.merge_adapter().encode(INPUTS), rows, atol=1e-5)
+    assert not adapters.has_adapter(again) and not any(".lora_" in n for n, _ in again.named_parameters())
+    np.testing.assert_allclose(VLM2Vec.from_pretrained(tmp_path / "merged").encode(INPUTS), rows, atol=1e-5)
+
+
+def old_style(source, target):
+    """As the public adapters are: .bin, names from before `model.language_model`, bare magnitude vectors."""
+    target.mkdir()
+    tensors = {
+        k.replace(".model.language_model.", ".model.").replace("magnitude_vector.weight", "magnitude_vector"): v
+        for k, v in load_file(source / "adapter_model.safetensors").items()
+    }
+    assert all(k.startswith("base_model.model.model.layers.") for k in tensors)
+    torch.save(tensors, target / "adapter_model.bin")
+    (target / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    return tensors
+
+
+def test_public_adapters_names_and_format(folder, tmp_path):
+    """The adapter folder may lack processor files and may name targets that other backbones have."""
+    model = filled(VLM2Vec.from_pretrained(folder), dora=True)
+    rows = model.encode(INPUTS)
+    model.save_pretrained(tmp_path / "new")
+    tensors = old_style(tmp_path / "new", tmp_path / "old")
+    again = VLM2Vec.from_pretrained(tmp_path / "old")
+    np.testing.assert_allclose(again.encode(INPUTS), rows, atol=1e-6)
+    assert adapters.load(VLM2Vec.from_pretrained(folder), str(tmp_path / "old"), json.loads((tmp_path / "old/adapter_config.json").read_text())) == len(tensors)
+
+
+def test_adapters_that_do_not_fit(folder, tmp_path):
+    filled(VLM2Vec.from_pretrained(folder)).save_pretrained(tmp_path / "good")
+    file, settings = tmp_path / "good/adapter_model.safetensors", tmp_path / "good/adapter_config.json"
+    tensors = load_file(file)
+    first = sorted(tensors)[0]
+
+    def attempt(changed, said, **kwargs):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=said):
+            VLM2Vec.from_pretrained(tmp_path / "good", **kwargs)
+
+    attempt({**tensors, "base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}, "1 of 21 tensors have no place")
+    attempt({k.replace("layers", "blocks"): v for k, v in tensors.items()}, "20 of 20 tensors have no place")
+    attempt({k: v for k, v in tensors.items() if k != first}, "lacks 1 tensors")
+    attempt({**tensors, first: torch.ones(3, 5)}, "has shape")
+    smolvlm(tmp_path / "other")
+    attempt(tensors, "tensors have no place", base=tmp_path / "other")
+    attempt(tensors, "not there|no such folder", base="/nowhere/base")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": None}))
+    attempt(tensors, "names no base model")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "peft_type": "IA3"}))
+    attempt(tensors, "only LORA", base=folder)
+    file.unlink()
+    with pytest.raises(ValueError, match="neither adapter_model"):
+        VLM2Vec.from_pretrained(tmp_path / "good", base=folder)
+
+
+def test_an_adapter_is_never_unpickled(folder, tmp_path):
+    filled(VLM2Vec.from_pretrained(folder)).save_pretrained(tmp_path / "a")
+    (tmp_path / "a/adapter_model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    torch.save({"x": Bomb()}, tmp_path / "a/adapter_model.bin")
+    with pytest.raises(ValueError, match="cannot be read safely"):
+        VLM2Vec.from_pretrained(tmp_path / "a")
+
+
+def test_an_adapter_on_a_saved_model_inherits_its_settings(folder, tmp_path):
+    VLM2Vec.from_pretrained(folder, positions="mrope", max_length=99).save_pretrained(tmp_path / "base")
+    model = filled(VLM2Vec.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    again = VLM2Vec.from_pretrained(tmp_path / "adapter")
+    assert again.options["positions"] == "mrope" and again.options["max_length"] == 99 and again.base_source == str(tmp_path / "base")
+
+
+def test_four_bit_base(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = filled(VLM2Vec.from_pretrained(folder, quantize="nf4", device="cpu"), dora=True)
+    kinds = {n.partition(".")[0]: type(m.get_base_layer() if hasattr(m, "get_base_layer") else m).__name__ for n, m in model.model.named_modules() if "proj" in n}
+    assert "Linear4bit" in {type(m).__name__ for m in model.model.modules()} and kinds["visual"] != "Linear4bit"
+    model.train()
+    model(model.pack(model.preprocess(INPUTS))).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    rows = model.eval().encode(INPUTS)
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "merged", merge=True)
+    np.testing.assert_allclose(VLM2Vec.from_pretrained(tmp_path / "adapter", quantize="nf4", device="cpu").encode(INPUTS), rows, atol=1e-5)
+    np.testing.assert_allclose(VLM2Vec.from_pretrained(tmp_path / "merged").encode(INPUTS), rows, atol=1e-5)
+
+
+def test_liger_says_what_it_needs(folder):
+    with pytest.raises(ValueError, match="liger"):
+        VLM2Vec.from_pretrained(folder, liger=True, device="cpu")
+
+
+# -- sentence-transformers ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_embeddings_as_a_sentence_transformer(folder, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    model = VLM2Vec.from_pretrained(folder)
+    rows = model.encode(INPUTS)
+    wrapped = model.to_sentence_transformer()
+    np.testing.assert_allclose(wrapped.encode(INPUTS), rows, atol=1e-6)
+    np.testing.assert_allclose(wrapped.encode("x", prompt="find "), model.encode("find x"), atol=1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        st.SentenceTransformer(str(tmp_path / "saved"))
+    loaded = st.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
+    np.testing.assert_allclose(loaded.encode(INPUTS), rows, atol=1e-6)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_qwen3_vl_embedding_as_published_and_in_stock_modules(tmp_path):
+    """Template, instruction, M-RoPE: a folder named as the published ones needs no options, and stock modules agree."""
+    source = tmp_path / "Qwen3-VL-Embedding-tiny"
+    qwen3_vl(source)
+    model = VLM2Vec.from_pretrained(source, pixels="torchvision")
+    assert model.options["chat_template"] and model.options["max_pixels"] == 1800 * 32 * 32 and model.options["positions"] == "mrope"
+    text = model.processing.tokenizer.decode(model.preprocess([{"image": PICTURE, "text": "what?", "instruction": "Find it"}])[0].input_ids)
+    head, _, rest = text.partition("<|vision_start|>")
+    assert head == "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n"
+    assert rest.replace("<|image_pad|>", "") == "<|vision_end|>what?<|im_end|>\n<|im_start|>assistant\n"
+    np.testing.assert_array_equal(model.encode_query("cat"), model.encode("cat"))
+    np.testing.assert_array_equal(model.encode("cat", prompt="Find it"), model.encode({"text": "cat", "instruction": "Find it."}))
+    assert model.encode("cat", truncate_dim=4).shape == (4,)
+
+    st = pytest.importorskip("sentence_transformers")
+    model.processing.tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(tmp_path / "saved")
+    loaded = st.SentenceTransformer(str(tmp_path / "saved"))
+    for x in ("cat", PICTURE, {"image": PICTURE, "text": "what?"}):
+        np.testing.assert_allclose(loaded.encode(x), model.encode(x), atol=1e-5)
