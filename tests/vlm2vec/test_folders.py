@@ -195,6 +195,16 @@ def test_public_adapters_names_and_format(folder, tmp_path):
     assert adapters.load(VLM2Vec.from_pretrained(folder), str(tmp_path / "old"), json.loads((tmp_path / "old/adapter_config.json").read_text())) == len(tensors)
 
 
+def test_the_v1_adapters_are_fed_as_they_were_scored(folder, tmp_path):
+    filled(VLM2Vec.from_pretrained(folder)).save_pretrained(tmp_path / "new")
+    for name, resolution, tokens in (("VLM2Vec-Qwen2VL-2B", "high", 1225), ("VLM2Vec-V2.0", None, 6)):
+        old_style(tmp_path / "new", tmp_path / name)
+        model = VLM2Vec.from_pretrained(tmp_path / name)
+        assert model.options["resolution"] == resolution
+        assert model.processing(PICTURE).length == tokens
+    assert VLM2Vec.from_pretrained(tmp_path / "VLM2Vec-Qwen2VL-2B", resolution=None).processing(PICTURE).length == 6
+
+
 def test_adapters_that_do_not_fit(folder, tmp_path):
     filled(VLM2Vec.from_pretrained(folder)).save_pretrained(tmp_path / "good")
     file, settings = tmp_path / "good/adapter_model.safetensors", tmp_path / "good/adapter_config.json"

@@ -171,6 +171,10 @@ class Qwen2VL(Backbone):
         self.merge = model.config.vision_config.spatial_merge_size
         override(self.vision_tower(model).patch_embed, forward=patches_as_linear)
 
+    def options_for(self, source, raw):
+        # checkpoints.yaml: the V1 adapters are scored on images squashed to 1344 x 1344 first; V2.0 keeps the aspect ratio.
+        return {"resolution": "high"} if source.rstrip("/").lower().rpartition("/")[2].startswith("vlm2vec-qwen2vl-") else {}
+
     def position_argument(self, packed):
         return packed.position_ids.expand(3, -1)[:, None]
 
