@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from contrastive_kernels.backends import choose
+
 
 def last_token_rows(hidden: torch.Tensor, attention_mask=None, cu_seqlens=None) -> torch.Tensor:
     """(B,) int64 index, into `hidden` flattened to rows, of each sample's last token. See `last_token_pool`."""
@@ -27,7 +29,7 @@ def last_token_rows(hidden: torch.Tensor, attention_mask=None, cu_seqlens=None) 
     return torch.arange(batch, device=hidden.device) * length + last
 
 
-def last_token_pool(hidden, *, attention_mask=None, cu_seqlens=None, normalize: bool = True, eps: float = 1e-12):
+def last_token_pool(hidden, *, attention_mask=None, cu_seqlens=None, normalize: bool = True, eps: float = 1e-12, backend: str = "auto"):
     """The last token's hidden state of each sample.
 
     Args:
@@ -35,6 +37,7 @@ def last_token_pool(hidden, *, attention_mask=None, cu_seqlens=None, normalize: 
         attention_mask: (B, L), non-zero at real tokens; for padded input.
         cu_seqlens: (B + 1,) int, token offsets of the samples; for packed input.
         normalize: divide by the L2 norm, computed in float32 (float64 for float64), at least `eps`.
+        backend: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton".
 
     Returns:
         (B, D) in hidden's dtype, differentiable.
@@ -43,6 +46,10 @@ def last_token_pool(hidden, *, attention_mask=None, cu_seqlens=None, normalize: 
         ValueError: shapes that do not fit, both or neither of attention_mask and cu_seqlens.
     """
     index = last_token_rows(hidden, attention_mask, cu_seqlens)
+    if choose(backend, hidden.dtype, hidden.device) == "triton":
+        from contrastive_kernels.triton.pool_autograd import LastTokenPool
+
+        return LastTokenPool.apply(hidden, index, normalize, eps)
     rows = hidden.reshape(-1, hidden.shape[-1])[index]
     if not normalize:
         return rows

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from contrastive_kernels.backends import choose
 from contrastive_kernels.operands import Operand, compute_dtype
 from contrastive_kernels.panels import MIB, logits_into
 
@@ -57,6 +58,13 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
         raise ValueError(f"expected query (N, D) and target (M, D), got {tuple(query.shape)} and {tuple(target.shape)}")
     if k < 1:
         raise ValueError(f"k: expected 1 or more, got {k}")
+    if choose(backend, query.dtype, query.device) == "triton":
+        from contrastive_kernels.triton.topk import MAXIMUM_K, topk
+
+        if k <= MAXIMUM_K:
+            return topk(query.detach(), target.detach(), k, exclude=exclude)
+        if backend == "triton":
+            raise ValueError(f"backend='triton' cannot be had with k={k}: the kernel keeps at most {MAXIMUM_K}; use backend='auto' or 'torch'")
     dtype, device = compute_dtype(query, target), query.device
     n, m = len(query), len(target)
     rows = min(n, 1024)

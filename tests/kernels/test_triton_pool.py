@@ -78,3 +78,16 @@ def test_empty_batch():
     hidden = torch.randn(0, 4, device=DEVICE)
     out, _ = pool_forward(hidden, torch.empty(0, dtype=torch.int64, device=DEVICE))
     assert out.shape == (0, 4)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_public_function(normalize):
+    from contrastive_kernels import last_token_pool
+
+    mask = masks()["right"].to(DEVICE)
+    dtype = torch.float64 if DEVICE == "cpu" else torch.float32
+    hidden = torch.randn(3, 4, 6, device=DEVICE, dtype=dtype, requires_grad=True)
+    out = [last_token_pool(hidden, attention_mask=mask, normalize=normalize, backend=b) for b in ("triton", "torch")]
+    torch.testing.assert_close(*out)
+    cotangent = torch.randn_like(out[0])
+    torch.testing.assert_close(*(torch.autograd.grad(o, hidden, cotangent)[0] for o in out))

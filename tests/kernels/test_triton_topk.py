@@ -70,3 +70,14 @@ def test_everything_excluded_and_empty():
 def test_refuses_large_k():
     with pytest.raises(ValueError, match="1 to 128"):
         topk(torch.zeros(1, 4, device=DEVICE), torch.zeros(1, 4, device=DEVICE), 1000)
+
+
+def test_public_function():
+    from contrastive_kernels import topk_similarity
+
+    query, target = torch.randn(4, 9, device=DEVICE), torch.randn(30, 9, device=DEVICE)
+    ours, theirs = (topk_similarity(query, target, 3, backend=b) for b in ("triton", "torch"))
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    with pytest.raises(ValueError, match="k=500"):
+        topk_similarity(query, target, 500, backend="triton")
