@@ -29,6 +29,9 @@ def run(argv: list[str]) -> int:
     """Exit code of `python -m train` with these arguments. Raises ValueError for what the user can mend."""
     fresh = "--fresh" in argv
     recipe = load_recipe(argv[0], [word for word in argv[1:] if word != "--fresh"])
+    for key in ("lora", "quantization", "gradient_checkpointing"):
+        if getattr(recipe, key):
+            raise ValueError(f"{key} cannot be trained here yet; leave it out of the recipe to train all weights")
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:

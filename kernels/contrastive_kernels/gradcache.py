@@ -150,7 +150,7 @@ class GradCache:
             frozen = self._frozen(sides, chunk, index, features)
             chunk.encode_state = GeneratorState.capture()
             keep_graph = index in retained
-            with _graph(keep_graph):
+            with self.sync.deferred(), _graph(keep_graph):
                 encoded = self._run(self.encode[chunk.side], sides[chunk.side], chunk.rows, frozen)
             if encoded.dim() != 2 or encoded.shape[0] != len(chunk.rows):
                 raise ValueError(
