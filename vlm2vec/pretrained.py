@@ -37,8 +37,8 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
         from vlm2vec.quantization import nf4_config
 
         quantization = nf4_config(quantize, dtype, backbone)
-    options = {**backbone.options_for(weights, raw), **(backbone.options_for(source, raw) if adapter is not None else {})}
-    options = {**options, **settings.get("options", {}), **options}
+    known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
+    options = {**known, **settings.get("options", {}), **options}
     processing = None
     for folder in dict.fromkeys([source, weights]):  # an adapter folder may hold its own tokenizer and processor, or none
         if loading.has_processor(folder):
