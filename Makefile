@@ -32,7 +32,7 @@ quickstart: $(STAMP)  ## Draw a benchmark, train a small model on it, evaluate b
 	@$(PY) -m vlm2vec.quickstart report quickstart
 
 test: $(STAMP)  ## Run the whole test suite
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)  ## Short benchmarks
 	@$(PY) -m pytest bench --benchmark-only
