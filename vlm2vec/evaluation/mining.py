@@ -125,7 +125,7 @@ def mine_dataset(model, root, name, images, output, options, *, store, batch_siz
     pos_keys, pos_items = keyed(table["pos_text"], table["pos_image_path"])
     vectors = EmbeddingStore(store, model_identity(model))
     with torch.inference_mode():
-        fill_store(model, vectors, {**query_items, **pos_items}, batch_size=batch_size, progress=progress)
+        fill_store(model, vectors, {**query_items, **pos_items}, batch_size=batch_size, progress=progress, hashes=hashes)
     usable = [i for i, (q, p) in enumerate(zip(query_keys, pos_keys)) if q in vectors and p in vectors]
     if not usable:
         raise ValueError(f"dataset {name}: no row has a readable query and positive; is the image folder right?")

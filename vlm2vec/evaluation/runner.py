@@ -38,6 +38,7 @@ class Options:
     barrier: object = None
     shard_cost: int | None = None
     faiss: bool = False
+    workers: int | None = None
 
 
 @dataclass
@@ -215,7 +216,7 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
     with torch.inference_mode():
         failed = fill_store(
             model, store, items, rank=options.rank, world=options.world, batch_size=options.batch_size,
-            prompt=options.prompt, progress=options.progress, **extra,
+            prompt=options.prompt, progress=options.progress, workers=options.workers, hashes=hashes, **extra,
         )
     share_unreadable(store, failed, options.rank)
     if options.barrier:
