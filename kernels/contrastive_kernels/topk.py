@@ -11,34 +11,62 @@ from contrastive_kernels.operands import Operand, compute_dtype
 from contrastive_kernels.panels import MIB, logits_into
 
 
-def best_columns(values, k: int):
-    """The k greatest of each row, equal ones by column: `values.sort(dim=1, descending=True, stable=True)[:, :k]` without sorting rows.
+def stable_topk(values, k: int):
+    """`values.sort(dim=1, descending=True, stable=True)` cut to k columns, without sorting rows.
 
-    The k best entries lie in the k blocks of columns with the greatest maxima, equal blocks taken in order: each such block
-    holds an entry that is better than any outside, by value or by column. So one pass takes block maxima, and only
-    k * block entries a row are sorted; a sort of the whole row costs 20 to 50 times the product's own pass.
-
-    Args:
-        values: (R, C). k: at least 1.
-
-    Returns:
-        (R, min(k, C)) values and int64 columns.
+    `torch.topk` leaves open which of equal entries it takes. Rows where the k-th value has equals outside are sorted after all.
     """
-    width = values.shape[1]
-    block = 1 << max(3, round(math.log2(max(1.0, width / k)) / 2))
-    blocks = width // block
-    if blocks <= 2 * k:
+    if k >= values.shape[1] // 2:
         best = values.sort(dim=1, descending=True, stable=True)
         return best.values[:, :k], best.indices[:, :k]
-    peaks = values[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1)
-    chosen = peaks.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-    columns = (chosen[:, :, None] * block + torch.arange(block, device=values.device)).flatten(1)
-    tail = torch.arange(blocks * block, width, device=values.device).expand(len(values), -1)
-    columns = torch.cat([columns, tail], 1)
-    picked = values.gather(1, columns)
-    best = picked.sort(dim=1, descending=True, stable=True)
-    order = best.indices[:, :k]
-    return best.values[:, :k], columns.gather(1, order)
+    least, columns = values.topk(k, dim=1, sorted=False)
+    tied = (values >= least.amin(1, keepdim=True)).sum(1) > k
+    columns = columns.sort(dim=1).values
+    found = values.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns, found = columns.gather(1, found.indices), found.values
+    if bool(tied.any()):
+        rows = tied.nonzero()[:, 0]
+        best = values[rows].sort(dim=1, descending=True, stable=True)
+        found[rows], columns[rows] = best.values[:, :k], best.indices[:, :k]
+    return found, columns
+
+
+def merge_tile(scores, indices, tile, first: int) -> None:
+    """Merge a tile of new scores into the running best k of each row, in place; earlier columns win ties.
+
+    The k best entries of a row lie in its k blocks of columns with the greatest maxima, equal blocks taken in order: each such
+    block holds an entry that is better than any outside, by value or by column. So one pass over the tile takes block maxima;
+    rows whose greatest one does not beat their k-th score are done, the others see k * block entries. Sorting whole rows costs
+    20 to 50 times the product itself.
+
+    Args:
+        scores, indices: (R, k), descending, -inf and -1 where nothing was found yet. tile: (R, C) scores of the columns from
+            `first` on.
+    """
+    k, width = scores.shape[1], tile.shape[1]
+    block = 2 << max(2, round(math.log2(max(1.0, width / k)) / 2))
+    blocks = width // block
+    if blocks <= 2 * k:
+        found, columns = stable_topk(tile, min(k, width))
+        rows = torch.arange(len(tile), device=tile.device)
+    else:
+        peaks = tile[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1)
+        tail = torch.arange(blocks * block, width, device=tile.device)
+        greatest = peaks.amax(1)
+        if len(tail):
+            greatest = torch.maximum(greatest, tile[:, blocks * block :].amax(1))
+        rows = (greatest > scores[:, -1]).nonzero()[:, 0]
+        if not len(rows):
+            return
+        chosen = stable_topk(peaks[rows], k)[1].sort(dim=1).values
+        columns = (chosen[:, :, None] * block + torch.arange(block, device=tile.device)).flatten(1)
+        columns = torch.cat([columns, tail.expand(len(rows), -1)], 1)
+        found, where = stable_topk(tile[rows[:, None], columns], k)
+        columns = columns.gather(1, where)
+    values = torch.cat([scores[rows], found], 1)
+    places = torch.cat([indices[rows], columns + first], 1)
+    best = values.sort(dim=1, descending=True, stable=True)
+    scores[rows], indices[rows] = best.values[:, :k], places.gather(1, best.indices[:, :k])
 
 
 def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float | None = None, backend: str = "auto"):
@@ -85,10 +113,6 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
                     inside = (column >= 0) & (column < d - c)
                     row = torch.arange(b - a, device=device)[:, None].expand_as(column)
                     product[row[inside], column[inside]] = float("-inf")
-                found, column = best_columns(product, k)
-                values = torch.cat([scores[a:b], found], 1)
-                where = torch.cat([indices[a:b], column + c], 1)
-                order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-                scores[a:b], indices[a:b] = values.gather(1, order), where.gather(1, order)
+                merge_tile(scores[a:b], indices[a:b], product, c)
     indices.masked_fill_(scores == float("-inf"), -1)
     return scores, indices
