@@ -17,6 +17,7 @@ def add_arguments(parser):
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, help="threads that decode and preprocess (default: cores, at most 8)")
     parser.add_argument("--prompt", help="text put in front of every input (the data usually holds its own)")
     parser.add_argument("--top", type=int, default=100, help="candidates kept per query in the prediction files (default 100)")
     parser.add_argument("--strict", action="store_true", help="refuse a task with unreadable files or rows without an answer")
@@ -90,7 +91,7 @@ def run(args):
     model = common.load_model(args.model, args)
     options = Options(
         protocol=args.protocol, hub=args.hub, strict=args.strict, batch_size=args.batch_size, prompt=args.prompt, top=args.top,
-        rank=rank, world=world, barrier=barrier, faiss=args.faiss, device=str(model.device),
+        rank=rank, world=world, barrier=barrier, faiss=args.faiss, device=str(model.device), workers=args.workers,
     )  # fmt: skip
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
