@@ -1,7 +1,9 @@
 """GradCache over 2 and 4 gloo ranks: after DDP's or FSDP2's mean, the gradients are those of the whole batch."""
 
 import os
+import queue as queue_module
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,10 +17,15 @@ ROWS = 8
 
 
 class Tower(nn.Module):
-    """Text rows use `text` alone, rows with a picture `vision` too: a chunk of text leaves `vision` unused."""
+    """Text rows use `text` alone, rows with a picture `vision` too: a chunk of text leaves `vision` unused.
 
-    def __init__(self):
+    Not so with `always_vision`: a sharded module's forward is collective, so under FSDP2 a chunk of text runs `vision` on a
+    placeholder that adds nothing.
+    """
+
+    def __init__(self, always_vision=False):
         super().__init__()
+        self.always_vision = always_vision
         self.text = nn.Sequential(nn.Linear(6, 10), nn.Tanh())
         self.vision = nn.Sequential(nn.Linear(4, 10), nn.Tanh())
         self.head = nn.Linear(10, 5)
@@ -29,6 +36,8 @@ class Tower(nn.Module):
         present = ~torch.isnan(pictures[:, 0])
         if present.any():
             hidden = hidden.index_add(0, present.nonzero()[:, 0], self.vision(pictures[present]))
+        elif self.always_vision:
+            hidden = hidden + 0 * self.vision(torch.zeros_like(pictures[:1]))
         return self.head(hidden)
 
 
@@ -56,10 +65,10 @@ def truth(unequal):
 
 def rank_main(rank, world_size, address, wrapper, unequal, retain, frozen, queue):
     try:
-        dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        tower = Tower()
+        tower = Tower(always_vision=wrapper == "fsdp")
         if frozen:
             tower.vision.requires_grad_(False)
         if wrapper == "ddp":
@@ -118,15 +127,20 @@ def count_reductions():
 
 def run_ranks(tmp_path, world_size, wrapper, unequal=False, retain=0, frozen=False):
     context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     address = os.path.join(tmp_path, "rendezvous")
     arguments = (world_size, address, wrapper, unequal, retain, frozen, queue)
     processes = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
-    results = sorted(queue.get() for _ in range(world_size))
-    for process in processes:
-        process.join(30)
+    try:
+        results = sorted(queue.get(timeout=120) for _ in range(world_size))
+    except queue_module.Empty:
+        pytest.fail(f"a rank ended without a word: exit codes {[process.exitcode for process in processes]}")
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
     for result in results:
         assert result[2] is not None, result[1]
     return results
