@@ -9,29 +9,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import yaml
 
 from train import checkpoints
+from train.build import build_model
 from train.callbacks import Progress, StopOnInterrupt
 from train.data import PairDataset
 from train.metrics import peak_memory_mib
 from train.recipe import Recipe, load_recipe
+from train.recipe_values import build
 from train.trainer import ContrastiveTrainer
-from vlm2vec.model import VLM2Vec
 
 # Keys that may change between a run and its resumption without changing what is computed.
-_FREE_KEYS = {"workers", "save_steps", "keep_checkpoints", "logging_steps", "report_to", "keep_mib", "output"}
+_FREE_KEYS = {
+    "workers", "decode_threads", "save_steps", "keep_checkpoints", "logging_steps", "report_to", "run_name", "keep_mib",
+    "media_mib", "offload_activations", "output",
+}  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
     """Exit code of `python -m train` with these arguments. Raises ValueError for what the user can mend."""
     fresh = "--fresh" in argv
     recipe = load_recipe(argv[0], [word for word in argv[1:] if word != "--fresh"])
-    for key in ("lora", "quantization", "gradient_checkpointing"):
-        if getattr(recipe, key):
-            raise ValueError(f"{key} cannot be trained here yet; leave it out of the recipe to train all weights")
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:
@@ -52,12 +52,7 @@ def run(argv: list[str]) -> int:
         checkpoints.write_text(output / checkpoints.RECIPE, recipe.to_yaml())
         print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
     transformers.set_seed(recipe.seed)
-    model = VLM2Vec.from_pretrained(str(checkpoint or recipe.model), dtype=getattr(torch, recipe.dtype), **recipe.model_options)
-    if recipe.freeze_vision:
-        tower = model.backbone.vision_tower(model.model)
-        if tower is None:
-            raise ValueError(f"freeze_vision: {recipe.model} has no vision tower of its own; leave the key out")
-        tower.requires_grad_(False)
+    model = build_model(recipe, checkpoint)
     interrupt = StopOnInterrupt()
     trainer = ContrastiveTrainer(recipe, model, PairDataset(recipe.data, model.processing), [interrupt])
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
@@ -116,7 +111,9 @@ def _require_same(recipe: Recipe, output: Path, checkpoint: Path) -> None:
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [key for key in now if key not in _FREE_KEYS and before.get(key) != now[key]]
+    """Top-level keys that differ. A key that the earlier recipe did not know had its default."""
+    before = build(Recipe, {key: value for key, value in before.items() if key in now}, where="").to_dict()
+    return [key for key in now if key not in _FREE_KEYS and before[key] != now[key]]
 
 
 def _discard(output: Path) -> None:

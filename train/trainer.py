@@ -13,8 +13,10 @@ import transformers
 
 from contrastive_kernels import GradCache
 from train import checkpoints
+from train.build import vision_is_frozen
 from train.data import PairDataset, collate, to_features
 from train.metrics import StepStats
+from train.offload import offloaded
 from train.recipe import Recipe
 from train.sampler import BlockSampler
 
@@ -105,17 +107,21 @@ class ContrastiveTrainer(transformers.Trainer):
 
         def encode(inputs, rows, features=None):
             packed = unwrapped.pack([inputs[row] for row in rows]).to(device, dtype)
-            return model(packed) if features is None else model(packed, vision_features=features)
+            with offloaded(self.recipe.offload_activations and torch.is_grad_enabled()):
+                return model(packed) if features is None else model(packed, vision_features=features)
 
         def frozen_vision(inputs, rows):
-            return unwrapped.vision(unwrapped.pack([inputs[row] for row in rows]).to(device, dtype))
+            # The library puts autocast around forward alone.
+            with self.accelerator.autocast():
+                return unwrapped.vision(unwrapped.pack([inputs[row] for row in rows]).to(device, dtype))
 
         return GradCache(
             encode,
-            chunk_tokens=self.recipe.chunk_tokens,
+            chunk_tokens=None if self.recipe.chunk_rows else self.recipe.chunk_tokens,
+            chunk_size=self.recipe.chunk_rows,
             retain=self.recipe.retain,
             retain_mib=self.recipe.retain_mib,
-            freeze=frozen_vision if self.recipe.freeze_vision else None,
+            freeze=frozen_vision if vision_is_frozen(unwrapped) else None,
             keep_mib=self.recipe.keep_mib,
             module=model if model is not unwrapped else None,
             scaler=self.accelerator.scaler,
@@ -216,6 +222,7 @@ def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
         save_total_limit=None,  # rotation is ours: after the rename
         seed=recipe.seed,
         report_to=recipe.report_to or "none",
+        run_name=recipe.run_name,
         remove_unused_columns=False,
         use_cpu=recipe.cpu,
         dataloader_num_workers=recipe.workers,

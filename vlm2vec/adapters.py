@@ -140,12 +140,13 @@ def inject(model, config) -> None:
     model.adapter_settings = config.to_dict()
 
 
-def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: bool = False, targets=REFERENCE_TARGETS) -> None:
+def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: bool = False, targets=REFERENCE_TARGETS, vision=None) -> None:
     """Give the model a fresh adapter to train.
 
     Args:
         targets: layer names (their last part), a regular expression over full names, or "all-linear". Names that the family
             does not have are ignored, as long as one matches.
+        vision: False adapts nothing in the vision tower, True all its linear layers, None those that `targets` names.
     """
     from peft import LoraConfig
 
@@ -155,9 +156,24 @@ def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: boo
     if targets == "all-linear":
         linear = {n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Linear4bit"}
         targets = sorted({n.rpartition(".")[2] for n in linear if not n.startswith("visual") and "vision" not in n})
+    tower, excluded = tower_layers(model), None
+    if vision and not tower:
+        raise ValueError(f"vision=True: {model.base_source} has no vision tower of its own with linear layers; leave it out")
+    if vision:
+        targets = "|".join([f"(?:{targets})", *map(re.escape, tower)]) if isinstance(targets, str) else [*targets, *tower]
+    elif vision is False and tower:
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in tower)
     # The reference's adapters start from a Gaussian A and a zero B.
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=targets, init_lora_weights="gaussian")
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=targets, exclude_modules=excluded,
+                        init_lora_weights="gaussian")  # fmt: skip
     inject(model, config)
+
+
+def tower_layers(model) -> list[str]:
+    """Names of the linear layers of the vision tower."""
+    tower = model.backbone.vision_tower(model.model)
+    inside = set() if tower is None else {id(module) for module in tower.modules()}
+    return [name for name, m in model.model.named_modules() if id(m) in inside and isinstance(m, torch.nn.Linear)]
 
 
 def has_adapter(model) -> bool:

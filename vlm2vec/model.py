@@ -187,7 +187,7 @@ class VLM2Vec(nn.Module):
     # -- adapters -------------------------------------------------------------------------------------------------------
 
     def add_adapter(self, **lora) -> None:
-        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets (`vlm2vec.adapters.add`)."""
+        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.adapters.add`)."""
         adapters.add(self, **lora)
 
     def merge_adapter(self) -> "VLM2Vec":

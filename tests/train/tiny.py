@@ -1,0 +1,64 @@
+"""A tiny Qwen2-VL, rows in MMEB's layout with JPEGs of several sizes, and recipes over them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from vlm2vec.data.mmeb import write_train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vlm2vec"))
+import tiny_models  # noqa: E402
+
+SIZES = [(56, 56), (84, 56), (112, 84), (61, 140), (20, 90)]  # the last two are resized, the last one squared
+
+
+def write_data(root: Path, rows: int = 24) -> dict:
+    """Two sources: pictures against captions, and texts against texts. Returns a recipe's `data` section."""
+    generator = np.random.default_rng(0)
+    images = root / "images"
+    images.mkdir(parents=True)
+    pictured, texts = [], []
+    for row in range(rows):
+        width, height = SIZES[row % len(SIZES)]
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{row}.jpg", quality=80)
+        pictured.append(
+            {
+                "qry": "<|image_1|>\nWhat is shown?\n" + "word " * (row % 7),
+                "qry_image_path": f"{row}.jpg",
+                "pos_text": f"picture {row}",
+                "pos_image_path": "",
+                "neg_text": f"other {row}",
+                "neg_image_path": "",
+            }
+        )
+        texts.append({"qry": f"question {row} " * (row % 5 + 1), "qry_image_path": "", "pos_text": f"answer {row}", "pos_image_path": ""})
+    write_train(root / "train", "Pictures", pictured)
+    write_train(root / "train", "Texts", texts)
+    return {"root": str(root / "train"), "images": str(images), "sources": [{"name": "Pictures", "weight": 2.0}, {"name": "Texts"}]}
+
+
+def write_recipe(root: Path, **changes) -> Path:
+    """Model and data below `root` (made once) and a recipe that trains four steps on them."""
+    if not (root / "model").is_dir():
+        (root / "model").mkdir(parents=True)
+        tiny_models.qwen2_vl(root / "model")
+        (root / "data.yaml").write_text(yaml.safe_dump(write_data(root)))
+    recipe = {
+        "model": str(root / "model"),
+        "output": str(root / "output"),
+        "data": yaml.safe_load((root / "data.yaml").read_text()),
+        "steps": 4,
+        "global_batch": 8,
+        "interleave_batch_size": 4,
+        "chunk_tokens": 200,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "cpu": True,
+    } | changes
+    path = Path(recipe["output"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -1,0 +1,76 @@
+"""The model that a recipe trains: loaded once, from the checkpoint when resuming, with its adapter and what is frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from train.recipe import Recipe
+from vlm2vec import adapters
+from vlm2vec.model import VLM2Vec
+
+
+def build_model(recipe: Recipe, checkpoint: Path | None = None, device=None) -> VLM2Vec:
+    """Loads `recipe.model`, or a checkpoint of its run, and makes trainable what the recipe trains.
+
+    Raises:
+        ValueError: where the recipe asks for what the model does not have, with the mend.
+    """
+    model = VLM2Vec.from_pretrained(
+        str(checkpoint or recipe.model),
+        dtype=getattr(torch, recipe.dtype),
+        device=device,
+        quantize=recipe.quantization,
+        **recipe.model_options,
+    )
+    if recipe.lora is not None:
+        _adapt(model, recipe)
+    elif adapters.has_adapter(model):
+        raise ValueError(
+            f"{recipe.model} is an adapter and the recipe has no `lora:` section; add one to train the adapter further, "
+            "or save a merged model (save_pretrained(folder, merge=True)) to train all weights"
+        )
+    if recipe.freeze_vision:
+        tower = model.backbone.vision_tower(model.model)
+        if tower is None:
+            raise ValueError(f"freeze_vision: {recipe.model} has no vision tower of its own; leave the key out")
+        tower.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _adapt(model: VLM2Vec, recipe: Recipe) -> None:
+    """A fresh adapter, or the loaded one where the model already has one: a checkpoint's, or a published one's."""
+    lora = recipe.lora
+    if not adapters.has_adapter(model):
+        targets = lora.targets or adapters.REFERENCE_TARGETS
+        targets = targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets
+        vision = False if recipe.freeze_vision else lora.vision
+        model.add_adapter(r=lora.r, alpha=lora.alpha, dropout=lora.dropout, dora=lora.dora, targets=targets, vision=vision)
+        return
+    had = model.adapter_settings
+    asked = {"r": lora.r, "lora_alpha": lora.alpha, "use_dora": lora.dora}
+    other = [f"{name} {had[name]}" for name, value in asked.items() if had[name] != value]
+    if other:
+        raise ValueError(
+            f"the adapter of {recipe.model} has {', '.join(other)}; say the same in the recipe's `lora:` section to train it "
+            "further, or merge it first to train a new one"
+        )
+
+
+def vision_is_frozen(model: VLM2Vec) -> bool:
+    """Whether the vision tower is apart from the rest and nothing of it is trained: it then runs once a step."""
+    tower = model.backbone.vision_tower(model.model)
+    return tower is not None and not any(p.requires_grad for p in tower.parameters())
+
+
+def trained_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Numbers (trained, all) of the model's weights; four-bit weights count as the weights they stand for."""
+    trained = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total
