@@ -35,6 +35,20 @@ def _to_rgb(image, name: str):
     return image.convert("RGB")
 
 
+class Undecoded:
+    """An image of which only the header was read: where it comes from, and its (width, height)."""
+
+    def __init__(self, source, size: tuple[int, int]):
+        self.source, self.size, self.info = source, size, {}
+
+
+def measure_image(x, *, max_pixels: int = MAX_PIXELS) -> Undecoded:
+    """Read an image file's header and nothing more. Arguments and errors as `open_image`; damage behind the header goes unseen."""
+    image, _ = _open(x, max_pixels)
+    with image:
+        return Undecoded(x, image.size)
+
+
 def open_image(x, *, max_pixels: int = MAX_PIXELS):
     """Open one image as RGB.
 
@@ -48,6 +62,20 @@ def open_image(x, *, max_pixels: int = MAX_PIXELS):
     Raises:
         ValueError: names the image when it is missing, truncated, not an image, of zero size or over the limit.
     """
+    image, opened = _open(x, max_pixels)
+    name = _name(x)
+    try:
+        image.load()
+        return _to_rgb(image, name)
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f"image {name}: damaged or truncated ({e})") from e
+    finally:
+        if opened and hasattr(image, "close") and image.mode == "RGB" and not isinstance(x, (bytes, bytearray)):
+            image.fp = None  # the pixels are loaded; the file handle is not needed any more
+
+
+def _open(x, max_pixels: int):
+    """The image, its pixels not loaded, and whether it was opened here."""
     from PIL import Image, UnidentifiedImageError
 
     name = _name(x)
@@ -73,14 +101,7 @@ def open_image(x, *, max_pixels: int = MAX_PIXELS):
         raise ValueError(f"image {name}: {width} x {height} pixels; an image needs at least one pixel")
     if width * height > max_pixels:
         raise ValueError(f"image {name}: {width} x {height} is over the limit of {max_pixels} pixels; resize it or raise max_pixels")
-    try:
-        image.load()
-        return _to_rgb(image, name)
-    except (OSError, SyntaxError) as e:
-        raise ValueError(f"image {name}: damaged or truncated ({e})") from e
-    finally:
-        if opened and hasattr(image, "close") and image.mode == "RGB" and not isinstance(x, (bytes, bytearray)):
-            image.fp = None  # the pixels are loaded; the file handle is not needed any more
+    return image, opened
 
 
 def smart_resize(

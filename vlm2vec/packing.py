@@ -17,6 +17,8 @@ class Features:
         visual_index: (V,) int64, the places in `input_ids` that take vision features, in the order of the features.
         position_ids: (L,) or (3, L) int64, or None for 0..L-1.
         vision_patches: cost of the vision tower in patches.
+        pending: the frames (paths or bytes) of each visual that is measured and not decoded; `Processing.decode` turns them
+            into the rest of `vision`.
     """
 
     input_ids: torch.Tensor
@@ -24,6 +26,7 @@ class Features:
     visual_index: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     vision_patches: int = 0
+    pending: list[list] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -117,6 +120,8 @@ def pack(features: list[Features]) -> PackedBatch:
     """
     if not features:
         raise ValueError("expected at least one sample to pack, got none")
+    if any(f.pending for f in features):
+        raise ValueError("a sample has images that are not decoded yet; add what Processing.decode gives to its vision inputs")
     lengths = [f.length for f in features]
     if min(lengths) == 0:
         raise ValueError(f"sample {lengths.index(0)} of the batch has no tokens; an empty text has no embedding")

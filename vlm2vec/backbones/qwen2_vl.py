@@ -11,7 +11,7 @@ import torch
 
 from vlm2vec.attention import Segments
 from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patches_as_linear
-from vlm2vec.images import patchify, pixel_table, smart_resize
+from vlm2vec.images import Undecoded, patchify, pixel_table, smart_resize
 
 RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
 
@@ -56,6 +56,17 @@ class Qwen2VLProcessing(Processing):
         """Largest area of an image, or of each frame of a video."""
         return self.options["max_pixels"]
 
+    @property
+    def from_headers(self) -> bool:
+        return self.options["pixels"] == "pil"
+
+    def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that `_first_resize` makes of an image of this size."""
+        wanted = self.options["resolution"]
+        if wanted is not None:
+            size = RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted)
+        return (2 * self.factor, 2 * self.factor) if self.reference_edges and min(size) < self.factor else size
+
     def _first_resize(self, image):
         """The resizes that the reference makes before the processor sees the image (PIL's default filter, bicubic)."""
         wanted = self.options["resolution"]
@@ -67,22 +78,44 @@ class Qwen2VLProcessing(Processing):
 
     def _patches(self, frames: list):
         """Frames of any size, all brought to the size computed for the first one."""
-        frames = [self._first_resize(f) for f in frames]
-        size = self.size(*frames[0].size, frames=len(frames))
-        ip = self.image_processor
+        size = self.size(*self._first_size(frames[0].size), frames=len(frames))
+        if isinstance(frames[0], Undecoded):
+            return None, (-(-len(frames) // self.temporal), size[1] // self.patch, size[0] // self.patch)
         if self.options["pixels"] == "torchvision":
-            return self._patches_torchvision(frames, size)
+            return self._patches_torchvision([self._first_resize(f) for f in frames], size)
+        patches, grid = self._bytes(frames, size)
+        return self.normalised(torch.from_numpy(patches)), grid
+
+    def _bytes(self, frames: list, size: tuple[int, int]):
+        """Frames resized to (width, height) and cut into 8-bit patches; a single frame once, whatever the time step holds."""
         from PIL.Image import Resampling
 
+        frames = [self._first_resize(f) for f in frames]
         pixels = np.stack([np.asarray(f if f.size == size else f.resize(size, Resampling.BICUBIC)) for f in frames])
-        shown = 1 if len(frames) == 1 else self.temporal  # an image is a frame shown twice: doubled after the look-up
-        patches, grid = patchify(pixels, patch=self.patch, merge=self.merge, temporal=shown)
+        return patchify(pixels, patch=self.patch, merge=self.merge, temporal=1 if len(frames) == 1 else self.temporal)
+
+    def decode(self, features):
+        parts, grids = [], features.vision["grid_thw"].tolist()
+        for sources, (_, h, w) in zip(features.pending, grids):
+            patches, _ = self._bytes([self.open(s) for s in sources], (w * self.patch, h * self.patch))
+            parts.append(patches.reshape(len(patches), 3, -1, self.patch**2))
+        shown = max(p.shape[2] for p in parts)
+        parts = [p if p.shape[2] == shown else np.repeat(p, shown, axis=2) for p in parts]
+        return {"pixel_values": torch.from_numpy(np.concatenate(parts).reshape(-1, 3 * shown * self.patch**2))}
+
+    def normalised(self, pixels):
+        """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
+        ip = self.image_processor
         table = pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std))
-        channels = patches.reshape(len(patches), 3, shown, -1)
-        values = np.empty((len(patches), 3, self.temporal, channels.shape[-1]), dtype=np.float32)
-        for c in range(3):
-            values[:, c, :] = np.take(table[:, c], channels[:, c])  # one frame is broadcast to both places
-        return torch.from_numpy(values.reshape(len(values), -1)), grid
+        channels = pixels.view(len(pixels), 3, -1, self.patch**2)
+        values = torch.empty(len(pixels), 3, self.temporal, self.patch**2, dtype=torch.float32, device=pixels.device)
+        for c in range(3):  # one frame is broadcast to all places of its time step
+            if pixels.device.type == "cpu":
+                values.numpy()[:, c, :] = np.take(table[:, c], channels[:, c].numpy())
+            else:
+                row = torch.from_numpy(table[:, c].copy()).to(pixels.device)
+                values[:, c, :] = row[channels[:, c].int()]
+        return values.view(len(pixels), -1)
 
     def _patches_torchvision(self, frames: list, size: tuple[int, int]):
         from torchvision.transforms.v2 import InterpolationMode
@@ -101,7 +134,7 @@ class Qwen2VLProcessing(Processing):
     def _visual(self, frames: list, token_id: int) -> Visual:
         pixels, (t, h, w) = self._patches(frames)
         tokens = t * h * w // self.merge**2
-        tensors = {"pixel_values": pixels, "grid_thw": torch.tensor([[t, h, w]])}
+        tensors = {"grid_thw": torch.tensor([[t, h, w]])} | ({} if pixels is None else {"pixel_values": pixels})
         return Visual(tokens, tensors, t * h * w, token_id, (t, h // self.merge, w // self.merge))
 
     def process_image(self, image) -> Visual:

@@ -1,0 +1,278 @@
+"""From an input to `Features`, on the CPU: what families share of it, and the hooks in which they differ."""
+
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from vlm2vec.images import Undecoded, measure_image, open_image
+from vlm2vec.inputs import MARKER, Item, as_item
+from vlm2vec.packing import Features, concat_vision
+
+
+@dataclass
+class Visual:
+    """One image or video after preprocessing.
+
+    Attributes:
+        tokens: how many tokens it takes in the language model.
+        tensors: inputs of the vision tower; first dimensions are joined over the visuals of a chunk.
+        patches: cost in the vision tower.
+        token_id: id that its tokens bear in `input_ids`.
+        grid: (t, h, w) in merged patches, where the family positions tokens by it.
+        pieces: how its tokens stand in the text when they are not one run: token ids (int) and runs of visual tokens
+            ((count, grid)), in order. None is one run of `tokens`.
+    """
+
+    tokens: int
+    tensors: dict = field(default_factory=dict)
+    patches: int = 0
+    token_id: int | None = None
+    grid: tuple[int, int, int] | None = None
+    pieces: list | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that it takes in the text, those between its runs included."""
+        return self.tokens + sum(1 for p in self.pieces or () if isinstance(p, int))
+
+
+class Processing:
+    """Tokenizer, image processor and the family's rules. Families override the hooks; `__call__` is the same for all.
+
+    Class attributes of a family:
+        image_marker, video_marker: the text that stands for a visual in this family's vocabulary (None: not supported).
+        from_headers: `process_image` and `process_video` also take `vlm2vec.images.Undecoded`, and `decode` is there.
+        defaults: the family's options and their default values; other option names are an error.
+    """
+
+    image_marker: str | None = None
+    video_marker: str | None = None
+    from_headers = False
+    defaults: dict = {}
+    shared_defaults = {"max_length": None, "layout": "image", "frames": 8, "max_image_pixels": None, "append_eos": False}
+
+    def __init__(self, tokenizer, image_processor, config, options: dict | None = None):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        options = dict(options or {})
+        known = {**self.shared_defaults, **self.defaults}
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"unknown options {unknown} for {type(self).__name__}; it has {', '.join(sorted(known))}")
+        self.options = {**known, **options}
+        self.max_length = self.options["max_length"]
+        self.truncated = 0
+        self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
+        self.tail = int(self.options["append_eos"])  # last tokens that shortening leaves in place
+        self.image_token_id = None if self.image_marker is None else tokenizer.convert_tokens_to_ids(self.image_marker)
+        self.video_token_id = None if self.video_marker is None else tokenizer.convert_tokens_to_ids(self.video_marker)
+
+    # -- hooks ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, folder: str, config, options: dict | None = None, **hub):
+        """Read tokenizer and image processor from a model folder or hub name."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+        backend = "torchvision" if (options or {}).get("pixels") == "torchvision" else "pil"
+        return cls(tokenizer, AutoImageProcessor.from_pretrained(folder, backend=backend, **hub), config, options)
+
+    def save(self, folder: str) -> None:
+        """Write tokenizer and processor files so that transformers' AutoProcessor reads the folder."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Named prompts that the family brings; "query" and "document" are used by encode_query and encode_document."""
+        return {}
+
+    @property
+    def prompt_is_instruction(self) -> bool:
+        """Whether a prompt goes where the chat template holds an instruction, and not before the text."""
+        return bool(self.options.get("chat_template"))
+
+    def hf_processor(self):
+        """transformers' own processor object, None when there is none."""
+        return None
+
+    def process_image(self, image) -> Visual:
+        """One RGB PIL image -> its inputs for the vision tower."""
+        raise ValueError(f"{type(self).__name__} takes no images")
+
+    def process_video(self, frames: list) -> Visual:
+        """RGB PIL frames of one video -> its inputs for the vision tower."""
+        raise ValueError(f"{type(self).__name__} takes no videos; give its frames as images")
+
+    def positions(self, input_ids: torch.Tensor, spans: list[tuple[int, tuple | None, int]]) -> torch.Tensor | None:
+        """Position ids (L,) or (3, L); None for 0..L-1. `spans` holds (first token, grid, tokens) of each visual run."""
+        return None
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of the text with each visual still one marker token."""
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids + [self.tokenizer.eos_token_id] if self.options["append_eos"] else ids
+
+    def render(self, item: Item) -> str:
+        """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.prompts`."""
+        from vlm2vec.prompts import layout
+
+        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
+
+    # -- shared ---------------------------------------------------------------------------------------------------------
+
+    def native_text(self, item: Item) -> tuple[str, list[str]]:
+        """Swap MMEB's markers for the family's own; returns the text and the kinds of the visuals in their order."""
+        text = self.render(item)
+        swapped = MARKER.sub(lambda m: self._marker(m.group(1)), text)
+        native = [("image", self.image_marker), ("video", self.video_marker)]
+        native = [(k, m) for k, m in native if m is not None and not (k == "video" and m == self.image_marker)]
+        kinds = []
+        if native:
+            pattern = re.compile("|".join(re.escape(m) for _, m in native))
+            by_marker = {m: k for k, m in native}
+            kinds = [by_marker[m] for m in pattern.findall(swapped)]
+        self._check(item, kinds)
+        return swapped, kinds
+
+    def _marker(self, kind: str) -> str:
+        marker = self.image_marker if kind == "image" else self.video_marker
+        if marker is None:
+            raise ValueError(f"{type(self).__name__} takes no {kind}s")
+        return marker
+
+    def _check(self, item: Item, kinds: list[str]) -> None:
+        if item.markers_are_text or not (kinds or item.visuals):
+            return
+        for kind, given in (("image", len(item.images)), ("video", len(item.videos))):
+            if kinds.count(kind) != given and (self.image_marker != self.video_marker):
+                mend = (
+                    'give the missing one, take the marker out, or say "image": None to feed the marker as an ordinary token'
+                    if kinds.count(kind) > given
+                    else f"put one <|{kind}_1|>, <|{kind}_2|>, ... in the text for each, or none at all"
+                )
+                raise ValueError(f"input {item.text[:80]!r} has {kinds.count(kind)} {kind} markers and {given} {kind}s; {mend}")
+
+    def __call__(self, x) -> Features:
+        """One input -> `Features`. Thread- and process-safe but for the counter of shortened texts.
+
+        Raises:
+            ValueError: names what is wrong with the input and the mend.
+        """
+        return self._features(as_item(x), self.open)[0]
+
+    def measure(self, x) -> Features:
+        """As `__call__`, but where the family knows a visual's tokens from its size, image files are not decoded.
+
+        Only their headers are read; the files are named in `Features.pending`. An input with visuals that must be seen (a
+        video file, a PIL image) comes back whole, as do all inputs of a family that cannot tell.
+        """
+        item = as_item(x)
+        if self.from_headers and item.visuals and not item.markers_are_text:
+            features, opened = self._features(item, self._measured)
+            if all(isinstance(frame, Undecoded) for frames in opened for frame in frames):
+                features.pending = [[frame.source for frame in frames] for frames in opened]
+                return features
+        return self(item)
+
+    def decode(self, features: Features) -> dict:
+        """The vision inputs that `features`, which `measure` gave, still lack: pixels as 8-bit integers, on the CPU."""
+        raise ValueError(f"{type(self).__name__} does not measure images by their headers; call it instead of measure")
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels that `decode` gave as the vision tower takes them, float32, on the device they are on."""
+        raise ValueError(f"{type(self).__name__} does not measure images by their headers; call it instead of measure")
+
+    def _features(self, item: Item, open_one) -> tuple[Features, list[list]]:
+        """The features of an input and the frames of each of its visuals, as `open_one` gave them."""
+        text, kinds = self.native_text(item)
+        images, videos = iter(item.images), iter(item.videos)
+        kinds = [] if item.markers_are_text else kinds
+        opened = [[open_one(next(images))] if kind == "image" else self.frames(next(videos), open_one) for kind in kinds]
+        visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
+        return self.assemble(self.tokenize(text), visuals), opened
+
+    def open(self, image):
+        limit = self.options["max_image_pixels"]
+        return open_image(image) if limit is None else open_image(image, max_pixels=limit)
+
+    def _measured(self, image):
+        """An image file by its header; a picture that is in memory already as it is."""
+        if not isinstance(image, (str, os.PathLike, bytes, bytearray)):
+            return self.open(image)
+        limit = self.options["max_image_pixels"]
+        return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
+
+    def frames(self, video, open_one=None) -> list:
+        from vlm2vec.videos import read_frames
+
+        return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
+
+    def assemble(self, ids: list[int], visuals: list[Visual]) -> Features:
+        """Expand each marker token to its visual's tokens and cut a text that is too long around them."""
+        markers = {i for i in (self.image_token_id, self.video_token_id) if i is not None} if visuals else set()
+        pieces, queue = [], list(visuals)
+        for token in ids:
+            if queue and token in markers:
+                visual = queue.pop(0)
+                pieces.append(visual)
+            else:
+                pieces.append(token)
+        if queue:
+            raise ValueError(f"the tokenizer lost {len(queue)} image markers; is {self.image_marker!r} a token of its vocabulary?")
+        pieces = self._truncate(pieces)
+        out, spans, index = [], [], []
+        for piece in pieces:
+            if not isinstance(piece, Visual):
+                out.append(piece)
+                continue
+            token_id = self.image_token_id if piece.token_id is None else piece.token_id
+            for part in piece.pieces or [(piece.tokens, piece.grid)]:
+                if isinstance(part, int):
+                    out.append(part)
+                    continue
+                spans.append((len(out), part[1], part[0]))
+                index.extend(range(len(out), len(out) + part[0]))
+                out.extend([token_id] * part[0])
+        if not out:
+            raise ValueError("input has no tokens: an empty text without an image has no embedding; feed at least one word")
+        input_ids = torch.tensor(out, dtype=torch.long)
+        return Features(
+            input_ids,
+            concat_vision([v.tensors for v in visuals]),
+            torch.tensor(index, dtype=torch.long) if index else None,
+            self.positions(input_ids, spans),
+            sum(v.patches for v in visuals),
+        )
+
+    def _truncate(self, pieces: list) -> list:
+        """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
+        if self.max_length is None:
+            return pieces
+        free = [isinstance(p, int) and p not in self.kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
+        fixed = sum(p.length if isinstance(p, Visual) else 1 for p, cuttable in zip(pieces, free) if not cuttable)
+        text, room = sum(free), self.max_length - fixed
+        if text <= room:
+            return pieces
+        if room < 0:
+            raise ValueError(
+                f"max_length={self.max_length} is below the {fixed} image tokens of the input; image tokens are never cut: "
+                "raise max_length or lower max_pixels"
+            )
+        self.truncated += 1
+        if self.truncated in (1, 10, 100) or self.truncated % 1000 == 0:
+            warnings.warn(
+                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to max_length={self.max_length} tokens "
+                f"(the last one had {text} besides {fixed} that stay)",
+                stacklevel=3,
+            )
+        kept = []
+        for piece, cuttable in zip(pieces, free):
+            if not cuttable or room > 0:
+                kept.append(piece)
+                room -= cuttable
+        return kept
