@@ -23,16 +23,14 @@ class StepStats:
         self._padded = 0
         self._since = time.perf_counter()
 
-    def add(self, result: Any, sides: list[list[Any]], *, chunk_tokens: int) -> None:
-        """One step: its loss statistics and its samples (query, target, negatives)."""
+    def add(self, result: Any, lengths: list[list[int]]) -> None:
+        """One step: its loss statistics and the tokens of its samples by side (query, target, negatives)."""
         for name, value in loss_figures(result.stats).items():
             self._tensors.setdefault(name, []).append(value.detach().float())
-        self._samples += len(sides[0])
-        for side in sides:
-            if side:
-                lengths = [features.length for features in side]
-                self._tokens += sum(lengths)
-                self._padded += max(lengths) * len(lengths)
+        self._samples += len(lengths[0])
+        for side in lengths:
+            self._tokens += sum(side)
+            self._padded += max(side) * len(side)
 
     def drain(self, device: torch.device, world_size: int) -> dict[str, float]:
         """Figures since the last call, for all ranks: rates per second and means over the steps."""

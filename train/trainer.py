@@ -7,18 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from contrastive_kernels import GradCache
 from train import checkpoints
-from train.build import vision_is_frozen
-from train.data import PairDataset, collate, to_features
+from train.data import PairDataset, collate
 from train.metrics import StepStats
-from train.offload import offloaded
 from train.recipe import Recipe
 from train.sampler import BlockSampler
+from train.step import ContrastiveStep
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ class ContrastiveTrainer(transformers.Trainer):
         super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
         self._staging: str | None = None
         self._stats = StepStats()
-        self._gradcache: GradCache | None = None
+        self._step: ContrastiveStep | None = None
 
     # Data
 
@@ -77,82 +74,22 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         model.train()
-        sides = [[to_features(a) for a in inputs[name]] for name in ("query", "target", "negatives")]
-        if self._gradcache is None:
-            self._gradcache = self._build_gradcache(model)
+        if self._step is None:
+            self._step = ContrastiveStep(
+                self.recipe,
+                model,
+                self.accelerator.unwrap_model(model),
+                device=self.args.device,
+                autocast=self.accelerator.autocast,
+                scaler=self.accelerator.scaler,
+                world_size=self.args.world_size,
+            )
+        result, lengths = self._step(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
-        hard = {}
-        if sides[2]:
-            hard = {
-                "hard_negatives": sides[2],
-                "hard_offsets": self._tensor(inputs["hard_offsets"]),
-                "hard_ids": self._tensor(inputs["hard_ids"]),
-            }
-        used = [side for side in sides if side]
-        result = self._gradcache.step(
-            sides[0],
-            sides[1],
-            lengths=tuple([features.length for features in side] for side in used),
-            **hard,
-            **self._loss_options(inputs),
-        )
         self._require_finite(result.loss, inputs)
-        self._stats.add(result, sides, chunk_tokens=self.recipe.chunk_tokens)
+        self._stats.add(result, lengths)
         return result.loss.detach().float()
-
-    def _build_gradcache(self, model: torch.nn.Module) -> GradCache:
-        unwrapped = self.accelerator.unwrap_model(model)
-        device, dtype = self.args.device, unwrapped.dtype
-
-        def encode(inputs, rows, features=None):
-            packed = unwrapped.pack([inputs[row] for row in rows]).to(device, dtype)
-            with offloaded(self.recipe.offload_activations and torch.is_grad_enabled()):
-                return model(packed) if features is None else model(packed, vision_features=features)
-
-        def frozen_vision(inputs, rows):
-            # The library puts autocast around forward alone.
-            with self.accelerator.autocast():
-                return unwrapped.vision(unwrapped.pack([inputs[row] for row in rows]).to(device, dtype))
-
-        return GradCache(
-            encode,
-            chunk_tokens=None if self.recipe.chunk_rows else self.recipe.chunk_tokens,
-            chunk_size=self.recipe.chunk_rows,
-            retain=self.recipe.retain,
-            retain_mib=self.recipe.retain_mib,
-            freeze=frozen_vision if vision_is_frozen(unwrapped) else None,
-            keep_mib=self.recipe.keep_mib,
-            module=model if model is not unwrapped else None,
-            scaler=self.accelerator.scaler,
-        )
-
-    def _loss_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        loss = self.recipe.loss
-        options: dict[str, Any] = {
-            "temperature": loss.temperature,
-            "normalize": True,
-            "symmetric": loss.symmetric,
-            "return_stats": True,
-        }
-        if loss.mask_duplicates:
-            options["target_ids"] = self._tensor(inputs["target_ids"])
-            if loss.query_negatives or loss.symmetric:
-                options["query_ids"] = self._tensor(inputs["query_ids"])
-        for name in ("hardness", "label_smoothing", "matryoshka_dims", "query_negatives", "target_negatives"):
-            if value := getattr(loss, name):
-                options[name] = value
-        if not inputs["kept"].all():
-            kept = self._tensor(inputs["kept"])
-            own = torch.arange(len(kept), device=kept.device)
-            options["positives"] = torch.where(kept, own, torch.full_like(own, -100))
-            options["target_mask"] = kept
-        if self.args.world_size > 1:
-            options["group"] = torch.distributed.group.WORLD
-        return options
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.args.device)
 
     def _require_finite(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         if torch.isfinite(loss):

@@ -9,6 +9,7 @@ Learning Batch Size under Memory Limited Setup" (RepL4NLP 2021).
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from contrastive_kernels.chunks import row_chunks, token_budget_chunks
 from contrastive_kernels.generator_state import GeneratorState
 from contrastive_kernels.gradient_sync import GradientSync
 from contrastive_kernels.retention import FeatureStore, fitting_chunks, graph_bytes, retained_chunks
+
+logger = logging.getLogger(__name__)
 
 _SIDES = ("query", "target", "hard_negatives")
 
@@ -50,13 +53,19 @@ class GradCache:
         freeze: `freeze(inputs, rows) -> features`, run without gradients; both passes hand its result to `encode` as
             `features=`, for parts of the encoder that are not trained (a frozen vision tower). A pair as `encode`.
         keep_mib: bound on features kept between the passes, MiB; beyond it they are computed again.
-        module: the wrapped module (DistributedDataParallel or `fully_shard`) whose gradients are synchronised once per
-            step. None on a single process.
+        prefetch: `prefetch(inputs, rows)`, told the rows of the next chunk before the present one runs, so that reading
+            or decoding them can begin. A pair as `encode`.
+        module: the module that `encode` calls. Where it is wrapped (DistributedDataParallel or `fully_shard`), its
+            gradients are synchronised once per step. Its parameters are also what a step that runs out of memory has
+            to undo: without it, or under `fully_shard`, whose forward is collective, such a step raises.
         scaler: a `torch.amp.GradScaler`; gradients are scaled before they enter the encoder, as `scaler.scale(loss)`
             would.
 
     Numerics: embedding gradients are formed in float32 (float64 for float64 embeddings), whatever the model's dtype.
     CPU and CUDA generators are replayed, so dropout masks agree between the passes.
+
+    Out of memory: the first time an `encode` raises `torch.OutOfMemoryError`, on any rank, all ranks undo the step, halve
+    `chunk_tokens` (or `chunk_size`) for good with a warning, and do it again. The second time it raises.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class GradCache:
         retain_mib: float | None = None,
         freeze: Callable | tuple[Callable, Callable] | None = None,
         keep_mib: float = 1024.0,
+        prefetch: Callable | tuple[Callable, Callable] | None = None,
         module: torch.nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ):
@@ -85,6 +95,8 @@ class GradCache:
         self.retain, self.retain_mib = retain, retain_mib
         self.freeze = _by_side(freeze) if freeze is not None else None
         self.keep_mib = keep_mib
+        self.prefetch = _by_side(prefetch) if prefetch is not None else None
+        self.halved = False
         self.sync = GradientSync(module)
         self.scaler = scaler
 
@@ -95,6 +107,7 @@ class GradCache:
         *,
         lengths: tuple[Sequence[int], ...],
         hard_negatives: Any = None,
+        late_options: Callable[[], dict[str, Any]] | None = None,
         **loss_options: Any,
     ):
         """Loss of the whole batch; gradients are added to `.grad` of everything `encode` used.
@@ -103,6 +116,8 @@ class GradCache:
             query, target: inputs of the two sides, of any type; handed to `encode` as they are.
             lengths: tokens per row: (query lengths, target lengths), and a third for `hard_negatives`.
             hard_negatives: inputs of the packed hard negatives (H rows); pass `hard_offsets` (N+1,) as loss option.
+            late_options: called after the first pass for more loss options, such as a mask of rows that turned out to be
+                unreadable while they were encoded.
             loss_options: options of the loss: `temperature`, `positives`, `target_ids`, ... A `temperature` tensor that
                 requires grad receives its gradient.
 
@@ -111,19 +126,77 @@ class GradCache:
 
         Raises:
             ValueError: where lengths do not match the sides, or a side is empty.
+            torch.OutOfMemoryError: where a step cannot be undone, or runs out of memory after the budget was halved.
         """
         sides = [query, target] + ([hard_negatives] if hard_negatives is not None else [])
         if len(lengths) != len(sides):
             raise ValueError(f"lengths must hold one sequence a side ({', '.join(_SIDES[:len(sides)])}), got {len(lengths)}")
+        undo = self._undo(loss_options)
+        if undo is None:
+            return self._attempt(sides, lengths, loss_options, late_options, contextlib.nullcontext())
+        memory = _OutOfMemory()
+        result = self._attempt(sides, lengths, loss_options, late_options, memory)
+        if result is None:
+            memory.error = None  # and with it the frames that hold the failed chunk
+            undo()
+            self._halve()
+            result = self._attempt(sides, lengths, loss_options, late_options, contextlib.nullcontext())
+        return result
+
+    def _attempt(self, sides, lengths, loss_options, late_options, memory):
+        """One whole step; None where some rank ran out of memory and `memory` caught it."""
         chunks = self._plan(lengths)
         retained = retained_chunks(self.retain, len(chunks)) if self.retain != "auto" else None
         features = FeatureStore(self.keep_mib)
-        embeddings = self._first_pass(sides, lengths, chunks, retained, features)
+        embeddings = None
+        with memory:
+            embeddings = self._first_pass(sides, lengths, chunks, retained, features)
+        if self._failed(memory):
+            return None
         after_first_pass = GeneratorState.capture()
-        result = self._loss(embeddings, loss_options)
-        self._second_pass(sides, chunks, result, features)
+        result = self._loss(embeddings, loss_options if late_options is None else {**loss_options, **late_options()})
+        with memory:
+            self._second_pass(sides, chunks, result, features)
+        if self._failed(memory):
+            return None
+        self.sync.finish()
         after_first_pass.restore()  # a step draws from the generators as if it had run forward once
         return result
+
+    def _failed(self, memory) -> bool:
+        return isinstance(memory, _OutOfMemory) and self.sync.on_any_rank(memory.error is not None)
+
+    def _undo(self, loss_options: dict[str, Any]) -> Callable[[], None] | None:
+        """A function that takes back what a failed step did; None where it could not be taken back or is no use."""
+        if self.halved or self.sync.module is None or self.sync.is_fsdp:
+            return None
+        leaves = [*self.sync.module.parameters()]
+        if isinstance(self.loss, torch.nn.Module):
+            leaves += self.loss.parameters()
+        if isinstance(loss_options.get("temperature"), torch.Tensor):
+            leaves.append(loss_options["temperature"])
+        if any(leaf.grad is not None for leaf in leaves):
+            return None  # gradients of earlier steps are in there too
+        generators = GeneratorState.capture()
+
+        def undo() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            generators.restore()
+
+        return undo
+
+    def _halve(self) -> None:
+        self.halved = True
+        if self.chunk_tokens is not None:
+            before, self.chunk_tokens = self.chunk_tokens, max(1, self.chunk_tokens // 2)
+            what, now = "chunk_tokens", self.chunk_tokens
+        else:
+            before, self.chunk_size = self.chunk_size, max(1, self.chunk_size // 2)
+            what, now = "chunk_size", self.chunk_size
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("out of memory in a chunk: %s is %d instead of %d from now on, and the step is done again", what, now, before)
 
     def _plan(self, lengths: tuple[Sequence[int], ...]) -> list[_Chunk]:
         chunks = []
@@ -147,6 +220,7 @@ class GradCache:
         if retained is None:
             retained = self._measure_retained(sides, chunks)
         for index, chunk in enumerate(chunks):
+            self._announce(sides, chunks[index + 1 : index + 2])
             frozen = self._frozen(sides, chunk, index, features)
             chunk.encode_state = GeneratorState.capture()
             keep_graph = index in retained
@@ -169,12 +243,15 @@ class GradCache:
         """The last chunks whose graphs fit, judged by what the graph of the first real chunk holds per token."""
         sample = next(chunk for chunk in chunks if not chunk.is_dummy)
         before = GeneratorState.capture()
-        with self.sync.deferred():
-            frozen = None
-            if self.freeze is not None:
-                with torch.no_grad():
-                    frozen = self.freeze[sample.side](sides[sample.side], sample.rows)
-            measured = graph_bytes(lambda: self._run(self.encode[sample.side], sides[sample.side], sample.rows, frozen))
+        try:
+            with self.sync.deferred():
+                frozen = None
+                if self.freeze is not None:
+                    with torch.no_grad():
+                        frozen = self.freeze[sample.side](sides[sample.side], sample.rows)
+                measured = graph_bytes(lambda: self._run(self.encode[sample.side], sides[sample.side], sample.rows, frozen))
+        except torch.OutOfMemoryError:
+            measured = float("inf")  # no room for a graph; whether the passes fit without one is seen when they run
         before.restore()
         return fitting_chunks([c.tokens for c in chunks], measured / max(1, sample.tokens), self.retain_mib, self.sync)
 
@@ -243,6 +320,8 @@ class GradCache:
         for position, index in enumerate(order):
             chunk = chunks[index]
             is_last = position == len(order) - 1
+            coming = [chunks[i] for i in order[position + 1 : position + 2]]
+            self._announce(sides, [c for c in coming if c.graph is None])
             with self.sync.last_backward() if is_last else self.sync.deferred():
                 encoded = chunk.graph
                 if encoded is None:
@@ -259,7 +338,27 @@ class GradCache:
                     encoded.backward(self._scaled(rows).to(encoded.dtype))
             features.drop(index)
             chunk.graph = None
-        self.sync.finish()
+
+    def _announce(self, sides, coming: list[_Chunk]) -> None:
+        if self.prefetch is not None:
+            for chunk in coming:
+                self.prefetch[chunk.side](sides[chunk.side], chunk.rows)
+
+
+class _OutOfMemory:
+    """A context that stores `torch.OutOfMemoryError` instead of letting it pass."""
+
+    def __init__(self) -> None:
+        self.error: torch.OutOfMemoryError | None = None
+
+    def __enter__(self) -> _OutOfMemory:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if isinstance(error, torch.OutOfMemoryError):
+            self.error = error
+            return True
+        return False
 
 
 def _graph(kept: bool) -> contextlib.AbstractContextManager:

@@ -44,6 +44,14 @@ class GradientSync:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
         return int(counts)
 
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank of a DDP module; collective there, this process's own flag elsewhere."""
+        if not self.is_ddp:
+            return flag
+        agreed = torch.tensor(int(flag), device=next(self.module.parameters()).device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(agreed)
+
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Every backward in this context accumulates locally."""

@@ -1,0 +1,191 @@
+"""Images of a step, decoded chunk by chunk under a bound on host memory.
+
+A batch carries image files by name, with token counts taken from their headers. Threads decode the images of the coming
+chunk to 8-bit patches while the model runs on the one before; what the first pass decoded is kept for the second as long
+as it fits, and decoded again beyond that. Samples that were processed whole pass through unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from train.data import to_features
+from vlm2vec.packing import Features, PackedBatch
+
+logger = logging.getLogger(__name__)
+
+_MIB = 2**20
+_GREY = 128
+
+
+class Media:
+    """Decodes for one trainer.
+
+    Args:
+        processing: the model's; gives `decode` and `normalised`.
+        bound_mib: most MiB of decoded images kept between the two passes. The chunk in use and the next one come on top.
+        threads: how many images are decoded at a time.
+        strict: an image that cannot be decoded raises; otherwise its row is reported and shown grey.
+
+    Attributes:
+        peak_bytes: most bytes of decoded images at one time so far: kept, and decoded ahead for the coming chunk.
+        decoded: how many samples were decoded so far, second times included.
+    """
+
+    def __init__(self, processing: Any, *, bound_mib: float, threads: int, strict: bool = False):
+        self.processing = processing
+        self.bound = bound_mib * _MIB
+        self.strict = strict
+        self.kept_bytes = 0
+        self.peak_bytes = 0
+        self.decoded = 0
+        self._held = 0
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def side(self, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]) -> Side:
+        """One side of a batch. `on_error(owner, message)` hears of each sample that cannot be decoded, once.
+
+        Args:
+            owners: for each sample, the row of the batch that it belongs to.
+        """
+        return Side(self, samples, owners, on_error)
+
+    def submit(self, features: Features) -> Future:
+        return self._pool.submit(self._decode, features)
+
+    def _decode(self, features: Features) -> dict[str, torch.Tensor]:
+        tensors = self.processing.decode(features)
+        with self._lock:
+            self.decoded += 1
+            self._held += _bytes(tensors)
+            self.peak_bytes = max(self.peak_bytes, self._held)
+        return tensors
+
+    def release(self, tensors: dict[str, torch.Tensor]) -> None:
+        with self._lock:
+            self._held -= _bytes(tensors)
+
+    def to_device(self, packed: PackedBatch, device: torch.device, dtype: torch.dtype) -> PackedBatch:
+        """Moves a chunk; 8-bit pixels become what the vision tower takes once they are there."""
+        packed = packed.to(device, dtype)
+        pixels = packed.vision.get("pixel_values") if packed.vision else None
+        # Images and videos differ in the width of a patch, so they stay a list until each is expanded.
+        parts = pixels if isinstance(pixels, list) else [pixels]
+        if parts[0] is None or parts[0].dtype != torch.uint8:
+            return packed
+        values = [self.processing.normalised(part).to(dtype) for part in parts]
+        return replace(packed, vision={**packed.vision, "pixel_values": torch.cat(values) if len(values) > 1 else values[0]})
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class Side:
+    """The samples of one side of a step; `features` gives those of a chunk, decoded."""
+
+    def __init__(
+        self, media: Media, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]
+    ):
+        self._media, self._samples, self._on_error = media, samples, on_error
+        self.owners = owners
+        self._coming: dict[int, Future] = {}
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._bad: set[int] = set()
+        self.lengths = [len(sample["input_ids"]) for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def prefetch(self, rows: list[int]) -> None:
+        """Begins to decode rows that will be asked for next."""
+        for row in rows:
+            waiting = row in self._coming or row in self._kept or row in self._bad
+            if self._samples[row]["pending"] and not waiting:
+                self._coming[row] = self._media.submit(to_features(self._samples[row]))
+
+    def features(self, rows: list[int], *, again: bool) -> list[Features]:
+        """Samples ready to be packed.
+
+        Args:
+            again: whether the rows will be asked for once more in this step, so that keeping them is worth memory.
+        """
+        self.prefetch(rows)
+        samples = [self._one(row, again) for row in rows]
+        kinds = {f.vision["pixel_values"].dtype for f in samples if isinstance(f.vision.get("pixel_values"), torch.Tensor)}
+        if len(kinds) > 1:  # some of the samples were processed whole; pixels of one chunk are joined
+            samples = [self._normalised(f) for f in samples]
+        return samples
+
+    def measured(self, rows: list[int]) -> list[Features]:
+        """Samples as they are in the batch, undecoded."""
+        return [to_features(self._samples[row]) for row in rows]
+
+    def _normalised(self, features: Features) -> Features:
+        pixels = features.vision.get("pixel_values")
+        if pixels is None or pixels.dtype != torch.uint8:
+            return features
+        return replace(features, vision={**features.vision, "pixel_values": self._media.processing.normalised(pixels)})
+
+    def _one(self, row: int, again: bool) -> Features:
+        features = to_features(self._samples[row])
+        if not features.pending:
+            return features
+        tensors = self._kept.get(row)
+        if tensors is None:
+            tensors = self._wait(row, features)
+        if tensors is None:
+            tensors = self._grey(features)
+        elif not again:
+            if self._kept.pop(row, None) is not None:
+                self._media.kept_bytes -= _bytes(tensors)
+            self._media.release(tensors)
+        elif row not in self._kept:
+            size = _bytes(tensors)
+            if self._media.kept_bytes + size <= self._media.bound:
+                self._media.kept_bytes += size
+                self._kept[row] = tensors
+            else:
+                self._media.release(tensors)
+        return replace(features, pending=[], vision={**features.vision, **tensors})
+
+    def _wait(self, row: int, features: Features) -> dict[str, torch.Tensor] | None:
+        if row in self._bad:
+            return None
+        try:
+            return self._coming.pop(row).result()
+        except (ValueError, OSError) as error:
+            if self._media.strict:
+                raise ValueError(f"{error}; mend or remove the row, or set data.strict to false to leave it out") from error
+            self._bad.add(row)
+            self._on_error(self.owners[row], str(error))
+            return None
+
+    def _grey(self, features: Features) -> dict[str, torch.Tensor]:
+        """Stands in for pixels that cannot be had; the row is left out of the loss."""
+        patch = self._media.processing.patch
+        patches = sum(math.prod(grid) for grid in features.vision["grid_thw"].tolist())
+        return {"pixel_values": torch.full((patches, 3 * patch**2), _GREY, dtype=torch.uint8)}
+
+    def close(self) -> None:
+        """Forgets what the step left: rows whose second use never came."""
+        for future in self._coming.values():
+            if not future.cancel() and future.exception() is None:
+                self._media.release(future.result())
+        for tensors in self._kept.values():
+            self._media.kept_bytes -= _bytes(tensors)
+            self._media.release(tensors)
+        self._coming.clear()
+        self._kept.clear()
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

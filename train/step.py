@@ -1,0 +1,182 @@
+"""One training step: a batch of undecoded samples in, gradients on the model out, through GradCache."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from contrastive_kernels import GradCache
+from train.build import vision_is_frozen
+from train.media import Media, Side
+from train.offload import offloaded
+from train.recipe import Recipe
+from vlm2vec.model import VLM2Vec
+
+logger = logging.getLogger(__name__)
+
+_SIDES = ("query", "target", "negatives")
+
+
+class ContrastiveStep:
+    """Forward and backward of a rank's share of a global batch.
+
+    Args:
+        recipe: chunking, retention, loss.
+        model: what is called, wrapped or not; gradients are synchronised over its ranks.
+        unwrapped: the `VLM2Vec` inside.
+        device: where chunks go.
+        autocast: makes the context of what runs outside `model`'s own forward.
+        scaler: a gradient scaler, or None.
+        world_size: ranks over which the loss spans.
+
+    Attributes:
+        media: the decoder, with its figures.
+        gradcache: with the chunk budget in force.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: torch.nn.Module,
+        unwrapped: VLM2Vec,
+        *,
+        device: torch.device,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        scaler: torch.amp.GradScaler | None = None,
+        world_size: int = 1,
+    ):
+        self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
+        self.device, self.autocast, self.world_size = device, autocast, world_size
+        self.media = Media(
+            unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict
+        )
+        self.gradcache = GradCache(
+            self._encode,
+            chunk_tokens=None if recipe.chunk_rows else recipe.chunk_tokens,
+            chunk_size=recipe.chunk_rows,
+            retain=recipe.retain,
+            retain_mib=recipe.retain_mib,
+            freeze=self._frozen_vision if vision_is_frozen(unwrapped) else None,
+            keep_mib=recipe.keep_mib,
+            prefetch=Side.prefetch,
+            module=model,
+            scaler=scaler,
+        )
+        self._finite: list[tuple[Side, list[int], torch.Tensor]] = []
+
+    def __call__(self, batch: dict[str, Any]):
+        """Runs the step; gradients are added to the model's.
+
+        Args:
+            batch: what `train.data.collate` made. Rows whose images turn out unreadable are marked in it:
+                `kept` (N,) bool becomes False and `errors` gains a line.
+
+        Returns:
+            (`InfoNCEResult`, tokens of each sample by side).
+        """
+        # A hard negative belongs to the row in whose stretch of the packed negatives it lies.
+        owners = [range(len(batch["query"]))] * 2 + [np.repeat(np.arange(len(batch["query"])), np.diff(batch["hard_offsets"])).tolist()]
+        report = self._reporter(batch)
+        sides = [self.media.side(batch[name], owner, report) for name, owner in zip(_SIDES, owners, strict=True)]
+        self._finite.clear()
+        hard = {}
+        if len(sides[2]):
+            hard = {
+                "hard_negatives": sides[2],
+                "hard_offsets": self._tensor(batch["hard_offsets"]),
+                "hard_ids": self._tensor(batch["hard_ids"]),
+            }
+        lengths = [side.lengths for side in sides if len(side)]
+        try:
+            result = self.gradcache.step(
+                sides[0],
+                sides[1],
+                lengths=tuple(lengths),
+                late_options=lambda: self._masks(batch),
+                **hard,
+                **self._loss_options(batch),
+            )
+        finally:
+            for side in sides:
+                side.close()
+        return result, lengths
+
+    # What GradCache calls
+
+    def _encode(self, side: Side, rows: list[int], features=None) -> torch.Tensor:
+        if features is None:
+            packed = self._packed(side.features(rows, again=not torch.is_grad_enabled()))
+        else:
+            packed = self._packed([replace(f, vision={}, pending=[]) for f in side.measured(rows)])
+        with offloaded(self.recipe.offload_activations and torch.is_grad_enabled()):
+            hidden = self.model(packed) if features is None else self.model(packed, vision_features=features)
+        self._finite.append((side, rows, torch.isfinite(hidden.detach()).all(dim=1)))
+        return hidden
+
+    def _frozen_vision(self, side: Side, rows: list[int]):
+        # The library puts autocast around forward alone.
+        with self.autocast():
+            return self.unwrapped.vision(self._packed(side.features(rows, again=False)))
+
+    def _packed(self, features: list):
+        return self.media.to_device(self.unwrapped.pack(features), self.device, self.unwrapped.dtype)
+
+    # The loss
+
+    def _loss_options(self, batch: dict[str, Any]) -> dict[str, Any]:
+        loss = self.recipe.loss
+        options: dict[str, Any] = {
+            "temperature": loss.temperature,
+            "normalize": True,
+            "symmetric": loss.symmetric,
+            "return_stats": True,
+        }
+        if loss.mask_duplicates:
+            options["target_ids"] = self._tensor(batch["target_ids"])
+            if loss.query_negatives or loss.symmetric:
+                options["query_ids"] = self._tensor(batch["query_ids"])
+        for name in ("hardness", "label_smoothing", "matryoshka_dims", "query_negatives", "target_negatives"):
+            if value := getattr(loss, name):
+                options[name] = value
+        if self.world_size > 1:
+            options["group"] = dist.group.WORLD
+        return options
+
+    def _masks(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Rows that could not be read are neither queries nor candidates. Every rank passes masks as soon as one has to."""
+        kept = self._tensor(batch["kept"])
+        some = not bool(batch["kept"].all())
+        if self.world_size > 1:
+            flag = torch.tensor(int(some), device=self.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            some = bool(flag)
+        return {"query_mask": kept, "target_mask": kept} if some else {}
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    # Rows that went wrong
+
+    def _reporter(self, batch: dict[str, Any]) -> Callable[[int, str], None]:
+        names = [source.name for source in self.recipe.data.sources]
+
+        def report(row: int, message: str) -> None:
+            source, number = batch["rows"][row]
+            batch["kept"][row] = False
+            batch["errors"].append(f"{names[source]}, row {number}: {message}")
+
+        return report
+
+    def not_finite(self, batch: dict[str, Any]) -> list[tuple[int, int]]:
+        """(source, row) of the samples whose embeddings in the last step were not finite."""
+        found = set()
+        for side, rows, finite in self._finite:
+            found.update(side.owners[row] for row, good in zip(rows, finite.tolist(), strict=True) if not good)
+        return sorted({tuple(batch["rows"][row]) for row in found})
