@@ -48,6 +48,10 @@ class ContrastiveTrainer(transformers.Trainer):
     # Data
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.loader(self.args.process_index, self.args.world_size)
+
+    def loader(self, rank: int, world_size: int) -> torch.utils.data.DataLoader:
+        """The batches of one rank, in order."""
         recipe, dataset = self.recipe, self.train_dataset
         sampler = BlockSampler(
             dataset.sizes,
@@ -56,8 +60,8 @@ class ContrastiveTrainer(transformers.Trainer):
             block=recipe.interleave_batch_size,
             steps=recipe.steps,
             seed=recipe.seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            rank=rank,
+            world_size=world_size,
         )
         # Not prepared by accelerate: the sampler has already taken this rank's share, and chunks go to the device one
         # by one.
@@ -67,7 +71,8 @@ class ContrastiveTrainer(transformers.Trainer):
             collate_fn=collate,
             num_workers=recipe.workers,
             persistent_workers=False,
-            prefetch_factor=2 if recipe.workers else None,
+            # Samples are small, undecoded, but a large batch holds many of them.
+            prefetch_factor=(2 if recipe.global_batch // world_size <= 2048 else 1) if recipe.workers else None,
         )
 
     # The step

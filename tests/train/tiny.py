@@ -62,3 +62,24 @@ def write_recipe(root: Path, **changes) -> Path:
     path = Path(recipe["output"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def first_batch(recipe, model, step: int = 0, processing=None):
+    """The whole global batch of a step, collated."""
+    from train.data import PairDataset, collate
+    from train.sampler import BlockSampler
+
+    dataset = PairDataset(recipe.data, processing or model.processing)
+    sampler = BlockSampler(
+        dataset.sizes,
+        [s.weight for s in recipe.data.sources],
+        global_batch=recipe.global_batch,
+        block=recipe.interleave_batch_size,
+        steps=recipe.steps,
+        seed=recipe.seed,
+    )
+    return collate([dataset[key] for key in sampler.batch(step)])
+
+
+def gradients(model) -> dict:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,158 @@
+"""Images streamed by the chunk: the same gradients as decoded at once, host memory within its bound, bad images left out."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from tiny import first_batch, gradients, write_recipe
+
+from train.build import build_model
+from train.recipe import load_recipe
+from train.step import ContrastiveStep
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture
+def prepared(root):
+    def make(**changes):
+        changes = {"dtype": "float64", "retain": 0, "seed": 3} | changes
+        recipe = load_recipe(write_recipe(root, **changes))
+        return recipe, build_model(recipe).train()
+
+    return make
+
+
+class Whole:
+    """A processing that decodes at once, as families do that cannot measure images by their headers."""
+
+    def __init__(self, processing):
+        self.measure = processing
+
+
+def run_step(recipe, model, batch):
+    model.zero_grad(set_to_none=True)
+    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
+    result, _ = step(batch)
+    return step, result.loss.item(), gradients(model)
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys() and got
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"media_mib": 0.0},  # everything is decoded twice
+        {"media_mib": 0.02},  # some images are kept
+        {"retain": 2},
+        {"retain": "all"},
+        {"freeze_vision": True},
+        {"freeze_vision": True, "keep_mib": 0.0},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "freeze_vision": True, "retain": 1},
+        {"chunk_rows": 3, "lora": {"r": 2, "vision": True, "dropout": 0.0}},
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_images_decoded_at_once(prepared, changes):
+    recipe, model = prepared(**changes)
+    streamed = first_batch(recipe, model)
+    assert sum(bool(sample["pending"]) for sample in streamed["query"]) >= 4
+    _, loss, got = run_step(recipe, model, streamed)
+    plain = copy.copy(recipe)
+    plain.chunk_rows, plain.retain, plain.chunk_tokens = None, "all", 10**6  # one chunk a side, every graph kept
+    model.gradient_checkpointing_disable()
+    whole = first_batch(recipe, model, processing=Whole(model.processing))
+    assert not any(sample["pending"] for sample in whole["query"])
+    _, expected_loss, expected = run_step(plain, model, whole)
+    assert loss == pytest.approx(expected_loss, abs=1e-12)
+    assert_same(got, expected)
+
+
+def test_host_memory_is_bounded_and_what_fits_is_decoded_once(prepared):
+    recipe, model = prepared(global_batch=24, interleave_batch_size=24, chunk_tokens=60)
+    batch = first_batch(recipe, model, step=1)
+    sizes = [3 * 14**2 * int(np.prod(sample["vision"]["grid_thw"])) for sample in batch["query"] if sample["pending"]]
+    assert len(sizes) == 24, "the block of this step is the source with pictures"
+    recipe.media_mib = 64.0
+    step, _, _ = run_step(recipe, model, batch)
+    assert (step.media.decoded, step.media.peak_bytes) == (24, sum(sizes))
+    assert (step.media.kept_bytes, step.media._held) == (0, 0), "nothing is left after the step"
+    bound = sum(sizes) // 3
+    recipe.media_mib = bound / 2**20
+    step, _, _ = run_step(recipe, model, batch)
+    assert 24 < step.media.decoded < 48
+    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
+    largest = max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
+    assert step.media.peak_bytes <= bound + 2 * largest < sum(sizes)
+
+
+def damage(root, row):
+    """Cuts a JPEG behind its header: its size can be read, its pixels cannot."""
+    path = root / "images" / f"{row}.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 3])
+    return path, whole
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_image_damaged_behind_its_header_costs_its_row(prepared, root, symmetric):
+    recipe, model = prepared(loss={"symmetric": symmetric}, media_mib=0.0)
+    batch = first_batch(recipe, model)
+    spoiled = next(i for i, sample in enumerate(batch["query"]) if sample["pending"])
+    source, row = batch["rows"][spoiled]
+    path, whole = damage(root, row)
+    try:
+        _, loss, got = run_step(recipe, model, batch)
+    finally:
+        path.write_bytes(whole)
+    assert batch["errors"] == [next(e for e in batch["errors"] if f"Pictures, row {row}: image" in e and "truncated" in e)]
+    assert batch["kept"].tolist() == [i != spoiled for i in range(8)]
+    # The same step had the row never been in the batch.
+    others = [i for i in range(8) if i != spoiled]
+    without = {name: [value[i] for i in others] for name, value in batch.items() if name in ("query", "target", "rows")}
+    without |= {name: batch[name][others] for name in ("query_ids", "target_ids", "kept")}
+    without |= {"negatives": [], "hard_offsets": np.zeros(8, dtype=np.int64), "hard_ids": np.zeros(0, dtype=np.int64), "errors": []}
+    _, expected_loss, expected = run_step(recipe, model, without)
+    assert loss == pytest.approx(expected_loss, abs=1e-12)
+    assert_same(got, expected)
+
+
+def test_strict_stops_at_a_damaged_image(prepared, root):
+    recipe, model = prepared()
+    recipe.data.strict = True
+    batch = first_batch(recipe, model)
+    path, whole = damage(root, next(row for source, row in batch["rows"] if source == 0))
+    try:
+        with pytest.raises(ValueError, match="truncated.*data.strict"):
+            run_step(recipe, model, batch)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_missing_image_is_found_by_its_header_and_logged_once(root, caplog):
+    from train.run import run
+
+    recipe = write_recipe(root, output=str(root / "missing"), steps=2, global_batch=24, interleave_batch_size=24, save_steps=9)
+    path = root / "images" / "5.jpg"
+    whole = path.read_bytes()
+    path.unlink()
+    try:
+        with caplog.at_level(logging.WARNING, logger="train.trainer"):
+            assert run([str(recipe)]) == 0
+        lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+        assert lines and all("Pictures, row 5: image" in line and "no such file" in line for line in lines)
+        assert len(lines) == len({line.split(":")[0] for line in lines}), "once a step that draws it"
+    finally:
+        path.write_bytes(whole)
