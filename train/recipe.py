@@ -167,6 +167,8 @@ class Recipe:
             near = difflib.get_close_matches(self.optimizer, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "adamw_torch, adamw_8bit and paged_adamw_8bit are usual"
             raise ValueError(f"optimizer {self.optimizer!r} is unknown; {hint}")
+        if self.distributed == "fsdp" and any(kind in self.optimizer for kind in ("8bit", "4bit", "paged")):
+            raise ValueError(f"{self.optimizer} does not take sharded weights; choose adamw_torch, or distributed: ddp")
         if any(kind in self.optimizer for kind in ("8bit", "paged")) and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(f"optimizer {self.optimizer} needs bitsandbytes; pip install bitsandbytes, or choose adamw_torch")
 

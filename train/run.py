@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import yaml
 
-from train import checkpoints
+from train import checkpoints, sharding
 from train.build import build_model
 from train.callbacks import Progress, StopOnInterrupt
 from train.data import PairDataset
@@ -53,6 +54,8 @@ def run(argv: list[str]) -> int:
         print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
     transformers.set_seed(recipe.seed)
     model = build_model(recipe, checkpoint)
+    if recipe.distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None)
     interrupt = StopOnInterrupt()
     trainer = ContrastiveTrainer(recipe, model, PairDataset(recipe.data, model.processing), [interrupt])
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
@@ -64,16 +67,18 @@ def run(argv: list[str]) -> int:
         if is_main:
             print(f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there")
         return 130
-    if trainer.args.should_save:
-        _publish(trainer, recipe, output, time.perf_counter() - began)
+    _publish(trainer, recipe, output, time.perf_counter() - began)
     return 0
 
 
 def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path, seconds: float) -> None:
     """Puts the trained model into the output folder itself; the result file comes last and says that it is whole."""
     staged = output / checkpoints.STAGING
-    shutil.rmtree(staged, ignore_errors=True)
-    trainer.model.save_pretrained(str(staged))
+    if trainer.args.should_save:
+        shutil.rmtree(staged, ignore_errors=True)
+    trainer.save_model(str(staged))  # on every rank: shards are gathered
+    if not trainer.args.should_save:
+        return
     trainer.state.save_to_json(str(staged / "trainer_state.json"))
     for file in sorted(staged.iterdir()):
         os.replace(file, output / file.name)

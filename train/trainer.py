@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from train import checkpoints
+from train import checkpoints, sharding
 from train.data import PairDataset, collate
 from train.metrics import StepStats
 from train.recipe import Recipe
@@ -40,7 +42,11 @@ class ContrastiveTrainer(transformers.Trainer):
             raise ValueError("DeepSpeed reduces gradients on every backward, which GradCache makes many of; use DDP or FSDP2")
         if recipe.global_batch % arguments.world_size:
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
+        self.sharded = sharding.is_sharded(model)
         super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
+        if self.sharded:
+            # The shards are placed and their gradients reduced by FSDP2: nothing of it is accelerate's to wrap.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._staging: str | None = None
         self._stats = StepStats()
         self._step: ContrastiveStep | None = None
@@ -134,9 +140,28 @@ class ContrastiveTrainer(transformers.Trainer):
         if self.args.world_size > 1:
             torch.distributed.barrier()
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model's folder. Called on every rank: shards are gathered."""
+        weights = sharding.gathered_weights(self.model) if self.sharded else None
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.gathered_optimizer(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True)
+        sharding.scatter_optimizer(self.model, self.optimizer.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing to do: the model was loaded from the checkpoint, so that its weights are in memory only once."""

@@ -20,6 +20,8 @@ class VLM2Vec(nn.Module):
         backbone: the family's rules (`vlm2vec.backbones`).
         processing: picklable, weightless; `processing(input) -> Features`.
         prompts: {"query": str, "document": str, ...}, used by `encode_query` and `encode_document`.
+        always_vision: run the vision tower in every forward, on a grey placeholder that adds nothing where a chunk has no
+            visuals. For sharded towers, whose forward all ranks must enter together.
     """
 
     def __init__(self, model: nn.Module, backbone, processing, *, attn: str | None = None, source: str = "", prompts=None):
@@ -34,6 +36,7 @@ class VLM2Vec(nn.Module):
         self.adapter_settings: dict | None = None
         self.prompts = {**processing.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
+        self.always_vision = False
         backbone.finish(model)
 
     @classmethod
@@ -116,7 +119,18 @@ class VLM2Vec(nn.Module):
     def forward(self, packed: PackedBatch, vision_features: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states of the last tokens after the final norm, (B, D), in the model's dtype, not normalised."""
         features = self.backbone.vision(self.model, packed) if vision_features is None else vision_features
-        return self.backbone.last_hidden(self.model, packed, features)
+        hidden = self.backbone.last_hidden(self.model, packed, features)
+        if features is None and self.always_vision and not packed.vision:
+            # A sharded tower's forward and backward are collective: another rank's chunk may have visuals.
+            seen = self.backbone.vision(self.model, self._placeholder().to(packed.input_ids.device))
+            hidden = hidden if seen is None else hidden + 0 * seen.sum().to(hidden.dtype)
+        return hidden
+
+    def _placeholder(self) -> PackedBatch:
+        """A chunk of one small grey image."""
+        from PIL import Image
+
+        return self.pack([self.processing({"image": Image.new("RGB", (64, 64), (128, 128, 128))})])
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recompute layers in the backward pass (transformers' own switch; non-reentrant)."""
