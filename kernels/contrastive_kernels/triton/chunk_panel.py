@@ -29,7 +29,7 @@ def _masked_cosines(
         b_cos = b_cos * tl.load(p_row_scale + o_r, mask=m_r, other=0.0)[:, None]
         b_cos = b_cos * tl.load(p_col_scale + o_c, mask=m_c, other=0.0)[None, :]
     return _drop(b_cos, o_r, o_c, m_r, m_c, o_c + column_offset, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
-                 p_threshold, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, False)
+                 p_threshold, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, False, False)
 
 
 @triton.jit

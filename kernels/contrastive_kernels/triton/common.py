@@ -97,11 +97,23 @@ def _slices(b_tile, SLICES: tl.constexpr):
 
 
 @triton.jit
+def _per_row(b_vector, ON_SIDE: tl.constexpr):
+    """A vector over rows, ready to meet a (rows, columns) tile, or a (columns, rows) tile that stands on its side."""
+    return b_vector[None, :] if ON_SIDE else b_vector[:, None]
+
+
+@triton.jit
+def _per_column(b_vector, ON_SIDE: tl.constexpr):
+    return b_vector[:, None] if ON_SIDE else b_vector[None, :]
+
+
+@triton.jit
 def _drop(
     b_cos, o_r, o_c, m_r, m_c, o_global, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
     HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr, EVEN_C: tl.constexpr,
+    ON_SIDE: tl.constexpr,
 ):
-    """Cosines of a (rows, columns) tile with everything that is no negative set to -1e30: positive, false negatives, padding.
+    """Cosines of a tile with everything that is no negative set to -1e30: positive, false negatives, padding.
 
     -1e30 and not -inf, since its exponential is 0 all the same and 0 * -1e30 stays 0. Each condition is a comparison and a select
     on the spot: anding boolean tiles would pack and unpack predicate registers, three times the instructions.
@@ -110,26 +122,26 @@ def _drop(
     if HAS_THRESHOLD:
         # first, while the cosines are themselves; not-greater keeps a NaN in, to be seen in the loss
         b_threshold = tl.load(p_threshold + o_r, mask=m_r, other=float("inf"))
-        b_cos = tl.where(b_cos > b_threshold[:, None], -1e30, b_cos)
+        b_cos = tl.where(b_cos > _per_row(b_threshold, ON_SIDE), -1e30, b_cos)
     if HAS_KEEP:
         b_keep = tl.load(p_keep + o_c, mask=m_c, other=0)
-        b_cos = tl.minimum(b_cos, tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype)[None, :])
+        b_cos = tl.minimum(b_cos, _per_column(tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
     elif not EVEN_C:
-        b_cos = tl.minimum(b_cos, tl.where(m_c, 1e30, -1e30).to(b_cos.dtype)[None, :])
+        b_cos = tl.minimum(b_cos, _per_column(tl.where(m_c, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
     if HAS_POSITIVE:
         # 32 bits are enough for a column's number and halve the comparisons
         b_positive = tl.load(p_positive + o_r, mask=m_r, other=-1).to(tl.int32)
-        b_cos = tl.where(b_positive[:, None] == o_global.to(tl.int32)[None, :], -1e30, b_cos)
+        b_cos = tl.where(_per_row(b_positive, ON_SIDE) == _per_column(o_global.to(tl.int32), ON_SIDE), -1e30, b_cos)
     if IDS >= 1:
-        b_cos = _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c)
+        b_cos = _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c, ON_SIDE)
     if IDS >= 2:
-        b_cos = _drop_same(b_cos, p_row_id2, p_col_id2, o_r, o_c, m_r, m_c)
+        b_cos = _drop_same(b_cos, p_row_id2, p_col_id2, o_r, o_c, m_r, m_c, ON_SIDE)
     return b_cos
 
 
 @triton.jit
-def _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c):
+def _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c, ON_SIDE: tl.constexpr):
     # the launchers' contract: a row whose id matches nothing comes with a number that no column bears
     b_row = tl.load(p_row_id + o_r, mask=m_r, other=-0x7FFFFFFFFFFFFFFF)
     b_col = tl.load(p_col_id + o_c, mask=m_c, other=-1)
-    return tl.where(b_row[:, None] == b_col[None, :], -1e30, b_cos)
+    return tl.where(_per_row(b_row, ON_SIDE) == _per_column(b_col, ON_SIDE), -1e30, b_cos)

@@ -110,3 +110,52 @@ def topk_shares(device: torch.device, tiles_r: int) -> int:
     """Pieces of the targets, so that about four programs wait for each multiprocessor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, 4 * processors // max(tiles_r, 1))
+
+
+# (architecture, width of a row on the chip, pass, rich) -> tile; block_k is not used, the whole width is there. The forward owns
+# BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows.
+FUSED = {
+    (80, 64, "forward", False): Tile(128, 64, 0, 8, 3),
+    (80, 64, "forward", True): Tile(128, 64, 0, 8, 3),
+    (80, 64, "backward", False): Tile(64, 128, 0, 8, 3),
+    (80, 64, "backward", True): Tile(64, 128, 0, 8, 3),
+    (80, 128, "forward", False): Tile(128, 64, 0, 8, 3),
+    (80, 128, "forward", True): Tile(128, 32, 0, 8, 3),
+    (80, 128, "backward", False): Tile(64, 128, 0, 8, 3),
+    (80, 128, "backward", True): Tile(64, 128, 0, 8, 3),
+    (90, 64, "forward", False): Tile(128, 128, 0, 8, 3),
+    (90, 64, "forward", True): Tile(128, 64, 0, 8, 3),
+    (90, 64, "backward", False): Tile(128, 128, 0, 8, 3),
+    (90, 64, "backward", True): Tile(128, 128, 0, 8, 3),
+    (90, 128, "forward", False): Tile(128, 128, 0, 8, 2),
+    (90, 128, "forward", True): Tile(128, 64, 0, 8, 2),
+    (90, 128, "backward", False): Tile(128, 128, 0, 8, 2),
+    (90, 128, "backward", True): Tile(64, 128, 0, 8, 2),
+    (100, 64, "forward", False): Tile(128, 128, 0, 8, 2),
+    (100, 64, "forward", True): Tile(128, 64, 0, 8, 2),
+    (100, 64, "backward", False): Tile(64, 128, 0, 8, 2),
+    (100, 64, "backward", True): Tile(64, 128, 0, 8, 2),
+    (100, 128, "forward", False): Tile(128, 64, 0, 8, 2),
+    (100, 128, "forward", True): Tile(128, 32, 0, 8, 2),
+    (100, 128, "backward", False): Tile(64, 128, 0, 8, 2),
+    (100, 128, "backward", True): Tile(64, 128, 0, 8, 2),
+} | {
+    (0, width, which, rich): Tile(64, 64, 0, 8, 2)
+    for width in (64, 128) for which in ("forward", "backward") for rich in (False, True)
+}
+
+
+def is_rich(ids, threshold, keep, row_scale) -> bool:
+    """Whether an epilogue holds more than the positive's comparison."""
+    return bool(ids) or threshold is not None or keep is not None or row_scale is not None
+
+
+def fused(arch: int, width: int, which: str, rich: bool) -> Tile:
+    """Tile of a fused pass; `width` is the power of two that the rows are padded to."""
+    return INTERPRETED if INTERPRET else choose(FUSED, arch, max(64, width), which, rich)
+
+
+def fused_shares(device: torch.device, programs: int) -> int:
+    """Pieces of the inner loop, so that about two programs wait for each multiprocessor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, 2 * processors // max(programs, 1))

@@ -67,7 +67,7 @@ def _finish(
             b_cos = b_cos * tl.load(p_row_scale + o_row, mask=m_r, other=0.0)[:, None]
             b_cos = b_cos * tl.load(p_col_scale + o_c + level * C, mask=m_c, other=0.0)[None, :]
         b_cos = _drop(b_cos, o_r, o_c, m_r, m_c, o_c + column_offset, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
-                      p_threshold + level * R, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, EVEN_C)
+                      p_threshold + level * R, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, EVEN_C, False)
         b_e = tl.exp2(b_cos * b_k - b_shift[:, None])
         p_be = p_e + o_row[:, None] * stride_e + o_c[None, :]
         tl.store(p_be, _narrow(b_e, p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
