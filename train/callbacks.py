@@ -6,10 +6,23 @@ import signal
 import sys
 from typing import Any
 
+import torch
 import transformers
 from tqdm.auto import tqdm
 
-_SHOWN = {"loss": "loss", "accuracy": "acc", "samples_per_second": "samples/s", "learning_rate": "lr"}
+_SHOWN = {
+    "loss": "loss",
+    "accuracy": "acc",
+    "positive_similarity": "pos",
+    "hardest_negative_similarity": "neg",
+    "temperature": "T",
+    "grad_norm": "grad",
+    "learning_rate": "lr",
+    "samples_per_second": "samples/s",
+    "tokens_per_second": "tokens/s",
+    "padding_avoided": "unpadded",
+    "peak_memory_mib": "MiB",
+}
 
 
 class Progress(transformers.TrainerCallback):
@@ -32,13 +45,17 @@ class Progress(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if self._bar is not None and logs:
-            shown = {short: f"{logs[name]:.3g}" for name, short in _SHOWN.items() if name in logs}
+            shown = {short: _brief(logs[name]) for name, short in _SHOWN.items() if name in logs}
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _brief(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 class StopOnInterrupt(transformers.TrainerCallback):
@@ -59,6 +76,11 @@ class StopOnInterrupt(transformers.TrainerCallback):
         print("\nfinishing the step, then saving a checkpoint (Ctrl-C again stops at once)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            # The signal reaches the ranks at different steps; they stop at the same one.
+            flag = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

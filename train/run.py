@@ -14,8 +14,9 @@ import transformers
 import yaml
 
 from train import checkpoints, sharding
-from train.build import build_model
+from train.build import build_model, trained_parameters
 from train.callbacks import Progress, StopOnInterrupt
+from train.card import model_card
 from train.data import PairDataset
 from train.metrics import peak_memory_mib
 from train.recipe import Recipe, load_recipe
@@ -35,16 +36,19 @@ def run(argv: list[str]) -> int:
     recipe = load_recipe(argv[0], [word for word in argv[1:] if word != "--fresh"])
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
+    finished = not fresh and _is_finished(recipe, output)
+    _wait_for_everyone()  # all have looked before the main process changes anything
+    if finished:
+        if is_main:
+            print(f"{output} is already trained by this recipe; --fresh trains it again")
+        return 0
     if is_main:
         if fresh:
             _discard(output)
-        elif _is_finished(recipe, output):
-            print(f"{output} is already trained by this recipe; --fresh trains it again")
-            return 0
         output.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_unfinished(output)
         print(recipe.to_yaml(), end="")
-    _wait_for_main_process()
+    _wait_for_everyone()
     found = checkpoints.complete_checkpoints(output)
     checkpoint = found[-1] if found else None
     if checkpoint is not None:
@@ -54,6 +58,9 @@ def run(argv: list[str]) -> int:
         print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
     transformers.set_seed(recipe.seed)
     model = build_model(recipe, checkpoint)
+    weights = trained_parameters(model)
+    if is_main:
+        print(f"training {weights[0]:,} of {weights[1]:,} parameters", flush=True)
     if recipe.distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None)
     interrupt = StopOnInterrupt()
@@ -61,6 +68,7 @@ def run(argv: list[str]) -> int:
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainer.add_callback(Progress())
+    trainer.weights = weights
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.requested and trainer.state.global_step < recipe.steps:
@@ -68,6 +76,7 @@ def run(argv: list[str]) -> int:
             print(f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there")
         return 130
     _publish(trainer, recipe, output, time.perf_counter() - began)
+    _wait_for_everyone()
     return 0
 
 
@@ -80,10 +89,14 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path, seconds:
     if not trainer.args.should_save:
         return
     trainer.state.save_to_json(str(staged / "trainer_state.json"))
+    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    trained, total = trainer.weights
+    family = trainer.model.family
+    card = model_card(recipe, base=recipe.model, family=family, trained=trained, total=total, steps=trainer.state.global_step, figures=last)
+    (staged / "README.md").write_text(card, encoding="utf-8")
     for file in sorted(staged.iterdir()):
         os.replace(file, output / file.name)
     staged.rmdir()
-    last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     result: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": last.get("loss"),
@@ -131,7 +144,7 @@ def _discard(output: Path) -> None:
     shutil.rmtree(output)
 
 
-def _wait_for_main_process() -> None:
+def _wait_for_everyone() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import accelerate
 

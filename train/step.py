@@ -174,9 +174,9 @@ class ContrastiveStep:
 
         return report
 
-    def not_finite(self, batch: dict[str, Any]) -> list[tuple[int, int]]:
+    def not_finite(self, rows_of_batch: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """(source, row) of the samples whose embeddings in the last step were not finite."""
         found = set()
         for side, rows, finite in self._finite:
             found.update(side.owners[row] for row, good in zip(rows, finite.tolist(), strict=True) if not good)
-        return sorted({tuple(batch["rows"][row]) for row in found})
+        return sorted({tuple(rows_of_batch[row]) for row in found})

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from contrastive_kernels.generator_state import GeneratorState
 from train import checkpoints, sharding
 from train.data import PairDataset, collate
 from train.metrics import StepStats
@@ -85,6 +86,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         model.train()
+        self._before, self._rows = GeneratorState.capture(), inputs["rows"]
         if self._step is None:
             self._step = ContrastiveStep(
                 self.recipe,
@@ -98,24 +100,42 @@ class ContrastiveTrainer(transformers.Trainer):
         result, lengths = self._step(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
-        self._require_finite(result.loss, inputs)
+        if not torch.isfinite(result.loss):
+            self._stop(f"the loss is {result.loss.item()}", inputs["rows"])
         self._stats.add(result, lengths)
         return result.loss.detach().float()
 
-    def _require_finite(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
-        if torch.isfinite(loss):
-            return
-        names = [source.name for source in self.recipe.data.sources]
-        sources = sorted({names[source] for source, _ in inputs["rows"]})
-        rows = ", ".join(f"{names[source]}:{row}" for source, row in inputs["rows"][:8])
-        raise FloatingPointError(
-            f"the loss of step {self.state.global_step + 1} is {loss.item()}; sources {', '.join(sources)}; first rows {rows}"
-        )
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient scaler expects overflows: it skips the step and lowers its scale.
+        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            self._stop(f"the gradient's norm is {float(norm)}", self._rows)
+        return norm
+
+    def _clip_grad_norm(self, model):
+        if self.sharded:
+            return sharding.gradient_norm(list(model.parameters()), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _stop(self, what: str, rows: list[tuple[int, int]]) -> None:
+        """Saves the state before this step, then stops the run with the step, the rows and their sources named."""
+        step = self.state.global_step + 1
+        self._before.restore()
+        self.model.zero_grad(set_to_none=True)
+        self._save_checkpoint(self.model_wrapped, None)
+        found = self._step.not_finite(rows)
+        if self.args.world_size > 1:
+            everyone: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(everyone, (rows, found))
+            rows, found = ([row for rank in everyone for row in rank[i]] for i in range(2))
+        message = failure(what, step, [source.name for source in self.recipe.data.sources], rows, found)
+        raise FloatingPointError(f"{message}; the state before the step is in checkpoint-{step - 1}, and the same command goes on from there")
 
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            logs["temperature"] = self.recipe.loss.temperature
             logs.update(self._stats.drain(self.args.device, self.args.world_size))
         super().log(logs, start_time)
 
@@ -194,3 +214,14 @@ def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
         use_cpu=recipe.cpu,
         dataloader_num_workers=recipe.workers,
     )
+
+
+def failure(what: str, step: int, names: list[str], rows: list[tuple[int, int]], found: list[tuple[int, int]]) -> str:
+    """One line on a step that gave no finite loss or gradient: whose rows they were, and what to do about it."""
+    listed = found or rows
+    sources = ", ".join(sorted({names[source] for source, _ in listed}))
+    shown = ", ".join(f"{names[source]}:{row}" for source, row in listed[:8]) + (", ..." if len(listed) > 8 else "")
+    if 0 < len(found) < len(rows):
+        return f"step {step}: {what}; {len(found)} of {len(rows)} rows have embeddings that are not finite: {shown} (source {sources}); mend or leave out these rows"
+    which = "no embedding is finite, so the weights are not" if found else "all embeddings are finite"
+    return f"step {step}: {what}; {which}; rows {shown} (source {sources}); lower learning_rate or max_grad_norm, or look at these rows"

@@ -119,12 +119,13 @@ class VLM2Vec(nn.Module):
     def forward(self, packed: PackedBatch, vision_features: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states of the last tokens after the final norm, (B, D), in the model's dtype, not normalised."""
         features = self.backbone.vision(self.model, packed) if vision_features is None else vision_features
-        hidden = self.backbone.last_hidden(self.model, packed, features)
+        seen = None
         if features is None and self.always_vision and not packed.vision:
-            # A sharded tower's forward and backward are collective: another rank's chunk may have visuals.
+            # A sharded tower's forward and backward are collective: another rank's chunk may have visuals. The tower runs
+            # before the decoder, as it does there, and its backward after the decoder's.
             seen = self.backbone.vision(self.model, self._placeholder().to(packed.input_ids.device))
-            hidden = hidden if seen is None else hidden + 0 * seen.sum().to(hidden.dtype)
-        return hidden
+        hidden = self.backbone.last_hidden(self.model, packed, features)
+        return hidden if seen is None else hidden + 0 * seen.sum().to(hidden.dtype)
 
     def _placeholder(self) -> PackedBatch:
         """A chunk of one small grey image."""
