@@ -17,11 +17,15 @@ from train.reference_flags import parse_overrides
 
 @dataclass
 class Source:
-    """One data set of the mixture: `name` is its folder (or hub config); `rows` takes its first rows only."""
+    """One data set of the mixture: `name` is its folder (or hub config); `rows` takes its first rows only.
+
+    `from_step` leaves it out of the mixture before that step, so that simple tasks can come first.
+    """
 
     name: str
     weight: float = 1.0
     rows: int | None = None
+    from_step: int = 0
 
 
 @dataclass

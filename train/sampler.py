@@ -1,8 +1,8 @@
 """Which rows make up which step: a pure function of (seed, step), whatever the number of workers, ranks or restarts.
 
-Global batch B, block size b with b dividing B. Step s has B/b blocks; block g = s * B/b + k draws its source from the
-weights by a hash of (seed, g), then takes that source's next b rows from its stream of permutations, one permutation
-an epoch. Rank r takes the r-th contiguous slice of the batch.
+Global batch B, block size b with b dividing B. Step s has B/b blocks; block g = s * B/b + k draws its source, among those
+that have begun by step s, from the weights by a hash of (seed, g), then takes that source's next b rows from its stream of
+permutations, one permutation an epoch. Rank r takes the r-th contiguous slice of the batch.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class BlockSampler:
         block: rows drawn from one source in a row (`interleave_batch_size`); divides `global_batch`.
         steps: length of the run in steps.
         seed: any integer.
+        from_step: step (from 0) at which each source joins the mixture; None: all from the start.
         rank, world_size: this process's slice of every batch; `world_size` divides `global_batch`.
 
     Raises:
@@ -57,6 +58,7 @@ class BlockSampler:
         block: int,
         steps: int,
         seed: int,
+        from_step: Sequence[int] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -66,17 +68,26 @@ class BlockSampler:
             raise ValueError(f"source {list(sizes).index(min(sizes))} has no rows; leave it out of the recipe")
         if min(weights) <= 0:
             raise ValueError(f"weights must be positive, got {min(weights)}; leave a source out instead of weighing it 0")
+        begins = np.zeros(len(sizes), dtype=np.int64) if from_step is None else np.asarray(from_step, dtype=np.int64)
+        if begins.shape != (len(sizes),) or begins.min() != 0:
+            raise ValueError(f"from_step must hold one step a source, 0 for at least one of them, got {begins.tolist()}")
         if block < 1 or global_batch % block:
             raise ValueError(f"interleave_batch_size ({block}) must divide global_batch ({global_batch})")
         if global_batch % world_size:
             raise ValueError(f"global_batch ({global_batch}) must be divisible by the number of ranks ({world_size})")
         self.sizes, self.global_batch, self.block, self.steps, self.seed = list(sizes), global_batch, block, steps, seed
         self.rank, self.world_size = rank, world_size
-        blocks = np.arange(steps * (global_batch // block))
-        bounds = np.cumsum(np.asarray(weights, dtype=np.float64) / float(sum(weights)))
-        self._source = np.minimum(np.searchsorted(bounds, _hash_uniform(seed, blocks), side="right"), len(sizes) - 1)
+        per_step = global_batch // block
+        uniform = _hash_uniform(seed, np.arange(steps * per_step))
+        self._source = np.zeros(len(uniform), dtype=np.int64)
+        for start in np.unique(begins):
+            weighed = np.where(begins <= start, np.asarray(weights, dtype=np.float64), 0.0)
+            stage = slice(int(start) * per_step, None)
+            drawn = np.searchsorted(np.cumsum(weighed) / weighed.sum(), uniform[stage], side="right")
+            # Rounding may leave the last bound a hair below 1.
+            self._source[stage] = np.minimum(drawn, np.flatnonzero(weighed)[-1])
         # How many earlier blocks drew the same source: where in the source's stream this block begins.
-        self._turn = np.zeros(len(blocks), dtype=np.int64)
+        self._turn = np.zeros(len(uniform), dtype=np.int64)
         for source in range(len(sizes)):
             drawn = self._source == source
             self._turn[drawn] = np.arange(int(drawn.sum()))

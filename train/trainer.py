@@ -67,6 +67,7 @@ class ContrastiveTrainer(transformers.Trainer):
             block=recipe.interleave_batch_size,
             steps=recipe.steps,
             seed=recipe.seed,
+            from_step=[source.from_step for source in recipe.data.sources],
             rank=rank,
             world_size=world_size,
         )

@@ -67,3 +67,14 @@ def test_contradictions_are_refused(changes, words):
 def test_empty_source_is_refused():
     with pytest.raises(ValueError, match="has no rows"):
         BlockSampler([4, 0], [1, 1], global_batch=2, block=2, steps=1, seed=0)
+
+
+def test_a_source_joins_at_its_step_and_not_before():
+    sampler = make(from_step=[0, 20, 0], steps=60)
+    early = {source for s in range(20) for source, _ in sampler.batch(s)}
+    late = [source for s in range(20, 60) for source, _ in sampler.batch(s)]
+    assert early == {0, 2}
+    assert 0.35 < late.count(1) / len(late) < 0.65
+    assert make(from_step=[0, 0, 0]).batch(7) == make().batch(7)
+    with pytest.raises(ValueError, match="0 for at least one"):
+        make(from_step=[1, 2, 3])
