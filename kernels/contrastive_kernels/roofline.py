@@ -168,6 +168,36 @@ def panels(gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, items
     return out
 
 
+# Instructions a thread issues per element of a tile in a fused kernel's loop: upper bounds, held by tests/kernels/test_aot.py.
+FUSED_INSTRUCTIONS = {80: 20.5, 90: 15.5, 100: 22.0}
+
+
+def fused(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, backward=False, products: int = 2) -> Piece:
+    """One fused pass: `products` products a tile, operands alone in memory; `width` is what rows are padded to.
+
+    Product and epilogue of a tile depend on each other, so their times are added.
+    """
+    flops = 2 * products * rows * columns * width
+    read = itemsize * width * (rows + columns) + (8 * rows if backward else 0)
+    # sums and gradient rows of the anchors, or gradient rows of the candidates
+    written = 4 * columns * width if backward else 4 * rows * (3 + (width if products > 1 else 0))
+    loop = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), (read + written) / gpu.bandwidth)
+    epilogue = rows * columns * FUSED_INSTRUCTIONS.get(gpu.arch, 22.0) / (gpu.issue * ISSUE_SHARE)
+    return Piece("fused d_target" if backward else "fused sums and d_query", flops, read, written, loop + epilogue + LAUNCH)
+
+
+def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d_query=True, d_target=True) -> list[Piece]:
+    """The pieces of one direction on the fused path."""
+    padded = max(16, 1 << (width - 1).bit_length())
+    out = [fused(gpu, n, columns, padded, itemsize=itemsize, products=2 if d_query else 1)]
+    if d_query:
+        out.append(elementwise(gpu, 8 * n * width, 4 * n * width, name="row factors"))
+    if d_target:
+        out.append(fused(gpu, n, columns, padded, itemsize=itemsize, backward=True))
+        out.append(elementwise(gpu, 8 * columns * width, 4 * columns * width, name="add d_target"))
+    return out
+
+
 def seconds(pieces: list[Piece]) -> float:
     return sum(p.seconds * p.times for p in pieces)
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from contrastive_kernels import info_nce, info_nce_value_and_grad  # noqa: E402
 from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from contrastive_kernels.triton import sweep as triton_sweep  # noqa: E402
+from tests.kernels.paths import PATHS, force  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, M, D = 19, 45, 24
@@ -47,12 +47,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("path", ["exp", "chunk"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, path, monkeypatch):
-    if path == "exp" and name == "smoothing":
-        pytest.skip("smoothing needs the logits")
-    monkeypatch.setattr(triton_sweep, "path_for", lambda dtype, smoothing: path)
+    force(monkeypatch, path)
     options = OPTIONS[name]()
     query, target = unit(N, D), unit(M, D)
     temperature = torch.tensor(0.05, dtype=TRUTH, device=DEVICE, requires_grad=True)
@@ -70,9 +68,9 @@ def test_options(name, path, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 under the interpreter")
-@pytest.mark.parametrize("path", ["exp", "chunk"])
+@pytest.mark.parametrize("path", PATHS)
 def test_gradcheck(path, monkeypatch):
-    monkeypatch.setattr(triton_sweep, "path_for", lambda dtype, smoothing: path)
+    force(monkeypatch, path)
     query, target = unit(2, 3), unit(3, 3)
     temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, t, c: info_nce(q, t, temperature=c, backend="triton", positives=torch.tensor([2, 0])), (query, target, temperature))
@@ -82,7 +80,9 @@ def test_gradcheck(path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the unsafe shift of the first launch, done again
 @pytest.mark.parametrize("temperature", [0.001, 0.01, 10.0])
 @pytest.mark.parametrize("case", ["random", "opposite", "same", "zero", "unnormalised"])
-def test_hard_numbers(temperature, case):
+@pytest.mark.parametrize("path", ["exp", "fused"])
+def test_hard_numbers(temperature, case, path, monkeypatch):
+    force(monkeypatch, path)
     query, target = unit(9, 8, dtype=torch.float32).detach(), unit(9, 8, dtype=torch.float32).detach()
     if case == "opposite":  # every negative at cosine -1
         query = query[:1].expand(9, 8).contiguous()
@@ -108,7 +108,9 @@ def test_hard_numbers(temperature, case):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_low_precision_gradients_beat_eager(dtype, normalize):
+@pytest.mark.parametrize("path", PATHS)
+def test_low_precision_gradients_beat_eager(dtype, normalize, path, monkeypatch):
+    force(monkeypatch, path)
     query, target = unit(64, 32, dtype=dtype).detach(), unit(64, 32, dtype=dtype).detach()
     q, t = query.double().requires_grad_(), target.double().requires_grad_()
     info_nce_reference(q, t, temperature=0.05, normalize=normalize).backward()
@@ -121,7 +123,9 @@ def test_low_precision_gradients_beat_eager(dtype, normalize):
         assert error <= 0.5 * ((eager.double() - truth).norm() / truth.norm()).item()
 
 
-def test_masked_rows_may_hold_nan():
+@pytest.mark.parametrize("path", PATHS)
+def test_masked_rows_may_hold_nan(path, monkeypatch):
+    force(monkeypatch, path)
     query, target = unit(9, 8).detach(), unit(9, 8).detach()
     keep = torch.arange(9, device=DEVICE) != 4
     clean = info_nce_value_and_grad(query, target, query_mask=keep, target_mask=keep, backend="triton")
@@ -132,7 +136,9 @@ def test_masked_rows_may_hold_nan():
     torch.testing.assert_close(got.d_target, clean.d_target)
 
 
-def test_results_repeat_bit_by_bit():
+@pytest.mark.parametrize("path", PATHS)
+def test_results_repeat_bit_by_bit(path, monkeypatch):
+    force(monkeypatch, path)
     query, target = unit(40, 16, dtype=torch.bfloat16).detach(), unit(70, 16, dtype=torch.bfloat16).detach()
     positives = ints(40)  # few targets for many rows: their gradients are scattered onto each other
     first, second = (info_nce_value_and_grad(query, target, positives=positives, backend="triton") for _ in range(2))

@@ -44,15 +44,16 @@ class BlockView:
     row_scale: torch.Tensor | None = None
     col_scale: torch.Tensor | None = None
 
-    def options(self, rows: slice) -> dict:
-        """The masks of some rows, as the kernels' keyword arguments."""
+    def options(self, rows: slice = slice(None), columns: slice = slice(None)) -> dict:
+        """The masks of some rows and columns, as the kernels' keyword arguments."""
 
-        def cut(x):
-            return None if x is None else x[rows]
+        def cut(x, part):
+            return None if x is None else x[part]
 
         return dict(
-            positive=cut(self.positive), ids=tuple((row[rows], col) for row, col in self.ids), threshold=cut(self.threshold),
-            keep=self.keep, column_offset=self.column_offset, row_scale=cut(self.row_scale), col_scale=self.col_scale,
+            positive=cut(self.positive, rows), ids=tuple((row[rows], col[columns]) for row, col in self.ids),
+            threshold=cut(self.threshold, rows), keep=cut(self.keep, columns), column_offset=self.column_offset + (columns.start or 0),
+            row_scale=cut(self.row_scale, rows), col_scale=cut(self.col_scale, columns),
         )
 
 

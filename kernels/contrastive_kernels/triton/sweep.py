@@ -4,81 +4,106 @@
     d_anchors  = diag(f) (E Y)                      library
     d_candidates += E^T (diag(f) X)                 library              f = weight * p_negatives / sum(E) / temperature
 
-E is written once and read twice, in the type of the inputs. Saved state is O(N + M); scratch stays within the workspace. float16,
-label smoothing, and float32 on CUDA (whose library product is faster than ours without tensor cores) take float32 logits instead.
+E is written once and read twice, in the type of the inputs. Saved state is O(N + M); scratch stays within the workspace. Which of
+the ways of `dispatch.py` is taken is decided there; "fused" has a file of its own.
 """
 
 from __future__ import annotations
 
 import torch
 
-from contrastive_kernels.operands import Operand
+from contrastive_kernels import dispatch, roofline
 from contrastive_kernels.softmax import RowSums, finish, row_factor
+from contrastive_kernels.triton import configs, fused_sweep
 from contrastive_kernels.triton import panel as panels
 from contrastive_kernels.triton.common import INTERPRET, check_dtype
-from contrastive_kernels.triton.panel import BlockView, PanelSums
+from contrastive_kernels.triton.panel import PanelSums
 from contrastive_kernels.triton.products import add_scaled_matmul, matmul, row_scaled
-
-MIB = 1 << 20
-ROW_QUANTUM = 128  # rows of a panel come in whole tiles
+from contrastive_kernels.triton.sides import Sides, add_anchors
 
 
-def path_for(dtype: torch.dtype, smoothing: float) -> str:
-    """"exp" or "chunk", see the module's first lines."""
-    if smoothing or dtype == torch.float16 or (dtype == torch.float32 and not INTERPRET):
-        return "chunk"
-    return "exp"
+def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
+    """What `dispatch.plan` says about a direction on the device at hand; an H100 stands in for the interpreter's CPU."""
+    source = problem.query.source
+    wants = (lambda name: False) if gradients is None else gradients.wants
+    return dispatch.plan(
+        problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, source.dtype, workspace=workspace,
+        gpu=roofline.for_arch(configs.architecture(source.device) or 90), smoothing=bool(problem.options.label_smoothing),
+        normalize=problem.query.inverse_norm is not None, interpreted=INTERPRET,
+        d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
+        d_target=any(wants(block.columns.sink) for block in direction.blocks),
+    )
 
 
-def stored(operand: Operand) -> torch.Tensor:
-    """An operand's rows in the type that the products take, as they are stored; rows that are no candidates come out as zeros.
+class Panels:
+    """Views, buffers and plan of one direction, and what is done to a panel of its rows.
 
-    Norms are not applied: they go into the epilogue, where they are exact.
+    Args: those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
-    rows = operand.source if operand.index is None else operand.source[operand.index]
-    if operand.keep is not None:
-        keep = operand.keep if operand.index is None else operand.keep[operand.index]
-        rows = torch.where(keep[:, None], rows, rows.new_zeros(()))
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+    def __init__(self, problem, direction, gradients, workspace: int):
+        self.dtype = problem.query.source.dtype
+        check_dtype("query", self.dtype)
+        self.problem, self.direction, self.gradients = problem, direction, gradients
+        self.plan = plan_for(problem, direction, gradients, workspace)
+        self.path, self.size = self.plan.path, self.plan.rows
+        self.sides = Sides(direction)
+        self.views, self.rows = self.sides.views, problem.query.rows
+        self.smoothing = problem.options.label_smoothing
+        self.logit = direction.positive * problem.inverse_temperature
+        self._buffers = None
+
+    def __iter__(self):
+        return (slice(a, min(a + self.size, self.rows)) for a in range(0, self.rows, self.size))
+
+    def outs(self, rows: slice) -> list[torch.Tensor]:
+        """(R, C_b) scratch for every block, the same memory for every panel."""
+        count = rows.stop - rows.start
+        if self._buffers is None:
+            self._buffers = [torch.empty(self.size * len(view.y), dtype=self.dtype, device=self.problem.device) for view in self.views]
+        return [buffer[: count * len(view.y)].view(count, len(view.y)) for buffer, view in zip(self._buffers, self.views)]
+
+    def inactive(self, rows: slice) -> torch.Tensor | None:
+        return None if self.direction.active is None else ~self.direction.active[rows]
+
+    def write(self, rows: slice, cosine, outs, sums: RowSums) -> torch.Tensor:
+        """Write from float32 logits what the products need, the rows' sums being complete; returns the factors that belong to it."""
+        own, weight = sums.rows(rows), self.direction.weight[rows]
+        gain = panels.FLOAT16_GAIN if self.dtype == torch.float16 else 1.0
+        inactive = self.inactive(rows)
+        if not self.smoothing:
+            shift = torch.where(own.total > 0, own.shift, float("inf"))
+            factor = row_factor(own, self.logit[rows], own.shift) * weight / gain
+            a, b = torch.full_like(shift, gain), None
+        else:
+            # derivative with respect to the logit itself: exp(logit - lse) - smoothing / candidates
+            done = finish(own, self.logit[rows], self.smoothing)
+            shift, factor = done.lse, weight / gain
+            a, b = torch.full_like(shift, gain), done.smooth * gain
+            b = b if inactive is None else torch.where(inactive, 0.0, b)
+        if inactive is not None:
+            shift = torch.where(inactive, float("inf"), shift)
+        panels.write_exponentials(self.views, rows, cosine, outs, shift, a=a, b=b)
+        return factor
+
+    def products(self, rows: slice, outs, factor) -> None:
+        """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
+        problem, gradients = self.problem, self.gradients
+        for block, e in zip(self.direction.blocks, outs):
+            anchors, columns = self.sides(block.anchors), self.sides(block.columns.operand)
+            if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
+                d_anchors = matmul(e, columns.unit, problem.dtype).mul_(factor[:, None])
+                add_anchors(problem, gradients, block, anchors, rows, d_anchors)
+                del d_anchors
+            if gradients.wants(block.columns.sink):
+                scaled, rest = row_scaled(anchors.raw[rows], factor if anchors.scale is None else factor * anchors.scale[rows])
+                add_scaled_matmul(gradients.of(block.columns.sink, block.columns.operand.rows), e.T, scaled, rest)
 
 
-def inverse(operand: Operand) -> torch.Tensor | None:
-    if operand.inverse_norm is None or operand.index is None:
-        return operand.inverse_norm
-    return operand.inverse_norm[operand.index]
-
-
-class Side:
-    """A matrix of the products, made once a direction: raw rows for the logits, unit rows for the gradients."""
-
-    def __init__(self, operand: Operand):
-        self.raw = stored(operand)
-        self.scale = inverse(operand)
-        self._unit = None
-
-    @property
-    def unit(self) -> torch.Tensor:
-        if self._unit is None:
-            self._unit = self.raw if self.scale is None else (self.raw * self.scale[:, None]).to(self.raw.dtype)
-        return self._unit
-
-    def unit_rows(self, rows: slice) -> torch.Tensor:
-        """Some unit rows in the accumulator's type, before any rounding to the products' type."""
-        return self.raw[rows] if self.scale is None else self.raw[rows] * self.scale[rows, None]
-
-
-def panel_rows(rows: int, columns: int, width: int, itemsize: int, path: str, workspace: int) -> int:
-    """Rows whose E (and float32 logits on the chunk path), partial sums and products fit in `workspace` bytes."""
-    each = columns * (itemsize + (4 if path == "chunk" else 4 / 64)) + width * (4 + 2 * itemsize)
-    count = int(workspace // each)
-    if count < 1:
-        raise ValueError(
-            f"workspace_mib: expected room for one row of {columns} exponentials ({each / MIB:.2f} MiB), "
-            f"got {workspace / MIB:.2f} MiB; raise workspace_mib"
-        )
-    if count >= rows:
-        return rows
-    return count if count < ROW_QUANTUM else count // ROW_QUANTUM * ROW_QUANTUM
+def row_sums(here: PanelSums) -> RowSums:
+    shift = torch.where(here.total > 0, here.shift, float("-inf"))
+    best = torch.full_like(shift, float("-inf")) if here.best is None else here.best
+    return RowSums(shift, here.total, best, here.logits, here.count)
 
 
 def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
@@ -86,93 +111,38 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
 
     Arguments are those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
-    dtype = problem.query.source.dtype
-    check_dtype("query", dtype)
-    smoothing = problem.options.label_smoothing
-    path = path_for(dtype, smoothing)
-    sides: dict[int, Side] = {}
-
-    def side(operand: Operand) -> Side:
-        return sides.setdefault(id(operand), Side(operand))
-
-    views = [_view(block, side, direction, problem) for block in direction.blocks]
-    n, device = problem.query.rows, problem.device
-    columns = sum(len(view.y) for view in views)
-    size = panel_rows(n, columns, problem.query.width, dtype.itemsize, path, workspace)
-    buffers = [torch.empty(size * len(view.y), dtype=dtype, device=device) for view in views]
-    sums = RowSums.empty(n, problem.dtype, device, bool(smoothing))
+    work = Panels(problem, direction, gradients, workspace)
+    sums = RowSums.empty(work.rows, problem.dtype, problem.device, bool(work.smoothing))
     if hard is not None:
-        sums.add(slice(0, n), hard.sums)
-    logit = direction.positive * problem.inverse_temperature
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        outs = [buffer[: (rows.stop - start) * len(v.y)].view(rows.stop - start, len(v.y)) for buffer, v in zip(buffers, views)]
-        if path == "exp":
-            here = panels.exponentials(views, rows, outs, direction.active, want_best=want_best, bounded=False)
-            sums.add(rows, _row_sums(here, smoothing))
-            factor = row_factor(sums.rows(rows), logit[rows], here.shift) * direction.weight[rows]
-        else:
-            cosine = panels.cosines(views, rows, problem.dtype)
-            here = panels.reduce_cosines(views, rows, cosine, direction.active, smoothing=bool(smoothing))
-            sums.add(rows, _row_sums(here, smoothing))
-            if gradients is not None:
-                factor = _write(views, rows, cosine, outs, sums, logit, direction, smoothing, dtype)
-            del cosine
+        sums.add(slice(0, work.rows), hard.sums)
+    if work.path == "fused":
+        fused_sweep.forward(work, sums, finished=True)
         if gradients is not None:
-            _products(direction.blocks, views, side, rows, outs, factor * problem.inverse_temperature, gradients, problem)
-    result = finish(sums, logit, smoothing)
+            fused_sweep.backward(work, sums)
+    else:
+        for rows in work:
+            _panel(work, rows, sums, want_best)
+    result = finish(sums, work.logit, work.smoothing)
     if gradients is not None:
         gradients.add_positives(direction, result.positive * direction.weight * problem.inverse_temperature)
     return result, sums
 
 
-def _view(block, side, direction, problem) -> BlockView:
-    anchors, columns = side(block.anchors), side(block.columns.operand)
-    return BlockView(
-        anchors.raw, columns.raw, block.scale, block.exclude, tuple(block.ids), direction.threshold, block.columns.keep,
-        block.columns.offset or 0, anchors.scale, columns.scale,
-    )
-
-
-def _row_sums(here: PanelSums, smoothing) -> RowSums:
-    shift = torch.where(here.total > 0, here.shift, float("-inf"))
-    best = torch.full_like(shift, float("-inf")) if here.best is None else here.best
-    return RowSums(shift, here.total, best, here.logits, here.count)
-
-
-def _write(views, rows, cosine, outs, sums, logit, direction, smoothing, dtype) -> torch.Tensor:
-    """Write what the products need, from the float32 logits; returns the row factors that belong to it."""
-    own = sums.rows(rows)
-    done = finish(own, logit[rows], smoothing)
-    gain = panels.FLOAT16_GAIN if dtype == torch.float16 else 1.0
-    inactive = None if direction.active is None else ~direction.active[rows]
-    if not smoothing:
-        shift = torch.where(own.total > 0, own.shift, float("inf"))
-        factor = row_factor(own, logit[rows], own.shift) * direction.weight[rows] / gain
-        a, b = torch.full_like(shift, gain), None
+def _panel(work: Panels, rows: slice, sums: RowSums, want_best: bool) -> None:
+    """One panel: its sums, and its gradients while its exponentials are there."""
+    problem, direction = work.problem, work.direction
+    if work.path == "exp":
+        outs = work.outs(rows)
+        here = panels.exponentials(work.views, rows, outs, direction.active, want_best=want_best, bounded=False)
+        sums.add(rows, row_sums(here))
+        factor = row_factor(sums.rows(rows), work.logit[rows], here.shift) * direction.weight[rows]
     else:
-        # derivative with respect to the logit itself: exp(logit - lse) - smoothing / candidates
-        shift, factor = done.lse, direction.weight[rows] / gain
-        a, b = torch.full_like(shift, gain), done.smooth * gain
-        b = b if inactive is None else torch.where(inactive, 0.0, b)
-    if inactive is not None:
-        shift = torch.where(inactive, float("inf"), shift)
-    panels.write_exponentials(views, rows, cosine, outs, shift, a=a, b=b)
-    return factor
-
-
-def _products(blocks, views, side, rows, outs, factor, gradients, problem) -> None:
-    """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
-    for block, view, e in zip(blocks, views, outs):
-        anchors, columns = side(block.anchors), side(block.columns.operand)
-        if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
-            d_anchors = matmul(e, columns.unit, problem.dtype).mul_(factor[:, None])
-            if gradients.wants("temperature"):
-                # sum_j E_ij cos_ij is x_i . (E Y)_i
-                gradients.temperature += torch.linalg.vecdot(d_anchors, anchors.unit_rows(rows).to(problem.dtype)).sum()
-            if gradients.wants(block.anchor_sink):
-                gradients.add_anchors(block.anchor_sink, rows.start, rows.stop, d_anchors)
-            del d_anchors
-        if gradients.wants(block.columns.sink):
-            scaled, rest = row_scaled(anchors.raw[rows], factor if anchors.scale is None else factor * anchors.scale[rows])
-            add_scaled_matmul(gradients.of(block.columns.sink, block.columns.operand.rows), e.T, scaled, rest)
+        cosine = panels.cosines(work.views, rows, problem.dtype)
+        sums.add(rows, row_sums(panels.reduce_cosines(work.views, rows, cosine, direction.active, smoothing=bool(work.smoothing))))
+        if work.gradients is None:
+            return
+        outs = work.outs(rows)
+        factor = work.write(rows, cosine, outs, sums)
+        del cosine
+    if work.gradients is not None:
+        work.products(rows, outs, factor * problem.inverse_temperature)

@@ -1,0 +1,180 @@
+"""Which way a direction of the loss is computed on a GPU, how many rows at a time, and why.
+
+    python -m contrastive_kernels.dispatch --rows 16384 --columns 16384 --width 1536 [--gpu h100] [--workspace-mib 256]
+
+Every way that can take the problem is priced with the cost model of `roofline.py`; the cheapest is taken, and of equal ones (within
+5 %) the one with the least scratch. Prices are PREDICTED.
+
+* exp      panels of exponentials in the inputs' type from the product's own epilogue; bfloat16 without label smoothing
+* chunk    float32 logits by the library, then one kernel over them; takes everything
+* fused    no panel at all, logits computed twice; 2-byte types, D up to 128, no label smoothing
+
+`symmetric` has two such directions, unless `joint` prices them from one panel (see triton/symmetric.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from contrastive_kernels import roofline
+
+MIB = 1 << 20
+ROW_QUANTUM = 128  # rows of a panel come in whole tiles
+FUSED_WIDTH = 128
+CLOSE = 1.05
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a direction: rows of a panel, predicted seconds and pieces, or the reason why it cannot be had."""
+
+    path: str
+    rows: int = 0
+    seconds: float = float("inf")
+    pieces: tuple[roofline.Piece, ...] = ()
+    reason: str = ""
+    scratch: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way that was chosen, the others, and what it was chosen for."""
+
+    chosen: Way
+    ways: tuple[Way, ...]
+    title: str
+    limit: float  # seconds of three library products
+
+    @property
+    def path(self) -> str:
+        return self.chosen.path
+
+    @property
+    def rows(self) -> int:
+        return self.chosen.rows
+
+    def text(self) -> str:
+        """For a person: the choice, its pieces, and what the other ways would take."""
+        lines = [self.title, f"chosen: {self.path}, {self.rows} rows at a time, {self.chosen.scratch / MIB:.1f} MiB of scratch"]
+        lines += ["  " + piece.line() for piece in self.chosen.pieces]
+        lines.append(f"  {'predicted':<10} {self.chosen.seconds * 1e3:.3f} ms, {self.chosen.seconds / self.limit:.3f} of three library products")
+        for way in self.ways:
+            if way is not self.chosen:
+                price = f"{way.seconds * 1e3:.3f} ms predicted, {way.rows} rows at a time" if not way.reason else way.reason
+                lines.append(f"  not {way.path:<6} {price}")
+        return "\n".join(lines)
+
+
+def row_bytes(path: str, columns: int, width: int, itemsize: int) -> float:
+    """Scratch bytes of one row of a panel: E, float32 logits on the chunk path, partial sums, and the products' rows."""
+    if path == "fused":
+        return 8 * width + 16
+    return columns * (itemsize + (4 if path == "chunk" else 4 / 64)) + width * (4 + 2 * itemsize)
+
+
+def panel_rows(rows: int, columns: int, width: int, itemsize: int, path: str, workspace: int) -> int:
+    """Rows of a panel that fit in `workspace` bytes, whole tiles where there is room for one; 0 where not even a row fits."""
+    count = int(workspace // row_bytes(path, columns, width, itemsize))
+    if count >= rows:
+        return rows
+    return count if count < ROW_QUANTUM else count // ROW_QUANTUM * ROW_QUANTUM
+
+
+def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool, interpreted: bool) -> str:
+    """Why a way cannot take a problem, or ""."""
+    if path == "chunk":
+        return ""
+    if smoothing:
+        return "label smoothing needs every logit next to its row's sum"
+    if dtype in ("float32", "float64") and not interpreted:
+        return f"{dtype} has no tensor cores here, the library's product is faster"
+    if path == "exp" and dtype == "float16":
+        return "float16 has no exponents for a fixed shift"
+    if path == "fused" and width > FUSED_WIDTH:
+        return f"D={width} is above {FUSED_WIDTH}: no room on the chip for whole rows and their accumulators"
+    if path == "fused" and dtype == "float16" and normalize:
+        return "float16 cannot hold exponentials times inverse norms"
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, interpreted, d_query, d_target) -> Plan:
+    itemsize, ways = ITEMSIZE[dtype], []
+    for path in ("exp", "chunk", "fused"):
+        reason = obstacle(path, dtype, width, smoothing, normalize, interpreted)
+        count = panel_rows(rows, columns, width, itemsize, path, workspace)
+        if not reason and count < 1:
+            reason = f"one row needs {row_bytes(path, columns, width, itemsize) / MIB:.2f} MiB of scratch"
+        if reason:
+            ways.append(Way(path, reason=reason))
+            continue
+        priced = min(itemsize, 4)
+        if path == "fused":
+            pieces = roofline.fused_passes(gpu, rows, columns, width, itemsize=priced, d_query=d_query, d_target=d_target)
+        else:
+            pieces = roofline.panels(gpu, rows, columns, width, count, itemsize=priced, path=path, d_query=d_query, d_target=d_target)
+        scratch = int(count * row_bytes(path, columns, width, itemsize))
+        ways.append(Way(path, count, roofline.seconds(pieces), tuple(pieces), scratch=scratch))
+    possible = [way for way in ways if not way.reason]
+    if not possible:
+        need = min(row_bytes(way.path, columns, width, itemsize) for way in ways if "scratch" in way.reason)
+        raise ValueError(
+            f"workspace_mib: expected room for one row of {columns} exponentials ({need / MIB:.2f} MiB), "
+            f"got {workspace / MIB:.2f} MiB; raise workspace_mib"
+        )
+    title = f"{rows} rows x {columns} candidates x D={width} {dtype} on {gpu.name}, workspace {workspace / MIB:.1f} MiB (predicted)"
+    limit = roofline.three_gemms(gpu, rows, columns, width, itemsize=min(itemsize, 4))
+    # prices closer than the model can tell apart: the way with the least scratch
+    near = [way for way in possible if way.seconds <= CLOSE * min(other.seconds for other in possible)]
+    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit)
+
+
+def plan(
+    rows: int, columns: int, width: int, dtype, *, workspace: int, gpu: roofline.Gpu = roofline.H100, smoothing: bool = False,
+    normalize: bool = False, interpreted: bool = False, d_query: bool = True, d_target: bool = True,
+    explain: Callable[[str], object] | None = None,
+) -> Plan:
+    """Choose a way for one direction.
+
+    Args:
+        rows, columns, width: anchors, candidates of all blocks together, D. dtype: of the inputs, a torch dtype or its name.
+        workspace: bytes of scratch. gpu: what is priced. smoothing, normalize: whether these options are on.
+        interpreted: the kernels run in the interpreter, which has no reason to avoid float32.
+        d_query, d_target: gradients wanted.
+        explain: called with the plan as text, `print` for instance.
+
+    Returns: `Plan`; the same arguments give the same plan.
+    Raises: ValueError where the workspace has no room for a single row.
+    """
+    made = _plan(
+        rows, columns, width, str(dtype).removeprefix("torch."), int(workspace), gpu, bool(smoothing), bool(normalize), interpreted,
+        d_query, d_target,
+    )
+    if explain is not None:
+        explain(made.text())
+    return made
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m contrastive_kernels.dispatch", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--columns", type=int, required=True)
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(ITEMSIZE))
+    parser.add_argument("--gpu", default="h100", choices=sorted(roofline.GPUS))
+    parser.add_argument("--workspace-mib", type=float, default=8192, help="scratch; the default on a GPU is 10 %% of its free memory")
+    parser.add_argument("--smoothing", action="store_true")
+    args = parser.parse_args(argv)
+    plan(
+        args.rows, args.columns, args.width, args.dtype, workspace=int(args.workspace_mib * MIB), gpu=roofline.GPUS[args.gpu],
+        smoothing=args.smoothing, explain=print,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""The matrices of a direction as the kernels take them: stored rows, norms beside them, one view a block of candidates."""
+
+from __future__ import annotations
+
+import torch
+
+from contrastive_kernels.operands import Operand
+from contrastive_kernels.triton.panel import BlockView
+
+
+def stored(operand: Operand) -> torch.Tensor:
+    """An operand's rows in the type that the products take, as they are stored; rows that are no candidates come out as zeros.
+
+    Norms are not applied: they go into the epilogue, where they are exact.
+    """
+    rows = operand.source if operand.index is None else operand.source[operand.index]
+    if operand.keep is not None:
+        keep = operand.keep if operand.index is None else operand.keep[operand.index]
+        rows = torch.where(keep[:, None], rows, rows.new_zeros(()))
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def inverse(operand: Operand) -> torch.Tensor | None:
+    if operand.inverse_norm is None or operand.index is None:
+        return operand.inverse_norm
+    return operand.inverse_norm[operand.index]
+
+
+class Side:
+    """A matrix of the products, made once a direction: raw rows for the logits, unit rows for the gradients."""
+
+    def __init__(self, operand: Operand):
+        self.raw = stored(operand)
+        self.scale = inverse(operand)
+        self._unit = None
+
+    @property
+    def unit(self) -> torch.Tensor:
+        if self._unit is None:
+            self._unit = self.raw if self.scale is None else (self.raw * self.scale[:, None]).to(self.raw.dtype)
+        return self._unit
+
+    def unit_rows(self, rows: slice) -> torch.Tensor:
+        """Some unit rows in the accumulator's type, before any rounding to the products' type."""
+        return self.raw[rows] if self.scale is None else self.raw[rows] * self.scale[rows, None]
+
+
+class Sides:
+    """Every matrix of a direction once, and a `BlockView` a block of candidates."""
+
+    def __init__(self, direction):
+        self._held: dict[int, Side] = {}
+        self.views = [self._view(block, direction) for block in direction.blocks]
+
+    def __call__(self, operand: Operand) -> Side:
+        return self._held.setdefault(id(operand), Side(operand))
+
+    def _view(self, block, direction) -> BlockView:
+        anchors, columns = self(block.anchors), self(block.columns.operand)
+        return BlockView(
+            anchors.raw, columns.raw, block.scale, block.exclude, tuple(block.ids), direction.threshold, block.columns.keep,
+            block.columns.offset or 0, anchors.scale, columns.scale,
+        )
+
+
+def add_anchors(problem, gradients, block, anchors, rows: slice, d_anchors) -> None:
+    """Add a panel's gradient of its anchors where it belongs, and its share of the temperature's."""
+    if gradients.wants("temperature"):
+        # sum_j E_ij cos_ij is x_i . (E Y)_i
+        gradients.temperature += torch.linalg.vecdot(d_anchors, anchors.unit_rows(rows).to(problem.dtype)).sum()
+    if gradients.wants(block.anchor_sink):
+        gradients.add_anchors(block.anchor_sink, rows.start, rows.stop, d_anchors)
