@@ -5,8 +5,10 @@ All cases share one pair of processes: starting them costs more than the cases d
 
 import os
 import queue as queue_module
+import random
 import shutil
 import socket
+import time
 import traceback
 
 import pytest
@@ -24,8 +26,7 @@ CASES = {
     "ddp": ("ddp", {"retain": 1}, None),
     "ddp, frozen vision": ("ddp", {"freeze_vision": True}, None),
     "ddp, one rank has a damaged image": ("ddp", {}, 1),
-    "fsdp": ("fsdp", {}, None),
-    "fsdp, all graphs kept": ("fsdp", {"retain": "all"}, None),
+    "fsdp": ("fsdp", {"retain": 1}, None),
     "fsdp, frozen vision": ("fsdp", {"freeze_vision": True, "retain": 1, "keep_mib": 0.0}, None),
     "fsdp, vision adapter, checkpointing": (
         "fsdp",
@@ -62,8 +63,7 @@ def share(batch, rank, ranks):
 
 def rank_main(rank, port, root, queue):
     try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)
+        join(rank, port)
         import accelerate
 
         accelerate.PartialState(cpu=True)
@@ -75,6 +75,12 @@ def rank_main(rank, port, root, queue):
     except BaseException:
         queue.put((rank, "failed", traceback.format_exc(), None))
         raise
+
+
+def join(rank, port):
+    """What torchrun sets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
 
 
 def one_case(rank, root, wrapper, changes, damaged):
@@ -124,17 +130,28 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def results(root):
+def context():
+    """Processes forked from a server that imports what all of them need, once."""
+    found = mp.get_context("forkserver")
+    found.set_forkserver_preload(["tiny", "train.run"])
+    return found
+
+
+def start(main, *arguments):
+    """Two ranks of `main(rank, port, *arguments)`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("forkserver")  # its server imports what all processes need, once
-    context.set_forkserver_preload(["tiny", "train.run"])
-    queue = context.Queue()
-    processes = [context.Process(target=rank_main, args=(rank, port, root, queue)) for rank in range(2)]
+    processes = [context().Process(target=main, args=(rank, port, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
+    return processes
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    queue = context().Queue()
+    processes = start(rank_main, root, queue)
     found = {}
     try:
         for _ in range(2 * (len(CASES) + 1)):
@@ -178,3 +195,63 @@ def test_an_fsdp_run_saves_whole_weights_and_goes_on_from_its_checkpoint(root, r
     assert single.keys() == sharded.keys()
     for name in single:  # the same four steps, in float32
         torch.testing.assert_close(sharded[name], single[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+# Killed and run again
+
+
+def train_main(rank, port, recipe):
+    join(rank, port)
+    from train.run import run
+
+    os._exit(run([str(recipe)]))
+
+
+def ended(processes, timeout=60):
+    for process in processes:
+        process.join(timeout)
+    return [process.exitcode for process in processes]
+
+
+def assert_whole(folder):
+    """Everything that bears the name of a checkpoint can be read."""
+    load_file(folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(folder / name, weights_only=True)
+    for name in ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth", "vlm2vec.json", "tokenizer.json"):
+        assert (folder / name).stat().st_size > 0, folder / name
+
+
+@pytest.mark.slow
+def test_killed_five_times_under_ddp_a_run_ends_in_the_same_weights(root):
+    changes = {"steps": 12, "save_steps": 1, "keep_checkpoints": 2, "dtype": "float32", "lr_schedule": "cosine"}
+    whole = write_recipe(root, output=str(root / "unbroken"), **changes)
+    assert ended(start(train_main, whole)) == [0, 0]
+    output = root / "killed"
+    recipe = write_recipe(root, output=str(output), **changes)
+    generator = random.Random(0)
+    reached = []
+    for kill in range(5):
+        processes = start(train_main, recipe)
+        target = reached[-1] + 1 if reached else 1
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not any(step(c) >= target for c in output.glob("checkpoint-*")):
+            assert all(process.is_alive() for process in processes), f"exit codes {[p.exitcode for p in processes]} before the kill"
+            time.sleep(0.005)
+        time.sleep(generator.random() * 0.3)  # anywhere in a step, in saving or in removing
+        for process in processes if kill % 2 else processes[::-1]:
+            process.kill()
+        ended(processes)
+        for checkpoint in output.glob("checkpoint-*"):
+            assert_whole(checkpoint)
+        reached.append(max(step(c) for c in output.glob("checkpoint-*")))
+    assert reached[-1] < 12 and reached == sorted(set(reached)), "each run went on from the one before and was cut short"
+    assert ended(start(train_main, recipe)) == [0, 0]
+    expected, got = (load_file(folder / "model.safetensors") for folder in (root / "unbroken", output))
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+    assert not list(output.glob(".saving*"))
+
+
+def step(checkpoint):
+    return int(checkpoint.name.rpartition("-")[2])
