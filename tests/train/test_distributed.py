@@ -133,7 +133,7 @@ def root(tmp_path_factory):
 def context():
     """Processes forked from a server that imports what all of them need, once."""
     found = mp.get_context("forkserver")
-    found.set_forkserver_preload(["tiny", "train.run"])
+    found.set_forkserver_preload(["preloaded"])
     return found
 
 
@@ -155,7 +155,7 @@ def results(root):
     found = {}
     try:
         for _ in range(2 * (len(CASES) + 1)):
-            rank, name, *values = queue.get(timeout=120)
+            rank, name, *values = queue.get(timeout=240)
             assert name != "failed", f"rank {rank}: {values[0]}"
             found[name, rank] = values
     except queue_module.Empty:
@@ -207,7 +207,7 @@ def train_main(rank, port, recipe):
     os._exit(run([str(recipe)]))
 
 
-def ended(processes, timeout=60):
+def ended(processes, timeout=120):
     for process in processes:
         process.join(timeout)
     return [process.exitcode for process in processes]
@@ -224,7 +224,7 @@ def assert_whole(folder):
 
 @pytest.mark.slow
 def test_killed_five_times_under_ddp_a_run_ends_in_the_same_weights(root):
-    changes = {"steps": 12, "save_steps": 1, "keep_checkpoints": 2, "dtype": "float32", "lr_schedule": "cosine"}
+    changes = {"steps": 9, "save_steps": 1, "keep_checkpoints": 2, "dtype": "float32", "lr_schedule": "cosine"}
     whole = write_recipe(root, output=str(root / "unbroken"), **changes)
     assert ended(start(train_main, whole)) == [0, 0]
     output = root / "killed"
@@ -245,7 +245,7 @@ def test_killed_five_times_under_ddp_a_run_ends_in_the_same_weights(root):
         for checkpoint in output.glob("checkpoint-*"):
             assert_whole(checkpoint)
         reached.append(max(step(c) for c in output.glob("checkpoint-*")))
-    assert reached[-1] < 12 and reached == sorted(set(reached)), "each run went on from the one before and was cut short"
+    assert reached[-1] < 9 and reached == sorted(set(reached)), "each run went on from the one before and was cut short"
     assert ended(start(train_main, recipe)) == [0, 0]
     expected, got = (load_file(folder / "model.safetensors") for folder in (root / "unbroken", output))
     for name in expected:
