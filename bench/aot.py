@@ -82,8 +82,10 @@ def verdict(row: dict) -> list[str]:
         wrong.append(f"shared memory {row['shared']} over {row['shared_limit']}")
     if row["dot"] and not row["loop_tensor"]:
         wrong.append("no tensor-core instruction in the hot loop")
-    if row["narrow_loads"]:
+    if row["narrow_loads"] and not row["kernel"].startswith("_fused"):  # whose loop also fetches its masks' vectors
         wrong.append(f"{len(row['narrow_loads'])} copies of less than 16 bytes in the hot loop")
+    if row["wide_bytes"] < row["operand_bytes"]:
+        wrong.append(f"{row['wide_bytes']} of {row['operand_bytes']} bytes of the operands copied 16 bytes a thread")
     if row["blocks_per_sm"] < 1:
         wrong.append("no block fits on a multiprocessor")
     return wrong
@@ -109,6 +111,12 @@ def per_element(rows: list[dict], arch: int) -> float:
     """Instructions of the plain exponential epilogue, a thread and element of its tile, as compiled."""
     row = next(r for r in rows if r["arch"] == arch and r["case"] == "exp panel, stats, bfloat16")
     return row["epilogue"] / (row["block"] / (32 * row["warps"]))
+
+
+def fused_per_element(rows: list[dict], arch: int) -> float:
+    """Instructions of the costlier plain fused pass, a thread and element of its tile, its products included."""
+    cases = [f"fused, {which} D={width}, bfloat16" for which in ("forward", "backward") for width in (64, 128)]
+    return max(r["loop_instructions"] / (r["block"] / (32 * r["warps"])) for r in rows if r["arch"] == arch and r["case"] in cases)
 
 
 def predictions(rows: list[dict]) -> str:

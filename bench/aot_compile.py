@@ -9,6 +9,7 @@ strides are those of a real launch, not a second list of them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -26,6 +27,9 @@ from triton.runtime.jit import JITFunction
 from bench import sass
 from contrastive_kernels import roofline
 
+CACHE = Path(__file__).resolve().parent / "results/aot"
+# what a description depends on besides the kernel: how machine code is read, and the limits it is held against
+READER = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (sass, roofline)) + Path(__file__).read_bytes()).hexdigest()
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
@@ -114,11 +118,34 @@ def analyse(kernel, arch: int, threads: int) -> dict:
         "loop_tensor": sum(inside.get(name, 0) for name in sass.TENSOR),
         "loop": {name: inside[name] for name in sorted(inside, key=lambda n: -inside[n])},
         "narrow_loads": code.narrow_loads(*loop) if loop else [],
+        "wide_bytes": code.wide_copies(*loop) * 16 * threads if loop else 0,
+        "loop_instructions": sum(inside.values()),
         "wide_stores": sum(i.name == "STG" and ".128" in i.full or i.name == "UTMASTG" for i in code.instructions),
         "instructions": sum(everything.values()),
         "epilogue": sum(after.values()),
         "exponentials": everything["MUFU"],
     }
+
+
+def described(launch: Caught, arch: int, threads: int) -> dict:
+    """`analyse` of the compiled launch, or what it gave before for the same source, constants, options and reader."""
+    parts = [source(launch).hash(), str(sorted(launch.options.items())), str(arch), triton.__version__, READER]
+    held = CACHE / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.json"
+    if held.is_file():
+        return json.loads(held.read_text())
+    made = analyse(compile_for(launch, arch), arch, threads)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    part = held.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(made))
+    os.replace(part, held)
+    return made
+
+
+def operand_bytes(constants: dict, itemsize: int) -> int:
+    """Bytes of the matrices' tiles that one turn of the hot loop has to fetch."""
+    if constants.get("BLOCK_D"):
+        return constants["BLOCK_R" if "bwd" in constants["kernel"] else "BLOCK_C"] * constants["BLOCK_D"] * itemsize
+    return (constants["BLOCK_R"] + constants["BLOCK_C"]) * constants["BLOCK_K"] * itemsize
 
 
 def rows(arch: int, first: int = 0, step: int = 1):
@@ -128,13 +155,13 @@ def rows(arch: int, first: int = 0, step: int = 1):
     for number, (name, launch, has_dot) in enumerate(launches(arch)):
         if number % step != first:
             continue
-        kernel = compile_for(launch, arch)
         threads = 32 * launch.options.get("num_warps", 4)
         constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
         block = constants.get("BLOCK_R", 1) * constants.get("BLOCK_C", 1)
         row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]))
+        row["operand_bytes"] = operand_bytes(constants | {"kernel": row["kernel"]}, 2) if has_dot else 0
         row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK")}
-        yield row | analyse(kernel, arch, threads)
+        yield row | described(launch, arch, threads)
 
 
 def main() -> int:

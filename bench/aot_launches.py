@@ -29,9 +29,9 @@ def _exp_panel(dtype):
     positive, ids = torch.zeros(R, dtype=torch.int64), (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
     threshold, keep = torch.zeros(R), torch.ones(C, dtype=torch.bool)
     scales = dict(row_scale=torch.ones(R), col_scale=torch.ones(C))
-    yield "plain", lambda: run(positive=positive)
     if dtype != torch.bfloat16:
-        return
+        return  # dispatch.py takes float32 logits for the other types
+    yield "plain", lambda: run(positive=positive)
     yield "stats", lambda: run(positive=positive, row_max=True)
     yield "redo", lambda: run(positive=positive, row_max=True, redo=torch.ones(64, dtype=torch.int32))
     yield "odd", lambda: run(ODD_R, ODD_C, ODD_D, positive=positive, row_max=True)
@@ -75,14 +75,30 @@ def _topk(dtype):
         yield "k 128, exclude", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 100, exclude=torch.zeros(R, 16, dtype=torch.int64))
 
 
-FAMILIES = {"exp panel": _exp_panel, "pool": _pool, "chunk": _chunk, "topk": _topk}
+def _fused(dtype):
+    from contrastive_kernels.triton.fused import fused_backward, fused_forward
+
+    if dtype != torch.bfloat16:
+        return  # float32 takes the library's product, float16 has bfloat16's code
+    masks = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64), shares=2)
+    ids = (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
+    full = masks | dict(ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C))
+    for width in (64, 128):
+        x, y, row = matrix(R, width, dtype), matrix(C, width, dtype), torch.zeros(R)
+        for name, options in (("", masks), (", all", full)):
+            yield f"forward D={width}{name}", lambda x=x, y=y, o=options: fused_forward(x, y, **o)
+            yield f"backward D={width}{name}", lambda x=x, y=y, o=options: fused_backward(x, y, shift=row, factor=row, **o)
+    yield "sums alone", lambda: fused_forward(x, y, weighted=False, **masks)
+    yield "forward, odd", lambda: fused_forward(matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2)
+
+
+FAMILIES = {"exp panel": _exp_panel, "pool": _pool, "chunk": _chunk, "topk": _topk, "fused": _fused}
 
 
 def _families():
     for name, cases in FAMILIES.items():
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            if name == "exp panel" or dtype != torch.float16:  # elsewhere the same code as for bfloat16
-                yield name, dtype, cases(dtype)
+        for dtype in (torch.bfloat16, torch.float32):  # float16 has bfloat16's code
+            yield name, dtype, cases(dtype)
 
 
 def launches(arch: int) -> list[tuple[str, Caught, bool]]:
@@ -100,6 +116,6 @@ def launches(arch: int) -> list[tuple[str, Caught, bool]]:
                     if key in seen:
                         continue
                     seen.add(key)
-                    has_dot = dtype.itemsize == 2 and launch.arguments.get("BLOCK_K", 1) > 1
+                    has_dot = dtype.itemsize == 2 and "PRECISION" in launch.arguments
                     out.append((f"{family}, {case}, {str(dtype)[6:]}", launch, has_dot))
     return out

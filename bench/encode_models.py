@@ -63,13 +63,13 @@ def write(size: str, folder: str) -> None:
     Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template).save_pretrained(folder)
 
 
-def inputs(size: str) -> list:
-    """30 % text of 10 to 60 tokens, 50 % one image, 20 % image and text, in random but fixed order."""
+def inputs(size: str, count: int | None = None) -> list:
+    """30 % text of 10 to 60 tokens, 50 % one image, 20 % image and text, in random but fixed order; `count` of them, else `SAMPLES`."""
     import numpy as np
     from PIL import Image
 
     rng = random.Random(0)
-    count = SAMPLES[size]
+    count = count or SAMPLES[size]
     kinds = ["text"] * round(0.3 * count) + ["image"] * round(0.5 * count)
     kinds += ["both"] * (count - len(kinds))
     rng.shuffle(kinds)

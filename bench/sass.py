@@ -55,6 +55,11 @@ class Code:
         tensor = sum(counts[name] for name in TENSOR)
         return tensor * 1000 or counts["FFMA"] + counts["LDG"] + counts["LDGSTS"]
 
+    def wide_copies(self, first: int, last: int) -> int:
+        """Copies from global to shared memory that move 16 bytes a thread."""
+        copies = (i for i in self.instructions if first <= i.position <= last and i.name == "LDGSTS")
+        return sum(".128" in i.full.replace("LTC128B", "") for i in copies)
+
     def narrow_loads(self, first: int, last: int) -> list[str]:
         """Copies from global to shared memory, or big loads, that move less than 16 bytes a thread."""
         copies = [i for i in self.instructions if first <= i.position <= last and i.name in ("LDGSTS", "UTMALDG")]

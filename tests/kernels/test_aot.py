@@ -33,13 +33,14 @@ def test_tensor_cores_of_the_architecture(rows, arch, name):
 
 def test_every_family_is_compiled(rows):
     assert {row["kernel"] for row in rows} >= {
-        "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
+        "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_fused_fwd_kernel", "_fused_bwd_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
     }
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_epilogue_is_as_cheap_as_the_cost_model_says(rows, arch):
     assert aot.per_element(rows, arch) <= roofline.EPILOGUE_INSTRUCTIONS[arch]
+    assert aot.fused_per_element(rows, arch) <= roofline.FUSED_INSTRUCTIONS[arch]
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -48,12 +48,12 @@ def test_full_plan_states_its_own_difficulty(full):
     made = full
     assert {TASKS[name].meta_task for name in made.rows["eval"]} == set(META_TASKS)
     for name, rows in made.rows["eval"].items():
-        assert len(rows) == 320
+        assert len(rows) == 160
         for row in rows:
             candidates = list(zip(row["tgt_text"], row["tgt_img_path"]))
-            assert len(candidates) == len(set(candidates)) >= (32 if name == "OpenMoji-Group" else 320)
+            assert len(candidates) == len(set(candidates)) >= (32 if name == "OpenMoji-Group" else 160)
         right = Counter((row["tgt_text"][0], row["tgt_img_path"][0]) for row in rows)
-        assert set(right.values()) == ({10} if name == "OpenMoji-Group" else {1})
+        assert set(right.values()) == ({5} if name == "OpenMoji-Group" else {1})
     files = [scene.file for scene in made.scenes]
     assert len(files) == len(set(files)) and len({(s.split, s.key) for s in made.scenes}) == len(files)
 

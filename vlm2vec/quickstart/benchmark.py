@@ -1,7 +1,7 @@
 """The quickstart benchmark: which pictures are drawn, and the rows of every task, in MMEB's columns.
 
 Pictures
-    drawings   one subject, 56 x 56. Training: 24 a subject. Evaluation: a gallery of 4 a subject, on four grounds, and one
+    drawings   one subject, 56 x 56. Training: 32 a subject. Evaluation: a gallery of 4 a subject, on four grounds, and one
                more as a query.
     pairs      two subjects, 112 x 56; every subject is in one evaluation pair.
     quads      four subjects, 84 x 84; every subject is in two evaluation quads, on different grounds.
@@ -25,12 +25,12 @@ GALLERY = 4
 
 @dataclass(frozen=True)
 class Size:
-    """How much is drawn. `subjects` cuts the catalogue (a multiple of 8) for tests."""
+    """How much is drawn. `subjects` takes a multiple of 8 out of the catalogue's 320, evenly over its groups."""
 
-    subjects: int = 320
-    drawings: int = 24          # a subject, training
-    pairs: int = 2400           # training
-    quads: int = 1800           # training
+    subjects: int = 160
+    drawings: int = 32          # a subject, training
+    pairs: int = 1600           # training
+    quads: int = 1200           # training
     crops: int = 2              # a training quad
 
 
@@ -61,7 +61,7 @@ class _World:
         if size.subjects % 8 or not 8 <= size.subjects <= len(subjects()):
             raise ValueError(f"expected a multiple of 8 subjects up to {len(subjects())}, got {size.subjects}")
         self.seed, self.size = seed, size
-        # cut evenly, so that a small benchmark still has many groups
+        # taken evenly, so that a small benchmark still has many groups
         self.subjects = subjects()[:: len(subjects()) // size.subjects][: size.subjects]
         self.colours = list(COLOURS)
 

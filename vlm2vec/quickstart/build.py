@@ -23,7 +23,7 @@ from vlm2vec.data import mmeb
 from vlm2vec.quickstart.benchmark import Plan, Size, plan
 from vlm2vec.quickstart.tasks import TASKS
 
-VERSION = 2     # of what is drawn and asked: raise it when a change makes old folders stale
+VERSION = 3     # of what is drawn and asked: raise it when a change makes old folders stale
 CREDITS = ("Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0. "
            "Names: Unicode CLDR, through the emoji package.")
 LEAKAGE = ("Names are known in training, as the classes of ImageNet are; evaluation pictures are not: other seeds, other turns "

@@ -35,8 +35,8 @@ class Style:
 
 
 STYLES = {
-    "train": Style(turn=15.0, size=(0.66, 0.94), clutter=("none", "dots", "stripes")),
-    "eval": Style(turn=20.0, size=(0.62, 0.90), clutter=("rings", "squares")),
+    "train": Style(turn=8.0, size=(0.80, 0.98), clutter=("none", "dots", "stripes")),
+    "eval": Style(turn=10.0, size=(0.77, 0.94), clutter=("rings", "squares")),
 }
 
 

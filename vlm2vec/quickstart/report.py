@@ -63,7 +63,7 @@ def _html(folder, data, scores, log, result) -> str:
     minutes = result.get("seconds", 0) / 60
     lead = (f"A Qwen2-VL of {_parameters(folder)} learned in {minutes:.1f} minutes to embed text, pictures, and both together in one "
             f"space. It is asked {sum(t['eval_rows'] for t in data['tasks']):,} questions about {data['pictures']['eval']:,} pictures "
-            "that it has not seen; each answer is the nearest of up to 1,280 candidates.")
+            f"that it has not seen; each answer is the nearest of up to {max(t['candidates'] for t in data['tasks']):,} candidates.")
     parts = [
         tiles([(TITLES.get(m.task, m.task), percent(m.after), f"{percent(m.before)} before training, {percent(m.chance)} by chance")
                for m in means]),

@@ -43,7 +43,7 @@ class Task:
 
 TASKS = {task.name: task for task in (
     Task("OpenMoji-Object", "classification", "image", "text", MARK + "Identify the object shown in the image\n",
-         "Name the picture, out of all 320 names."),
+         "Name the picture, out of all 160 names."),
     Task("OpenMoji-Group", "classification", "image", "text", MARK + "Represent the given image for classification\n",
          "Name the group the picture belongs to, out of 32."),
     Task("OpenMoji-Side", "vqa", "image+text", "text", MARK + "Represent the given image with the following question: {}\n",

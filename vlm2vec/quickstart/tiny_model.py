@@ -17,9 +17,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|image_pad|>", "<|video_pad|>")
 VOCABULARY = 2048           # most words of the prompts and of the names become one token
 LAYERS, WIDTH, HEADS = 3, 128, 4
-# Twice and four times the library's 0.02, which is meant for widths of thousands: at 128 it leaves attention and every
-# layer's contribution near zero, and the first hundreds of steps go into growing them.
-VISION_SPREAD, TEXT_SPREAD = 0.04, 0.08
+# Four times the library's 0.02, which is meant for widths of thousands: at 128 it leaves attention and every layer's
+# contribution near zero, and the first hundreds of steps go into growing them.
+SPREAD = 0.08
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28     # the reference's limits (VLM2Vec-V2)
 
 
@@ -85,10 +85,10 @@ def random_model(tokenizer, seed: int):
             vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, num_key_value_heads=HEADS // 2, max_position_embeddings=4096,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-            tie_word_embeddings=True, initializer_range=TEXT_SPREAD,
+            tie_word_embeddings=True, initializer_range=SPREAD,
             bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
         vision_config=dict(depth=LAYERS, embed_dim=WIDTH, hidden_size=WIDTH, num_heads=HEADS, mlp_ratio=4, patch_size=14,
-                           spatial_merge_size=2, temporal_patch_size=2, initializer_range=VISION_SPREAD),
+                           spatial_merge_size=2, temporal_patch_size=2, initializer_range=SPREAD),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
