@@ -1,0 +1,37 @@
+"""python -m bench NAME [options]: one table each. `python -m bench --help` lists them, `python -m bench NAME --help` explains one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+TABLES = {
+    "loss": "time and memory of the loss with its gradients, and of top-k search, next to others and to the bare products",
+    "accuracy": "errors of loss and gradients against float64, ours and others', over dtypes, temperatures and crowding",
+    "aot": "kernels compiled for GPUs that are not there: registers, spills, hot loops, predicted times",
+    "gpu": "one command for a machine with CUDA: every kernel against float64, then the timings",
+    "encode": "embedding mixed texts and images: packed, next to padded ways and sentence-transformers",
+    "eval": "an evaluation from disk to score files, and ranking alone, next to the reference's way",
+    "step": "one GradCache training step next to other ways to the same gradients",
+}
+
+
+def usage() -> str:
+    listed = "\n".join(f"  {name:<10}{meaning}" for name, meaning in TABLES.items())
+    return f"usage: python -m bench NAME [options]\n\n{listed}\n\npython -m bench NAME --help says more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in TABLES:
+        print(f"python -m bench: no table {name!r}; there are {', '.join(TABLES)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"bench.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
