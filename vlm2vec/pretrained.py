@@ -34,7 +34,7 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     dtype = loading.resolve_dtype(dtype, config)
     quantization = None
     if quantize is not None:
-        from vlm2vec.quantization import nf4_config
+        from vlm2vec.quantization import keep_layout, nf4_config
 
         quantization = nf4_config(quantize, dtype, backbone)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
@@ -47,6 +47,8 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     if processing is None:
         raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
     module = loading.load_module(backbone, weights, config, dtype=dtype, device=device, quantization=quantization)
+    if quantization is not None:
+        keep_layout(module)
     model = cls(module, backbone, processing, attn=attn, source=source, prompts=settings.get("prompts"))
     model.base_source, model.revision = weights, revision
     if adapter is not None:

@@ -26,6 +26,18 @@ def nf4_config(quantize: str, dtype: torch.dtype, backbone):
     )
 
 
+def keep_layout(model) -> None:
+    """Keep bitsandbytes' four-bit layers as they were stored, on every CPU.
+
+    On a CPU with AVX512-BF16 their first forward call outside training re-packs the weights, with scales cut to bfloat16, for
+    a kernel that also computes in bfloat16: embeddings would depend on the machine and on what ran before, merging would read
+    a layout that it does not know, and layers narrower than a quantisation block would fail.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def apply_liger(model) -> None:
     """Swap RMSNorm, rotary embedding and SwiGLU for Liger's kernels, in place.
 
