@@ -15,15 +15,17 @@ Arms, on the encode benchmark's tiny model and mix of texts and images, each in 
 All gradients must agree within a group of positions before a figure is shown. "step ms" and "cpu ms" are of whole steps on
 inputs preprocessed beforehand; "cpu ms" is the processor time of all threads and judges the aims where there is one thread.
 "live MiB" is the peak of live tensors above the loaded model and inputs, from a step of its own that is not timed; "rss MiB"
-is how much the process grew. "flops" are executed over the fewest that each sample alone, unpadded, without head, needs for one forward
+is how much the process grew over what it held when the first step began. "flops" are executed over the fewest that each sample alone, unpadded, without head, needs for one forward
 and one backward: attention counts as full squares, as `FlopCounterMode` counts it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -31,7 +33,7 @@ import sys
 import tempfile
 
 from bench import encode_models
-from bench.encode import resident_mib, timed
+from bench.encode import timed
 
 BUDGET = 4096  # tokens of a chunk, where an arm takes a budget
 TRAINED = ("all", "vision-frozen")
@@ -67,7 +69,7 @@ def measure_time(arm: str, folder: str, count: int, frozen: bool, repeat: int) -
     make = arms()[arm]
     make(folder, 4, frozen)[0]()  # loads what is loaded lazily
     step, module = make(folder, count, frozen)
-    before = resident_mib()
+    before = restart_resident_peak()
 
     def run() -> float:
         module.zero_grad(set_to_none=True)
@@ -76,7 +78,22 @@ def measure_time(arm: str, folder: str, count: int, frozen: bool, repeat: int) -
     loss, times = timed(run, repeat)
     path = os.path.join(folder, f"{arm}-{'frozen' if frozen else 'all'}.pt")
     torch.save(gradients(module), path)
-    return {"loss": loss, **times, "rss_mib": round(resident_mib() - before), "gradients": path, "threads": torch.get_num_threads()}
+    return {"loss": loss, **times, "rss_mib": round(resident("VmHWM") - before), "gradients": path, "threads": torch.get_num_threads()}
+
+
+def restart_resident_peak() -> float:
+    """Resident MiB now; the peak that `resident("VmHWM")` reads begins here and not with what preprocessing once held."""
+    gc.collect()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> float:
+    """MiB that Linux states for this process: VmRSS, resident now, or VmHWM, the most so far."""
+    with open("/proc/self/status", encoding="ascii") as f:
+        line = next(line for line in f if line.startswith(field + ":"))
+    return int(line.split()[1]) / 1024
 
 
 def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:
@@ -97,7 +114,8 @@ def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:
 
 def in_child(what: str, *arguments) -> dict:
     command = [sys.executable, "-m", "bench.step", "--child", what, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Without the threshold, freed blocks stay with malloc and the resident peak says more about it than about the step.
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
     if done.returncode:
         raise RuntimeError(f"{arguments[0]} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

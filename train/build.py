@@ -24,6 +24,12 @@ def build_model(recipe: Recipe, checkpoint: Path | None = None, device=None) -> 
         quantize=recipe.quantization,
         **recipe.model_options,
     )
+    prepare(model, recipe)
+    return model
+
+
+def prepare(model: VLM2Vec, recipe: Recipe) -> None:
+    """Makes trainable what the recipe trains; gradient checkpointing where it asks for it."""
     if recipe.lora is not None:
         _adapt(model, recipe)
     elif adapters.has_adapter(model):
@@ -38,7 +44,6 @@ def build_model(recipe: Recipe, checkpoint: Path | None = None, device=None) -> 
         tower.requires_grad_(False)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model
 
 
 def _adapt(model: VLM2Vec, recipe: Recipe) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,27 +13,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
+@dataclass
+class _Storage:
+    reference: weakref.ref
+    size: int
+    part: str
+
+
 class LiveBytes(TorchDispatchMode):
     """Within it, every tensor that an operator returns counts until its storage is freed.
 
-    A storage counts once, however many views it has. What a kernel allocates inside itself and frees before it returns is
-    not seen: neither with real tensors nor with fake ones.
+    A storage counts once, however many views it has, and follows when it is resized (as FSDP2 resizes what it gathers).
+    What a kernel allocates inside itself and frees before it returns is not seen: neither with real tensors nor with fake
+    ones.
 
     Args:
-        tensors: what is alive already and should count: parameters, buffers, inputs.
+        tensors: what is alive already and should count, as the part "weights": parameters, buffers.
 
     Attributes:
         current: bytes alive now.
         peak: most bytes alive at one time so far.
+        part: name under which new storages count.
+        by_part: bytes alive now by part.
+        at_peak: the same when `peak` was reached.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._known: dict[int, tuple[weakref.ref, int]] = {}
+        self.part = "weights"
+        self.by_part: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
+        self._known: dict[int, _Storage] = {}
         for tensor in tensors:
             self.track(tensor)
+        self.part = "activations"
 
     def track(self, tensor: torch.Tensor) -> None:
         """Counts a tensor that was made elsewhere."""
@@ -39,23 +56,68 @@ class LiveBytes(TorchDispatchMode):
             storage = part.untyped_storage()
             key = storage._cdata
             known = self._known.get(key)
-            if known is not None and known[0]() is not None:
+            if known is not None and known.reference() is not None:
                 continue
-            size = storage.nbytes()
-            self._known[key] = (weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size)), size)
-            self.current += size
-            self.peak = max(self.peak, self.current)
+            reference = weakref.ref(storage, lambda gone, key=key: self._forget(key, gone))
+            self._known[key] = _Storage(reference, 0, self.part)
+            self._resized(key, storage.nbytes())
 
-    def _forget(self, key: int, size: int) -> None:
-        self.current -= size
+    def relabel(self, tensors: Any, part: str) -> None:
+        """Counts storages that are known, of tensors in any nesting, as another part from now on."""
+        for tensor in tree_iter(tensors):
+            for plain in _plain(tensor) if isinstance(tensor, torch.Tensor) else ():
+                known = self._known.get(plain.untyped_storage()._cdata)
+                if known is not None and known.part != part:
+                    self.by_part[known.part] -= known.size
+                    self.by_part[part] = self.by_part.get(part, 0) + known.size
+                    known.part = part
+
+    @contextlib.contextmanager
+    def counting_as(self, part: str) -> Iterator[None]:
+        """New storages count as `part` within it."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def _resized(self, key: int, size: int) -> None:
+        known = self._known[key]
+        change, known.size = size - known.size, size
+        self.current += change
+        self.by_part[known.part] = self.by_part.get(known.part, 0) + change
+        if self.current > self.peak:
+            self.peak = self.current
+            self.at_peak = dict(self.by_part)
+
+    def _forget(self, key: int, gone: weakref.ref) -> None:
         known = self._known.get(key)
-        if known is not None and known[0]() is None:
+        # The address may belong to a newer storage by now.
+        if known is not None and known.reference is gone:
+            self._resized(key, 0)
             del self._known[key]
 
     def restart_peak(self) -> int:
         """The peak so far; from here on it is counted anew."""
         peak, self.peak = self.peak, self.current
+        self.at_peak = dict(self.by_part)
         return peak
+
+    def __enter__(self) -> LiveBytes:
+        original = self._original_resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int):
+            result = original(storage, size)
+            if storage._cdata in self._known:
+                self._resized(storage._cdata, storage.nbytes())
+            return result
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        torch.UntypedStorage.resize_ = self._original_resize
+        super().__exit__(*exc)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -69,3 +131,7 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with storage behind one: a sharded tensor's local part, a quantised one's data."""
     local = getattr(tensor, "_local_tensor", None)
     yield tensor if local is None else local
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:
+        yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
+        state = state.state2
