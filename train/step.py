@@ -111,10 +111,7 @@ class ContrastiveStep:
     # What GradCache calls
 
     def _encode(self, side: Side, rows: list[int], features=None) -> torch.Tensor:
-        if features is None:
-            packed = self._packed(side.features(rows, again=not torch.is_grad_enabled()))
-        else:
-            packed = self._packed([replace(f, vision={}, pending=[]) for f in side.measured(rows)])
+        packed = self._chunk(side, rows, again=not torch.is_grad_enabled(), seen=features is not None)
         with offloaded(self.recipe.offload_activations and torch.is_grad_enabled()):
             hidden = self.model(packed) if features is None else self.model(packed, vision_features=features)
         self._finite.append((side, rows, torch.isfinite(hidden.detach()).all(dim=1)))
@@ -123,9 +120,11 @@ class ContrastiveStep:
     def _frozen_vision(self, side: Side, rows: list[int]):
         # The library puts autocast around forward alone.
         with self.autocast():
-            return self.unwrapped.vision(self._packed(side.features(rows, again=False)))
+            return self.unwrapped.vision(self._chunk(side, rows, again=False))
 
-    def _packed(self, features: list):
+    def _chunk(self, side: Side, rows: list[int], *, again: bool, seen: bool = False):
+        """Samples packed and on the device; `seen`: their vision features are there, so that pixels are not needed."""
+        features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)] if seen else side.features(rows, again=again)
         return self.media.to_device(self.unwrapped.pack(features), self.device, self.unwrapped.dtype)
 
     # The loss

@@ -221,23 +221,25 @@ class GradCache:
             retained = self._measure_retained(sides, chunks)
         for index, chunk in enumerate(chunks):
             self._announce(sides, chunks[index + 1 : index + 2])
-            frozen = self._frozen(sides, chunk, index, features)
-            chunk.encode_state = GeneratorState.capture()
-            keep_graph = index in retained
-            with self.sync.deferred(), _graph(keep_graph):
-                encoded = self._run(self.encode[chunk.side], sides[chunk.side], chunk.rows, frozen)
-            if encoded.dim() != 2 or encoded.shape[0] != len(chunk.rows):
-                raise ValueError(
-                    f"encode must return ({len(chunk.rows)}, D) for {len(chunk.rows)} rows, got {tuple(encoded.shape)}"
-                )
-            if keep_graph:
-                chunk.graph = encoded
+            encoded = self._forward_chunk(sides, index, chunk, features, keep_graph=index in retained)
             if chunk.is_dummy:
                 continue
             if embeddings[chunk.side] is None:
                 embeddings[chunk.side] = encoded.new_empty(len(lengths[chunk.side]), encoded.shape[1])
             embeddings[chunk.side][torch.tensor(chunk.rows, device=encoded.device)] = encoded.detach()
         return embeddings
+
+    def _forward_chunk(self, sides, index: int, chunk: _Chunk, features: FeatureStore, keep_graph: bool) -> torch.Tensor:
+        """Embeddings of a chunk in the first pass."""
+        frozen = self._frozen(sides, chunk, index, features)
+        chunk.encode_state = GeneratorState.capture()
+        with self.sync.deferred(), _graph(keep_graph):
+            encoded = self._run(self.encode[chunk.side], sides[chunk.side], chunk.rows, frozen)
+        if encoded.dim() != 2 or encoded.shape[0] != len(chunk.rows):
+            raise ValueError(f"encode must return ({len(chunk.rows)}, D) for {len(chunk.rows)} rows, got {tuple(encoded.shape)}")
+        if keep_graph:
+            chunk.graph = encoded
+        return encoded
 
     def _measure_retained(self, sides, chunks) -> frozenset[int]:
         """The last chunks whose graphs fit, judged by what the graph of the first real chunk holds per token."""
@@ -323,21 +325,24 @@ class GradCache:
             coming = [chunks[i] for i in order[position + 1 : position + 2]]
             self._announce(sides, [c for c in coming if c.graph is None])
             with self.sync.last_backward() if is_last else self.sync.deferred():
-                encoded = chunk.graph
-                if encoded is None:
-                    frozen = self._frozen(sides, chunk, index, features)
-                    chunk.encode_state.restore()
-                    with _graph(True):
-                        encoded = self._run(self.encode[chunk.side], sides[chunk.side], chunk.rows, frozen)
-                gradient = gradients[chunk.side]
-                if chunk.is_dummy or gradient is None:
-                    rows = torch.zeros_like(encoded)
-                else:
-                    rows = gradient[torch.tensor(chunk.rows, device=gradient.device)]
-                if encoded.requires_grad:
-                    encoded.backward(self._scaled(rows).to(encoded.dtype))
+                self._backward_chunk(sides, index, chunk, gradients[chunk.side], features)
             features.drop(index)
             chunk.graph = None
+
+    def _backward_chunk(self, sides, index: int, chunk: _Chunk, gradient: torch.Tensor | None, features: FeatureStore) -> None:
+        """Sends a chunk's rows of the embeddings' gradient through its graph, which is made again where it was not kept."""
+        encoded = chunk.graph
+        if encoded is None:
+            frozen = self._frozen(sides, chunk, index, features)
+            chunk.encode_state.restore()
+            with _graph(True):
+                encoded = self._run(self.encode[chunk.side], sides[chunk.side], chunk.rows, frozen)
+        if chunk.is_dummy or gradient is None:
+            rows = torch.zeros_like(encoded)
+        else:
+            rows = gradient[torch.tensor(chunk.rows, device=gradient.device)]
+        if encoded.requires_grad:
+            encoded.backward(self._scaled(rows).to(encoded.dtype))
 
     def _announce(self, sides, coming: list[_Chunk]) -> None:
         if self.prefetch is not None:
