@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (768, 1536, 2048, 3072, 3584, 4096)
 
 
-CACHE = ROOT / "bench/results/aot-rows.json"
+CACHE = ROOT / "bench/results"
 
 
 def fingerprint() -> str:
@@ -36,40 +36,43 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def rows(architectures=ARCHITECTURES, processes: int = 2) -> list[dict]:
-    """`compile_all`, or what it gave for the same sources before."""
-    key = f"{fingerprint()} {tuple(architectures)}"
-    if CACHE.is_file():
-        held = json.loads(CACHE.read_text())
-        if held["key"] == key:
-            return held["rows"]
-    made = compile_all(architectures, processes)
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    part = CACHE.with_suffix(".part")
+def rows(arch: int, processes: int = 2) -> list[dict]:
+    """`compile_all` for one architecture, or what it gave for the same sources before."""
+    held, key = CACHE / f"aot-rows-{arch}.json", fingerprint()
+    if held.is_file():
+        before = json.loads(held.read_text())
+        if before["key"] == key:
+            return before["rows"]
+    made = compile_all(arch, processes)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    part = held.with_suffix(".part")
     part.write_text(json.dumps({"key": key, "rows": made}))
-    os.replace(part, CACHE)
+    os.replace(part, held)
     return made
 
 
-def compile_all(architectures=ARCHITECTURES, processes: int = 2) -> list[dict]:
-    """Rows of `bench.aot_compile` for every architecture, built by `processes` children that do not interpret."""
+def compile_all(arch: int, processes: int = 2) -> list[dict]:
+    """Rows of `bench.aot_compile` for an architecture, built by `processes` children that do not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH")]))
     environment.setdefault("OMP_NUM_THREADS", "1")
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bench.aot_compile", str(arch), str(first), str(processes)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        )
+        for first in range(processes)
+    ]
     out = []
-    for arch in architectures:
-        children = [
-            subprocess.Popen(
-                [sys.executable, "-m", "bench.aot_compile", str(arch), str(first), str(processes)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-            )
-            for first in range(processes)
-        ]
+    try:
         for child in children:
             printed, error = child.communicate()
             if child.returncode:
                 raise RuntimeError(f"compiling for sm_{arch} failed:\n{error[-4000:]}")
             out += [json.loads(line) for line in printed.splitlines()]
+    finally:
+        for child in children:
+            child.kill()  # where the other one failed, or a test ran out of time
     return out
 
 
@@ -165,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args) -> int:
-    made = rows(args.arch, args.processes)
+    made = [row for arch in args.arch for row in rows(arch, args.processes)]
     print(table(made))
     write_csv(args.csv, made)
     print(predictions(made))

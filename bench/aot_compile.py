@@ -99,7 +99,7 @@ def analyse(kernel, arch: int, threads: int) -> dict:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-        text = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([BIN / "nvdisasm", "-ndf", "-c", cubin], capture_output=True, text=True, check=True).stdout
     registers = int((usage.stdout + usage.stderr).split("REG:")[1].split()[0])
     code = sass.parse(text)
     everything = code.count()

@@ -71,6 +71,7 @@ def _topk(dtype):
     from contrastive_kernels.triton.topk import topk
 
     yield "k 16", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 10)
+    yield "k 128", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 100)
     if dtype == torch.bfloat16:
         yield "k 128, exclude", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 100, exclude=torch.zeros(R, 16, dtype=torch.int64))
 

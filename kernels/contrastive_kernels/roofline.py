@@ -114,7 +114,7 @@ def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", ti
 
 # Instructions a thread issues after the main loop, per element of the tile: upper bounds held by tests/kernels/test_aot.py.
 EPILOGUE_INSTRUCTIONS = {80: 15.0, 90: 12.0, 100: 20.0}
-TILE = {80: (128, 256), 90: (128, 256), 100: (128, 256)}
+TILE = {80: (128, 256), 90: (256, 128), 100: (128, 256)}
 
 
 def exp_panel(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, times=1, instructions: float | None = None) -> Piece:

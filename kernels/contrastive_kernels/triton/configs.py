@@ -44,7 +44,7 @@ class Tile:
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
     (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
-    (90, 2, False): Tile(128, 256, 64, 8, 3, 8),
+    (90, 2, False): Tile(256, 128, 64, 8, 3, 8),
     (90, 2, True): Tile(128, 128, 64, 8, 4, 8),
     (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
     (100, 2, True): Tile(128, 128, 64, 8, 3, 8),
@@ -74,8 +74,8 @@ def choose(table: dict, arch: int, *key) -> Tile:
     return table[(max(listed, default=0), *key)]
 
 
-# tensor memory is read into registers anew for every prefix, which leaves fewer for the epilogue
-PREFIXES = {100: Tile(128, 64, 64, 8, 3, 4)}
+# the accumulator outlives every prefix's epilogue (on sm_100 it is read anew from tensor memory): half the registers are left
+PREFIXES = {90: Tile(128, 64, 64, 8, 4, 4), 100: Tile(128, 64, 64, 8, 3, 4)}
 
 
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
@@ -94,7 +94,7 @@ TOPK = {
     (90, 2, True): Tile(64, 64, 64, 8, 4),
     (100, 2, False): Tile(128, 64, 64, 8, 3),
     (100, 2, True): Tile(128, 32, 64, 8, 3),
-    (100, 4, False): Tile(64, 32, 32, 8, 3),
+    (100, 4, False): Tile(64, 32, 32, 4, 3),
     (0, 2, False): Tile(64, 128, 32, 4, 3),
     (0, 2, True): Tile(64, 64, 32, 8, 3),
     (0, 4, False): Tile(64, 64, 32, 8, 3),
@@ -126,7 +126,7 @@ FUSED = {
     (90, 64, "forward", False): Tile(128, 128, 0, 8, 3),
     (90, 64, "forward", True): Tile(128, 64, 0, 8, 3),
     (90, 64, "backward", False): Tile(128, 128, 0, 8, 3),
-    (90, 64, "backward", True): Tile(128, 128, 0, 8, 3),
+    (90, 64, "backward", True): Tile(64, 128, 0, 8, 3),
     (90, 128, "forward", False): Tile(128, 128, 0, 8, 2),
     (90, 128, "forward", True): Tile(128, 64, 0, 8, 2),
     (90, 128, "backward", False): Tile(128, 128, 0, 8, 2),
