@@ -103,3 +103,19 @@ def documents(root, name="ViDoRe_arxivqa", pages=30, queries=12):
 def frames(folder, count, seed):
     for i in range(count):
         picture(folder / f"frame_{i + 1}.jpg", seed + i, (16, 16))
+
+
+def files(folder):
+    """All score and prediction files, by name."""
+    return {
+        str(p.relative_to(folder)): p.read_text().replace(str(folder), "OUT")
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.suffix in (".json", ".jsonl", ".txt") and "embeddings" not in p.parts and "tasks" not in p.parts
+        and p.name != "summary.json"
+    }  # fmt: skip
+
+
+def shards(folder):
+    """The shards of an output's store: when each was written, to the nanosecond, and as which file."""
+    found = ((p.name, p.stat()) for p in (folder / "embeddings").rglob("shard-*.safetensors"))
+    return {name: (stat.st_mtime_ns, stat.st_ino) for name, stat in found}

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from evaluation_layouts import StubModel, documents, mmeb, parquet, picture
+from evaluation_layouts import StubModel, documents, files, mmeb, parquet, picture
 
 from vlm2vec.evaluation.metrics import ranking_metrics
 from vlm2vec.evaluation.ranking import rank
@@ -30,16 +30,6 @@ def mixed(tmp_path):
     mmeb(tmp_path, "OK-VQA", rows=15, candidates=12, pictures=False)
     documents(tmp_path)
     return tmp_path / "eval", tmp_path / "images"
-
-
-def files(folder):
-    """All score and prediction files, by name."""
-    return {
-        str(p.relative_to(folder)): p.read_text().replace(str(folder), "OUT")
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.suffix in (".json", ".jsonl", ".txt") and "embeddings" not in p.parts and "tasks" not in p.parts
-        and p.name != "summary.json"
-    }  # fmt: skip
 
 
 def test_scores_equal_brute_force(mixed, tmp_path):
