@@ -18,9 +18,9 @@ import torch.distributed as dist
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import Operand
-from contrastive_kernels.panels import Panels, smooth_parts
+from contrastive_kernels.panels import Panels, smooth
 from contrastive_kernels.problem import Columns, Direction, Problem, build, directions, own_columns
-from contrastive_kernels.softmax import RowSums, finish, reduce_logits, row_factor
+from contrastive_kernels.softmax import RowSums, cut_negligible, finish, reduce_logits, row_factor
 from contrastive_kernels.stats import row_sums
 
 # names of torch 2.14; the older ones are deprecated there
@@ -168,7 +168,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
         sums[0].add(slice(0, n), hard.sums)
     for parts in turn():
         for direction, running in zip(parts, sums):
-            _sum_shard(Panels(problem, direction, workspace), running, o.return_stats and direction.forward)
+            _sum_shard(problem, direction, workspace, running, o.return_stats and direction.forward)
     logit = problem.positive * problem.inverse_temperature
     results = [finish(running, logit, o.label_smoothing) for running in sums]
     loss, stat_sums = torch.zeros_like(problem.share), None
@@ -179,7 +179,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
     if gradients is not None:
         for parts in turn():
             for direction, running, result in zip(parts, sums, results):
-                _differentiate_shard(Panels(problem, direction, workspace), running, result, logit, gradients)
+                _differentiate_shard(problem, direction, workspace, running, result, logit, gradients)
             # the columns' gradients travel with them; after a whole turn they are home
             for name in ("all_queries", "all_targets"):
                 if name in gradients.held:
@@ -194,25 +194,27 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
     return Computed(loss.sum(), stat_sums=stat_sums)
 
 
-def _sum_shard(panels: Panels, sums: RowSums, want_best: bool) -> None:
+def _sum_shard(problem: Problem, direction: Direction, workspace: int, sums: RowSums, want_best: bool) -> None:
+    panels = Panels(problem, direction, workspace, keep=False)
     for start, stop in panels:
-        filled, _ = panels.fill(start, stop)
-        for rows, parts in panels.parts(filled, start, stop):
-            sums.add(rows, reduce_logits(parts, panels.scales, False, bool(panels.smoothing), want_best)[0])
+        for tile, part in panels.fill(panels.anchors(start, stop), start, stop):
+            here, _ = reduce_logits(part, tile.block.scale, False, bool(panels.smoothing), want_best)
+            sums.add(slice(start, stop), here)
 
 
-def _differentiate_shard(panels: Panels, sums: RowSums, result, logit, gradients: Gradients) -> None:
+def _differentiate_shard(problem: Problem, direction: Direction, workspace: int, sums: RowSums, result, logit, gradients: Gradients) -> None:
     """Add the gradients of one shard of columns, the rows' sums being complete."""
-    problem, weight = panels.problem, panels.direction.weight
+    panels, weight = Panels(problem, direction, workspace, keep=True), direction.weight
     shift = torch.where(sums.shift == float("-inf"), 0, sums.shift)
     factor = row_factor(sums, logit, shift) * weight
     for start, stop in panels:
-        filled, anchors = panels.fill(start, stop)
-        for rows, parts in panels.parts(filled, start, stop):
-            dropped = [part == float("-inf") for part in parts] if panels.smoothing else None
-            for part in parts:
-                part.sub_(shift[rows, None]).exp_()
+        rows, anchors, parts = slice(start, stop), panels.anchors(start, stop), []
+        for _, part in panels.fill(anchors, start, stop):
+            dropped = part == float("-inf") if panels.smoothing else None
+            cut_negligible(part.sub_(shift[rows, None]))
+            part.exp_()
             if panels.smoothing:
-                smooth_parts(parts, dropped, factor[rows], weight[rows] * result.smooth[rows])
-        rows_factor = torch.ones_like(factor[start:stop]) if panels.smoothing else factor[start:stop]
-        panels.products(filled, anchors, start, stop, rows_factor * problem.inverse_temperature, gradients)
+                smooth(part, dropped, factor[rows], weight[rows] * result.smooth[rows])
+            parts.append(part)
+        rows_factor = torch.ones_like(factor[rows]) if panels.smoothing else factor[rows]
+        panels.products(parts, anchors, start, stop, rows_factor * problem.inverse_temperature, gradients)

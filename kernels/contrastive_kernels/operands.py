@@ -62,6 +62,16 @@ class Operand:
         """The same operand over columns [start, stop) of the embedding."""
         return dataclasses.replace(self, source=self.source[:, start:stop])
 
+    def narrow_rows(self, start: int, stop: int) -> Operand:
+        """Rows [start, stop) alone."""
+
+        def cut(tensor):
+            return None if tensor is None else tensor[start:stop]
+
+        if self.index is not None:
+            return dataclasses.replace(self, index=self.index[start:stop])
+        return dataclasses.replace(self, source=self.source[start:stop], inverse_norm=cut(self.inverse_norm), keep=cut(self.keep))
+
     def tile(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) in the compute dtype: a view when nothing has to be done to them."""
         if self.plain:

@@ -4,53 +4,71 @@ A panel of R rows sees every candidate of its rows, so its softmax is complete w
 
     S = scale * A B^T   ->  E = exp(S - shift), sums  ->  dA = diag(a) (E B),  dB += E^T (diag(a) A),  a = w (1 - p_pos) / sum(E) / T
 
-with a the row's factor folded into the smaller operand, so that E is written once and read twice (12 bytes an element in
-float32). Rows are reduced in sub-panels that stay near the cache. Scratch is O(R (sum of columns) + R D), within the
-workspace; GEMMs write into it with out=.
+with a the row's factor folded into the smaller operand. Candidates come in tiles of some hundred columns: a tile is masked,
+exponentiated and summed while it is in the cache. It is stored transposed, (columns, rows), since all three products then have
+both of their large operands contiguous along the summed dimension (see gemm.py); code sees its (rows, columns) view. Scratch
+is O(R (sum of columns) + R D), within the workspace.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+from contrastive_kernels.gemm import add_product, product_into, transposed
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import HardNegatives
-from contrastive_kernels.operands import TILE_BYTES, Operand
-from contrastive_kernels.problem import Direction, Problem
-from contrastive_kernels.softmax import SAFE_LOGIT, RowSums, finish, mask_logits, reduce_logits, row_factor
+from contrastive_kernels.problem import Block, Direction, Problem
+from contrastive_kernels.softmax import SAFE_LOGIT, RowSums, cut_negligible, finish, mask_logits, reduce_logits, row_factor
 
-SUB_PANEL_BYTES = 4 << 20
+TILE_COLUMNS = 1024  # with 3,000 rows 12 MiB: near the cache, and large enough for the products
 MIB = 1 << 20
 
 
-def panel_rows(rows: int, columns: int, width: int, itemsize: int, fixed: int, workspace: int) -> int:
-    """Rows of a panel whose logits, and three copies of whose anchors, fit in `workspace` bytes beside `fixed` bytes."""
-    each = (columns + 3 * width) * itemsize
+@dataclasses.dataclass
+class Tile:
+    """Columns [start, stop) of a block, which has `columns` in all.
+
+    Args:
+        block: the block with these columns alone. dead: indices of columns that are no candidates, known beforehand where
+            that needs no wait for a GPU: a few columns are cheaper to fill than a whole mask is to apply.
+    """
+
+    block: Block
+    start: int
+    stop: int
+    columns: int
+    dead: torch.Tensor | None
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+
+def tiles(blocks: list[Block], width: int) -> list[Tile]:
+    """All blocks in tiles of at most `width` columns."""
+    out = []
+    for block in blocks:
+        for start in range(0, block.width, width):
+            stop = min(start + width, block.width)
+            part = block if stop - start == block.width else block.narrow(start, stop)
+            keep = part.columns.keep
+            dead = None if keep is None or keep.is_cuda else (~keep).nonzero()[:, 0]
+            out.append(Tile(part, start, stop, block.width, dead))
+    return out
+
+
+def panel_rows(rows: int, each: int, fixed: int, workspace: int) -> int:
+    """Rows of a panel when a row takes `each` bytes and `fixed` bytes are taken whatever their number."""
     room = max(workspace - fixed, workspace // 2)
     if room < each:
         raise ValueError(
-            f"workspace_mib: expected room for one row of {columns} logits ({each / MIB:.1f} MiB), "
-            f"got {workspace / MIB:.1f} MiB; raise workspace_mib"
+            f"workspace_mib: expected room for one row of logits ({each / MIB:.2f} MiB, twice), "
+            f"got {workspace / MIB:.2f} MiB; raise workspace_mib"
         )
     count = min(rows, room // each)
     return -(-rows // -(-rows // count))  # equal panels
-
-
-def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
-    """out = alpha * a @ b without a second pass for alpha."""
-    if alpha == 1.0:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
-
-
-def logits_into(out: torch.Tensor, anchors: torch.Tensor, candidates: Operand, scale) -> None:
-    """out (r, C) = scale * anchors @ candidates^T."""
-    alpha = scale
-    if isinstance(scale, torch.Tensor):
-        anchors, alpha = anchors * scale, 1.0
-    for start, stop in candidates.steps():
-        multiply(out[:, start:stop], anchors, candidates.tile(start, stop).T, alpha)
 
 
 def logits_are_safe(problem: Problem, direction: Direction) -> bool:
@@ -64,97 +82,111 @@ def logits_are_safe(problem: Problem, direction: Direction) -> bool:
 
 
 class Panels:
-    """Buffers for the logits of one direction, and the walk over them."""
+    """The buffer for the logits of one direction, and the walk over them.
 
-    def __init__(self, problem: Problem, direction: Direction, workspace: int):
-        self.problem, self.direction, self.blocks = problem, direction, direction.blocks
-        dtype, device = problem.dtype, problem.device
-        columns = sum(block.width for block in self.blocks)
-        tiles = 0 if all(b.columns.operand.plain for b in self.blocks) else 2 * TILE_BYTES
-        self.rows = problem.query.rows
-        self.size = panel_rows(self.rows, columns, problem.query.width, dtype.itemsize, tiles + 2 * SUB_PANEL_BYTES, workspace)
-        self.buffers = [torch.empty(self.size * block.width, dtype=dtype, device=device) for block in self.blocks]
-        keeps = [block.columns.keep for block in self.blocks]
-        self.dead = [None if k is None or k.is_cuda else (~k).nonzero()[:, 0] for k in keeps]
-        self.step = self.size if device.type == "cuda" else max(1, SUB_PANEL_BYTES // (columns * dtype.itemsize))
-        self.scales = [block.scale for block in self.blocks]
+    Args:
+        keep: a panel's tiles are kept for products; else each takes the place of the one before.
+    """
+
+    def __init__(self, problem: Problem, direction: Direction, workspace: int, keep: bool):
+        self.problem, self.direction, self.keep = problem, direction, keep
         self.smoothing = problem.options.label_smoothing
+        dtype, device, width = problem.dtype, problem.device, problem.query.width
+        widest = max(block.width for block in direction.blocks)
+        self.tiles = tiles(direction.blocks, widest if device.type == "cuda" else TILE_COLUMNS)
+        widest = max(tile.width for tile in self.tiles)
+        held = sum(tile.width for tile in self.tiles) if keep else widest
+        anchors = len({id(block.anchors) for block in direction.blocks})
+        # a row: its logits and their masks, a tile's temporaries, and the anchors' copies and gradients; beside them candidates' tiles
+        row = (held + 2 * widest + (2 + 3 * anchors) * width) * dtype.itemsize + (held if self.smoothing else 0)
+        self.rows = problem.query.rows
+        self.size = panel_rows(self.rows, row, 3 * widest * width * dtype.itemsize, workspace)
+        self.buffer = torch.empty(self.size * held, dtype=dtype, device=device)
 
     def __iter__(self):
         """(start, stop) of each panel."""
         return ((a, min(a + self.size, self.rows)) for a in range(0, self.rows, self.size))
 
-    def fill(self, start: int, stop: int):
-        """Compute the logits of rows [start, stop): a panel a block, and the anchors' tiles by identity."""
-        panels, anchors = [], {}
-        for block, buffer in zip(self.blocks, self.buffers):
-            panel = buffer[: (stop - start) * block.width].view(stop - start, block.width)
-            if id(block.anchors) not in anchors:
-                anchors[id(block.anchors)] = block.anchors.tile(start, stop)
-            logits_into(panel, anchors[id(block.anchors)], block.columns.operand, block.scale)
-            panels.append(panel)
-        return panels, anchors
+    def anchors(self, start: int, stop: int) -> dict[int, torch.Tensor]:
+        """Rows [start, stop) of every block's anchors, by identity."""
+        return {id(block.anchors): block.anchors.tile(start, stop) for block in self.direction.blocks}
 
-    def parts(self, panels, start: int, stop: int):
-        """Sub-panels with their negatives masked: (slice of rows, one view a block)."""
-        direction = self.direction
-        for first in range(start, stop, self.step):
-            rows = slice(first, min(first + self.step, stop))
-            parts = [panel[rows.start - start : rows.stop - start] for panel in panels]
-            for block, part, dead in zip(self.blocks, parts, self.dead):
-                mask_logits(part, block, rows, direction.threshold, direction.active, dead)
-            yield rows, parts
+    def fill(self, anchors, start: int, stop: int):
+        """(tile, its masked logits of rows [start, stop)), one after another."""
+        first, rows = 0, stop - start
+        for tile in self.tiles:
+            block = tile.block
+            out = self.buffer[first * rows : (first + tile.width) * rows].view(tile.width, rows)
+            first += tile.width if self.keep else 0
+            product_into(out, block.columns.operand.tile(0, tile.width), anchors[id(block.anchors)], block.scale)
+            mask_logits(out.T, block, slice(start, stop), self.direction.threshold, self.direction.active, tile.dead)
+            yield tile, out.T
 
-    def products(self, panels, anchors, start, stop, factor, gradients: Gradients) -> None:
-        """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
-        for block, panel in zip(self.blocks, panels):
-            tile, candidates = anchors[id(block.anchors)], block.columns.operand
+    def products(self, parts, anchors, start: int, stop: int, factor, gradients: Gradients) -> None:
+        """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for all tiles of one panel."""
+        width, rows = self.problem.query.width, stop - start
+        pulled, scaled, sinks = {}, {}, {}
+        for tile, part in zip(self.tiles, parts):
+            block, key = tile.block, id(tile.block.anchors)
+            candidates = block.columns.operand
             if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
-                rows = None
-                for first, last in candidates.steps():
-                    piece = candidates.tile(first, last)
-                    rows = panel[:, first:last] @ piece if rows is None else rows.addmm_(panel[:, first:last], piece)
-                rows.mul_(factor[:, None])
-                if gradients.wants("temperature"):
-                    gradients.temperature += torch.linalg.vecdot(rows, tile).sum()
-                if gradients.wants(block.anchor_sink):
-                    gradients.add_anchors(block.anchor_sink, start, stop, rows)
-                del rows
+                if key not in pulled:
+                    pulled[key], sinks[key] = part.new_zeros(width, rows), block.anchor_sink
+                add_product(pulled[key], transposed(candidates.tile(0, tile.width), rows), part)
             if gradients.wants(block.columns.sink):
-                gradients.of(block.columns.sink, candidates.rows).addmm_(panel.T, tile * factor[:, None])
+                if key not in scaled:
+                    scaled[key] = transposed(anchors[key] * factor[:, None], tile.width)
+                add_product(gradients.of(block.columns.sink, tile.columns)[tile.start : tile.stop], part.T, scaled[key])
+        scaled.clear()
+        for key, columns in pulled.items():
+            whole = columns.T.contiguous().mul_(factor[:, None])
+            if gradients.wants("temperature"):
+                gradients.temperature += torch.linalg.vecdot(whole, anchors[key]).sum()
+            if gradients.wants(sinks[key]):
+                gradients.add_anchors(sinks[key], start, stop, whole)
 
 
-def smooth_parts(parts, dropped, factor, smooth) -> None:
-    """E becomes the derivative with respect to the logits: factor * E - smooth, over the candidates."""
-    for part, gone in zip(parts, dropped):
-        part.mul_(factor[:, None]).sub_(smooth[:, None]).masked_fill_(gone, 0)
+def smooth(part, dropped, factor, share) -> None:
+    """E becomes the derivative with respect to the logits: factor * E - share, over the candidates."""
+    part.mul_(factor[:, None]).sub_(share[:, None])
+    if dropped is not None:
+        part.masked_fill_(dropped, 0)
 
 
 def sweep(problem: Problem, direction: Direction, hard: HardNegatives | None, gradients: Gradients | None, workspace: int, want_best: bool):
     """Reduce every row of `direction` and add its gradients. Returns (RowResult, RowSums) of all rows, (n,) each."""
     n, smoothing = problem.query.rows, problem.options.label_smoothing
     safe = logits_are_safe(problem, direction)
-    panels = Panels(problem, direction, workspace)
+    panels = Panels(problem, direction, workspace, keep=gradients is not None)
     sums = RowSums.empty(n, problem.dtype, problem.device, bool(smoothing))
     if hard is not None:
         sums.add(slice(0, n), hard.sums)
-    factor = torch.ones(n, dtype=problem.dtype, device=problem.device)
     logit = direction.positive * problem.inverse_temperature
     for start, stop in panels:
-        filled, anchors = panels.fill(start, stop)
-        for rows, parts in panels.parts(filled, start, stop):
-            here, shift, dropped = reduce_logits(parts, panels.scales, safe, bool(smoothing), want_best)
+        rows, anchors = slice(start, stop), panels.anchors(start, stop)
+        parts, shifts, masks = [], [], []
+        for tile, part in panels.fill(anchors, start, stop):
+            here, dropped = reduce_logits(part, tile.block.scale, safe, bool(smoothing), want_best)
             sums.add(rows, here)
-            if gradients is None:
-                continue
-            own = sums.rows(rows)
-            part_factor = row_factor(own, logit[rows], shift) * direction.weight[rows]
-            if smoothing:
-                smooth_parts(parts, dropped, part_factor, direction.weight[rows] * finish(own, logit[rows], smoothing).smooth)
-            else:
-                factor[rows] = part_factor
-        if gradients is not None:
-            panels.products(filled, anchors, start, stop, factor[start:stop] * problem.inverse_temperature, gradients)
+            parts.append(part)
+            shifts.append(here.shift)
+            masks.append(dropped)
+        if gradients is None:
+            continue
+        own, weight = sums.rows(rows), direction.weight[rows]
+        common = torch.zeros_like(own.shift) if safe else torch.where(own.shift == float("-inf"), 0, own.shift)
+        factor = row_factor(own, logit[rows], common) * weight
+        if not safe:
+            for part, shift in zip(parts, shifts):
+                shift = shift - common  # -inf for a tile without candidates, whose zeros stay
+                cut_negligible(shift)
+                part.mul_(shift.exp_()[:, None])
+        if smoothing:
+            share = weight * finish(own, logit[rows], smoothing).smooth
+            for part, dropped in zip(parts, masks):
+                smooth(part, dropped, factor, share)
+            factor = torch.ones_like(factor)
+        panels.products(parts, anchors, start, stop, factor * problem.inverse_temperature, gradients)
     result = finish(sums, logit, smoothing)
     if gradients is not None:
         gradients.add_positives(direction, result.positive * direction.weight * problem.inverse_temperature)

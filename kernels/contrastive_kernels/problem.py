@@ -37,6 +37,16 @@ class Columns:
     owners: torch.Tensor | None = None
     offset: int | None = None
 
+    def narrow(self, start: int, stop: int) -> Columns:
+        """Columns [start, stop) alone."""
+
+        def cut(tensor):
+            return None if tensor is None else tensor[start:stop]
+
+        return Columns(
+            self.operand.narrow_rows(start, stop), self.sink, cut(self.ids), cut(self.keep), cut(self.owners), (self.offset or 0) + start
+        )
+
 
 @dataclasses.dataclass
 class Block:
@@ -59,6 +69,11 @@ class Block:
     @property
     def width(self) -> int:
         return self.columns.operand.rows
+
+    def narrow(self, start: int, stop: int) -> Block:
+        """The block over columns [start, stop) alone."""
+        ids = tuple((own, columns[start:stop]) for own, columns in self.ids)
+        return dataclasses.replace(self, columns=self.columns.narrow(start, stop), ids=ids)
 
 
 @dataclasses.dataclass

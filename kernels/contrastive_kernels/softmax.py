@@ -14,6 +14,9 @@ import torch
 
 # |logit| up to which exp needs no running maximum: e^60 * 2^20 columns is far inside float32, e^-60 far above its least.
 SAFE_LOGIT = 60.0
+# exp below it counts as 0 where a row's maximum is subtracted: the square of e^-43 is still a normal float32, and products of
+# denormal numbers cost a hundred times more than others. 2e-19 of the greatest term is far below float32's precision.
+NEGLIGIBLE = {torch.float32: -43.0, torch.float64: -350.0}
 
 
 @dataclasses.dataclass
@@ -119,37 +122,39 @@ def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> 
         logits.scatter_(1, column, torch.where(inside[:, None], minus, logits.gather(1, column)))
 
 
-def reduce_logits(logits_blocks, scales, fixed: bool, smoothing: bool, want_best: bool):
-    """Sum masked logits (r, C_b) over all blocks. In place they become E = exp(logit - shift).
+def cut_negligible(shifted) -> None:
+    """Set to -inf, in place, the exponents whose exponentials do not count."""
+    torch.threshold_(shifted, NEGLIGIBLE[shifted.dtype], float("-inf"))
+
+
+def reduce_logits(logits, scale, fixed: bool, smoothing: bool, want_best: bool):
+    """Sum masked logits (r, C). In place they become E = exp(logit - shift).
 
     Args:
-        scales: per block, what turned a cosine into a logit.
+        scale: what turned a cosine into a logit.
         fixed: the caller knows that no logit exceeds SAFE_LOGIT: shift 0, no maximum is taken.
         smoothing: also sum and count the logits. want_best: also take the greatest cosine.
 
     Returns:
-        RowSums of these rows; the (r,) shift that E has; per block a bool mask of the dropped elements, or None.
+        RowSums of these rows, whose shift is E's and -inf where a row has no candidate; a bool mask of the dropped, or None.
     """
-    first, minus = logits_blocks[0], float("-inf")
-    zeros = first.new_zeros(first.shape[0])
-    best = zeros + minus
-    shift = zeros
+    minus = float("-inf")
+    zeros = logits.new_zeros(logits.shape[0])
+    shift, best, dropped = zeros, zeros + minus, None
     if not fixed or want_best:
-        tops = [block.amax(1) for block in logits_blocks]
-        for top, scale in zip(tops, scales):
-            best = torch.maximum(best, top / scale)
+        top = logits.amax(1)
+        best = top / scale
         if not fixed:
-            shift = tops[0] if len(tops) == 1 else torch.stack(tops).amax(0)
-            shift = torch.where(shift == minus, 0, shift)
-    sums = RowSums(shift, zeros.clone(), best)
-    dropped = None
+            shift = torch.where(top == minus, 0, top)
+            logits.sub_(shift[:, None])  # label smoothing sums them first, so small ones are not cut off here
+    sums = RowSums(shift, zeros, best)
     if smoothing:
-        dropped = [block == minus for block in logits_blocks]
-        sums.logits, sums.count = zeros.clone(), zeros.clone()
-        for block, gone in zip(logits_blocks, dropped):
-            sums.count += block.shape[1] - gone.sum(1)
-            sums.logits += block.masked_fill(gone, 0).sum(1)
-    for block in logits_blocks:
-        sums.total += (block if fixed else block.sub_(shift[:, None])).exp_().sum(1)
+        dropped = logits == minus
+        sums.count = logits.shape[1] - dropped.sum(1, dtype=logits.dtype)
+        # the shift that was taken off each logit comes back at once
+        sums.logits = logits.masked_fill(dropped, 0).sum(1) + sums.count * shift
+    if not fixed:
+        cut_negligible(logits)
+    sums.total = logits.exp_().sum(1)
     sums.shift = torch.where(sums.total > 0, shift, minus)
-    return sums, shift, dropped
+    return sums, dropped

@@ -8,7 +8,8 @@ import torch
 
 from contrastive_kernels.backends import choose
 from contrastive_kernels.operands import Operand, compute_dtype
-from contrastive_kernels.panels import MIB, logits_into
+from contrastive_kernels.gemm import product_into
+from contrastive_kernels.panels import MIB
 
 
 def stable_topk(values, k: int):
@@ -107,7 +108,7 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
             for c in range(0, m, columns):
                 d = min(c + columns, m)
                 product = torch.empty(b - a, d - c, dtype=dtype, device=device)
-                logits_into(product, tile, Operand(target[c:d], dtype), 1.0)
+                product_into(product, tile, Operand(target[c:d], dtype).tile(0, d - c))
                 if exclude is not None:
                     column = exclude[a:b] - c
                     inside = (column >= 0) & (column < d - c)

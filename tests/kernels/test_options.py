@@ -12,9 +12,9 @@ NAMES = ("query", "target", "hard_negatives", "temperature")
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Batches this small would be one tile and one sub-panel: shrink both, so that every seam is crossed."""
+    """Batches this small would be one tile: shrink it, so that every seam is crossed."""
     monkeypatch.setattr(operands, "TILE_BYTES", 400)
-    monkeypatch.setattr(panels, "SUB_PANEL_BYTES", 700)
+    monkeypatch.setattr(panels, "TILE_COLUMNS", 5)
 
 
 def leaves(case, options):
