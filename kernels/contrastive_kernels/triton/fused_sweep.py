@@ -10,7 +10,6 @@ import torch
 
 from contrastive_kernels.softmax import RowSums, row_factor
 from contrastive_kernels.triton.fused import FusedSums, fused_backward, fused_forward
-from contrastive_kernels.triton.sides import add_anchors
 
 
 def _sums(work, view, rows: slice, weighted: bool) -> FusedSums:
@@ -25,26 +24,22 @@ def _sums(work, view, rows: slice, weighted: bool) -> FusedSums:
 
 def forward(work, sums: RowSums, *, finished: bool) -> None:
     """Add every row's sums to `sums`; with `finished` these rows' sums are then complete, and their anchors' gradients are added."""
-    gradients = work.gradients
+    gradients = work.gradients if finished else None
     for rows in work:
         made = []
         for block, view in zip(work.direction.blocks, work.views):
-            weighted = finished and _wants_anchors(gradients, block)
+            weighted = gradients is not None and work.writer.wants_anchors(block)
             made.append(_sums(work, view, rows, weighted))
             sums.add(rows, RowSums(made[-1].shift, made[-1].total, made[-1].best))
-        if finished:
-            _add_anchors(work, rows, made, sums)
+        if gradients is not None:
+            _add_anchors(work, rows, made, sums, work.positive_term(rows, sums))
 
 
 def anchors(work, sums: RowSums) -> None:
     """The anchors' gradients alone, from sums that were completed elsewhere (a ring's)."""
     for rows in work:
-        made = [_sums(work, view, rows, _wants_anchors(work.gradients, block)) for block, view in zip(work.direction.blocks, work.views)]
-        _add_anchors(work, rows, made, sums)
-
-
-def _wants_anchors(gradients, block) -> bool:
-    return gradients is not None and (gradients.wants(block.anchor_sink) or gradients.wants("temperature"))
+        made = [_sums(work, view, rows, work.writer.wants_anchors(block)) for block, view in zip(work.direction.blocks, work.views)]
+        _add_anchors(work, rows, made, sums, None)
 
 
 def _factor(work, sums: RowSums, rows: slice) -> torch.Tensor:
@@ -53,14 +48,13 @@ def _factor(work, sums: RowSums, rows: slice) -> torch.Tensor:
     return row_factor(own, work.logit[rows], own.shift) * work.direction.weight[rows] * work.problem.inverse_temperature
 
 
-def _add_anchors(work, rows: slice, made: list[FusedSums], sums: RowSums) -> None:
-    own = sums.rows(rows)
+def _add_anchors(work, rows: slice, made: list[FusedSums], sums: RowSums, positive) -> None:
+    own, factor = sums.rows(rows), _factor(work, sums, rows)
     for block, part in zip(work.direction.blocks, made):
         if part.weighted is None:
             continue
         relative = torch.where(part.total > 0, (part.shift - own.shift).exp(), 0.0)
-        d_anchors = part.weighted * (_factor(work, sums, rows) * relative)[:, None]
-        add_anchors(work.problem, work.gradients, block, work.sides(block.anchors), rows, d_anchors)
+        work.writer.anchors(block, rows, part.weighted, factor * relative, positive)
 
 
 def backward(work, sums: RowSums) -> None:
@@ -74,9 +68,7 @@ def backward(work, sums: RowSums) -> None:
     for block, view in zip(work.direction.blocks, work.views):
         if not work.gradients.wants(block.columns.sink):
             continue
-        held = work.gradients.of(block.columns.sink, block.columns.operand.rows)
         for start in range(0, len(view.y), work.size):
             columns = slice(start, min(start + work.size, len(view.y)))
-            held[columns].add_(fused_backward(
-                view.x, view.y[columns], scale=view.scale, shift=shift, factor=factor, **view.options(everyone, columns)
-            ))
+            piece = fused_backward(view.x, view.y[columns], scale=view.scale, shift=shift, factor=factor, **view.options(everyone, columns))
+            work.writer.column_piece(block, columns, piece)

@@ -35,11 +35,16 @@ def row_scaled(x: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, tor
     bfloat16 and float32 hold a factor as small as w / Z. float16 does not: there the largest factor becomes 1 and comes back
     as a 0-d tensor, read on the device.
     """
-    if x.dtype != torch.float16:
-        return (x * factor[:, None]).to(x.dtype), None
-    top = factor.abs().amax()
-    top = torch.where(top > 0, top, torch.ones_like(top))
-    return (x * (factor / top)[:, None]).to(x.dtype), top
+    top = None
+    if x.dtype == torch.float16:
+        top = factor.abs().amax()
+        top = torch.where(top > 0, top, torch.ones_like(top))
+        factor = factor / top
+    # into an output of the narrow type: multiplied in float32 and rounded in the same pass
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x, factor[:, None], out=out)
+    work.note("row_scaled", 0, 0, work.size(x), work.size(out))
+    return out, top
 
 
 def add_scaled_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | None) -> None:

@@ -40,10 +40,6 @@ class Side:
             self._unit = self.raw if self.scale is None else (self.raw * self.scale[:, None]).to(self.raw.dtype)
         return self._unit
 
-    def unit_rows(self, rows: slice) -> torch.Tensor:
-        """Some unit rows in the accumulator's type, before any rounding to the products' type."""
-        return self.raw[rows] if self.scale is None else self.raw[rows] * self.scale[rows, None]
-
 
 class Sides:
     """Every matrix of a direction once, and a `BlockView` a block of candidates."""
@@ -61,12 +57,3 @@ class Sides:
             anchors.raw, columns.raw, block.scale, block.exclude, tuple(block.ids), direction.threshold, block.columns.keep,
             block.columns.offset or 0, anchors.scale, columns.scale,
         )
-
-
-def add_anchors(problem, gradients, block, anchors, rows: slice, d_anchors) -> None:
-    """Add a panel's gradient of its anchors where it belongs, and its share of the temperature's."""
-    if gradients.wants("temperature"):
-        # sum_j E_ij cos_ij is x_i . (E Y)_i
-        gradients.temperature += torch.linalg.vecdot(d_anchors, anchors.unit_rows(rows).to(problem.dtype)).sum()
-    if gradients.wants(block.anchor_sink):
-        gradients.add_anchors(block.anchor_sink, rows.start, rows.stop, d_anchors)

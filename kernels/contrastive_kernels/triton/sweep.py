@@ -18,8 +18,9 @@ from contrastive_kernels.triton import configs, fused_sweep
 from contrastive_kernels.triton import panel as panels
 from contrastive_kernels.triton.common import INTERPRET, check_dtype
 from contrastive_kernels.triton.panel import PanelSums
-from contrastive_kernels.triton.products import add_scaled_matmul, matmul, row_scaled
-from contrastive_kernels.triton.sides import Sides, add_anchors
+from contrastive_kernels.triton.products import matmul
+from contrastive_kernels.triton.sides import Sides
+from contrastive_kernels.triton.writer import Writer
 
 
 def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
@@ -48,6 +49,7 @@ class Panels:
         self.plan = plan_for(problem, direction, gradients, workspace)
         self.path, self.size = self.plan.path, self.plan.rows
         self.sides = Sides(direction)
+        self.writer = None if gradients is None else Writer(problem, direction, gradients, self.sides)
         self.views, self.rows = self.sides.views, problem.query.rows
         self.smoothing = problem.options.label_smoothing
         self.logit = direction.positive * problem.inverse_temperature
@@ -86,18 +88,20 @@ class Panels:
         panels.write_exponentials(self.views, rows, cosine, outs, shift, a=a, b=b)
         return factor
 
-    def products(self, rows: slice, outs, factor) -> None:
+    def positive_term(self, rows: slice, sums: RowSums) -> torch.Tensor:
+        """(r,) derivative with respect to the cosine of the rows' positives, their sums being complete."""
+        done = finish(sums.rows(rows), self.logit[rows], self.smoothing)
+        return done.positive * self.direction.weight[rows] * self.problem.inverse_temperature
+
+    def products(self, rows: slice, outs, factor, positive=None) -> None:
         """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
-        problem, gradients = self.problem, self.gradients
         for block, e in zip(self.direction.blocks, outs):
-            anchors, columns = self.sides(block.anchors), self.sides(block.columns.operand)
-            if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
-                d_anchors = matmul(e, columns.unit, problem.dtype).mul_(factor[:, None])
-                add_anchors(problem, gradients, block, anchors, rows, d_anchors)
+            if self.writer.wants_anchors(block):
+                d_anchors = matmul(e, self.sides(block.columns.operand).unit, self.problem.dtype)
+                self.writer.anchors(block, rows, d_anchors, factor, positive)
                 del d_anchors
-            if gradients.wants(block.columns.sink):
-                scaled, rest = row_scaled(anchors.raw[rows], factor if anchors.scale is None else factor * anchors.scale[rows])
-                add_scaled_matmul(gradients.of(block.columns.sink, block.columns.operand.rows), e.T, scaled, rest)
+            if self.gradients.wants(block.columns.sink):
+                self.writer.columns(block, rows, e, factor)
 
 
 def row_sums(here: PanelSums) -> RowSums:
@@ -124,7 +128,7 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
             _panel(work, rows, sums, want_best)
     result = finish(sums, work.logit, work.smoothing)
     if gradients is not None:
-        gradients.add_positives(direction, result.positive * direction.weight * problem.inverse_temperature)
+        work.writer.positives(result.positive * direction.weight * problem.inverse_temperature)
     return result, sums
 
 
@@ -145,4 +149,4 @@ def _panel(work: Panels, rows: slice, sums: RowSums, want_best: bool) -> None:
         factor = work.write(rows, cosine, outs, sums)
         del cosine
     if work.gradients is not None:
-        work.products(rows, outs, factor * problem.inverse_temperature)
+        work.products(rows, outs, factor * problem.inverse_temperature, work.positive_term(rows, sums))
