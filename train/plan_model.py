@@ -56,7 +56,8 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> VLM2Vec:
     if folder is not None:
         folder.cleanup()
     dtype = getattr(torch, recipe.dtype)
-    with mode, loading.quiet():
+    # Made on the meta device, where no operation holds bytes, and brought to the CPU that the mode plays at the end.
+    with torch.device("meta"), loading.quiet():
         module = _made(backbone.model_class(config), config, dtype)
         if recipe.quantization:
             _quantize(module, backbone.unquantized, dtype)
@@ -65,7 +66,22 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> VLM2Vec:
         prepare(model, recipe)
         if recipe.quantization:
             _clone_like_peft(model)
+    with mode:
+        _to_cpu(model)
     return model
+
+
+def _to_cpu(model: nn.Module) -> None:
+    known: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in known:
+                    made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+                    known[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                table[name] = known[id(tensor)]
 
 
 def _made(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:

@@ -73,6 +73,32 @@ class Lora:
 
 
 @dataclass
+class Content:
+    """One side of an assumed row: tokens of text, and `images` pictures of [width, height] or a film [frames, width, height]."""
+
+    text: int
+    image: list[int] | None = None
+    images: int = 1
+    video: list[int] | None = None
+
+
+@dataclass
+class Rows:
+    """A kind of rows and its share of a batch."""
+
+    share: float
+    query: Content
+    target: Content
+
+
+@dataclass
+class Assumed:
+    """What `plan` takes a batch to be where the data is not at hand. Training does not look at it."""
+
+    rows: list[Rows]
+
+
+@dataclass
 class Recipe:
     """A whole run. `model`: hub name or folder; `output`: folder of checkpoints and of the trained model."""
 
@@ -113,6 +139,7 @@ class Recipe:
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
     cpu: bool = False
+    plan: Assumed | None = None
 
     def __post_init__(self) -> None:
         if self.interleave_batch_size is None:

@@ -26,7 +26,7 @@ from train.trainer import ContrastiveTrainer
 # Keys that may change between a run and its resumption without changing what is computed.
 _FREE_KEYS = {
     "workers", "decode_threads", "save_steps", "keep_checkpoints", "logging_steps", "report_to", "run_name", "keep_mib",
-    "media_mib", "offload_activations", "output",
+    "media_mib", "offload_activations", "output", "plan",
 }  # fmt: skip
 
 

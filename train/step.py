@@ -41,6 +41,8 @@ class ContrastiveStep:
         gradcache: with the chunk budget in force.
     """
 
+    gradcache_class = GradCache
+
     def __init__(
         self,
         recipe: Recipe,
@@ -57,7 +59,7 @@ class ContrastiveStep:
         self.media = Media(
             unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict
         )
-        self.gradcache = GradCache(
+        self.gradcache = self.gradcache_class(
             self._encode,
             chunk_tokens=None if recipe.chunk_rows else recipe.chunk_tokens,
             chunk_size=recipe.chunk_rows,
