@@ -53,6 +53,19 @@ def _pool(dtype):
         yield "index", lambda: pool.last_token_index(attention_mask=torch.ones(16, 4096, dtype=torch.int64))
 
 
+def _rows(dtype):
+    from contrastive_kernels.triton import rows
+
+    out, narrow, factor, index = torch.zeros(R, D), matrix(R, D, dtype), torch.zeros(R), torch.zeros(R, dtype=torch.int64)
+    segments = rows.Segments.make(index, R)
+    both = dict(x=out, a=factor, y=narrow, b=factor)
+    yield "update, store", lambda: rows.update(out, index=index, add=False, **both)
+    yield "scatter, add", lambda: rows.scatter(out, segments, y=narrow, b=factor, add=True)
+    if dtype == torch.bfloat16:
+        yield "update, add, dot", lambda: rows.update(out, index=index, z=narrow, add=True, **both)
+        yield "scatter, both, store", lambda: rows.scatter(out, segments, add=False, **both)
+
+
 def _chunk(dtype):
     from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
 
@@ -93,7 +106,7 @@ def _fused(dtype):
     yield "forward, odd", lambda: fused_forward(matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2)
 
 
-FAMILIES = {"exp panel": _exp_panel, "pool": _pool, "chunk": _chunk, "topk": _topk, "fused": _fused}
+FAMILIES = {"exp panel": _exp_panel, "pool": _pool, "rows": _rows, "chunk": _chunk, "topk": _topk, "fused": _fused}
 
 
 def _families():

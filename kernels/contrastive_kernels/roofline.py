@@ -61,6 +61,8 @@ GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
 TRITON_SHARE = 0.85  # main loop of a Triton product against the library's
 ISSUE_SHARE = 0.6  # instructions issued while an epilogue waits on shared memory and stores
 LAUNCH = 5e-6  # one kernel after another
+PROGRAM_START = 1e-6  # a program that leaves at once, of a kernel that has a multiprocessor to itself
+REDO_PROGRAMS = 8  # for every tile of rows; a program walks every eighth tile of columns where it has work
 
 
 def for_arch(arch: int) -> Gpu:
@@ -126,8 +128,8 @@ def exp_panel(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, t
     flops = 2 * rows * columns * width
     tile_r, tile_c = TILE.get(gpu.arch, (128, 256))
     read = itemsize * width * (rows + columns)
-    # a row sum of every tile, float32
-    written = itemsize * rows * columns + 4 * rows * -(-columns // tile_c)
+    # sum and greatest cosine of a row in every tile, float32
+    written = itemsize * rows * columns + 8 * rows * -(-columns // tile_c)
     tiles = rows / tile_r * columns / tile_c
     from_l2 = tiles * (tile_r + tile_c) * width * itemsize
     loop = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
@@ -136,9 +138,10 @@ def exp_panel(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, t
     return Piece("logits product, exp epilogue", flops, read, written, loop + epilogue + LAUNCH, times)
 
 
-def chunk_panel(gpu: Gpu, rows: int, columns: int, *, itemsize: int, times=1) -> Piece:
-    """Softmax over float32 logits in memory: read twice (the second time partly from L2, counted in full), written once."""
-    return elementwise(gpu, 8 * rows * columns, itemsize * rows * columns, name="softmax over float32 logits", times=times)
+def chunk_panel(gpu: Gpu, rows: int, columns: int, *, itemsize: int, write=True, times=1) -> Piece:
+    """Softmax over float32 logits in memory: read for the sums, and where gradients are wanted read again and written."""
+    cells, sums = rows * columns, 3 * 4 * rows
+    return elementwise(gpu, (8 if write else 4) * cells, (itemsize if write else 0) * cells + sums, name="softmax over float32 logits", times=times)
 
 
 def panels(gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, itemsize: int, path: str = "exp", d_query=True, d_target=True, instructions: float | None = None) -> list[Piece]:
@@ -155,17 +158,39 @@ def panels(gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, items
             continue
         if path == "exp":
             out.append(exp_panel(gpu, rows, columns, width, itemsize=itemsize, times=times, instructions=instructions))
+            out.append(redo_check(gpu, rows, times=times))
         else:
             out.append(gemm(gpu, rows, columns, width, itemsize=itemsize, out_itemsize=4, name="logits, float32", times=times))
-            out.append(chunk_panel(gpu, rows, columns, itemsize=itemsize, times=times))
+            out.append(chunk_panel(gpu, rows, columns, itemsize=itemsize, write=d_query or d_target, times=times))
         if d_query:
             out.append(gemm(gpu, rows, width, columns, itemsize=itemsize, out_itemsize=4, name="d_query = E target", times=times))
-            out.append(elementwise(gpu, 8 * rows * width, 4 * rows * width, name="row factors", times=times))
+            out.append(row_update(gpu, rows, width, itemsize=itemsize, times=times))
         if d_target:
             out.append(elementwise(gpu, itemsize * rows * width, itemsize * rows * width, name="scaled query", times=times))
-            whole = panel_rows >= n
-            out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=not whole, name="d_target += E^T query", times=times))
+            first = 1 if rows == panel_rows else 0  # the first panel stores, those after it add
+            for count, add in ((first, False), (times - first, True)):
+                if count:
+                    out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=add, name="d_target += E^T query", times=count))
+    if d_target:
+        out.append(positive_scatter(gpu, n, columns, width, itemsize=itemsize))
     return out
+
+
+def row_update(gpu: Gpu, rows: int, width: int, *, itemsize: int, times=1) -> Piece:
+    """Row factors and the positive's own term, from the product's result to the gradient (triton/rows.py)."""
+    return elementwise(gpu, (4 + itemsize) * rows * width, 4 * rows * width, name="row factors, positives", times=times)
+
+
+def positive_scatter(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int) -> Piece:
+    """The positives' own term of the candidates: a target for every row, or every target where rows share them."""
+    touched = min(rows, columns)
+    return elementwise(gpu, (4 * touched + itemsize * rows) * width, 4 * touched * width, name="positives of d_target")
+
+
+def redo_check(gpu: Gpu, rows: int, *, times=1) -> Piece:
+    """The second launch over rows whose shift was unsafe: every program reads one number and leaves."""
+    programs = REDO_PROGRAMS * -(-rows // 128)
+    return Piece("unsafe rows: none", 0, 0, 0, LAUNCH + programs / gpu.sms * PROGRAM_START, times)
 
 
 # Instructions a thread issues per element of a tile in a fused kernel's loop: upper bounds, held by tests/kernels/test_aot.py.
@@ -191,10 +216,10 @@ def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d
     padded = max(16, 1 << (width - 1).bit_length())
     out = [fused(gpu, n, columns, padded, itemsize=itemsize, products=2 if d_query else 1)]
     if d_query:
-        out.append(elementwise(gpu, 8 * n * width, 4 * n * width, name="row factors"))
+        out.append(row_update(gpu, n, width, itemsize=itemsize))
     if d_target:
         out.append(fused(gpu, n, columns, padded, itemsize=itemsize, backward=True))
-        out.append(elementwise(gpu, 8 * columns * width, 4 * columns * width, name="add d_target"))
+        out.append(positive_scatter(gpu, n, columns, width, itemsize=itemsize))
     return out
 
 

@@ -37,7 +37,8 @@ def test_tensor_cores_of_the_architecture(arch, name):
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_every_family_is_compiled(arch):
     assert {row["kernel"] for row in compiled(arch)} >= {
-        "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_fused_fwd_kernel", "_fused_bwd_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
+        "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_fused_fwd_kernel", "_fused_bwd_kernel",
+        "_update_kernel", "_scatter_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
     }
 
 
@@ -56,9 +57,18 @@ def test_predicted_time_stays_near_three_products(arch, n, d):
     assert roofline.seconds(pieces) <= (1.43 if d == 768 else 1.18) * limit
 
 
-@pytest.mark.parametrize("panel", [64, 96])
-def test_launched_work_equals_the_cost_model(panel, monkeypatch):
-    """FLOPs of grids times tiles, and bytes of the tensors that the launches touch, against `roofline.panels`."""
+GROUPS = {  # what launchers note, by the piece of the cost model that stands for it
+    "exp_panel": ("logits product",), "gemm": ("logits, float32", "d_query = ", "d_target +="), "row_scaled": ("scaled query",),
+    "rows_update": ("row factors",), "rows_scatter": ("positives of",), "chunk": ("softmax over",), "fused_": ("fused ",),
+    "exp_panel_redo": ("unsafe rows",),
+}
+
+
+# 64: three panels; 96: two panels of a tile and a half each; 192: one panel, which stores where the others add
+@pytest.mark.parametrize("wrt", [("query", "target"), ("query",), ("target",)])
+@pytest.mark.parametrize("path, panel", [("exp", 64), ("exp", 192), ("chunk", 96), ("chunk", 192), ("fused", 192)])
+def test_launched_work_equals_the_cost_model(path, panel, wrt, monkeypatch):
+    """FLOPs of grids times tiles, and bytes of the tensors that the launches touch, against the pieces that dispatch prices."""
     from contrastive_kernels import info_nce_value_and_grad
     from contrastive_kernels.triton import configs, work
     from contrastive_kernels.triton.common import INTERPRET
@@ -66,23 +76,29 @@ def test_launched_work_equals_the_cost_model(panel, monkeypatch):
     if not INTERPRET and not torch.cuda.is_available():
         pytest.skip("needs the interpreter or a GPU")
     n, d = 192, 64
-    force(monkeypatch, "exp", rows=panel)
+    force(monkeypatch, path, rows=panel)
     tile = configs.Tile(32, 64, 64, 4, 1, 2)
     monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
+    monkeypatch.setitem(roofline.TILE, 90, (tile.block_r, tile.block_c))
     query = torch.nn.functional.normalize(torch.randn(n, d), dim=1).bfloat16()
     with work.record() as launches:
-        info_nce_value_and_grad(query, query.roll(1, 0), backend="triton")
-    # the second launch of every panel does nothing unless a row was unsafe, and is not counted by the model
-    exps = [x for x in launches if x.name == "exp_panel"][::2]
-    gemms = [x for x in launches if x.name == "gemm"]
-    model = roofline.panels(roofline.H100, n, n, d, panel, itemsize=2)
-    products = [p for p in model if p.flops]
-    assert sum(x.flops for x in exps + gemms) == sum(p.flops * p.times for p in products) == 6 * n * n * d
-    ours, theirs = [p for p in products if p.name.startswith("logits")], exps
-    statistics = sum(4 * panel * (2 * -(-n // 64) - -(-n // 128)) for _ in exps)  # row sums and maxima of 64-wide tiles, not one of 128
-    assert sum(x.bytes for x in theirs) == sum(p.bytes * p.times for p in ours) + statistics
-    library = [p for p in products if not p.name.startswith("logits")]
-    assert sum(x.bytes for x in gemms) == sum(p.bytes * p.times for p in library)
+        info_nce_value_and_grad(query, query.roll(1, 0), backend="triton", wrt=wrt)
+    wants = dict(d_query="query" in wrt, d_target="target" in wrt)
+    if path == "fused":
+        pieces = roofline.fused_passes(roofline.H100, n, n, d, itemsize=2, **wants)
+    else:
+        pieces = roofline.panels(roofline.H100, n, n, d, panel, itemsize=2, path=path, **wants)
+    matched = 0
+    for start, names in GROUPS.items():
+        ours = [x for x in launches if x.name.startswith(start) and (start != "exp_panel" or x.name == start)]
+        theirs = [p for p in pieces if p.name.startswith(names)]
+        assert sum(x.flops for x in ours) == sum(p.flops * p.times for p in theirs), start
+        assert sum(x.bytes_read for x in ours) == sum(p.read * p.times for p in theirs), start
+        assert sum(x.bytes_written for x in ours) == sum(p.written * p.times for p in theirs), start
+        matched += len(ours)
+    assert matched == len(launches)  # nothing is launched that the model does not know
+    if len(wrt) == 2:
+        assert sum(x.flops for x in launches) == (8 if path == "fused" else 6) * n * n * d
 
 
 def test_disassembly_reader():

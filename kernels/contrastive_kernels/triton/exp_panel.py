@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-
+from contrastive_kernels.roofline import REDO_PROGRAMS
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
@@ -84,20 +84,16 @@ def _finish(
 
 
 @triton.jit
-def _exp_panel_kernel(
-    p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
-    p_row_part, p_col_part, p_levels, p_redo,
+def _tile(
+    i_r, i_c, p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
+    p_row_part, p_col_part, p_levels,
     R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
     PREFIXES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, REDO: tl.constexpr,
+    HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr,
     EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):
-    i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
-    if REDO:
-        # second launch for rows whose shift was unsafe: nearly every program leaves here
-        if tl.load(p_redo + i_r) == 0:
-            return
+    """One tile: its products, then its epilogue."""
     i_r, i_c = i_r.to(tl.int64), i_c.to(tl.int64)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -123,6 +119,36 @@ def _exp_panel_kernel(
                 p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
                 R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
                 ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
+
+
+@triton.jit
+def _exp_panel_kernel(
+    p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
+    p_row_part, p_col_part, p_levels, p_redo,
+    R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
+    PREFIXES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, REDO: tl.constexpr,
+    EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+):
+    if REDO:
+        # second launch for rows whose shift was unsafe: few programs, and nearly every one leaves here
+        i_r = tl.program_id(0) // REDO
+        if tl.load(p_redo + i_r) == 0:
+            return
+        i_c = tl.program_id(0) % REDO
+        while i_c < tl.cdiv(C, BLOCK_C):
+            _tile(i_r, i_c, p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
+                  p_threshold, p_keep, p_row_part, p_col_part, p_levels, R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
+                  PREFIXES, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, ROW_MAX, COL_SUM, EVEN_C, ACC, PRECISION, UPCAST,
+                  BLOCK_R, BLOCK_C, BLOCK_K, SLICES)
+            i_c += REDO
+    else:
+        i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+        _tile(i_r, i_c, p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
+              p_threshold, p_keep, p_row_part, p_col_part, p_levels, R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
+              PREFIXES, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, ROW_MAX, COL_SUM, EVEN_C, ACC, PRECISION, UPCAST,
+              BLOCK_R, BLOCK_C, BLOCK_K, SLICES)
 
 
 @dataclass
@@ -184,22 +210,26 @@ def exp_panel(
     col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
     if rows and columns:
-        _exp_panel_kernel[(tiles_r * tiles_c,)](
+        _exp_panel_kernel[(tiles_r * (REDO_PROGRAMS if redo is not None else tiles_c),)](
             x, y, out, exponent, shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
             x if positive is None else positive, row_id, col_id, row_id2, col_id2, x if threshold is None else threshold,
             x if keep is None else keep.view(torch.uint8), row_part, col_part, x if levels is None else levels, x if redo is None else redo,
             rows, columns, width, x.stride(0), y.stride(0), out.stride(-2), column_offset, number,
             PREFIXES=levels is not None, HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, IDS=len(ids),
-            HAS_THRESHOLD=threshold is not None, HAS_KEEP=keep is not None, ROW_MAX=row_max, COL_SUM=col_sum, REDO=redo is not None,
+            HAS_THRESHOLD=threshold is not None, HAS_KEEP=keep is not None, ROW_MAX=row_max, COL_SUM=col_sum, REDO=0 if redo is None else REDO_PROGRAMS,
             EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
             UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices, **tile.constants, **tile.options,
         )
     else:
         row_part.zero_() if not columns else None
-    work.note(
-        "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
-        work.size(x, y), work.size(out, row_part) + (work.size(col_part) if col_sum else 0),
-    )
+    if redo is not None:
+        # what it does is known to the device alone; nothing, in a batch without unsafe rows
+        work.note("exp_panel_redo", tiles_r * REDO_PROGRAMS, 0, 0, 0)
+    else:
+        work.note(
+            "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
+            work.size(x, y), work.size(out, row_part) + (work.size(col_part) if col_sum else 0),
+        )
     best = None
     if row_max:
         best = row_part[1].amax(1) if columns else torch.full((number, rows), -1e30, dtype=acc, device=device)
