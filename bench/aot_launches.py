@@ -33,6 +33,7 @@ def _exp_panel(dtype):
         return  # dispatch.py takes float32 logits for the other types
     yield "plain", lambda: run(positive=positive)
     yield "stats", lambda: run(positive=positive, row_max=True)
+    yield "sums alone", lambda: run(positive=positive, row_max=True, store=False)
     yield "redo", lambda: run(positive=positive, row_max=True, redo=torch.ones(64, dtype=torch.int32))
     yield "odd", lambda: run(ODD_R, ODD_C, ODD_D, positive=positive, row_max=True)
     yield "symmetric", lambda: run(positive=positive, row_max=True, col_sum=True)

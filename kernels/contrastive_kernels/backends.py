@@ -59,3 +59,12 @@ def sweep_for(problem):
     from contrastive_kernels.triton.sweep import sweep
 
     return sweep
+
+
+def shard_passes_for(problem, sums, gradients):
+    """(sum_shard, differentiate_shard) of a ring for a problem's backend; `sums` and `gradients` are the passes in plain torch."""
+    if choose(problem.options.backend, problem.query.source.dtype, problem.device) == "torch":
+        return sums, gradients
+    from contrastive_kernels.triton.ring import differentiate_shard, sum_shard
+
+    return sum_shard, differentiate_shard

@@ -15,6 +15,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
+from contrastive_kernels.backends import shard_passes_for
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import Operand
@@ -160,6 +161,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
             if step + 1 < world:
                 held = [_rotate(held[0], group) if need_queries else held[0], _rotate(held[1], group)]
 
+    sum_shard, differentiate_shard = shard_passes_for(problem, _sum_shard, _differentiate_shard)
     whole = directions(problem, *columns)
     hard = None if o.hard_negatives is None else hard_negatives(problem, whole[0])
     n, smoothing = problem.query.rows, bool(o.label_smoothing)
@@ -168,7 +170,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
         sums[0].add(slice(0, n), hard.sums)
     for parts in turn():
         for direction, running in zip(parts, sums):
-            _sum_shard(problem, direction, workspace, running, o.return_stats and direction.forward)
+            sum_shard(problem, direction, workspace, running, o.return_stats and direction.forward)
     logit = problem.positive * problem.inverse_temperature
     results = [finish(running, logit, o.label_smoothing) for running in sums]
     loss, stat_sums = torch.zeros_like(problem.share), None
@@ -179,7 +181,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
     if gradients is not None:
         for parts in turn():
             for direction, running, result in zip(parts, sums, results):
-                _differentiate_shard(problem, direction, workspace, running, result, logit, gradients)
+                differentiate_shard(problem, direction, workspace, running, result, logit, gradients)
             # the columns' gradients travel with them; after a whole turn they are home
             for name in ("all_queries", "all_targets"):
                 if name in gradients.held:

@@ -48,11 +48,11 @@ def close(a, b, what):
     assert a.shape == b.shape and (not a.numel() or (a - b).abs().max() <= 1e-10 * scale), f"{what}: {a} against {b}"
 
 
-def compare(seed, names, exchange, rank, world, group):
+def compare(seed, names, exchange, rank, world, group, backend="auto"):
     case, options = whole_case(seed, names, world)
     truth = info_nce_value_and_grad(case.query, case.target, return_stats=True, **options)
     query, target, own, slices = shard_of(case, options, rank)
-    ours = info_nce_value_and_grad(query, target, return_stats=True, group=group, exchange=exchange, **own)
+    ours = info_nce_value_and_grad(query, target, return_stats=True, group=group, exchange=exchange, backend=backend, **own)
     close(ours.loss, truth.loss, "loss")
     for field in vars(truth.stats):
         close(getattr(ours.stats, field), getattr(truth.stats, field), field)

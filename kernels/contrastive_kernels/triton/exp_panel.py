@@ -42,7 +42,7 @@ def _finish(
     p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
     R, C, stride_e, column_offset,
     HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr,
-    ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, EVEN_C: tl.constexpr,
+    STORE: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, EVEN_C: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr,
 ):
     """The epilogue: cosines of one tile and level -> E and partial sums in memory."""
@@ -69,8 +69,9 @@ def _finish(
         b_cos = _drop(b_cos, o_r, o_c, m_r, m_c, o_c + column_offset, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
                       p_threshold + level * R, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, EVEN_C, False)
         b_e = tl.exp2(b_cos * b_k - b_shift[:, None])
-        p_be = p_e + o_row[:, None] * stride_e + o_c[None, :]
-        tl.store(p_be, _narrow(b_e, p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
+        if STORE:
+            p_be = p_e + o_row[:, None] * stride_e + o_c[None, :]
+            tl.store(p_be, _narrow(b_e, p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
         b_sum += tl.sum(b_e, 1)
         if ROW_MAX:
             b_max = tl.maximum(b_max, tl.max(b_cos, 1))
@@ -89,7 +90,7 @@ def _tile(
     p_row_part, p_col_part, p_levels,
     R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
     PREFIXES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr,
+    HAS_KEEP: tl.constexpr, STORE: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr,
     EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):
@@ -112,13 +113,13 @@ def _tile(
             _finish(b_acc, i_r, i_c, level, levels, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
                     p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
                     R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
-                    ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
+                    STORE, ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
     else:
         b_acc = _products(b_acc, p_bx, p_by, 0, D, BLOCK_K, PRECISION, UPCAST)
         _finish(b_acc, i_r, i_c, 0, 1, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
                 p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
                 R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
-                ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
+                STORE, ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def _exp_panel_kernel(
     p_row_part, p_col_part, p_levels, p_redo,
     R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
     PREFIXES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, REDO: tl.constexpr,
+    HAS_KEEP: tl.constexpr, STORE: tl.constexpr, ROW_MAX: tl.constexpr, COL_SUM: tl.constexpr, REDO: tl.constexpr,
     EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):
@@ -140,14 +141,14 @@ def _exp_panel_kernel(
         while i_c < tl.cdiv(C, BLOCK_C):
             _tile(i_r, i_c, p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
                   p_threshold, p_keep, p_row_part, p_col_part, p_levels, R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
-                  PREFIXES, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, ROW_MAX, COL_SUM, EVEN_C, ACC, PRECISION, UPCAST,
+                  PREFIXES, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, STORE, ROW_MAX, COL_SUM, EVEN_C, ACC, PRECISION, UPCAST,
                   BLOCK_R, BLOCK_C, BLOCK_K, SLICES)
             i_c += REDO
     else:
         i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
         _tile(i_r, i_c, p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
               p_threshold, p_keep, p_row_part, p_col_part, p_levels, R, C, D, stride_x, stride_y, stride_e, column_offset, levels,
-              PREFIXES, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, ROW_MAX, COL_SUM, EVEN_C, ACC, PRECISION, UPCAST,
+              PREFIXES, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, STORE, ROW_MAX, COL_SUM, EVEN_C, ACC, PRECISION, UPCAST,
               BLOCK_R, BLOCK_C, BLOCK_K, SLICES)
 
 
@@ -156,13 +157,13 @@ class ExpPanel:
     """What one launch leaves behind; levels L is 1 unless prefixes were asked for.
 
     Args:
-        e: (L, R, C) exponentials in the operands' dtype, the positive and everything dropped 0.
+        e: (L, R, C) exponentials in the operands' dtype, the positive and everything dropped 0; None where not stored.
         row_sum: (L, R) sums of a row of E before rounding, accumulator type.
         row_max: (L, R) greatest kept cosine, -inf where there is none; None unless asked for.
         col_sum: (L, C) sums of a column of E; None unless asked for.
     """
 
-    e: torch.Tensor
+    e: torch.Tensor | None
     row_sum: torch.Tensor
     row_max: torch.Tensor | None
     col_sum: torch.Tensor | None
@@ -170,7 +171,7 @@ class ExpPanel:
 
 def exp_panel(
     x, y, *, scale, shift, out=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
-    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, tile=None,
+    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, store=True, tile=None,
 ) -> ExpPanel:
     """E = exp(scale * cos - shift) of one panel of rows against all columns, with its sums.
 
@@ -187,6 +188,7 @@ def exp_panel(
         row_max, col_sum: also reduce these.
         levels: int32 tensor of L ascending prefix widths on the device, for Matryoshka, each a multiple of the tile's block_k
             (the last may be D); None is the whole width.
+        store: False leaves E unwritten, for the sums alone.
         redo: (row tiles,) int32; tiles whose entry is 0 are left as they are.
         tile: a `configs.Tile` instead of the table's.
 
@@ -203,7 +205,7 @@ def exp_panel(
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     width = x.shape[1]
-    if out is None:
+    if out is None and store:
         out = torch.empty(number, rows, columns, dtype=x.dtype, device=device)
     exponent = torch.as_tensor(scale, dtype=acc, device=device)
     row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
@@ -211,12 +213,12 @@ def exp_panel(
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
     if rows and columns:
         _exp_panel_kernel[(tiles_r * (REDO_PROGRAMS if redo is not None else tiles_c),)](
-            x, y, out, exponent, shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
+            x, y, out if store else x, exponent, shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
             x if positive is None else positive, row_id, col_id, row_id2, col_id2, x if threshold is None else threshold,
             x if keep is None else keep.view(torch.uint8), row_part, col_part, x if levels is None else levels, x if redo is None else redo,
-            rows, columns, width, x.stride(0), y.stride(0), out.stride(-2), column_offset, number,
+            rows, columns, width, x.stride(0), y.stride(0), out.stride(-2) if store else 0, column_offset, number,
             PREFIXES=levels is not None, HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, IDS=len(ids),
-            HAS_THRESHOLD=threshold is not None, HAS_KEEP=keep is not None, ROW_MAX=row_max, COL_SUM=col_sum, REDO=0 if redo is None else REDO_PROGRAMS,
+            HAS_THRESHOLD=threshold is not None, HAS_KEEP=keep is not None, STORE=store, ROW_MAX=row_max, COL_SUM=col_sum, REDO=0 if redo is None else REDO_PROGRAMS,
             EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
             UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices, **tile.constants, **tile.options,
         )
@@ -228,7 +230,7 @@ def exp_panel(
     else:
         work.note(
             "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
-            work.size(x, y), work.size(out, row_part) + (work.size(col_part) if col_sum else 0),
+            work.size(x, y), work.size(out if store else None, row_part) + (work.size(col_part) if col_sum else 0),
         )
     best = None
     if row_max:

@@ -68,8 +68,8 @@ class PanelSums:
     count: torch.Tensor | None = None
 
 
-def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor], active, *, want_best: bool, bounded: bool) -> PanelSums:
-    """Fill outs[b] (R, C_b) with exp(logit - shift) of every block and sum the rows.
+def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor | None], active, *, want_best: bool, bounded: bool) -> PanelSums:
+    """Fill outs[b] (R, C_b; None for the sums alone) with exp(logit - shift) of every block and sum the rows.
 
     Args:
         active: (n,) bool of rows that see these blocks, or None for all.
@@ -90,7 +90,7 @@ def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor],
     need_max = want_best or not bounded
     total, best, tops = 0.0, None, None
     for block, out in zip(blocks, outs):
-        panel = exp_panel(block.x[rows], block.y, scale=block.scale, shift=shift, out=out[None], row_max=need_max, **block.options(rows))
+        panel = exp_panel(block.x[rows], block.y, scale=block.scale, shift=shift, **_into(out), row_max=need_max, **block.options(rows))
         total = total + panel.row_sum[0]
         if need_max:
             here = panel.row_max[0]
@@ -105,6 +105,10 @@ def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor],
     return PanelSums(shift, total, best)
 
 
+def _into(out) -> dict:
+    return dict(out=None if out is None else out[None], store=out is not None)
+
+
 def _redo(blocks, rows, outs, shift, total, tops):
     """Rows whose greatest logit is out of the window get it as their shift; their tiles are written again."""
     above = tops - shift
@@ -116,10 +120,16 @@ def _redo(blocks, rows, outs, shift, total, tops):
         tiles = cdiv(len(unsafe), tile.block_r)
         padded = torch.nn.functional.pad(unsafe, (0, tiles * tile.block_r - len(unsafe)))
         marked = padded.view(tiles, tile.block_r).any(1).to(torch.int32)
-        panel = exp_panel(block.x[rows], block.y, scale=block.scale, shift=own, out=out[None], redo=marked, tile=tile, **block.options(rows))
+        panel = exp_panel(block.x[rows], block.y, scale=block.scale, shift=own, **_into(out), redo=marked, tile=tile, **block.options(rows))
         # sums of tiles that were not done again are unwritten memory: only unsafe rows are read
         again = again + panel.row_sum[0]
     return own, torch.where(unsafe, again, total)
+
+
+def exponentials_at(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor], shift: torch.Tensor) -> None:
+    """Fill outs[b] with exp(logit - shift), the rows' sums and so a safe shift (R,) being known; +inf takes a row out."""
+    for block, out in zip(blocks, outs):
+        exp_panel(block.x[rows], block.y, scale=block.scale, shift=shift, out=out[None], **block.options(rows))
 
 
 def cosines(blocks: list[BlockView], rows: slice, acc: torch.dtype) -> list[torch.Tensor]:

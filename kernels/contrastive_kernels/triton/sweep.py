@@ -136,7 +136,7 @@ def _panel(work: Panels, rows: slice, sums: RowSums, want_best: bool) -> None:
     """One panel: its sums, and its gradients while its exponentials are there."""
     problem, direction = work.problem, work.direction
     if work.path == "exp":
-        outs = work.outs(rows)
+        outs = work.outs(rows) if work.gradients is not None else [None] * len(work.views)
         here = panels.exponentials(work.views, rows, outs, direction.active, want_best=want_best, bounded=False)
         sums.add(rows, row_sums(here))
         factor = row_factor(sums.rows(rows), work.logit[rows], here.shift) * direction.weight[rows]
