@@ -17,7 +17,6 @@ and the aims are then judged by it.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -26,7 +25,7 @@ import sys
 import tempfile
 import time
 
-from bench import encode_models
+from bench import encode_models, tables
 
 ARMS = ("packed", "reference", "sorted-padded", "st")
 BATCH = 16
@@ -195,43 +194,26 @@ def verdicts(size: str, rows: list[dict]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", nargs="+", choices=list(encode_models.SIZES), default=list(encode_models.SIZES))
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--csv", help="write the rows to this file")
 
 
 def run(args) -> int:
     """Print the tables; exit code 1 when an aim is missed."""
-    import torch
-    import transformers
-
     every, missed = [], []
     for size in args.size:
         rows = compare(size, args.repeat)
         show(size, rows)
-        every += [{**r, "torch": torch.__version__, "transformers": transformers.__version__, "device": "cpu"} for r in rows]
+        every += rows
         missed += verdicts(size, rows)
-    if args.csv:
-        keys = list(dict.fromkeys(k for r in every for k in r))
-        with open(args.csv + ".part", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, keys)
-            writer.writeheader()
-            writer.writerows(every)
-        os.replace(args.csv + ".part", args.csv)
-    print("\n" + ("\n".join(missed) if missed else "every aim is met"))
-    return 1 if missed else 0
+    return tables.conclude(every, missed, args.csv)
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench encode", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run(tables.parsed("encode", __doc__, add_arguments, argv))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        tables.quiet()
         print(json.dumps(measure(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))))
     else:
         sys.exit(main())

@@ -13,15 +13,14 @@ memory is its own. Scores must agree before a time is shown.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from bench import tables
 from bench.encode import BATCH, padded_batch, resident_mib
 
 ARMS = ("ours", "reference")
@@ -195,10 +194,7 @@ def in_child(*words) -> dict:
 def child(words: list[str]) -> dict:
     if words[0] == "ranking":
         return ranking(words[1], *map(int, words[2:]))
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    tables.quiet()
     out = (ours if words[1] == "ours" else reference)(Path(words[2]))
     return {**out, "peak_mib": resident_mib()}
 
@@ -257,13 +253,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--candidates", type=int, default=1_000_000, help="0 leaves the ranking out; a million takes 6 GiB and minutes")
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--csv", help="write the rows to this file")
 
 
 def run(args) -> int:
     """Print the tables; exit code 1 when an aim is missed."""
-    import torch
-
     rows, missed = [], []
     for size in args.size:
         made, short = end_to_end(size, args.rows, args.repeat, args.apart)
@@ -271,21 +264,11 @@ def run(args) -> int:
     if args.candidates:
         made, short = ranking_table(args.queries, args.candidates, args.dim)
         rows, missed = rows + made, missed + short
-    if args.csv:
-        rows = [{**r, "torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"} for r in rows]
-        with open(args.csv + ".part", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for r in rows for k in r)))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(args.csv + ".part", args.csv)
-    print("\n" + ("\n".join(missed) if missed else "every aim is met"))
-    return 1 if missed else 0
+    return tables.conclude(rows, missed, args.csv)
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench eval", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run(tables.parsed("eval", __doc__, add_arguments, argv))
 
 
 if __name__ == "__main__":

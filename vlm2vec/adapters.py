@@ -11,6 +11,8 @@ from dataclasses import fields
 
 import torch
 
+from vlm2vec.loading import renamed
+
 ADAPTER = "default"
 PREFIX = "base_model.model."
 # What the reference trains: attention and down projections under the names of all its backbones.
@@ -55,16 +57,7 @@ def read_tensors(source: str, **hub) -> dict[str, torch.Tensor]:
 
 def own_names(backbone, tensors: dict) -> dict[str, torch.Tensor]:
     """Adapter tensors under the module's names: PEFT's prefix off, the family's first matching rename applied."""
-    named = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
-        for pattern, replacement in backbone.adapter_renames:
-            renamed, hits = re.subn(pattern, replacement, name, count=1)
-            if hits:
-                name = renamed
-                break
-        named[name] = value
-    return named
+    return renamed({key.removeprefix(PREFIX): value for key, value in tensors.items()}, backbone.adapter_renames)
 
 
 def lora_config(settings: dict, **overrides):
@@ -99,12 +92,10 @@ def load(model, source: str, settings: dict, **hub) -> int:
             f"adapter {source} does not fit {model.base_source} ({type(model.model).__name__}): {len(strange)} of {len(tensors)} "
             f"tensors have no place, among them {', '.join(sorted(strange)[:10]) or 'none'}; pass the base it was trained on with base="
         )
-    renamed = {}
-    for field in ("rank_pattern", "alpha_pattern"):
-        renamed[field] = own_names(model.backbone, settings.get(field) or {})
+    patterns = {field: own_names(model.backbone, settings.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
     dora = any("lora_magnitude_vector" in p for p in parts.values())
     config = lora_config(settings, target_modules=sorted(parts), exclude_modules=None, layers_to_transform=None,
-                         layers_pattern=None, use_dora=dora, init_lora_weights=True, inference_mode=False, **renamed)  # fmt: skip
+                         layers_pattern=None, use_dora=dora, init_lora_weights=True, inference_mode=False, **patterns)  # fmt: skip
     inject(model, config)
     own = dict(model.model.named_parameters())
     expected = {n for n in own if ".lora_" in n}

@@ -1,30 +1,35 @@
 """`encode`: preprocessing in the caller's order, chunks by length, results in the caller's order."""
 
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from contrastive_kernels.chunks import token_budget_chunks
 from vlm2vec.inputs import as_item, is_image
-from vlm2vec.packing import Features, token_budget_chunks
+from vlm2vec.packing import Features
 from vlm2vec.prompts import prepend
 
 # Images of one window are in memory at once; sorting by length needs a window well above a chunk.
 WINDOW_CHUNKS = 16
+MAX_THREADS = 8
 MAX_CHUNK_TOKENS = {"cpu": 8192, "cuda": 32768}
 
 
-def preprocess(processing, inputs: list, first: int = 0) -> list[Features]:
-    """Features of each input; an error is prefixed with the input's position."""
-    features = []
-    for i, x in enumerate(inputs):
+def preprocess(processing, inputs: list, first: int = 0, pool: Executor | None = None) -> list[Features]:
+    """Features of each input, made by the threads of `pool` where there is one; an error is prefixed with the input's position."""
+
+    def one(numbered) -> Features:
+        i, x = numbered
         try:
-            features.append(processing(x))
+            return processing(x)
         except ValueError as e:
             raise ValueError(f"input {first + i}: {e}") from e
-    return features
+
+    return list((map if pool is None else pool.map)(one, enumerate(inputs)))
 
 
 def is_single(inputs) -> bool:
@@ -63,12 +68,13 @@ def encode(model, inputs, *, prompt, batch_size, show_progress_bar, convert_to_t
     was_training = model.training
     model.eval()
     try:
-        with _progress(len(inputs), show_progress_bar) as bar, ThreadPoolExecutor(1) as worker:
+        threads = min(MAX_THREADS, os.cpu_count() or 1)  # decoding and resizing leave Python's lock
+        with _progress(len(inputs), show_progress_bar) as bar, ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(inputs), batch_size * WINDOW_CHUNKS)
 
             def prepare(start: int) -> list[Features]:
                 window = with_prompt(model, inputs[start : start + batch_size * WINDOW_CHUNKS], prompt)
-                return preprocess(model.processing, window, start)
+                return preprocess(model.processing, window, start, pool)
 
             # The next window is preprocessed while the model runs on this one.
             coming = worker.submit(prepare, 0) if inputs else None
@@ -90,7 +96,7 @@ def encode(model, inputs, *, prompt, batch_size, show_progress_bar, convert_to_t
 def chunks(lengths: list[int], batch_size: int, device_type: str) -> list[list[int]]:
     """Chunks of similar length, of at most `batch_size` inputs and the device's token budget."""
     budget = MAX_CHUNK_TOKENS.get(device_type, MAX_CHUNK_TOKENS["cuda"])
-    return [rows[i : i + batch_size] for rows in token_budget_chunks(lengths, budget) for i in range(0, len(rows), batch_size)]
+    return token_budget_chunks(lengths, budget, max_rows=batch_size)
 
 
 def _progress(total: int, show: bool | None):

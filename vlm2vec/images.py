@@ -5,6 +5,7 @@ import math
 import os
 from functools import lru_cache
 
+RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}  # the reference's names of plain resizes
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit: beyond it a small file may unpack to gigabytes
 
 
@@ -33,6 +34,21 @@ def _to_rgb(image, name: str):
     if image.mode == "F":
         raise ValueError(f"image {name}: float pixels have no known range; convert it to 8 bits first")
     return image.convert("RGB")
+
+
+def plain_size(resolution, others: tuple[str, ...] = ()) -> tuple[int, int] | None:
+    """(width, height) of a plain resize: one of `RESOLUTIONS`, or a pair of numbers; None for None and for names in `others`.
+
+    Raises:
+        ValueError: another name, or no pair of positive integers.
+    """
+    if resolution is None or (isinstance(resolution, str) and resolution in others):
+        return None
+    if isinstance(resolution, str) and resolution in RESOLUTIONS:
+        return RESOLUTIONS[resolution]
+    if isinstance(resolution, (list, tuple)) and len(resolution) == 2 and all(isinstance(n, int) and n > 0 for n in resolution):
+        return tuple(resolution)
+    raise ValueError(f"resolution={resolution!r}: expected {', '.join(map(repr, (*RESOLUTIONS, *others)))}, None or (width, height)")
 
 
 class Undecoded:

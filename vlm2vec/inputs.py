@@ -9,7 +9,7 @@ followed by a newline when text follows. Videos are marked `<|video_1|>`, ...
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MARKER = re.compile(r"<\|(image|video)_\d+\|>")
 ITEM_KEYS = ("text", "image", "images", "video", "videos", "instruction")
@@ -107,13 +107,13 @@ def _from_messages(messages: list) -> Item:
 
 
 def with_markers(item: Item) -> Item:
-    """Put the missing markers in front: visuals first, then a newline if text follows."""
+    """An item whose missing markers are in front: visuals first, then a newline if text follows. The caller's is left alone."""
     found = MARKER.findall(item.text)
     if item.visuals and not found and not any(m in item.text for m in ("<|image_pad|>", "<|video_pad|>", "<image>")):
         marks = [f"<|image_{i + 1}|>" for i in range(len(item.images))]
         marks += [f"<|video_{i + 1}|>" for i in range(len(item.videos))]
-        item.text = "\n".join(marks + [item.text]) if item.text else "\n".join(marks)
-        item.markers_added = True
+        text = "\n".join(marks + [item.text]) if item.text else "\n".join(marks)
+        return replace(item, text=text, markers_added=True)
     return item
 
 
@@ -124,7 +124,7 @@ def as_item(x) -> Item:
         ValueError: for any other type, unknown keys or a chat part of an unknown kind; the message says what is accepted.
     """
     if isinstance(x, Item):
-        return x
+        return with_markers(x)
     if isinstance(x, str):
         return Item(text=x)
     if isinstance(x, dict):

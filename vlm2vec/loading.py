@@ -65,6 +65,19 @@ def has_processor(source: str) -> bool:
     return tokenizer and processor
 
 
+def renamed(values: dict, table: list[tuple[str, str]]) -> dict:
+    """`values` under other names: the first (pattern, replacement) of the table that matches a name changes it, once."""
+    out = {}
+    for name, value in values.items():
+        for pattern, replacement in table:
+            changed, hits = re.subn(pattern, replacement, name, count=1)
+            if hits:
+                name = changed
+                break
+        out[name] = value
+    return out
+
+
 def load_module(backbone, source: str, config, *, dtype, device, quantization=None, **hub):
     """Load the bare module; every key of the checkpoint is used or listed in the family's `unused_keys`.
 

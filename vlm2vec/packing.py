@@ -139,22 +139,3 @@ def pack(features: list[Features]) -> PackedBatch:
     visual_index = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
     vision = concat_vision([f.vision for f in features if f.vision])
     return PackedBatch(input_ids, position_ids, Segments.from_lengths(lengths, causal=True), vision, visual_index)
-
-
-def token_budget_chunks(lengths: list[int], budget: int) -> list[list[int]]:
-    """Split samples into chunks of similar length, none above `budget` tokens unless one sample alone is.
-
-    Returns:
-        Lists of indices into `lengths`, longest first inside and across chunks; every index exactly once.
-    """
-    if budget < 1:
-        raise ValueError(f"token budget must be at least 1, got {budget}")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    chunks, current, used = [], [], 0
-    for i in order:
-        if current and used + lengths[i] > budget:
-            chunks.append(current)
-            current, used = [], 0
-        current.append(i)
-        used += lengths[i]
-    return chunks + [current] if current else chunks

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 
 from vlm2vec import adapters, st_files
-from vlm2vec.loading import SETTINGS
+from vlm2vec.loading import SETTINGS, renamed
 
 _STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -54,19 +54,6 @@ def remove_stale(folder: str, kept: set[str]) -> None:
             os.remove(os.path.join(folder, name))
 
 
-def hub_names(backbone, state: dict) -> dict:
-    """A module's state dict under the names that the hub's checkpoints of the family have (`Backbone.hub_names`)."""
-    named = {}
-    for name, value in state.items():
-        for pattern, replacement in backbone.hub_names:
-            renamed, hits = re.subn(pattern, replacement, name, count=1)
-            if hits:
-                name = renamed
-                break
-        named[name] = value
-    return named
-
-
 def write_weights(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
     """Weights and config.json. With an adapter and merge=False only the adapter: the base stays where it is."""
     if adapters.has_adapter(model) and not merge:
@@ -75,7 +62,7 @@ def write_weights(model, folder: str, *, merge: bool, state: dict | None = None)
     if state is None:
         plain = not adapters.has_adapter(model) and not getattr(model.model, "is_quantized", False)
         state = model.model.state_dict() if plain else adapters.merged_state(model)
-    write_state(hub_names(model.backbone, state), folder)
+    write_state(renamed(state, model.backbone.hub_names), folder)
     write_config(model, folder)
 
 

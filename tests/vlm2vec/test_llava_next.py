@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from golden_files import as_input, read
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,9 +24,7 @@ MISALIGNED = "mixed_text_first_low_misaligned"
 
 @pytest.fixture(scope="module")
 def llava(golden):
-    folder = golden / "llava_next"
-    cases = json.loads((folder / "cases.json").read_text())
-    return folder, cases, load_file(folder / "expected.safetensors")
+    return read(golden, "llava_next")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +36,6 @@ def models(llava):
 @pytest.fixture(scope="module")
 def model(models):
     return models[None]
-
-
-def as_input(folder, item):
-    image = {} if item["image"] is None else {"image": folder / item["image"]}
-    return {"text": item["raw_text"], **image}
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from vlm2vec import attention
+from vlm2vec import attention, encoding
 from vlm2vec.attention import Segments, choose_provider, packed_attention
-from vlm2vec.packing import Features, pack, token_budget_chunks
+from vlm2vec.packing import Features, pack
 
 LENGTHS = [
     [5],  # one segment
@@ -153,18 +153,17 @@ def test_choice_of_provider():
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
-def test_token_budget_chunks():
+def test_chunks_keep_to_the_token_budget_and_the_batch_size(monkeypatch):
     rng = random.Random(1)
-    for budget in (1, 50, 1000):
+    for budget, size in ((1, 5), (50, 99), (1000, 7)):
+        monkeypatch.setitem(encoding.MAX_CHUNK_TOKENS, "cpu", budget)
         lengths = [rng.randint(1, 120) for _ in range(99)]
-        chunks = token_budget_chunks(lengths, budget)
+        chunks = encoding.chunks(lengths, size, "cpu")
         assert sorted(i for c in chunks for i in c) == list(range(99))
-        assert all(len(c) == 1 or sum(lengths[i] for i in c) <= budget for c in chunks)
+        assert all(len(c) == 1 or (sum(lengths[i] for i in c) <= budget and len(c) <= size) for c in chunks)
         flat = [lengths[i] for c in chunks for i in c]
         assert flat == sorted(flat, reverse=True)
-    assert token_budget_chunks([], 5) == []
-    with pytest.raises(ValueError, match="at least 1"):
-        token_budget_chunks([1], 0)
+    assert encoding.chunks([], 5, "cpu") == []
 
 
 def test_pack_lays_samples_one_behind_the_other():

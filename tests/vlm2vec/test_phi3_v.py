@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from golden_files import as_input, read
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,19 +20,12 @@ SAME = 1e-6  # against ourselves
 
 @pytest.fixture(scope="module")
 def phi(golden):
-    folder = golden / "phi3_v"
-    cases = json.loads((folder / "cases.json").read_text())
-    return folder, cases, load_file(folder / "expected.safetensors")
+    return read(golden, "phi3_v")
 
 
 @pytest.fixture(scope="module")
 def model(phi):
     return VLM2Vec.from_pretrained(phi[0])
-
-
-def as_input(folder, item):
-    image = {} if item["image"] is None else {"image": folder / item["image"]}
-    return {"text": item["raw_text"], **image}
 
 
 @pytest.fixture(scope="module")

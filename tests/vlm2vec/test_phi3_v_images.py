@@ -1,13 +1,12 @@
 """The HD transform of Phi-3.5-V against the reference's pixels and tables, and against the rules as documented."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from golden_files import read
 from PIL import Image
-from safetensors.torch import load_file
 
 from vlm2vec.backbones.phi3_v_images import (
     CLIP_MEAN,
@@ -21,8 +20,7 @@ from vlm2vec.backbones.phi3_v_images import (
 
 @pytest.fixture(scope="module")
 def phi(golden):
-    folder = golden / "phi3_v"
-    return folder, json.loads((folder / "cases.json").read_text()), load_file(folder / "expected.safetensors")
+    return read(golden, "phi3_v")
 
 
 def noise(width, height, seed=0):

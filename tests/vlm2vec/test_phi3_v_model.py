@@ -1,9 +1,8 @@
 """The native Phi-3.5-V module: the reference's outputs, the published weight names, long context, adapters, dtypes."""
 
-import json
-
 import pytest
 import torch
+from golden_files import read
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -47,9 +46,8 @@ def tiny_model(**changes) -> Phi3VModel:
 
 @pytest.fixture(scope="module")
 def phi(golden):
-    folder = golden / "phi3_v"
-    cases = json.loads((folder / "cases.json").read_text())
-    return folder, cases, load_file(folder / "expected.safetensors"), AutoModel.from_pretrained(folder).eval()
+    folder, cases, expected = read(golden, "phi3_v")
+    return folder, cases, expected, AutoModel.from_pretrained(folder).eval()
 
 
 def unfold(runs):

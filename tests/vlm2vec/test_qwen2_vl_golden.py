@@ -1,26 +1,23 @@
 """Qwen2-VL against the reference implementation's own numbers: pixels, ids, embeddings, video, loss and gradients."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_files import read
 
-from contrastive_kernels import info_nce
+from contrastive_kernels import GradCache, info_nce
 from vlm2vec.images import smart_resize
 from vlm2vec.model import VLM2Vec
 
 
 @pytest.fixture(scope="module")
 def qwen(golden):
-    folder = golden / "qwen2_vl"
-    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    folder, cases, expected = read(golden, "qwen2_vl")
     items = [{"text": i["raw_text"], "image": str(folder / i["image"])} if i["image"] else i["raw_text"] for i in cases["items"]]
     videos = [
         {"text": i["reference_text"], "video": [str(folder / f) for f in i["frames"]]} if i["frames"] else i["reference_text"]
         for i in cases["video_batch"]["items"]
     ]
-    return folder, cases, load_file(folder / "expected.safetensors"), items, videos
+    return folder, cases, expected, items, videos
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +90,33 @@ def test_smart_resize_table(qwen):
 
 @pytest.fixture(scope="module")
 def pairs(golden):
-    folder = golden / "loss_qwen2_vl"
-    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    folder, cases, expected = read(golden, "loss_qwen2_vl")
 
     def side(rows):
         return [{"text": r["raw_text"], "image": str(folder / r["image"])} if r["image"] else r["raw_text"] for r in rows]
 
-    return cases, load_file(folder / "expected.safetensors"), side(cases["queries"]), side(cases["targets"])
+    return cases, expected, side(cases["queries"]), side(cases["targets"])
+
+
+def same_gradients(model, cases, expected, way):
+    names = dict(model.model.named_parameters())
+    for name in cases["parameters"]:
+        ours = names[name.replace("model.", "language_model.", 1) if name.startswith("model.") else name].grad
+        theirs = expected[f"{way}.{name}"]
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm(), name
+
+
+@pytest.mark.parametrize("cut", [{"chunk_size": 2}, {"chunk_tokens": 40, "retain": 1}], ids=str)
+def test_gradcache_and_its_gradients(qwen, pairs, cut):
+    """The reference's own chunks of two rows, and chunks by tokens with one graph kept: its chunked gradients."""
+    cases, expected, queries, targets = pairs
+    model = VLM2Vec.from_pretrained(qwen[0]).train()
+    features = model.preprocess(queries), model.preprocess(targets)
+    cache = GradCache(lambda side, rows: model(model.pack([side[r] for r in rows])), **cut)
+    lengths = tuple([f.length for f in side] for side in features)
+    result = cache.step(*features, lengths=lengths, temperature=cases["temperature"], normalize=True)
+    assert abs(float(result.loss) - cases["loss"]["full_batch"]) < 1e-5 * cases["loss"]["full_batch"]
+    same_gradients(model, cases, expected, "grad_gradcache_chunk2")
 
 
 def test_loss_and_its_gradients(qwen, pairs):
@@ -112,11 +129,7 @@ def test_loss_and_its_gradients(qwen, pairs):
     loss = info_nce(q, t, temperature=cases["temperature"])
     assert abs(loss.item() - cases["loss"]["full_batch"]) < 1e-5 * cases["loss"]["full_batch"]
     loss.backward()
-    names = dict(model.model.named_parameters())
-    for name in cases["parameters"]:
-        ours = names[name.replace("model.", "language_model.", 1) if name.startswith("model.") else name].grad
-        theirs = expected[f"grad_full_batch.{name}"]
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm(), name
+    same_gradients(model, cases, expected, "grad_full_batch")
     for ours, name in ((q, "grad_query_embeddings"), (t, "grad_target_embeddings")):
         assert (ours.grad - expected[name]).norm() < 1e-5 * expected[name].norm()
 

@@ -7,6 +7,8 @@ A family is one file with two classes and one line in `vlm2vec/backbones/__init_
   handed to it, so that state dicts and FSDP see only the module.
 """
 
+import re
+
 import torch
 
 from vlm2vec import attention
@@ -37,6 +39,7 @@ class Backbone:
     unquantized: tuple[str, ...] = ("visual", "vision_tower", "vision_model", "vision_embed_tokens", "multi_modal_projector", "connector", "lm_head")
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
+    published: list[tuple[str, dict]] = []  # (pattern of a lower-case name or folder, options it wants and does not name itself)
 
     # -- loading --------------------------------------------------------------------------------------------------------
 
@@ -51,7 +54,8 @@ class Backbone:
 
     def options_for(self, source: str, raw: dict) -> dict:
         """Options that a checkpoint wants without saying so in vlm2vec.json (a public one, known by its name or config)."""
-        return {}
+        name = source.rstrip("/").lower()
+        return next((dict(options) for pattern, options in self.published if re.search(pattern, name)), {})
 
     def model_class(self, config):
         """Class of the bare module (no lm_head)."""

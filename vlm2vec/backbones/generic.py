@@ -89,14 +89,8 @@ class GenericProcessing(Processing):
     def _kept(self, ids: list[int]) -> list[int]:
         """Positions that stay when the text is cut to max_length."""
         marked = [Visual(1, {}, token_id=at) if token in self.kept_ids else at for at, token in enumerate(ids)]
-        return [piece.token_id if isinstance(piece, Visual) else piece for piece in self._truncate(marked)]
-
-    def _truncate(self, pieces):
-        kept, self.kept_ids = self.kept_ids, frozenset()  # positions here, not ids
-        try:
-            return super()._truncate(pieces)
-        finally:
-            self.kept_ids = kept
+        kept = self._truncate(marked, kept_ids=frozenset())  # positions here, not ids
+        return [piece.token_id if isinstance(piece, Visual) else piece for piece in kept]
 
 
 class Generic(Backbone):

@@ -14,9 +14,9 @@ from torch import nn
 
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.images import plain_size
 from vlm2vec.inputs import MARKER, Item, as_item
 
-RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
 LONGEST_SIDE = 1344
 
 
@@ -55,9 +55,7 @@ class LlavaNextProcessing(Processing):
 
     def __init__(self, tokenizer, image_processor, config, options=None):
         super().__init__(tokenizer, image_processor, config, options)
-        wanted = self.options["resolution"]
-        if isinstance(wanted, str) and wanted not in (*RESOLUTIONS, "native"):
-            raise ValueError(f"resolution={wanted!r}: expected {', '.join(map(repr, RESOLUTIONS))}, 'native', None or (width, height)")
+        self.resized = plain_size(self.options["resolution"], ("native",))
         if self.options["pixels"] not in ("pil", "torchvision"):
             raise ValueError(f"pixels={self.options['pixels']!r}: expected 'pil' or 'torchvision'")
         self.pinpoints = [list(p) for p in config.image_grid_pinpoints]
@@ -120,12 +118,10 @@ class LlavaNextProcessing(Processing):
 
     def resize(self, image):
         """The reference's resize before the processor sees the image (PIL's default filter, bicubic)."""
-        wanted = self.options["resolution"]
-        if wanted == "native":
-            return image
-        if wanted is None:
-            return image if max(image.size) <= LONGEST_SIDE else image.resize((LONGEST_SIDE, LONGEST_SIDE))
-        return image.resize(RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted))
+        if self.resized is not None:
+            return image.resize(self.resized)
+        giant = self.options["resolution"] is None and max(image.size) > LONGEST_SIDE
+        return image.resize((LONGEST_SIDE, LONGEST_SIDE)) if giant else image
 
     def process_image(self, image):
         image = self.resize(image)
@@ -161,9 +157,8 @@ class LlavaNext(Backbone):
     hub_names = [(r"^language_model\.", "language_model.model."), (r"^vision_tower\.", "vision_tower.vision_model.")]
     unused_keys = [r"^lm_head\.", r"^language_model\.lm_head\."]  # the embedding model has no language-model head
 
-    def options_for(self, source, raw):
-        # checkpoints.yaml: this checkpoint was trained and scored on images squashed to 1344 x 1344
-        return {"resolution": "high"} if source.rstrip("/").lower().endswith("tiger-lab/vlm2vec-llava-next") else {}
+    # checkpoints.yaml: this checkpoint was trained and scored on images squashed to 1344 x 1344
+    published = [(r"tiger-lab/vlm2vec-llava-next$", {"resolution": "high"})]
 
     def vision_tower(self, model):
         # All that `vision` runs. Frozen features are kept from one pass to the next, so freezing the tower alone would leave

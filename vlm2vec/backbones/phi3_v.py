@@ -33,8 +33,6 @@ class Phi3VProcessing(Processing):
 
     def __init__(self, tokenizer, image_processor, config, options=None):
         super().__init__(tokenizer, image_processor, config, options)
-        if not isinstance(self.options["num_crops"], int) or self.options["num_crops"] < 1:
-            raise ValueError(f"num_crops={self.options['num_crops']!r}: expected an integer of at least 1; 4 and 16 are usual")
         self.crop, self.grid = config.crop_size, config.crop_grid
         self.crop_patches = (config.crop_size // config.vision_config.patch_size) ** 2
         self.image_token_id = IMAGE_PLACE

@@ -12,6 +12,9 @@ from vlm2vec.inputs import MARKER, Item, as_item
 from vlm2vec.packing import Features, concat_vision
 
 
+OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
+
+
 @dataclass
 class Visual:
     """One image or video after preprocessing.
@@ -39,6 +42,22 @@ class Visual:
         return self.tokens + sum(1 for p in self.pieces or () if isinstance(p, int))
 
 
+def check_option(name: str, value, default) -> None:
+    """A ValueError unless an option is of its default's kind; numbers are positive. Names and sizes are the families' own to check."""
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int) or name in OPTIONAL_COUNTS:
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an integer of at least 1"
+        if name in OPTIONAL_COUNTS:
+            fits, wanted = fits or value is None, f"{wanted}, or None"
+    elif isinstance(default, float):
+        fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, "a number above 0"
+    else:
+        return
+    if not fits:
+        raise ValueError(f"{name}={value!r}: expected {wanted}")
+
+
 class Processing:
     """Tokenizer, image processor and the family's rules. Families override the hooks; `__call__` is the same for all.
 
@@ -63,6 +82,8 @@ class Processing:
         if unknown:
             raise ValueError(f"unknown options {unknown} for {type(self).__name__}; it has {', '.join(sorted(known))}")
         self.options = {**known, **options}
+        for name, default in known.items():
+            check_option(name, self.options[name], default)
         self.max_length = self.options["max_length"]
         self.truncated = 0
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
@@ -249,11 +270,12 @@ class Processing:
             sum(v.patches for v in visuals),
         )
 
-    def _truncate(self, pieces: list) -> list:
+    def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:
         """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
         if self.max_length is None:
             return pieces
-        free = [isinstance(p, int) and p not in self.kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
+        kept_ids = self.kept_ids if kept_ids is None else kept_ids
+        free = [isinstance(p, int) and p not in kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
         fixed = sum(p.length if isinstance(p, Visual) else 1 for p, cuttable in zip(pieces, free) if not cuttable)
         text, room = sum(free), self.max_length - fixed
         if text <= room:

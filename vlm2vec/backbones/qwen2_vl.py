@@ -11,9 +11,8 @@ import torch
 
 from vlm2vec.attention import Segments
 from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patches_as_linear
-from vlm2vec.images import Undecoded, patchify, pixel_table, smart_resize
+from vlm2vec.images import Undecoded, patchify, pixel_table, plain_size, smart_resize
 
-RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
 
 
 class Qwen2VLProcessing(Processing):
@@ -42,6 +41,7 @@ class Qwen2VLProcessing(Processing):
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.temporal = vision.temporal_patch_size
         self.factor = self.patch * self.merge
+        self.resized = plain_size(self.options["resolution"])
         for name, allowed in (("positions", ("sequential", "mrope")), ("pixels", ("pil", "torchvision"))):
             if self.options[name] not in allowed:
                 raise ValueError(f"{name}={self.options[name]!r}: expected {' or '.join(map(repr, allowed))}")
@@ -62,16 +62,13 @@ class Qwen2VLProcessing(Processing):
 
     def _first_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) that `_first_resize` makes of an image of this size."""
-        wanted = self.options["resolution"]
-        if wanted is not None:
-            size = RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted)
+        size = self.resized or size
         return (2 * self.factor, 2 * self.factor) if self.reference_edges and min(size) < self.factor else size
 
     def _first_resize(self, image):
         """The resizes that the reference makes before the processor sees the image (PIL's default filter, bicubic)."""
-        wanted = self.options["resolution"]
-        if wanted is not None:
-            image = image.resize(RESOLUTIONS[wanted] if isinstance(wanted, str) else tuple(wanted))
+        if self.resized is not None:
+            image = image.resize(self.resized)
         if self.reference_edges and min(image.size) < self.factor:
             image = image.resize((2 * self.factor, 2 * self.factor))
         return image
@@ -198,15 +195,13 @@ class Qwen2VL(Backbone):
         (r"^model\.", "language_model."),
     ]
     hub_names = [(r"^language_model\.", "model.")]
+    # checkpoints.yaml: the V1 adapters are scored on images squashed to 1344 x 1344 first; V2.0 keeps the aspect ratio.
+    published = [(r"(^|/)vlm2vec-qwen2vl-[^/]*$", {"resolution": "high"})]
 
     def finish(self, model):
         super().finish(model)
         self.merge = model.config.vision_config.spatial_merge_size
         override(self.vision_tower(model).patch_embed, forward=patches_as_linear)
-
-    def options_for(self, source, raw):
-        # checkpoints.yaml: the V1 adapters are scored on images squashed to 1344 x 1344 first; V2.0 keeps the aspect ratio.
-        return {"resolution": "high"} if source.rstrip("/").lower().rpartition("/")[2].startswith("vlm2vec-qwen2vl-") else {}
 
     def position_argument(self, packed):
         return packed.position_ids.expand(3, -1)[:, None]

@@ -125,9 +125,7 @@ class Qwen3VL(Qwen2VL):
     processing_class = Qwen3VLProcessing
     architecture = "Qwen3VLForConditionalGeneration"
     hub_names = [(r"^", "model.")]
-
-    def options_for(self, source, raw):
-        return dict(EMBEDDING_OPTIONS) if "embedding" in source.rstrip("/").rpartition("/")[2].lower() else {}
+    published = [(r"embedding[^/]*$", EMBEDDING_OPTIONS)]
 
     def finish(self, model):
         super().finish(model)
