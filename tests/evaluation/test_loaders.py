@@ -1,7 +1,6 @@
 """The task table and the loaders: what is encoded, what is ranked, what is right, in each layout."""
 
 import hashlib
-import json
 
 import pytest
 import yaml
@@ -10,7 +9,7 @@ from evaluation_layouts import documents, frames, mmeb, parquet, picture
 from vlm2vec.evaluation.loader_document import stored_name
 from vlm2vec.evaluation.loader_image import rebuild_query, rebuild_target
 from vlm2vec.evaluation.loaders import LOADERS, load_task
-from vlm2vec.evaluation.tasks import custom_task, find_tasks, label_sets, load_tasks, make_task, published, read_task_file
+from vlm2vec.evaluation.tasks import custom_task, find_tasks, label_sets, load_tasks, make_task, published
 
 
 def test_table_holds_the_78_tasks():
@@ -190,20 +189,6 @@ def test_moments(tmp_path):
     assert len(loaded.candidates[0]["video"]) == 10, "all stored frames of a clip"
     assert loaded.queries[1]["image"].endswith("query_pic.jpg") and len(loaded.queries[2]["video"]) == 10
     assert loaded.queries[0] == {"text": "Find the clip that corresponds to the given text: t"}
-
-
-def test_own_tasks(tmp_path):
-    data, images = mmeb(tmp_path, name="Products", rows=4, candidates=3)
-    mmeb(tmp_path, name="Other", rows=4, candidates=3)
-    (data / "tasks.json").write_text(json.dumps({"tasks": [{"name": "Other", "meta_task": "vqa", "candidates": 3, "query": "image"}]}))
-    (tmp_path / "mine.yaml").write_text('tasks:\n  - name: Products\n    group: image_ret\n    metric: hit@5\n    options: {apply_prompts: true}\n'
-                                       '    query_prompt: "Ask: {text}"\n')
-    own = read_task_file(tmp_path / "mine.yaml")
-    tasks = {t.name: t for t in find_tasks(data, None, own)}
-    assert (tasks["Products"].meta_task, tasks["Products"].metric) == ("retrieval", "hit@5")
-    assert (tasks["Other"].meta_task, tasks["Other"].group, tasks["Other"].candidates) == ("vqa", "image_qa", "local")
-    assert load_task(tasks["Products"], data, images).queries[0]["text"].startswith("Ask: <|image_1|>")
-    assert [t.name for t in find_tasks(data, ["vqa"])] == ["Other"]
 
 
 @pytest.mark.parametrize(

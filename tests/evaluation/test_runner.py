@@ -250,10 +250,13 @@ def test_truncated_shard_is_set_aside_and_made_again(tmp_path):
     before = files(tmp_path / "out")
     shards = sorted((tmp_path / "out" / "embeddings").rglob("shard-*.safetensors"))
     shards[0].write_bytes(shards[0].read_bytes()[:-40])
-    model = StubModel()
-    run(model, data, images, tmp_path / "out")
+    model, options = StubModel(), Options(**QUIET)
+    rows = run_tasks(model, find_tasks(data), data, images, tmp_path / "out", options=options)
     assert model.encoded and files(tmp_path / "out") == before
     assert list((tmp_path / "out" / "embeddings").rglob("*.broken"))
+    summary = write_summary(tmp_path / "out", rows, "stub", broken_shards=options.broken_shards)
+    assert len(summary["broken_shards"]) == 1 and shards[0].name in summary["broken_shards"][0]
+    assert shards[0].name in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_store_round_trip(tmp_path):

@@ -96,7 +96,7 @@ def run(args):
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
         name = args.name or Path(args.model).name or args.model
-        summary = write_summary(args.output, rows, name, {"protocol": args.protocol})
+        summary = write_summary(args.output, rows, name, {"protocol": args.protocol}, options.broken_shards)
         print("\n".join(terminal(rows, summary["means"])))
         print(f"summary: {Path(args.output) / 'summary.md'}")
         if any(r["task"] in load_tasks() for r in rows):

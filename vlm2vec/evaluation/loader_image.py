@@ -5,10 +5,12 @@ tgt_inst, from which the V1 strings are rebuilt. An unused side is the empty str
 image root.
 """
 
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from vlm2vec.evaluation.tables import read_table
 from vlm2vec.evaluation.taskdata import Pool, TaskData
+from vlm2vec.evaluation.tasks import load_tasks
 
 MARKER = "<|image_1|>"
 V1_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
@@ -76,11 +78,21 @@ def _check(task, row, i):
         raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
 
 
+def own_prompts(task):
+    """The task with the prompts that its rows still lack: those of a task of one's own. Published rows hold theirs already."""
+    published = load_tasks().get(task.name)
+    if published is None:
+        return task
+    same = {key: None for key in ("query_prompt", "target_prompt") if getattr(task, key) == getattr(published, key)}
+    return replace(task, **same)
+
+
 def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
     """Read one MMEB image task.
 
     Args:
-        task: the Task; `form` tells how V2 strings are put together, `query_prompt` of an own task wraps qry_text.
+        task: the Task; `form` tells how V2 strings are put together, the prompts of an own task wrap
+            the rows' texts.
         root: folder of annotation folders. images: folder the image paths are relative to.
         protocol: "v1" keys candidates by (text, path); "v2" by name (text, path, or "path:text"), the first one wins.
 
@@ -89,15 +101,15 @@ def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
     """
     table = read_table(root, task, columns=V1_COLUMNS, hub=hub)
     parts = all(column in table.column_names for column in V2_COLUMNS)
-    data, pool = TaskData(task, label_names=[], local=[]), Pool()
+    data, pool, own = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
     for i, row in enumerate(table):
         _check(task, row, i)
         qry_text, qry_image = row["qry_text"] or "", row["qry_img_path"] or ""
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
         if parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
-        elif task.query_prompt and task.group == "custom" or task.options.get("apply_prompts"):
-            query = task.query_prompt.replace("{text}", qry_text)
+        elif own.query_prompt:
+            query = own.query_prompt.replace("{text}", qry_text)
         else:
             query = qry_text
         if not query and not qry_image:
@@ -115,7 +127,7 @@ def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
             if parts:
                 full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
             else:
-                full = text
+                full = own.target_prompt.replace("{text}", text) if own.target_prompt else text
             mine.append(pool.add(key, lambda f=full, p=path: item(f, p, images), name))
         real = [c for c in mine if c >= 0]
         if not real:

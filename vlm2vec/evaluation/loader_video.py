@@ -25,7 +25,7 @@ def load_labels(task, root, media, *, hub=False, protocol="v2", cache="media"):
     table = read_table(root, task, columns=columns, hub=hub)
     videos, pool = VideoRoot(task, media, cache), Pool()
     data = TaskData(task, local=[] if choices else None)
-    labels = label_sets().get(o.get("label_set"), []) if not choices else []
+    labels = _label_set(task, table) if not choices else []
     for label in labels:
         pool.add(label, {"text": label})
     for i, row in enumerate(table):
@@ -40,6 +40,16 @@ def load_labels(task, root, media, *, hub=False, protocol="v2", cache="media"):
             data.label_names.append([right])
     data.candidates, data.names = pool.items, pool.names
     return data
+
+
+def _label_set(task, table):
+    """All labels: a published set by its name, or those that occur in the rows."""
+    name = task.options.get("label_set")
+    if name is None:
+        return list(dict.fromkeys(table[task.options["label"]]))
+    if name not in label_sets():
+        raise ValueError(f"task {task.name}: no label set {name!r}; there are {', '.join(label_sets())}, or leave it out for the rows' own labels")
+    return label_sets()[name]
 
 
 def _local(data, pool, i, texts, right, names=None):

@@ -13,6 +13,28 @@ LOADERS = {
 }
 
 
+# What a task must say for its loader to read it: keys of the task, and keys of its `options`.
+NEEDS = {
+    "mmeb": ((), ()),
+    "video_labels": (("query_prompt",), ("video", "label")),
+    "video_choice": (("query_prompt",), ("video", "question", "answer")),
+    "video_retrieval": (("query_prompt", "target_prompt"), ("video", "text")),
+    "moments": (("query_prompt", "target_prompt"), ("video", "text")),
+    "momentseeker": (("query_prompt", "target_prompt"), ("text",)),
+    "documents": (("query_prompt", "target_prompt"), ()),
+}
+
+
+def _check(task):
+    keys, options = NEEDS[task.loader]
+    missing = [key for key in keys if not getattr(task, key)]
+    missing += [f"options.{key}" for key in options if not task.options.get(key)]
+    if task.loader == "video_choice" and not (task.options.get("choices") or task.options.get("fixed_choices")):
+        missing.append("options.choices or options.fixed_choices")
+    if missing:
+        raise ValueError(f"task {task.name}: loader {task.loader} needs {', '.join(missing)}")
+
+
 def load_task(task, root, media, **options):
     """Read one task into a TaskData.
 
@@ -23,5 +45,6 @@ def load_task(task, root, media, **options):
     """
     if task.loader not in LOADERS:
         raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+    _check(task)
     module, function = LOADERS[task.loader]
     return getattr(import_module(f"vlm2vec.evaluation.{module}"), function)(task, root, media, **options)

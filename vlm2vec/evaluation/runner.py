@@ -39,6 +39,7 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
+    broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
 
 
 @dataclass
@@ -208,6 +209,7 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
                 items.setdefault(key, item)
     asked = sum(len(p.query_keys) + len(p.candidate_keys) for p in prepared)
     store = EmbeddingStore(store or output / "embeddings", model_identity(model))
+    options.broken_shards += store.broken
     for line in store.broken:
         say(f"set aside a shard that does not read back: {line}", file=sys.stderr)
     present = sum(key in store for key in items)

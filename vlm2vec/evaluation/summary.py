@@ -28,7 +28,7 @@ def own_row(means):
     return row
 
 
-def markdown(rows, means, model):
+def markdown(rows, means, model, broken_shards=()):
     """Lines of summary.md."""
     books = published()
     columns = list(books["columns"])
@@ -58,8 +58,9 @@ def markdown(rows, means, model):
             lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
     bad = [r for r in rows if r["problems"]]
     lines += ["", "## Data problems", ""]
-    if not bad:
+    if not bad and not broken_shards:
         lines.append("None.")
+    lines += [f"* a shard of the embedding store did not read back, 0 rows affected (encoded again): {line}" for line in broken_shards]
     for r in bad:
         kinds = [f"{k.replace('_', ' ')} {v['rows']} rows" for k, v in r["problems"].items() if isinstance(v, dict)]
         lines.append(f"* {r['task']}: {r['problems']['affected_rows']} of {r['num_queries']} rows affected ({'; '.join(kinds)})")
@@ -69,16 +70,18 @@ def markdown(rows, means, model):
     return lines
 
 
-def write_summary(output, rows, model, extra=None):
+def write_summary(output, rows, model, extra=None, broken_shards=()):
     """Write OUTPUT/summary.json and OUTPUT/summary.md. Returns the summary dict.
 
-    summary.json: {"model", "tasks": [per-task rows], "means": aggregate(...), "affected_rows": int, ...extra}.
+    summary.json: {"model", "tasks": [per-task rows], "means": aggregate(...), "affected_rows": int, "broken_shards": [...],
+    ...extra}.
     """
     means = aggregate(rows)
     affected = sum(r["problems"].get("affected_rows", 0) for r in rows)
-    summary = {"model": model, **(extra or {}), "tasks": rows, "means": means, "affected_rows": affected}
+    summary = {"model": model, **(extra or {}), "tasks": rows, "means": means, "affected_rows": affected,
+               "broken_shards": list(broken_shards)}  # fmt: skip
     write_json(Path(output) / "summary.json", summary)
-    write_lines(Path(output) / "summary.md", markdown(rows, means, model))
+    write_lines(Path(output) / "summary.md", markdown(rows, means, model, broken_shards))
     return summary
 
 

@@ -8,7 +8,11 @@ A task of your own is a folder in one of the known layouts, or a few lines of YA
         group: image_ret
         meta_task: retrieval
         metric: hit@5
-        query_prompt: "<|image_1|>\\nFind a photo of the same product: {text}\\n"     # optional: rows usually hold theirs
+        query_prompt: "<|image_1|>\\nFind a photo of the same product: {text}\\n"     # optional: left out, rows hold theirs
+        target_prompt: "<|image_1|>\\nRepresent the given image.\\n"                    # likewise
+
+`options` names the columns that the video loaders read (see tasks.yaml for each); a folder with queries, corpus and qrels is a
+document task without any YAML.
 
 In a data folder, `tasks.json` or `tasks.yaml` may name the meta-task of each dataset: {"Products": "retrieval"} or
 {"Products": {"meta_task": "retrieval", "split": "ood", "metric": "hit@5"}}.
@@ -174,9 +178,13 @@ def _usable(hint):
     return kept
 
 
-def custom_task(name, hint=None):
-    """A task for a folder that the table does not know."""
-    return make_task({"name": name, **_usable(hint or {})}, f"dataset {name!r}")
+def custom_task(name, hint=None, documents=False):
+    """A task for a folder that the table does not know; `documents` for one with queries, corpus and qrels, prompted as ViDoRe is."""
+    like = {}
+    if documents:
+        model = load_tasks()["ViDoRe_arxivqa"]
+        like = {key: getattr(model, key) for key in ("modality", "loader", "metric", "candidates", "query_prompt", "target_prompt")}
+    return make_task({"name": name, **like, **_usable(hint or {})}, f"dataset {name!r}")
 
 
 def find_tasks(root, names=None, extra=None):
@@ -204,7 +212,7 @@ def find_tasks(root, names=None, extra=None):
     order = {name: i for i, name in enumerate(hints)}
     folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
     for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
-        task = custom_task(folder.name, hints.get(folder.name))
+        task = custom_task(folder.name, hints.get(folder.name), documents=(folder / "corpus").is_dir() and (folder / "qrels").is_dir())
         if holds_tables(root, task):
             found.append(task)
     if names:
