@@ -169,6 +169,14 @@ def test_adapter_merged_and_reloaded_agree(folder, tmp_path, dora):
     np.testing.assert_allclose(again.merge_adapter().encode(INPUTS), rows, atol=1e-5)
     assert not adapters.has_adapter(again) and not any(".lora_" in n for n, _ in again.named_parameters())
     np.testing.assert_allclose(VLM2Vec.from_pretrained(tmp_path / "merged").encode(INPUTS), rows, atol=1e-5)
+    # the merged form is laid out as the base is: names, class, processor; that is what vLLM's pooling runner loads
+    merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(folder / "model.safetensors")
+    assert merged.keys() == base.keys() and all(merged[k].shape == base[k].shape and merged[k].dtype == base[k].dtype for k in base)
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"] and "quantization_config" not in config
+    assert {"preprocessor_config.json", "processor_config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "merged").iterdir()}
+    assert json.loads((tmp_path / "merged/preprocessor_config.json").read_text())["image_processor_type"] == "Qwen2VLImageProcessor"
+    assert not (tmp_path / "merged/adapter_config.json").exists()
 
 
 def old_style(source, target):
@@ -270,9 +278,46 @@ def test_four_bit_base(folder, tmp_path, monkeypatch):
     np.testing.assert_allclose(VLM2Vec.from_pretrained(tmp_path / "merged").encode(INPUTS), rows, atol=1e-5)
 
 
-def test_liger_says_what_it_needs(folder):
-    with pytest.raises(ValueError, match="liger"):
-        VLM2Vec.from_pretrained(folder, liger=True, device="cpu")
+def liger_qwen2_vl(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, layer_norm=True, swiglu=True, model=None):
+    """The signature of liger-kernel 0.8's function for Qwen2-VL; that of the installed package is compared where there is one."""
+    CALLS.append({"cross_entropy": cross_entropy, "fused_linear_cross_entropy": fused_linear_cross_entropy, "rms_norm": rms_norm, "model": model})
+
+
+CALLS = []
+
+
+def test_liger_is_applied_to_the_bare_module_without_its_losses(folder, monkeypatch):
+    import importlib.util
+    import inspect
+    import sys
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    from vlm2vec.quantization import apply_liger
+
+    model = VLM2Vec.from_pretrained(folder, device="cpu")
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        theirs = inspect.signature(MODEL_TYPE_TO_APPLY_LIGER_FN["qwen2_vl"]).parameters
+        assert {"cross_entropy", "fused_linear_cross_entropy", "model"} <= set(theirs)
+    else:
+        with pytest.raises(ValueError, match="pip install liger-kernel"):
+            apply_liger(model)
+    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen2_vl": liger_qwen2_vl}
+    with pytest.raises(ValueError, match="needs CUDA, the model is on cpu"):
+        apply_liger(model)
+    monkeypatch.setattr(VLM2Vec, "device", torch.device("cuda"))
+    CALLS.clear()
+    apply_liger(model)
+    assert CALLS == [{"cross_entropy": False, "fused_linear_cross_entropy": False, "rms_norm": True, "model": model.model}]
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"phi4": liger_qwen2_vl}
+    with pytest.raises(ValueError, match="no kernels for qwen2_vl; there are phi4"):
+        apply_liger(model)
 
 
 # -- sentence-transformers ---------------------------------------------------------------------------------------------

@@ -71,9 +71,6 @@ class LlavaNextProcessing(Processing):
                 f"{self.image_marker!r}; take both from the same folder"
             )
 
-    def save(self, folder):
-        self.hf_processor().save_pretrained(folder)
-
     def hf_processor(self):
         """transformers' LlavaNextProcessor of the same tokenizer and image processor."""
         from transformers import LlavaNextProcessor

@@ -103,8 +103,12 @@ class Processing:
         return cls(tokenizer, AutoImageProcessor.from_pretrained(folder, backend=backend, **hub), config, options)
 
     def save(self, folder: str) -> None:
-        """Write tokenizer and processor files so that transformers' AutoProcessor reads the folder."""
-        self.tokenizer.save_pretrained(folder)
+        """Write tokenizer and processor files so that transformers' AutoProcessor reads the folder.
+
+        preprocessor_config.json is for releases of transformers, and servers with them, that look for nothing newer.
+        """
+        processor = self.hf_processor()
+        (self.tokenizer if processor is None else processor).save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
     @property

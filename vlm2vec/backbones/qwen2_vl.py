@@ -153,9 +153,6 @@ class Qwen2VLProcessing(Processing):
         video = Qwen2VLVideoProcessor(size=size, patch_size=self.patch, merge_size=self.merge, temporal_patch_size=self.temporal)
         return Qwen2VLProcessor(self.image_processor, self.tokenizer, video, getattr(self.tokenizer, "chat_template", None))
 
-    def save(self, folder: str) -> None:
-        self.hf_processor().save_pretrained(folder)
-
 
 def mrope_positions(length: int, spans: list[tuple[int, tuple, int]]) -> torch.Tensor:
     """M-RoPE positions (3, length): text counts on; a visual's tokens get (time, row, column) from the position reached, and the
