@@ -14,7 +14,7 @@ import math
 import torch
 
 from contrastive_kernels.checks import check_inputs
-from contrastive_kernels.compute import compute
+from contrastive_kernels.info_nce_op import GRADIENTS, info_nce_op, pack
 from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions
 from contrastive_kernels.stats import InfoNCEStats
 
@@ -29,36 +29,6 @@ class InfoNCEResult:
     d_hard_negatives: torch.Tensor | None
     d_temperature: torch.Tensor | None
     stats: InfoNCEStats | None
-
-
-class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, target, hard, temperature, options):
-        options = options.replace(hard_negatives=hard, temperature=options.temperature if temperature is None else temperature)
-        names = ("query", "target", "hard_negatives", "temperature")
-        wanted = frozenset(n for n, need in zip(names, ctx.needs_input_grad) if need)
-        ctx.options, ctx.wanted = options, wanted
-        none = options.reduction == "none"
-        out = compute(query, target, options, frozenset() if none else wanted)
-        if none:
-            ctx.save_for_backward(query, target)
-        else:
-            ctx.save_for_backward(out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
-        ctx.dtypes = [None if x is None else x.dtype for x in (query, target, hard, temperature)]
-        ctx.mark_non_differentiable(*(() if out.stat_sums is None else (out.stat_sums,)))
-        return out.loss, out.stat_sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        if ctx.options.reduction == "none":
-            weight = grad if ctx.options.weight is None else grad * ctx.options.weight
-            options = ctx.options.replace(reduction="sum", weight=weight, return_stats=False)
-            out = compute(*ctx.saved_tensors, options, ctx.wanted)
-            grads = [out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature]
-        else:
-            grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        return *(None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes)), None
 
 
 def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
@@ -80,8 +50,9 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
     """
     made = InfoNCEOptions.make(options)
     check_inputs(query, target, made)
-    temperature = made.temperature if isinstance(made.temperature, torch.Tensor) else None
-    loss, sums = _InfoNCE.apply(query, target, made.hard_negatives, temperature, made)
+    tensors = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
+    wanted = frozenset(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad) if torch.is_grad_enabled() else frozenset()
+    loss, sums, *_ = info_nce_op(*pack(query, target, made, wanted))
     return (loss, InfoNCEStats.unpack(sums)) if made.return_stats else loss
 
 
@@ -107,19 +78,12 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
     for name in wrt or ():
         if name not in existing:
             raise ValueError(f"wrt: expected names of {existing}, got {name!r}")
-    out = compute(query.detach(), target.detach(), made, frozenset(existing if wrt is None else wrt))
-
-    def cast(gradient, like):
-        return None if gradient is None else gradient.to(grad_dtype or like.dtype)
-
-    return InfoNCEResult(
-        loss=out.loss,
-        d_query=cast(out.d_query, query),
-        d_target=cast(out.d_target, target),
-        d_hard_negatives=cast(out.d_hard_negatives, made.hard_negatives),
-        d_temperature=cast(out.d_temperature, made.temperature),
-        stats=InfoNCEStats.unpack(out.stat_sums) if made.return_stats else None,
-    )
+    wanted = frozenset(existing if wrt is None else wrt)
+    with torch.no_grad():
+        loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), made, wanted))
+    likes = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
+    cast = {f"d_{name}": g.to(grad_dtype or likes[name].dtype) if name in wanted else None for name, g in zip(GRADIENTS, gradients)}
+    return InfoNCEResult(loss=loss, stats=InfoNCEStats.unpack(sums) if made.return_stats else None, **cast)
 
 
 class InfoNCELoss(torch.nn.Module):

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-FIELDS = ("logsumexp", "accuracy", "positive_cosine", "hardest_negative_cosine", "rows_masked")
+STAT_SUMS = 7  # numbers that `row_sums` adds up
 
 
 @dataclasses.dataclass(frozen=True)
