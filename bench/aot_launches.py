@@ -61,6 +61,7 @@ def _rows(dtype):
     segments = rows.Segments.make(index, R)
     both = dict(x=out, a=factor, y=narrow, b=factor)
     yield "update, store", lambda: rows.update(out, index=index, add=False, **both)
+    yield "dots", lambda: rows.dots(narrow, narrow, index, torch.float32)
     yield "scatter, add", lambda: rows.scatter(out, segments, y=narrow, b=factor, add=True)
     if dtype == torch.bfloat16:
         yield "update, add, dot", lambda: rows.update(out, index=index, z=narrow, add=True, **both)

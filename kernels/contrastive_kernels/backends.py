@@ -51,14 +51,18 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     return "torch"
 
 
-def sweep_for(problem):
-    """The sweep function for a problem's backend, dtype and device."""
+def sweep_for(problem, parts):
+    """The sweep function for a problem's backend, dtype and device; `parts` are the directions it will be called with, in order."""
     dtype = problem.query.source.dtype
     if choose(problem.options.backend, dtype, problem.device) == "torch":
         return panels.sweep
     from contrastive_kernels.triton.sweep import sweep
 
-    return sweep
+    if len(parts) == 1:
+        return sweep
+    from contrastive_kernels.triton.symmetric import sweep_both
+
+    return sweep_both(problem, parts, sweep)
 
 
 def shard_passes_for(problem, sums, gradients):
@@ -68,3 +72,14 @@ def shard_passes_for(problem, sums, gradients):
     from contrastive_kernels.triton.ring import differentiate_shard, sum_shard
 
     return sum_shard, differentiate_shard
+
+
+def row_dots(a, b, backend: str):
+    """(n,) dot products of matching rows of two operands, the second of which has an index."""
+    if choose(backend, a.source.dtype, a.source.device) == "torch":
+        from contrastive_kernels.problem import row_dots as in_torch
+
+        return in_torch(a, b)
+    from contrastive_kernels.triton.rows import operand_dots
+
+    return operand_dots(a, b)

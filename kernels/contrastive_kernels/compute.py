@@ -68,7 +68,7 @@ def reduce_directions(problem: Problem, parts: list[Direction], gradients: Gradi
     """Every direction over columns that are all at hand, one sweep each."""
     options = problem.options
     hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
-    sweep = sweep_for(problem)
+    sweep = sweep_for(problem, parts)
     loss, stat_sums = torch.zeros_like(problem.share), None
     for direction in parts:
         own = hard if direction.forward else None

@@ -9,7 +9,7 @@ Every way that can take the problem is priced with the cost model of `roofline.p
 * chunk    float32 logits by the library, then one kernel over them; takes everything
 * fused    no panel at all, logits computed twice; 2-byte types, D up to 128, no label smoothing
 
-`symmetric` has two such directions, unless `joint` prices them from one panel (see triton/symmetric.py).
+* joint    both directions of `symmetric` from one kept panel; where each row's pair is its column and the panel fits (triton/symmetric.py)
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ ROW_QUANTUM = 128  # rows of a panel come in whole tiles
 FUSED_WIDTH = 128
 CLOSE = 1.05
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+MEANING = {
+    "exp": "exponentials from the logits product's own epilogue, then two products",
+    "chunk": "float32 logits by the library, one kernel over them, then two products",
+    "fused": "no panel in memory, logits computed twice",
+    "joint": "both directions from one panel of exponentials",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Plan:
     chosen: Way
     ways: tuple[Way, ...]
     title: str
-    limit: float  # seconds of three library products
+    limit: float  # seconds of three bare library products, for one direction or from one panel for both
 
     @property
     def path(self) -> str:
@@ -58,14 +66,15 @@ class Plan:
         return self.chosen.rows
 
     def text(self) -> str:
-        """For a person: the choice, its pieces, and what the other ways would take."""
-        lines = [self.title, f"chosen: {self.path}, {self.rows} rows at a time, {self.chosen.scratch / MIB:.1f} MiB of scratch"]
-        lines += ["  " + piece.line() for piece in self.chosen.pieces]
-        lines.append(f"  {'predicted':<10} {self.chosen.seconds * 1e3:.3f} ms, {self.chosen.seconds / self.limit:.3f} of three library products")
+        """For a person: the choice, its pieces with what each is bound by, and what the other ways would take."""
+        chosen = self.chosen
+        lines = [self.title, f"  {chosen.path}: {MEANING[chosen.path]}", f"  {chosen.rows} rows at a time, {chosen.scratch / MIB:.1f} MiB of scratch", ""]
+        lines += ["    " + piece.line() for piece in chosen.pieces]
+        lines += [f"    {'together':<35}{chosen.seconds * 1e3:>58.3f} ms", f"    {'the bare products by the library':<35}{self.limit * 1e3:>58.3f} ms: {chosen.seconds / self.limit:.3f} times that", ""]
         for way in self.ways:
-            if way is not self.chosen:
-                price = f"{way.seconds * 1e3:.3f} ms predicted, {way.rows} rows at a time" if not way.reason else way.reason
-                lines.append(f"  not {way.path:<6} {price}")
+            if way is not chosen:
+                taken = f"{way.seconds * 1e3:.3f} ms, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
+                lines.append(f"  not {way.path:<6}{taken}")
         return "\n".join(lines)
 
 
@@ -102,8 +111,10 @@ def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, interpreted, d_query, d_target) -> Plan:
-    itemsize, ways = ITEMSIZE[dtype], []
+def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, interpreted, d_query, d_target, symmetric) -> Plan:
+    itemsize, ways, directions = ITEMSIZE[dtype], [], 2 if symmetric else 1
+    if symmetric:
+        ways.append(_joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target))
     for path in ("exp", "chunk", "fused"):
         reason = obstacle(path, dtype, width, smoothing, normalize, interpreted)
         count = panel_rows(rows, columns, width, itemsize, path, workspace)
@@ -118,7 +129,8 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
         else:
             pieces = roofline.panels(gpu, rows, columns, width, count, itemsize=priced, path=path, d_query=d_query, d_target=d_target)
         scratch = int(count * row_bytes(path, columns, width, itemsize))
-        ways.append(Way(path, count, roofline.seconds(pieces), tuple(pieces), scratch=scratch))
+        pieces = tuple(pieces) * directions
+        ways.append(Way(path, count, roofline.seconds(pieces), pieces, scratch=scratch))
     possible = [way for way in ways if not way.reason]
     if not possible:
         need = min(row_bytes(way.path, columns, width, itemsize) for way in ways if "scratch" in way.reason)
@@ -126,25 +138,41 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
             f"workspace_mib: expected room for one row of {columns} exponentials ({need / MIB:.2f} MiB), "
             f"got {workspace / MIB:.2f} MiB; raise workspace_mib"
         )
-    title = f"{rows} rows x {columns} candidates x D={width} {dtype} on {gpu.name}, workspace {workspace / MIB:.1f} MiB (predicted)"
+    title = (
+        f"{'both directions of ' if symmetric else ''}{rows} rows x {columns} candidates x D={width} {dtype} on {gpu.name}, "
+        f"workspace {workspace / MIB:.1f} MiB; times are PREDICTED"
+    )
     limit = roofline.three_gemms(gpu, rows, columns, width, itemsize=min(itemsize, 4))
     # prices closer than the model can tell apart: the way with the least scratch
     near = [way for way in possible if way.seconds <= CLOSE * min(other.seconds for other in possible)]
     return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit)
 
 
+def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target) -> Way:
+    """The way that keeps one panel for both directions."""
+    reason = obstacle("exp", dtype, width, False, False, interpreted)
+    scratch = int(rows * row_bytes("exp", columns, width, ITEMSIZE[dtype]))
+    if not reason and scratch > workspace:
+        reason = f"the whole panel needs {scratch / MIB:.1f} MiB of scratch"
+    if reason:
+        return Way("joint", reason=reason)
+    pieces = tuple(roofline.joint(gpu, rows, width, itemsize=min(ITEMSIZE[dtype], 4), d_query=d_query, d_target=d_target))
+    return Way("joint", rows, roofline.seconds(pieces), pieces, scratch=scratch)
+
+
 def plan(
     rows: int, columns: int, width: int, dtype, *, workspace: int, gpu: roofline.Gpu = roofline.H100, smoothing: bool = False,
-    normalize: bool = False, interpreted: bool = False, d_query: bool = True, d_target: bool = True,
+    normalize: bool = False, interpreted: bool = False, d_query: bool = True, d_target: bool = True, symmetric: bool = False,
     explain: Callable[[str], object] | None = None,
 ) -> Plan:
-    """Choose a way for one direction.
+    """Choose a way for one direction, or with `symmetric` for both.
 
     Args:
         rows, columns, width: anchors, candidates of all blocks together, D. dtype: of the inputs, a torch dtype or its name.
         workspace: bytes of scratch. gpu: what is priced. smoothing, normalize: whether these options are on.
         interpreted: the kernels run in the interpreter, which has no reason to avoid float32.
         d_query, d_target: gradients wanted.
+        symmetric: price both directions, rows being pairs of columns: one panel for both against a sweep each.
         explain: called with the plan as text, `print` for instance.
 
     Returns: `Plan`; the same arguments give the same plan.
@@ -152,7 +180,7 @@ def plan(
     """
     made = _plan(
         rows, columns, width, str(dtype).removeprefix("torch."), int(workspace), gpu, bool(smoothing), bool(normalize), interpreted,
-        d_query, d_target,
+        d_query, d_target, bool(symmetric),
     )
     if explain is not None:
         explain(made.text())
@@ -167,11 +195,12 @@ def main(argv=None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(ITEMSIZE))
     parser.add_argument("--gpu", default="h100", choices=sorted(roofline.GPUS))
     parser.add_argument("--workspace-mib", type=float, default=8192, help="scratch; the default on a GPU is 10 %% of its free memory")
-    parser.add_argument("--smoothing", action="store_true")
+    parser.add_argument("--smoothing", action="store_true", help="label smoothing is on")
+    parser.add_argument("--symmetric", action="store_true", help="both directions")
     args = parser.parse_args(argv)
     plan(
         args.rows, args.columns, args.width, args.dtype, workspace=int(args.workspace_mib * MIB), gpu=roofline.GPUS[args.gpu],
-        smoothing=args.smoothing, explain=print,
+        smoothing=args.smoothing, symmetric=args.symmetric, explain=print,
     )
     return 0
 

@@ -128,6 +128,8 @@ def build(
     all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> Problem:
     """Prepare this rank's rows. `query` (n, D), `target` (m, D) are its own; `all_sum` adds a tensor over ranks."""
+    from contrastive_kernels import backends
+
     device, n, dtype = query.device, len(query), compute_dtype(query, target)
     if options.positives is None:
         positives, kept = default_positives(n, len(target), device), torch.ones(n, dtype=torch.bool, device=device)
@@ -146,7 +148,7 @@ def build(
         share = share / torch.where(total == 0, 1, total)
     own_query = operand(query, dtype, options.normalize, options.query_mask)
     own_target = operand(target, dtype, options.normalize, options.target_mask)
-    positive = row_dots(own_query, own_target.gathered(positives))
+    positive = backends.row_dots(own_query, own_target.gathered(positives), options.backend)
     return Problem(
         options, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, positives, kept,
         share, positive, _threshold(options, positive), rank * n, rank * len(target),

@@ -116,20 +116,25 @@ def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", ti
 
 # Instructions a thread issues after the main loop, per element of the tile: upper bounds held by tests/kernels/test_aot.py.
 EPILOGUE_INSTRUCTIONS = {80: 15.0, 90: 12.0, 100: 20.0}
+JOINT_INSTRUCTIONS = {80: 25.0, 90: 22.0, 100: 37.0}  # with column sums and without the greatest cosine, on its own tile
+JOINT_TILE = (128, 128)
 TILE = {80: (128, 256), 90: (256, 128), 100: (128, 256)}
 
 
-def exp_panel(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, times=1, instructions: float | None = None) -> Piece:
+def exp_panel(
+    gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, times=1, instructions: float | None = None, row_parts: int = 2,
+    column_sums=False, store=True,
+) -> Piece:
     """Logits product with exponential epilogue: (rows, width) @ (width, columns), E written in the operands' type.
 
     Main loop at TRITON_SHARE of the library's rate, or as fast as L2 feeds its tiles; the epilogue is added in full, as if
-    nothing of it hid behind another block's main loop.
+    nothing of it hid behind another block's main loop. row_parts: numbers a tile leaves for a row, sum and greatest cosine.
     """
     flops = 2 * rows * columns * width
-    tile_r, tile_c = TILE.get(gpu.arch, (128, 256))
+    tile_r, tile_c = JOINT_TILE if column_sums else TILE.get(gpu.arch, (128, 256))
     read = itemsize * width * (rows + columns)
-    # sum and greatest cosine of a row in every tile, float32
-    written = itemsize * rows * columns + 8 * rows * -(-columns // tile_c)
+    written = (itemsize * rows * columns if store else 0) + 4 * row_parts * rows * -(-columns // tile_c)
+    written += 4 * columns * -(-rows // tile_r) if column_sums else 0
     tiles = rows / tile_r * columns / tile_c
     from_l2 = tiles * (tile_r + tile_c) * width * itemsize
     loop = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
@@ -167,13 +172,34 @@ def panels(gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, items
             out.append(row_update(gpu, rows, width, itemsize=itemsize, times=times))
         if d_target:
             out.append(elementwise(gpu, itemsize * rows * width, itemsize * rows * width, name="scaled query", times=times))
-            first = 1 if rows == panel_rows else 0  # the first panel stores, those after it add
+            # the positives' terms come first, and every product adds: it waits for its sums, not for memory
+            first = 1 if rows == panel_rows else 0
             for count, add in ((first, False), (times - first, True)):
                 if count:
-                    out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=add, name="d_target += E^T query", times=count))
+                    out.append(positive_scatter(gpu, rows, columns, width, itemsize=itemsize, add=add, times=count))
+            out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=True, name="d_target += E^T query", times=times))
+    return [positive_cosines(gpu, n, width, itemsize=itemsize), *out]
+
+
+def joint(gpu: Gpu, n: int, width: int, *, itemsize: int, d_query=True, d_target=True) -> list[Piece]:
+    """Both directions of n pairs from one panel (triton/symmetric.py)."""
+    per_element = JOINT_INSTRUCTIONS.get(gpu.arch, 37.0)
+    stored = d_query or d_target
+    out = [positive_cosines(gpu, n, width, itemsize=itemsize)]
+    out.append(exp_panel(gpu, n, n, width, itemsize=itemsize, instructions=per_element, row_parts=1, column_sums=True, store=stored))
+    if stored:
+        out.append(elementwise(gpu, itemsize * n * n, itemsize * n * n, name="both directions' factors"))
+    if d_query:
+        out.append(gemm(gpu, n, width, n, itemsize=itemsize, out_itemsize=4, name="d_query = G target"))
+        out.append(row_update(gpu, n, width, itemsize=itemsize))
     if d_target:
-        out.append(positive_scatter(gpu, n, columns, width, itemsize=itemsize))
+        out.append(positive_scatter(gpu, n, n, width, itemsize=itemsize, add=False))
+        out.append(gemm(gpu, n, width, n, itemsize=itemsize, out_itemsize=4, accumulate=True, name="d_target += G^T query"))
     return out
+
+
+def positive_cosines(gpu: Gpu, rows: int, width: int, *, itemsize: int) -> Piece:
+    return elementwise(gpu, 2 * itemsize * rows * width, 4 * rows, name="cosines of the positives")
 
 
 def row_update(gpu: Gpu, rows: int, width: int, *, itemsize: int, times=1) -> Piece:
@@ -181,10 +207,11 @@ def row_update(gpu: Gpu, rows: int, width: int, *, itemsize: int, times=1) -> Pi
     return elementwise(gpu, (4 + itemsize) * rows * width, 4 * rows * width, name="row factors, positives", times=times)
 
 
-def positive_scatter(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int) -> Piece:
-    """The positives' own term of the candidates: a target for every row, or every target where rows share them."""
+def positive_scatter(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, add: bool, times=1) -> Piece:
+    """The positives' own terms of the candidates: every row's query onto its target, or into a new matrix of zeros elsewhere."""
     touched = min(rows, columns)
-    return elementwise(gpu, (4 * touched + itemsize * rows) * width, 4 * touched * width, name="positives of d_target")
+    read, written = (4 * touched, 4 * touched) if add else (0, 4 * columns)
+    return elementwise(gpu, (read + itemsize * rows) * width, written * width, name="positives of d_target", times=times)
 
 
 def redo_check(gpu: Gpu, rows: int, *, times=1) -> Piece:
@@ -219,8 +246,8 @@ def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d
         out.append(row_update(gpu, n, width, itemsize=itemsize))
     if d_target:
         out.append(fused(gpu, n, columns, padded, itemsize=itemsize, backward=True))
-        out.append(positive_scatter(gpu, n, columns, width, itemsize=itemsize))
-    return out
+        out.append(positive_scatter(gpu, n, columns, width, itemsize=itemsize, add=True))
+    return [positive_cosines(gpu, n, width, itemsize=itemsize), *out]
 
 
 def seconds(pieces: list[Piece]) -> float:

@@ -38,7 +38,7 @@ def test_tensor_cores_of_the_architecture(arch, name):
 def test_every_family_is_compiled(arch):
     assert {row["kernel"] for row in compiled(arch)} >= {
         "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_fused_fwd_kernel", "_fused_bwd_kernel",
-        "_update_kernel", "_scatter_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
+        "_update_kernel", "_scatter_kernel", "_dots_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
     }
 
 
@@ -60,7 +60,7 @@ def test_predicted_time_stays_near_three_products(arch, n, d):
 GROUPS = {  # what launchers note, by the piece of the cost model that stands for it
     "exp_panel": ("logits product",), "gemm": ("logits, float32", "d_query = ", "d_target +="), "row_scaled": ("scaled query",),
     "rows_update": ("row factors",), "rows_scatter": ("positives of",), "chunk": ("softmax over",), "fused_": ("fused ",),
-    "exp_panel_redo": ("unsafe rows",),
+    "exp_panel_redo": ("unsafe rows",), "row_dots": ("cosines of",),
 }
 
 

@@ -8,8 +8,8 @@ from contrastive_kernels.operands import Operand
 from contrastive_kernels.triton.panel import BlockView
 
 
-def stored(operand: Operand) -> torch.Tensor:
-    """An operand's rows in the type that the products take, as they are stored; rows that are no candidates come out as zeros.
+def stored(operand: Operand, dtype: torch.dtype) -> torch.Tensor:
+    """An operand's rows in the type that the products take; rows that are no candidates come out as zeros.
 
     Norms are not applied: they go into the epilogue, where they are exact.
     """
@@ -17,6 +17,7 @@ def stored(operand: Operand) -> torch.Tensor:
     if operand.keep is not None:
         keep = operand.keep if operand.index is None else operand.keep[operand.index]
         rows = torch.where(keep[:, None], rows, rows.new_zeros(()))
+    rows = rows.to(dtype)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -29,8 +30,8 @@ def inverse(operand: Operand) -> torch.Tensor | None:
 class Side:
     """A matrix of the products, made once a direction: raw rows for the logits, unit rows for the gradients."""
 
-    def __init__(self, operand: Operand):
-        self.raw = stored(operand)
+    def __init__(self, operand: Operand, dtype: torch.dtype):
+        self.raw = stored(operand, dtype)
         self.scale = inverse(operand)
         self._unit = None
 
@@ -44,12 +45,13 @@ class Side:
 class Sides:
     """Every matrix of a direction once, and a `BlockView` a block of candidates."""
 
-    def __init__(self, direction):
+    def __init__(self, direction, dtype: torch.dtype):
+        self.dtype = dtype
         self._held: dict[int, Side] = {}
         self.views = [self._view(block, direction) for block in direction.blocks]
 
     def __call__(self, operand: Operand) -> Side:
-        return self._held.setdefault(id(operand), Side(operand))
+        return self._held.setdefault(id(operand), Side(operand, self.dtype))
 
     def _view(self, block, direction) -> BlockView:
         anchors, columns = self(block.anchors), self(block.columns.operand)

@@ -48,7 +48,7 @@ class Panels:
         self.problem, self.direction, self.gradients = problem, direction, gradients
         self.plan = plan_for(problem, direction, gradients, workspace)
         self.path, self.size = self.plan.path, self.plan.rows
-        self.sides = Sides(direction)
+        self.sides = Sides(direction, self.dtype)
         self.writer = None if gradients is None else Writer(problem, direction, gradients, self.sides)
         self.views, self.rows = self.sides.views, problem.query.rows
         self.smoothing = problem.options.label_smoothing
@@ -101,7 +101,7 @@ class Panels:
                 self.writer.anchors(block, rows, d_anchors, factor, positive)
                 del d_anchors
             if self.gradients.wants(block.columns.sink):
-                self.writer.columns(block, rows, e, factor)
+                self.writer.columns(block, rows, e, factor, positive)
 
 
 def row_sums(here: PanelSums) -> RowSums:

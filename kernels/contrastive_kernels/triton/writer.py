@@ -23,13 +23,13 @@ class Writer:
         self.problem, self.direction, self.gradients, self.sides = problem, direction, gradients, sides
         self.both = {block.columns.sink for block in direction.blocks} & {block.anchor_sink for block in direction.blocks}
         self.written: dict[str, int] = {}  # rows [0, written) of a matrix hold numbers
-        self.taken = 0  # queries [0, taken) have their positive's term
+        self.taken = {"query": 0, "target": 0}  # rows [0, taken) whose positive's term is in that gradient
 
     def wants_anchors(self, block) -> bool:
         return self.gradients.wants(block.anchor_sink) or self.gradients.wants("temperature")
 
-    def anchors(self, block, rows: slice, d_anchors: torch.Tensor, factor: torch.Tensor, positive: torch.Tensor | None = None) -> None:
-        """Add diag(factor) d_anchors (r, D) to the anchors `rows`; d_anchors is used up.
+    def anchors(self, block, rows: slice, d_anchors: torch.Tensor, factor: torch.Tensor | None, positive: torch.Tensor | None = None) -> None:
+        """Add diag(factor) d_anchors (r, D) to the anchors `rows`, None being 1; d_anchors is used up.
 
         positive: (r,) derivatives with respect to the cosines of these rows' positives; the first block whose anchors are the
         queries takes their own term along.
@@ -51,9 +51,9 @@ class Writer:
     def _own_term(self, rows: slice, positive) -> dict:
         """q += g t of the rows' positives, as arguments of `update`; once a row."""
         problem = self.problem
-        if positive is None or rows.stop <= self.taken:
+        if positive is None or rows.stop <= self.taken["query"]:
             return {}
-        self.taken = rows.stop
+        self.taken["query"] = rows.stop
         target, index = self.sides(problem.target), problem.positives[rows]
         b = positive if target.scale is None else positive * target.scale[index]
         return dict(y=target.raw, b=b, index=index)
@@ -73,10 +73,19 @@ class Writer:
         self.written[sink] = max(self.written[sink], rows.stop)
         return held[sink][rows], add
 
-    def columns(self, block, rows: slice, e: torch.Tensor, factor: torch.Tensor) -> None:
-        """Add E^T diag(factor) X, with E (r, C) of the anchors `rows`, to the block's columns."""
+    def columns(self, block, rows: slice, e: torch.Tensor, factor: torch.Tensor | None, positive: torch.Tensor | None = None) -> None:
+        """Add E^T diag(factor) X, with E (r, C) of the anchors `rows`, to the block's columns; factor None is 1.
+
+        positive: as for `anchors`; where the columns are the targets, their own terms go in first, and the product adds to them:
+        it waits for its sums anyway, while a pass of its own would read and write the matrix once more.
+        """
         sink, anchors = block.columns.sink, self.sides(block.anchors)
-        scaled, rest = row_scaled(anchors.raw[rows], factor if anchors.scale is None else factor * anchors.scale[rows])
+        if positive is not None and sink == "target" and rows.stop > self.taken["target"]:
+            self._targets_of(rows, positive)
+        if factor is None:
+            scaled, rest = anchors.unit[rows], None
+        else:
+            scaled, rest = row_scaled(anchors.raw[rows], factor if anchors.scale is None else factor * anchors.scale[rows])
         held = self._all(sink, block.columns.operand.rows)
         if held is not None:
             add_scaled_matmul(held, e.T, scaled, rest)
@@ -107,16 +116,21 @@ class Writer:
             held["target"] = out
         scatter(out, Segments.make(problem.positives[rows], problem.target.rows), add=add, **terms)
 
+    def _targets_of(self, rows: slice, positive: torch.Tensor) -> None:
+        """t += g q of the rows' positives."""
+        query = self.sides(self.problem.query)
+        self.taken["target"] = rows.stop
+        self._scatter(rows, y=query.raw[rows], b=positive if query.scale is None else positive * query.scale[rows])
+
     def positives(self, coefficient: torch.Tensor) -> None:
-        """The positives' own terms, as far as `anchors` has not taken them: q += g t, t += g q, g (n,) with respect to the cosine."""
+        """The positives' own terms, as far as `anchors` and `columns` have not taken them: q += g t, t += g q, g (n,) with respect to the cosine."""
         problem, gradients = self.problem, self.gradients
         everyone = slice(0, problem.query.rows)
         if gradients.wants("temperature"):
             gradients.temperature += (coefficient * self.direction.positive).sum()
-        if gradients.wants("query") and not self.taken:
+        if gradients.wants("query") and not self.taken["query"]:
             own = self._own_term(everyone, coefficient)
             out, add = self._rows("query", everyone, problem.query.rows)
             update(out, add=add, **own)
-        if gradients.wants("target"):
-            query = self.sides(problem.query)
-            self._scatter(everyone, y=query.raw, b=coefficient if query.scale is None else coefficient * query.scale)
+        if gradients.wants("target") and not self.taken["target"]:
+            self._targets_of(everyone, coefficient)

@@ -1,0 +1,148 @@
+"""Both directions of `symmetric` from one kept panel: E = exp(s - c) once, its row sums are the one softmax's, its column sums the other's.
+
+    G_ij = (f_i + h_j) E_ij        in place, f and h the rows' factors of the two directions
+    d_query = G T                  d_target = G^T Q
+
+6 N M D FLOP where two directions take 12. One shift c for all rows and columns: safe only where no cosine times 1 / temperature can
+exceed 73, which the host has to know: it does for normalize=True with a temperature that is a number; otherwise it looks once, which
+waits for the device, and only where the saving is worth it. `obstacle` says what keeps a problem from it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from contrastive_kernels import dispatch, roofline
+from contrastive_kernels.operands import norms
+from contrastive_kernels.softmax import RowSums, finish, row_factor
+from contrastive_kernels.triton import configs, work
+from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv
+from contrastive_kernels.triton.exp_panel import exp_panel
+from contrastive_kernels.triton.panel import SHIFT_BELOW_TOP
+from contrastive_kernels.triton.products import matmul
+from contrastive_kernels.triton.sides import Sides
+from contrastive_kernels.triton.writer import Writer
+
+# exponents lie between 60 - 2 * 73 and 60: float32's and bfloat16's normal numbers, times 2^25 columns
+LARGEST_LOGIT = 73.0
+WORTH_A_LOOK = 2e-4  # seconds saved for which the host waits for the device
+
+
+@triton.jit
+def _combine_kernel(p_e, p_f, p_h, R, C, stride, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    i_r, i_c = (tl.program_id(0) // tiles_c).to(tl.int64), (tl.program_id(0) % tiles_c).to(tl.int64)
+    o_r, o_c = i_r * BLOCK_R + tl.arange(0, BLOCK_R), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_r, m_c = o_r < R, o_c < C
+    p_be = p_e + o_r[:, None] * stride + o_c[None, :]
+    b_e = tl.load(p_be, mask=m_r[:, None] & m_c[None, :], other=0.0).to(ACC)
+    b_f, b_h = tl.load(p_f + o_r, mask=m_r, other=0.0), tl.load(p_h + o_c, mask=m_c, other=0.0)
+    tl.store(p_be, _narrow(b_e * (b_f[:, None] + b_h[None, :]), p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
+
+
+def combine(e: torch.Tensor, f: torch.Tensor, h: torch.Tensor) -> None:
+    """e_ij *= f_i + h_j in place; e (R, C), f (R,), h (C,) of the accumulator's type."""
+    (rows, columns), tile = e.shape, configs.CHUNK_WRITE
+    grid = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
+    _combine_kernel[(grid,)](
+        e, f, h, rows, columns, e.stride(0), ACC=TRITON_DTYPE[accumulator(e.dtype)], UPCAST=INTERPRET,
+        BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **tile.options,
+    )
+    work.note("combine", grid, 0, work.size(e), work.size(e))
+
+
+def obstacle(problem) -> str:
+    """Why the two directions cannot share a panel, or "": then row i of the one is column i of the other, dropped pairs included."""
+    o = problem.options
+    for name in ("positives", "query_ids", "query_mask", "target_mask", "own_negatives_only", "mask_margin", "mask_relative", "group"):
+        if getattr(o, name) is not None:
+            return f"with {name} the two directions drop different pairs"
+    if problem.query.rows != problem.target.rows:
+        return f"{problem.query.rows} queries and {problem.target.rows} targets: columns are not the other direction's rows"
+    for name in ("query_negatives", "target_negatives", "label_smoothing"):
+        if getattr(o, name):
+            return f"{name} adds to one direction what the other has not"
+    return ""
+
+
+def largest_logit(problem, saving: float) -> float:
+    """A bound on |cos| / temperature, hardness included; infinity where knowing it is not worth waiting for the device."""
+    o = problem.options
+    scale = problem.inverse_temperature + (o.hardness if o.hardness_scope in ("all", "in_batch") else 0.0)
+    if problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor):
+        return scale * 1.01  # norms and products are rounded
+    if problem.device.type == "cuda" and (saving < WORTH_A_LOOK or torch.cuda.is_current_stream_capturing()):
+        return float("inf")
+    top = 1.0
+    if problem.query.inverse_norm is None:
+        top = norms(problem.query.source, problem.dtype).max() * norms(problem.target.source, problem.dtype).max()
+    return float(scale * top) * 1.01
+
+
+def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
+    """The plan that prices one panel against two directions, or None where one panel cannot be had."""
+    if obstacle(problem):
+        return None
+    source, wants = problem.query.source, (lambda name: False) if gradients is None else gradients.wants
+    plan = dispatch.plan(
+        problem.query.rows, problem.target.rows, problem.query.width, source.dtype, workspace=workspace, symmetric=True,
+        gpu=roofline.for_arch(configs.architecture(source.device) or 90), normalize=problem.query.inverse_norm is not None,
+        interpreted=INTERPRET, d_query=wants("query") or wants("temperature"), d_target=wants("target"),
+    )
+    return plan
+
+
+def sweep_both(problem, parts, sweep):
+    """`sweep` for a problem with two directions: the first call does both where they can share a panel."""
+    held = {}
+
+    def shared(problem, direction, hard, gradients, workspace, want_best):
+        if not direction.forward and held:
+            return held.pop("reverse")
+        plan = decide(problem, gradients, workspace) if direction.forward else None
+        if plan is None or plan.path != "joint":
+            return sweep(problem, direction, hard, gradients, workspace, want_best)
+        apart = min((way.seconds for way in plan.ways if way.path != "joint"), default=float("inf"))
+        bound = largest_logit(problem, apart - plan.chosen.seconds)
+        if not bound <= LARGEST_LOGIT:
+            return sweep(problem, direction, hard, gradients, workspace, want_best)
+        forward, held["reverse"] = joint(problem, parts, hard, gradients, bound, want_best)
+        return forward
+
+    return shared
+
+
+def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
+    """((RowResult, RowSums) of the forward direction, the same of the reverse); gradients of both are added.
+
+    bound: on every |logit|, at most LARGEST_LOGIT.
+    """
+    forward, reverse = parts
+    sides = Sides(forward, problem.query.source.dtype)
+    block, view, acc = forward.blocks[0], sides.views[0], problem.dtype
+    everyone = slice(0, problem.query.rows)
+    shift = torch.full((problem.query.rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)
+    panel = exp_panel(view.x, view.y, scale=view.scale, shift=shift, row_max=want_best, col_sum=True, store=gradients is not None, **view.options())
+    nothing = torch.full_like(shift, float("-inf"))
+    best = panel.row_max[0] if want_best else nothing
+    sums = [
+        RowSums(torch.where(total > 0, shift, nothing), total, top) for total, top in ((panel.row_sum[0], best.clone()), (panel.col_sum[0], nothing.clone()))
+    ]
+    if hard is not None:
+        sums[0].add(everyone, hard.sums)
+    logit = forward.positive * problem.inverse_temperature
+    results = [finish(own, logit, 0.0) for own in sums]
+    if gradients is not None:
+        writer = Writer(problem, forward, gradients, sides)
+        factors = [row_factor(own, logit, shift) * part.weight * problem.inverse_temperature for own, part in zip(sums, parts)]
+        positive = sum(result.positive * part.weight for result, part in zip(results, parts)) * problem.inverse_temperature
+        e = panel.e[0]
+        combine(e, *factors)
+        if writer.wants_anchors(block):
+            writer.anchors(block, everyone, matmul(e, sides(block.columns.operand).unit, acc), None, positive)
+        if gradients.wants(block.columns.sink):
+            writer.columns(block, everyone, e, None, positive)
+        writer.positives(positive)
+    return tuple(zip(results, sums))
