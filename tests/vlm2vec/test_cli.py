@@ -51,9 +51,25 @@ def test_search_in_images_and_in_embeddings(place, capsys):
         assert lines[0].split() == ["rank", "score", "image"] and len(lines) == 3
         scores = [float(line.split()[1]) for line in lines[1:]]
         assert scores == sorted(scores, reverse=True)
-    assert main(["search", str(place / "images/b.jpg"), "--model", str(place / "model"), "--images", str(place / "images")]) == 0
+    bare = ["--images", str(place / "images"), "--prompt", "", "--image-prompt", ""]
+    assert main(["search", str(place / "images/b.jpg"), "--model", str(place / "model"), *bare]) == 0
     first = capsys.readouterr().out.splitlines()[1].split()
     assert first[2] == "b.jpg" and float(first[1]) > 0.9999  # an image finds itself
+
+
+def test_search_says_what_the_model_was_trained_to_hear(place, capsys):
+    """MMEB's words, line ends and all, where neither the model nor the command has a prompt."""
+    model = VLM2Vec.from_pretrained(place / "model")
+    pictures = sorted((place / "images").rglob("*.[pj][np]g"))
+    targets = model.encode([{"text": "<|image_1|>\nRepresent the given image.\n", "image": path} for path in pictures])
+    queries = model.encode([
+        "Find me an everyday image that matches the given caption: a happy cat\n",
+        {"text": "<|image_1|>\nFind a day-to-day image that looks similar to the provided image.\n", "image": pictures[0]},
+    ])
+    for words, query in zip(("a happy cat", str(pictures[0])), queries):
+        assert main(["search", str(place / "model"), words, "--images", str(place / "images"), "-k", "3"]) == 0
+        got = {line.split()[2]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
+        assert got == pytest.approx({str(path.relative_to(place / "images")): float(query @ target) for path, target in zip(pictures, targets)}, abs=1e-4)
 
 
 def test_info(place, capsys):

@@ -4,8 +4,13 @@ import os
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.prompts import layout
 
 QUICKSTART_MODEL = "quickstart/model"
+# MMEB's words for the three sides, which models without prompts of their own were trained on (MSCOCO_t2i, NIGHTS, MSCOCO_t2i).
+FIND_BY_TEXT = "Find me an everyday image that matches the given caption:"
+FIND_BY_IMAGE = "Find a day-to-day image that looks similar to the provided image."
+IMAGE = "Represent the given image."
 
 
 def add_arguments(parser) -> None:
@@ -15,8 +20,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--images", help="folder of images to search")
     parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed wrote with the same model")
     parser.add_argument("-k", type=int, default=5, help="how many to show (default 5)")
-    parser.add_argument("--prompt", default="query", help="prompt of the query: a name or the text itself")
-    parser.add_argument("--image-prompt", default="document", help="prompt of the images: a name or the text itself")
+    parser.add_argument("--prompt", help="prompt of the query: a name or the text itself (default: the model's for queries, else MMEB's words)")
+    parser.add_argument("--image-prompt", help="prompt of the images: a name or the text itself (default: the model's for documents, else MMEB's words)")
     parser.add_argument("--batch-size", type=int, default=32)
     common.add_model_arguments(parser)
 
@@ -32,6 +37,14 @@ def _model_and_query(args) -> tuple[str, str]:
     return QUICKSTART_MODEL, words[0]
 
 
+def _asked(model, inputs: list, prompt: str | None, role: str, instruction: str) -> tuple[list, str | None]:
+    """Inputs and prompt as they are encoded: the prompt asked for, the model's own for this role, or MMEB's instruction."""
+    if prompt is not None or model.prompts.get(role):
+        return inputs, model.prompts.get(role) if prompt is None else prompt
+    pictured = [isinstance(one, Path) for one in inputs]
+    return [{"text": layout(instruction, "<|image_1|>"), "image": one} if image else layout(instruction, one) for one, image in zip(inputs, pictured)], None
+
+
 def run(args) -> int:
     from contrastive_kernels import topk_similarity
 
@@ -43,9 +56,9 @@ def run(args) -> int:
     paths = common.images_below(args.images) if args.images else None
     stored = common.read_embeddings(args.embeddings) if args.embeddings else None
     model = common.load_model(name, args)
-    prompts = {p: (model.prompts.get(p) if p in ("query", "document") else p) for p in (args.prompt, args.image_prompt)}
     is_file = query.lower().endswith(common.IMAGE_SUFFIXES) and os.path.isfile(query)
-    vector = model.encode([Path(query) if is_file else query], prompt=prompts[args.prompt], convert_to_tensor=True)
+    asked, prompt = _asked(model, [Path(query) if is_file else query], args.prompt, "query", FIND_BY_IMAGE if is_file else FIND_BY_TEXT)
+    vector = model.encode(asked, prompt=prompt, convert_to_tensor=True)
     if stored is not None:
         targets, keys, _ = stored
         if targets.shape[1] != vector.shape[1]:
@@ -53,9 +66,8 @@ def run(args) -> int:
         targets = targets.to(vector.device)
     else:
         keys = [os.path.relpath(p, args.images) for p in paths]
-        targets = model.encode(
-            [Path(p) for p in paths], prompt=prompts[args.image_prompt], batch_size=args.batch_size, convert_to_tensor=True
-        )
+        pictures, prompt = _asked(model, [Path(p) for p in paths], args.image_prompt, "document", IMAGE)
+        targets = model.encode(pictures, prompt=prompt, batch_size=args.batch_size, convert_to_tensor=True)
     scores, index = topk_similarity(vector, targets, min(args.k, len(keys)))
     print(f"{'rank':>4}  {'score':>7}  image")
     for rank, (score, i) in enumerate(zip(scores[0].tolist(), index[0].tolist()), 1):
