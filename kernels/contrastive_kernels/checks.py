@@ -1,4 +1,9 @@
-"""Checks of the tensors that a loss is given: ValueError with what was expected, what came, and the mend."""
+"""Checks of the tensors that a loss is given: ValueError with what was expected, what came, and the mend.
+
+Shapes, dtypes and devices are looked at always, before anything is computed. Values (ranges of indices, NaN, a temperature in a
+tensor) are looked at inside the operator, where torch.compile does not trace: on a CPU always, on CUDA with validate=True, since
+looking waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +12,108 @@ import torch
 from contrastive_kernels.options import InfoNCEOptions
 
 
-def check_matrices(query: torch.Tensor, target: torch.Tensor) -> None:
+def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = False) -> None:
+    """Two (rows, D) of one width, dtype (but for autocast) and device; without rows only where `empty`."""
     for name, matrix in (("query", query), ("target", target)):
         if matrix.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions (rows, D), got shape {tuple(matrix.shape)}")
         if not matrix.dtype.is_floating_point:
             raise ValueError(f"{name}: expected a floating-point tensor, got {matrix.dtype}; call .float()")
-        if matrix.numel() == 0:
+        if matrix.numel() == 0 and not empty:
             raise ValueError(f"{name}: expected at least one row and column, got shape {tuple(matrix.shape)}; skip empty batches")
     if query.shape[1] != target.shape[1]:
-        raise ValueError(f"expected the same width, got query D={query.shape[1]} and target D={target.shape[1]}")
+        raise ValueError(f"expected the same width, got query D={query.shape[1]} and target D={target.shape[1]}; use one model for both")
     if query.device != target.device:
-        raise ValueError(f"expected one device, got query on {query.device} and target on {target.device}")
+        raise ValueError(f"expected one device, got query on {query.device} and target on {target.device}; move one of them")
     if query.dtype != target.dtype and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(f"expected one dtype, got query {query.dtype} and target {target.dtype}; cast one of them")
 
 
+def check_vector(name: str, value, rows: int, dtype: torch.dtype | None, device: torch.device) -> None:
+    """(rows,) of `dtype` on `device`, or None; `dtype` None asks for numbers of any kind."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor of shape ({rows},), got {type(value).__name__}; call torch.tensor")
+    if tuple(value.shape) != (rows,):
+        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(value.shape)}")
+    if dtype is not None and value.dtype != dtype:
+        mend = ".bool()" if dtype == torch.bool else ".long()"
+        nan = ", which can hold NaN" if value.dtype.is_floating_point else ""
+        raise ValueError(f"{name}: expected {dtype}, got {value.dtype}{nan}; call {mend}")
+    if dtype is None and (value.dtype == torch.bool or value.dtype.is_complex):
+        raise ValueError(f"{name}: expected numbers, got {value.dtype}; call .float()")
+    if value.device != device:
+        raise ValueError(f"{name}: expected it on {device}, got {value.device}; move it there")
+
+
 def check_inputs(query, target, options: InfoNCEOptions) -> None:
-    """Shapes, dtypes, devices; ranges too where looking at them does not wait for a GPU, or with validate=True."""
+    """Everything that shapes, dtypes and devices tell."""
     check_matrices(query, target)
+    n, m, device, o = len(query), len(target), query.device, options
+    for name, rows, dtype in (
+        ("positives", n, torch.int64), ("target_ids", m, torch.int64), ("query_ids", n, torch.int64), ("query_mask", n, torch.bool),
+        ("target_mask", m, torch.bool), ("own_negatives_only", n, torch.bool), ("weight", n, None),
+    ):
+        check_vector(name, getattr(o, name), rows, dtype, device)
+    if o.positives is None and n > m:
+        raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
+    if o.matryoshka_dims is not None:
+        for dim in o.matryoshka_dims:
+            if not 1 <= dim <= query.shape[1]:
+                raise ValueError(f"matryoshka_dims: expected widths from 1 to D={query.shape[1]}, got {dim}; leave it out")
+    if o.hard_negatives is not None:
+        _check_hard(query, o)
+
+
+def _check_hard(query: torch.Tensor, o: InfoNCEOptions) -> None:
+    hard, (n, d) = o.hard_negatives, query.shape
+    if o.hard_offsets is None:
+        if hard.dim() != 3 or hard.shape[0] != n or hard.shape[2] != d:
+            raise ValueError(f"hard_negatives: expected (N, K, D) = ({n}, K, {d}), got {tuple(hard.shape)}; packed (H, D) needs hard_offsets")
+        if hard.shape[1] == 0:
+            raise ValueError(f"hard_negatives: expected K of at least 1, got shape {tuple(hard.shape)}; pass None where there are none")
+    else:
+        if hard.dim() != 2 or hard.shape[1] != d:
+            raise ValueError(f"hard_negatives: expected packed (H, D) = (H, {d}) with hard_offsets, got {tuple(hard.shape)}")
+        check_vector("hard_offsets", o.hard_offsets, n + 1, torch.int64, query.device)
+    if hard.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(f"hard_negatives: expected the queries' dtype {query.dtype}, got {hard.dtype}; cast them")
+    if hard.device != query.device:
+        raise ValueError(f"hard_negatives: expected them on {query.device}, got {hard.device}; move them there")
+    if o.hard_ids is not None:
+        if tuple(o.hard_ids.shape) != tuple(hard.shape[:-1]):
+            raise ValueError(f"hard_ids: expected shape {tuple(hard.shape[:-1])}, got {tuple(o.hard_ids.shape)}")
+        check_vector("hard_ids", o.hard_ids.reshape(-1), o.hard_ids.numel(), torch.int64, query.device)
+
+
+def check_values(query, target, options: InfoNCEOptions) -> None:
+    """What only the numbers tell. On CUDA nothing, unless validate=True."""
+    o = options
+    if query.is_cuda and not o.validate:
+        return
+    check_index("positives", o.positives, len(target), o.ignore_index)
+    if isinstance(o.temperature, torch.Tensor) and not 0 < float(o.temperature) < float("inf"):
+        raise ValueError(f"temperature: expected a number above 0, got {float(o.temperature)}; 0.02 is usual")
+    if o.weight is not None and o.weight.dtype.is_floating_point and not bool(o.weight.isfinite().all()):
+        raise ValueError("weight: expected finite numbers, got NaN or infinity; mask such rows with ignore_index")
+    if o.hard_offsets is not None:
+        steps, last = o.hard_offsets.diff(), int(o.hard_offsets[-1])
+        if int(o.hard_offsets[0]) != 0 or last != len(o.hard_negatives) or bool((steps < 0).any()):
+            raise ValueError(
+                f"hard_offsets: expected offsets that rise from 0 to H={len(o.hard_negatives)}, got {int(o.hard_offsets[0])} to {last}"
+                f"{' with steps below 0' if bool((steps < 0).any()) else ''}"
+            )
+
+
+def check_index(name: str, value, rows: int, ignore_index: int) -> None:
+    """Every entry of `value` is `ignore_index` or a row; waits for the device."""
+    if value is None:
+        return
+    wrong = (value != ignore_index) & ((value < 0) | (value >= rows))
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected indices from 0 to {rows - 1} or ignore_index={ignore_index}, got {int(value[place])} at {place}; "
+            f"use {ignore_index} for rows without one"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from contrastive_kernels.checks import check_values
 from contrastive_kernels.compute import compute
 from contrastive_kernels.operands import compute_dtype
 from contrastive_kernels.options import InfoNCEOptions
@@ -71,6 +72,7 @@ def _unpack(values) -> tuple[torch.Tensor, torch.Tensor, InfoNCEOptions, frozens
 
 def _info_nce(*values):
     query, target, options, wanted = _unpack(values)
+    check_values(query, target, options)
     out = compute(query.detach(), target.detach(), _detached(options), frozenset() if options.reduction == "none" else wanted)
     made = (out.loss, out.stat_sums, out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
     return tuple(out.loss.new_empty(0) if x is None else x for x in made)

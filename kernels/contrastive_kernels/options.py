@@ -133,6 +133,12 @@ class InfoNCEOptions:
             raise ValueError("hard_ids needs target_ids: ids of hard negatives are compared with the positive's id")
         if self.matryoshka_weights is not None and self.matryoshka_dims is None:
             raise ValueError("matryoshka_weights needs matryoshka_dims")
+        if self.matryoshka_dims is not None and not self.matryoshka_dims:
+            raise ValueError("matryoshka_dims: expected at least one width, got none; pass None to turn it off")
+        if self.matryoshka_weights is not None and len(self.matryoshka_weights) != len(self.matryoshka_dims):
+            raise ValueError(
+                f"matryoshka_weights: expected {len(self.matryoshka_dims)} numbers, one a width, got {len(self.matryoshka_weights)}"
+            )
         if self.group is not None and self.reduction != "mean":
             raise ValueError(
                 f"group cannot be had with reduction={self.reduction!r}: only the mean is the same on all ranks; "

@@ -123,5 +123,9 @@ def last_token_pool(hidden, *, attention_mask=None, cu_seqlens=None, normalize: 
     Raises:
         ValueError: shapes that do not fit, both or neither of attention_mask and cu_seqlens.
     """
-    index = last_token_rows(hidden, attention_mask, cu_seqlens)
+    return pool_rows(hidden, last_token_rows(hidden, attention_mask, cu_seqlens), normalize=normalize, eps=eps, backend=backend)
+
+
+def pool_rows(hidden, index, *, normalize: bool, eps: float = 1e-12, backend: str = "auto"):
+    """(B, D) rows of `hidden` at `index` (B,), which `last_token_rows` has made; zeros where it is -1. See `last_token_pool`."""
     return _pool(hidden, index, normalize, eps, choose(backend, hidden.dtype, hidden.device))[0]

@@ -7,9 +7,13 @@ import math
 import torch
 
 from contrastive_kernels.backends import choose
+from contrastive_kernels.checks import check_matrices
 from contrastive_kernels.operands import Operand, compute_dtype
 from contrastive_kernels.gemm import product_into
 from contrastive_kernels.panels import MIB
+
+WORKSPACE_MIB = 256
+PANEL_ROWS, PRODUCT_COLUMNS = 1024, 4096  # of a panel; of one product on a CPU, near the cache
 
 
 def stable_topk(values, k: int):
@@ -70,6 +74,54 @@ def merge_tile(scores, indices, tile, first: int) -> None:
     scores[rows], indices[rows] = best.values[:, :k], places.gather(1, best.indices[:, :k])
 
 
+def _stream(query, target, k: int, exclude, workspace: int):
+    """`topk_similarity` in plain torch: panels of rows, tiles of columns within `workspace` bytes."""
+    dtype, device = compute_dtype(query, target), query.device
+    n, m = len(query), len(target)
+    rows = max(1, min(n, PANEL_ROWS))
+    columns = max(k, min(m, workspace // (rows * dtype.itemsize)))
+    scores = torch.full((n, k), float("-inf"), dtype=dtype, device=device)
+    indices = torch.full((n, k), -1, dtype=torch.int64, device=device)
+    buffer = torch.empty(rows * columns, dtype=dtype, device=device)
+    queries, targets = Operand(query, dtype), Operand(target, dtype)
+    for a in range(0, n, rows):
+        b = min(a + rows, n)
+        tile = queries.tile(a, b)
+        for c in range(0, m, columns):
+            d = min(c + columns, m)
+            product = buffer[: (b - a) * (d - c)].view(b - a, d - c)
+            step = d - c if product.is_cuda else PRODUCT_COLUMNS
+            for e in range(c, d, step):
+                f = min(e + step, d)
+                product_into(product[:, e - c : f - c], tile, targets.tile(e, f))
+            if exclude is not None:
+                column = exclude[a:b] - c
+                inside = (column >= 0) & (column < d - c)
+                row = torch.arange(b - a, device=device)[:, None].expand_as(column)
+                product[row[inside], column[inside]] = float("-inf")
+            merge_tile(scores[a:b], indices[a:b], product, c)
+    indices.masked_fill_(scores == float("-inf"), -1)
+    return scores, indices
+
+
+@torch.library.custom_op("contrastive_kernels::topk_similarity", mutates_args=())
+def _topk(
+    query: torch.Tensor, target: torch.Tensor, k: int, exclude: torch.Tensor | None, workspace: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad(), torch.autocast(device_type=query.device.type, enabled=False):
+        if backend == "triton":
+            from contrastive_kernels.triton.topk import topk
+
+            return topk(query, target, k, exclude=exclude)
+        return _stream(query, target, k, exclude, workspace)
+
+
+@_topk.register_fake
+def _(query, target, k, exclude, workspace, backend):
+    shape = query.shape[0], k
+    return query.new_empty(shape, dtype=compute_dtype(query, target)), query.new_empty(shape, dtype=torch.int64)
+
+
 def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float | None = None, backend: str = "auto"):
     """Scores and indices of each query's k greatest dot products with the targets.
 
@@ -78,42 +130,31 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
         k: at least 1; where fewer than k targets are left, scores end in -inf and indices in -1.
         exclude: (N, E) int64 targets that a query must not get; -1 pads.
         workspace_mib: bound on scratch memory, default 256.
+        backend: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton".
 
     Returns:
         scores (N, k) float32 (float64 for float64 input), descending, and indices (N, k) int64; of equal scores the
-        lowest index comes first.
-    """
-    if query.dim() != 2 or target.dim() != 2 or query.shape[1] != target.shape[1]:
-        raise ValueError(f"expected query (N, D) and target (M, D), got {tuple(query.shape)} and {tuple(target.shape)}")
-    if k < 1:
-        raise ValueError(f"k: expected 1 or more, got {k}")
-    if choose(backend, query.dtype, query.device) == "triton":
-        from contrastive_kernels.triton.topk import MAXIMUM_K, topk
+        lowest index comes first. Not differentiable.
 
-        if k <= MAXIMUM_K:
-            return topk(query.detach(), target.detach(), k, exclude=exclude)
-        if backend == "triton":
-            raise ValueError(f"backend='triton' cannot be had with k={k}: the kernel keeps at most {MAXIMUM_K}; use backend='auto' or 'torch'")
-    dtype, device = compute_dtype(query, target), query.device
-    n, m = len(query), len(target)
-    rows = min(n, 1024)
-    columns = max(k, min(m, int((workspace_mib or 256) * MIB) // (4 * rows * dtype.itemsize)))
-    scores = torch.full((n, k), float("-inf"), dtype=dtype, device=device)
-    indices = torch.full((n, k), -1, dtype=torch.int64, device=device)
-    queries, targets = Operand(query, dtype), Operand(target, dtype)
-    with torch.no_grad(), torch.autocast(device_type=device.type, enabled=False):
-        for a in range(0, n, rows):
-            b = min(a + rows, n)
-            tile = queries.tile(a, b)
-            for c in range(0, m, columns):
-                d = min(c + columns, m)
-                product = torch.empty(b - a, d - c, dtype=dtype, device=device)
-                product_into(product, tile, Operand(target[c:d], dtype).tile(0, d - c))
-                if exclude is not None:
-                    column = exclude[a:b] - c
-                    inside = (column >= 0) & (column < d - c)
-                    row = torch.arange(b - a, device=device)[:, None].expand_as(column)
-                    product[row[inside], column[inside]] = float("-inf")
-                merge_tile(scores[a:b], indices[a:b], product, c)
-    indices.masked_fill_(scores == float("-inf"), -1)
-    return scores, indices
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit.
+    """
+    check_matrices(query, target, empty=True)
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected 1 or more, got {k!r}")
+    if exclude is not None:
+        if exclude.dim() != 2 or len(exclude) != len(query) or exclude.dtype != torch.int64:
+            raise ValueError(f"exclude: expected int64 of shape ({len(query)}, E), got {exclude.dtype} {tuple(exclude.shape)}; -1 pads")
+        if exclude.device != query.device:
+            raise ValueError(f"exclude: expected it on {query.device}, got {exclude.device}; move it there")
+    if workspace_mib is not None and not workspace_mib > 0:
+        raise ValueError(f"workspace_mib: expected MiB above 0, got {workspace_mib!r}; None takes the default")
+    chosen = choose(backend, query.dtype, query.device)
+    if chosen == "triton":
+        from contrastive_kernels.triton.topk import MAXIMUM_K
+
+        if k > MAXIMUM_K:
+            if backend == "triton":
+                raise ValueError(f"backend='triton' cannot be had with k={k}: the kernel keeps at most {MAXIMUM_K}; use backend='auto' or 'torch'")
+            chosen = "torch"
+    return _topk(query.detach(), target.detach(), k, exclude, int((workspace_mib or WORKSPACE_MIB) * MIB), chosen)

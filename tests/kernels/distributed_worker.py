@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from sampling import Case, random_sets
 
-from contrastive_kernels import info_nce, info_nce_value_and_grad
+from contrastive_kernels import info_nce, info_nce_value_and_grad, sigmoid_loss
 
 PER_ROW = ("query_ids", "query_mask", "own_negatives_only", "weight")
 PER_TARGET = ("target_ids", "target_mask")
@@ -97,6 +97,31 @@ def through_autograd(rank, world, group):
             close(mine / world, whole, f"autograd {exchange}")
 
 
+def sigmoid(rank, world, group):
+    """Value and gradients of the sigmoid loss, positives, ids that cross ranks, masks and weights included."""
+    for seed, names in enumerate([(), ("positives",), ("target_ids", "weight"), ("query_mask", "target_mask"), ("target_ids", "query_ids"), ("normalize",)]):
+        case, options = whole_case(seed, names, world)
+        del options["temperature"]
+        scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (7.0, -4.0))
+        query, target, own, _ = shard_of(case, options, rank)
+
+        def gradients(q, t, **kwargs):
+            leaves = [x.clone().requires_grad_() for x in (q, t, scale, bias)]
+            loss = sigmoid_loss(*leaves[:2], scale=leaves[2], bias=leaves[3], **kwargs)
+            return loss.detach(), torch.autograd.grad(loss, leaves)
+
+        loss, truth = gradients(case.query, case.target, **options)
+        for exchange in ("gather", "ring"):
+            mine, found = gradients(query, target, group=group, exchange=exchange, **own)
+            close(mine, loss, f"sigmoid loss {names} {exchange}")
+            close(found[0], truth[0][4 * rank : 4 * rank + 4] * world, f"sigmoid d query {names} {exchange}")
+            close(found[1], truth[1][8 * rank : 8 * rank + 8] * world, f"sigmoid d target {names} {exchange}")
+            for part, whole in zip(found[2:], truth[2:]):
+                part = part.clone()
+                dist.all_reduce(part, group=group)
+                close(part / world, whole, f"sigmoid scale or bias {names} {exchange}")
+
+
 def refusals(rank, group):
     query, target = torch.randn(4 + rank, 8), torch.randn(8 + 2 * rank, 8)
     for options, word in (({}, "equal shards"), ({"reduction": "sum"}, "reduction"), ({"reduction": "none"}, "reduction")):
@@ -114,6 +139,7 @@ def run(rank, world, path, count):
     try:
         compare_all(rank, world, dist.group.WORLD, count, seed=world)
         through_autograd(rank, world, dist.group.WORLD)
+        sigmoid(rank, world, dist.group.WORLD)
         refusals(rank, dist.group.WORLD)
         if world == 4:
             halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]

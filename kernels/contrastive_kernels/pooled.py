@@ -1,0 +1,34 @@
+"""`pooled_info_nce`: hidden states in, loss out."""
+
+from __future__ import annotations
+
+from contrastive_kernels.info_nce import info_nce
+from contrastive_kernels.pooling import last_token_rows, pool_rows
+
+
+def pooled_info_nce(
+    query_hidden, target_hidden, *, query_attention_mask=None, query_cu_seqlens=None, target_attention_mask=None,
+    target_cu_seqlens=None, **options,
+):
+    """InfoNCE of the last tokens of two batches of hidden states, L2-normalised.
+
+    Args:
+        query_hidden, target_hidden: (B, L, D) padded on either side with their attention_mask (B, L), or packed (T, D) with their
+            cu_seqlens (B + 1,). Each side may have its own layout.
+        **options: the fields of `InfoNCEOptions`; `normalize` is True unless it is given.
+
+    Returns:
+        As `info_nce`. Gradients reach the hidden states: (B, D) rows, put among zeros only where autograd asks for them.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+
+    Numerics: rows are read as they are and normalised by the loss in float32, so that a bfloat16 model's embeddings are not
+    rounded once more on their way.
+    """
+    backend = options.get("backend", "auto")
+    query_rows = last_token_rows(query_hidden, query_attention_mask, query_cu_seqlens, prefix="query_")
+    target_rows = last_token_rows(target_hidden, target_attention_mask, target_cu_seqlens, prefix="target_")
+    query = pool_rows(query_hidden, query_rows, normalize=False, backend=backend)
+    target = pool_rows(target_hidden, target_rows, normalize=False, backend=backend)
+    return info_nce(query, target, **{"normalize": True, **options})

@@ -1,0 +1,160 @@
+"""`sigmoid_loss`: its operator, and the public function. The computation stands in sigmoid.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from contrastive_kernels import sigmoid
+from contrastive_kernels.checks import check_index, check_matrices, check_vector
+from contrastive_kernels.operands import compute_dtype
+from contrastive_kernels.options import EXCHANGES, REDUCTIONS
+
+TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")
+SCHEMA = (
+    "(Tensor query, Tensor target, Tensor scale, Tensor bias, "
+    + ", ".join(f"Tensor? {name}" for name in TENSORS[4:])
+    + ", bool normalize, int ignore_index, str reduction, str? group, str exchange, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _settings(normalize, ignore_index, reduction, group, exchange):
+    found = None if group is None else dist.distributed_c10d._resolve_process_group(group)
+    return normalize, ignore_index, reduction, found, exchange
+
+
+def _sigmoid(*values):
+    tensors, (*settings, wanted) = values[: len(TENSORS)], values[len(TENSORS) :]
+    none, (query, target), ignore_index = settings[2] == "none", tensors[:2], settings[1]
+    if not query.is_cuda:
+        check_index("positives", tensors[4], len(target), ignore_index)
+    loss, gradients = sigmoid.compute(*tensors, _settings(*settings), () if none else tuple(map(int, wanted)))
+    return loss, *(loss.new_empty(0) if g is None else g for g in gradients)
+
+
+_op = torch.library.custom_op("contrastive_kernels::sigmoid_loss", _sigmoid, mutates_args=(), schema=SCHEMA)
+
+
+@_op.register_fake
+def _(*values):
+    tensors, (*settings, wanted) = values[: len(TENSORS)], values[len(TENSORS) :]
+    none, dtype = settings[2] == "none", compute_dtype(*tensors[:2])
+    shapes = [x.shape if str(i) in wanted and not none else 0 for i, x in enumerate(tensors[:4])]
+    return tensors[0].new_empty(len(tensors[0]) if none else (), dtype=dtype), *(tensors[0].new_empty(s, dtype=dtype) for s in shapes)
+
+
+def _cotangent(*values):
+    """Gradients of the sum of weight * loss, for reduction "none", whose weights already hold the cotangent."""
+    tensors, (*settings, wanted) = values[: len(TENSORS)], values[len(TENSORS) :]
+    loss, gradients = sigmoid.compute(*tensors, _settings(*settings), tuple(map(int, wanted)))
+    return tuple(loss.new_empty(0) if g is None else g for g in gradients)
+
+
+_cotangent_op = torch.library.custom_op(
+    "contrastive_kernels::sigmoid_loss_cotangent", _cotangent, mutates_args=(), schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor, Tensor)")
+)
+
+
+@_cotangent_op.register_fake
+def _(*values):
+    tensors, wanted = values[: len(TENSORS)], values[-1]
+    dtype = compute_dtype(*tensors[:2])
+    return tuple(tensors[0].new_empty(x.shape if str(i) in wanted else 0, dtype=dtype) for i, x in enumerate(tensors[:4]))
+
+
+def _save(ctx, inputs, output):
+    ctx.none, ctx.rest = inputs[len(TENSORS) + 2] == "none", inputs[len(TENSORS) :]
+    ctx.dtypes = [x.dtype for x in inputs[:4]]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.there = [x is not None for x in inputs[: len(TENSORS)]]
+    ctx.save_for_backward(*([x for x in inputs[: len(TENSORS)] if x is not None] if ctx.none else output[1:]))
+
+
+def _differentiate(ctx, grad, *_):
+    out = [None] * (len(TENSORS) + len(ctx.rest))
+    if grad is None:
+        return tuple(out)
+    if torch.is_grad_enabled():
+        raise RuntimeError("sigmoid_loss has no second derivative: call backward without create_graph=True")
+    if ctx.none:
+        saved = iter(ctx.saved_tensors)
+        tensors = [next(saved) if there else None for there in ctx.there]
+        tensors[-1] = grad if tensors[-1] is None else grad * tensors[-1]
+        normalize, ignore_index, _, group, exchange, wanted = ctx.rest
+        made = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, wanted)
+    else:
+        made, wanted = [g * grad for g in ctx.saved_tensors], ctx.rest[-1]
+    for i in map(int, wanted):
+        out[i] = made[i].to(ctx.dtypes[i])
+    return tuple(out)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _number(name: str, value, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+        return value.reshape(())
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number or a tensor of one element, got {value!r}")
+    return torch.tensor(float(value), dtype=compute_dtype(like), device="cpu" if like.device.type == "cpu" else like.device)
+
+
+def sigmoid_loss(
+    query, target, *, scale, bias, normalize: bool = False, positives=None, query_ids=None, target_ids=None, ignore_index: int = -100,
+    query_mask=None, target_mask=None, weight=None, reduction: str = "mean", group=None, exchange: str = "gather",
+):
+    """Sum over targets, mean over queries, of -log sigmoid(z (scale q.t + bias)): SigLIP.
+
+    Args:
+        query: (N, D). target: (M, D), same dtype and device, L2-normalised by the caller or by `normalize=True`.
+        scale, bias: numbers, or tensors of one element, which get their gradients (SigLIP starts at 10 and -10, scale as exp of
+            its parameter).
+        positives: (N,) int64 index of each query's target, default `i * (M // N)`; `ignore_index` leaves a row out.
+        query_ids, target_ids: (N,), (M,) int64. With both, a pair belongs together where they are equal, and there may be any
+            number of them a row; -1 belongs to nothing. With target_ids alone, every target that bears the positive's id does.
+        query_mask, target_mask: (N,), (M,) bool; False rows are neither rows nor columns and may hold anything.
+        weight: (N,) of rows. reduction: "mean" (weighted), "sum" or "none".
+        group, exchange: a process group over which the batch is sharded, equal shards, `positives` indexing the rank's own
+            targets; "gather" or "ring". The loss is global; gradients are world_size times the global loss's, so that DDP's mean
+            leaves those of the whole batch.
+
+    Returns:
+        0-d loss, or (N,) with reduction="none", in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+
+    Numerics: logits in float32 (float64); gradients are formed with the value in one sweep. A second derivative raises.
+    """
+    check_matrices(query, target)
+    n, m = len(query), len(target)
+    for name, value, rows in (("positives", positives, n), ("query_ids", query_ids, n), ("target_ids", target_ids, m)):
+        check_vector(name, value, rows, torch.int64, query.device)
+    for name, value, rows in (("query_mask", query_mask, n), ("target_mask", target_mask, m)):
+        check_vector(name, value, rows, torch.bool, query.device)
+    check_vector("weight", weight, n, None, query.device)
+    if query_ids is not None and target_ids is None:
+        raise ValueError("query_ids needs target_ids: a pair belongs together where both are equal")
+    if query_ids is not None and positives is not None:
+        raise ValueError("query_ids cannot be had with positives: ids tell all pairs already; leave one of them out")
+    if query_ids is None and positives is None and n > m:
+        raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
+    for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("exchange", exchange, EXCHANGES)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    if group is not None and reduction != "mean":
+        raise ValueError(f"group cannot be had with reduction={reduction!r}: only the mean is the same on all ranks; use reduction='mean'")
+    scale, bias = _number("scale", scale, query), _number("bias", bias, query)
+    sigmoid.check_shards(query, target, group)
+    wanted = ""
+    if torch.is_grad_enabled():
+        wanted = "".join(str(i) for i, x in enumerate((query, target, scale, bias)) if x.requires_grad)
+    name = None if group is None else group.group_name
+    out = _op(query, target, scale, bias, positives, query_ids, target_ids, query_mask, target_mask, weight, normalize, ignore_index, reduction, name, exchange, wanted)
+    return out[0]
