@@ -1,8 +1,8 @@
 """One command for a machine with CUDA: every kernel against float64, then the timings.
 
-    python -m bench gpu [--sizes 4096 16384] [--widths 768 1536 3584] [--output bench/results/gpu]
+    python -m bench gpu [--sizes 4096 16384 65536] [--widths 768 1536 3584] [--output bench/results/gpu]
 
-Writes OUTPUT.csv and OUTPUT.md. Exits 1 when a kernel is wrong (nothing is timed then), 2 without CUDA.
+Writes OUTPUT.csv, OUTPUT.md and OUTPUT-attention.csv as it goes. Exits 1 when a kernel is wrong (nothing is timed then), 2 without CUDA.
 """
 
 from __future__ import annotations
@@ -12,146 +12,228 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
+from bench import gpu_gate, gpu_peers
+from bench.aot import write_csv
+
 ROOT = Path(__file__).resolve().parent.parent
-GATE_N, GATE_D = 512, 256
 FIELDS = (
-    "name", "device", "dtype", "n", "m", "d", "temperature", "ms_p20", "ms_p50", "ms_p80", "peak_extra_mib", "share_of_three_gemms",
-    "loss_error", "d_query_error", "d_target_error", "note", "torch", "triton", "commit",
+    "name", "device", "dtype", "n", "m", "d", "temperature", "ms_p20", "ms_p50", "ms_p80", "peak_extra_mib", "times_three_gemms", "tflops",
+    "loss_error", "d_query_error", "d_target_error", "predicted_ms", "note", "torch", "triton", "commit",
 )
+SHORT = ("name", "ms_p20", "ms_p50", "ms_p80", "peak_extra_mib", "times_three_gemms", "tflops", "loss_error", "d_query_error", "d_target_error", "predicted_ms", "note")
 
 
-def unit(n, d, dtype, seed):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(n, d, device="cuda", generator=generator), dim=1).to(dtype)
+class Cuda:
+    """Times and memory of the GPU; `Host` is the same of a CPU, for the test of this file."""
 
+    name = "cuda"
 
-def truth(query, target, temperature):
-    """Loss and gradients of diagonal InfoNCE in float64."""
-    q, t = query.double().requires_grad_(), target.double().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(q @ t.T / temperature, torch.arange(len(q), device=q.device))
-    loss.backward()
-    return loss.detach(), q.grad, t.grad
-
-
-def relative(got, expected) -> float:
-    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-300))
-
-
-def gate() -> list[str]:
-    """The suite of kernel tests, which take the GPU where there is one; and ours against eager's error. Returns complaints."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/kernels/test_triton_*.py"))
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, env=environment)
-    wrong = [] if ran.returncode == 0 else ["tests/kernels/test_triton_*.py failed on this GPU"]
-    from bench import gpu_peers
-
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        query, target = unit(GATE_N, GATE_D, dtype, 0), unit(GATE_N, GATE_D, dtype, 1)
-        expected = truth(query, target, 0.05)
-        mine = [relative(a, b) for a, b in zip(gpu_peers.ours(query, target, 0.05)(), expected)]
-        theirs = [relative(a, b) for a, b in zip(gpu_peers.eager(query, target, 0.05)(), expected)]
-        for name, a, b in zip(("loss", "d_query", "d_target"), mine, theirs):
-            if not a <= 2 * b + torch.finfo(dtype).eps:
-                wrong.append(f"{name} in {dtype}: relative error {a:.2e}, eager's {b:.2e}")
-    return wrong
-
-
-def time_ms(run, repeats: int) -> list[float]:
-    for _ in range(3):
-        run()
-    out = []
-    for _ in range(repeats):
+    def milliseconds(self, run) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         end.record()
         end.synchronize()
-        out.append(start.elapsed_time(end))
-    return sorted(out)
+        return start.elapsed_time(end)
 
-
-def measure(name, make, query, target, temperature, repeats, expected) -> dict:
-    row = {"name": name}
-    try:
-        run = make(query, target, temperature)
+    def peak_mib(self, run):
+        """(result, MiB beyond what is there already)."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = run()
         torch.cuda.synchronize()
-        row["peak_extra_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-        if expected is not None and "limit" not in name:
+        return result, round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+    def forget(self):
+        torch.cuda.empty_cache()
+
+    def title(self) -> str:
+        return torch.cuda.get_device_name()
+
+    def room_for_truth(self, n: int) -> bool:
+        """Whether float64 logits, their softmax and gradient fit beside the rest."""
+        return 4 * 8 * n * n < torch.cuda.mem_get_info()[0]
+
+
+class Host:
+    name = "cpu"
+
+    def milliseconds(self, run) -> float:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+
+    def peak_mib(self, run):
+        return run(), ""
+
+    def forget(self):
+        pass
+
+    def title(self) -> str:
+        return "CPU (nothing here is a measurement)"
+
+    def room_for_truth(self, n: int) -> bool:
+        return True
+
+
+def truth(query, target, temperature, both: bool):
+    """Loss and gradients of diagonal InfoNCE in float64, one direction or the mean of both."""
+    q, t = query.double().requires_grad_(), target.double().requires_grad_()
+    logits, labels = q @ t.T / temperature, torch.arange(len(q), device=q.device)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    if both:
+        loss = (loss + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return loss.detach(), q.grad, t.grad
+
+
+def gate(device: str, **small) -> list[str]:
+    """The kernels' own tests, which take the GPU where there is one, then every option on every way. Returns complaints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/kernels/test_triton_*.py"))
+    print("tests of the kernels on this device:", *tests, flush=True)
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT, env=environment)
+    wrong = [] if ran.returncode == 0 else ["tests/kernels/test_triton_*.py failed on this GPU"]
+    rows = gpu_gate.check(device, **small)
+    wrong += [f"{row['options']}, {row['path']}, {row['dtype']}: {complaint}" for row in rows for complaint in row["wrong"]]
+    print(f"{len(rows)} combinations of options, way and type against float64, {sum(bool(row['wrong']) for row in rows)} wrong", flush=True)
+    if device == "cuda":
+        wrong += gpu_gate.far(device)
+    return wrong
+
+
+def measure(clock, make, query, target, temperature, repeats, expected) -> dict:
+    """One row; a peer that is missing or refuses the shape is a row with its reason, not the end of the table."""
+    row = {}
+    try:
+        run = make(query, target, temperature)
+        run()  # compiles
+        result, row["peak_extra_mib"] = clock.peak_mib(run)
+        if expected is not None and result is not None:
             for field, got, right in zip(("loss_error", "d_query_error", "d_target_error"), result, expected):
-                row[field] = f"{relative(got, right):.2e}"
+                row[field] = f"{gpu_gate.relative(got, right):.2e}"
         del result
-        times = time_ms(run, repeats)
-        quantiles = statistics.quantiles(times, n=5)
-        row |= {"ms_p20": round(quantiles[0], 3), "ms_p50": round(statistics.median(times), 3), "ms_p80": round(quantiles[3], 3)}
-    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        # a peer that is missing or refuses the shape is a row with its reason, not the end of the table
+        for _ in range(3):
+            run()
+        times = [clock.milliseconds(run) for _ in range(repeats)]
+        low, _, _, high = statistics.quantiles(times, n=5)
+        row |= {"ms_p20": round(low, 3), "ms_p50": round(statistics.median(times), 3), "ms_p80": round(high, 3)}
+    except Exception as error:  # whatever a peer raises
         row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    torch.cuda.empty_cache()
+    clock.forget()
     return row
 
 
-def versions() -> dict:
+def versions(clock) -> dict:
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    return {"device": clock.title(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+
+
+def predicted(name: str, query, target) -> dict:
+    """What the cost model says of our own rows, to be held against what is measured."""
+    from contrastive_kernels import dispatch, roofline
+    from contrastive_kernels.triton import configs
+
+    if not name.startswith("contrastive_kernels triton"):
+        return {}
+    gpu = roofline.for_arch(configs.architecture(query.device) or 90)
+    symmetric = "symmetric" in name
+    plan = dispatch.plan(len(query), len(target), query.shape[1], query.dtype, workspace=8 << 30, gpu=gpu, symmetric=symmetric)
+    return {"predicted_ms": round(plan.chosen.seconds * 1e3, 3)}
+
+
+def block(clock, table: dict, n: int, d: int, args, both: bool, about: dict) -> list[dict]:
+    """Everyone's rows of one shape."""
+    torch.manual_seed(0)
+    query, target = (gpu_gate.unit(n, d, dtype=torch.bfloat16, device=clock.name) for _ in range(2))
+    expected = truth(query, target, args.temperature, both) if clock.room_for_truth(n) else None
+    clock.forget()
+    rows, limit = [], None
+    for name, make in table.items():
+        got = measure(clock, make, query, target, args.temperature, args.repeats, expected)
+        if name == gpu_peers.LIMIT:
+            limit = got.get("ms_p50")
+        if got.get("ms_p50"):
+            got["times_three_gemms"] = round(got["ms_p50"] / limit, 3) if limit else ""
+            got["tflops"] = round(6 * n * n * d / got["ms_p50"] / 1e9, 1)
+        got |= predicted(name, query, target)
+        rows.append(dict.fromkeys(FIELDS, "") | about | {"name": name, "dtype": "bfloat16", "n": n, "m": n, "d": d, "temperature": args.temperature} | got)
+        print(f"{n:>6} {d:>5} {name:<50} {got.get('ms_p50', got.get('note'))}", flush=True)
+    return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    shown = [f for f in FIELDS if f not in ("device", "torch", "triton", "commit")]
-    lines = [f"# {rows[0]['device']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, commit {rows[0]['commit']}", "", "Measured. Value and gradients, times in ms.", ""]
-    lines += ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
-    return "\n".join(lines + ["| " + " | ".join(str(row.get(f, "")) for f in shown) + " |" for row in rows]) + "\n"
+    """One table a shape."""
+    first = rows[0]
+    lines = [f"# {first['device']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}", ""]
+    lines += ["Value and gradients, milliseconds; `tflops` counts the 6 NMD of one direction; errors are norms against float64 of the same bfloat16 inputs."]
+    shape = None
+    for row in rows:
+        if (row["n"], row["d"]) != shape:
+            shape = row["n"], row["d"]
+            lines += ["", f"## N = M = {shape[0]}, D = {shape[1]}, temperature {row['temperature']}", ""]
+            lines += ["| " + " | ".join(SHORT) + " |", "|" + "---|" * len(SHORT)]
+        lines.append("| " + " | ".join(str(row[field]).replace("|", "/") for field in SHORT) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def attention(args, device: str) -> int:
+    """Providers of packed attention; a failure is told and ends nothing."""
+    try:
+        from bench import gpu_attention
+
+        rows = gpu_attention.compare(args.repeats, device=device)
+    except Exception as error:
+        print(f"packed attention was not compared: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    write_csv(args.output.with_name(args.output.name + "-attention.csv"), rows)
+    print(gpu_attention.table(rows))
+    return int(any(row["error_of_allowed"] > 1 for row in rows))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 16_384, 65_536], help="N = M")
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 1536, 3584])
     parser.add_argument("--temperature", type=float, default=0.02)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each, at least 2")
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/gpu", help="without suffix; .csv and .md are added")
 
 
-def run(args) -> int:
-    if not torch.cuda.is_available():
+def run(args, clock=None, **small) -> int:
+    if clock is None and not torch.cuda.is_available():
         print("python -m bench gpu: no CUDA device here; `python -m bench aot` needs none", file=sys.stderr)
         return 2
-    wrong = gate()
+    clock = clock or Cuda()
+    wrong = gate(clock.name, **small)
     if wrong:
         print("\n".join(["not timed, since results are wrong:", *wrong]), file=sys.stderr)
         return 1
-    from bench import gpu_peers
-    from bench.aot import write_csv
-
-    rows, about = [], versions()
+    rows, about, suffix = [], versions(clock), args.output.suffix
+    path = args.output.with_suffix("") if suffix in (".csv", ".md") else args.output
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failed = attention(argparse.Namespace(**{**vars(args), "output": path}), clock.name)
     for n in args.sizes:
         for d in args.widths:
-            query, target = unit(n, d, torch.bfloat16, 0), unit(n, d, torch.bfloat16, 1)
-            # float64 truth of 4,096 rows is 0.5 GB of logits; larger ones are timed only
-            expected = truth(query, target, args.temperature) if n <= 8192 else None
-            block = []
-            for name, make in gpu_peers.ALL.items():
-                row = measure(name, make, query, target, args.temperature, args.repeats, expected)
-                block.append(dict.fromkeys(FIELDS, "") | about | {"dtype": "bfloat16", "n": n, "m": n, "d": d, "temperature": args.temperature} | row)
-                print(f"{n:>6} {d:>5} {name:<30} {row.get('ms_p50', row.get('note'))}", flush=True)
-            limit = block[-1]["ms_p50"]
-            for row in block:
-                row["share_of_three_gemms"] = round(row["ms_p50"] / limit, 3) if row["ms_p50"] and limit else ""
-            rows += block
-            write_csv(args.output.with_suffix(".csv"), rows)
-            part = args.output.with_suffix(".md.part")
-            part.write_text(markdown(rows))
-            os.replace(part, args.output.with_suffix(".md"))
-    print(f"written to {args.output.with_suffix('.csv')} and {args.output.with_suffix('.md')}")
-    return 0
+            for table, both in ((gpu_peers.ONE, False), (gpu_peers.BOTH, True)):
+                rows += block(clock, table, n, d, args, both, about)
+                # written anew after every shape: what was measured survives a peer that takes the process down
+                write_csv(path.with_name(path.name + ".csv"), rows)
+                part = path.with_name(path.name + ".md.part")
+                part.write_text(markdown(rows))
+                os.replace(part, path.with_name(path.name + ".md"))
+    print(f"written to {path}.csv and {path}.md")
+    return failed
 
 
 def main(argv=None) -> int:

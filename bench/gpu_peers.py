@@ -1,7 +1,7 @@
-"""Value and gradients of InfoNCE by everyone who runs on a GPU, in one shape: `make(query, target, temperature) -> callable`.
+"""Value and gradients of InfoNCE by everyone who runs on a GPU: `make(query, target, temperature) -> callable`.
 
-Each callable runs forward and backward once and returns the loss. A peer that is not installed, or that refuses the shape, is
-reported by the caller with the reason; nothing here hides one.
+A callable runs forward and backward once and returns (loss, d_query, d_target). A peer that is not installed, or that refuses the shape,
+raises, and the caller reports it with the reason; nothing here hides one. ONE has one direction, BOTH the mean of both.
 """
 
 from __future__ import annotations
@@ -10,18 +10,12 @@ import torch
 import torch.nn.functional as F
 
 
-def _leaves(query, target):
-    return query.detach().clone().requires_grad_(), target.detach().clone().requires_grad_()
-
-
 def _step(loss_of, query, target):
-    q, t = _leaves(query, target)
-
     def run():
-        q.grad = t.grad = None
+        q, t = query.detach().requires_grad_(), target.detach().requires_grad_()
         loss = loss_of(q, t)
         loss.backward()
-        return loss, q.grad, t.grad
+        return loss.detach(), q.grad, t.grad
 
     return run
 
@@ -30,20 +24,28 @@ def _labels(query):
     return torch.arange(len(query), device=query.device)
 
 
-def ours(query, target, temperature):
+def _ours(**options):
+    def make(query, target, temperature):
+        from contrastive_kernels import info_nce_value_and_grad
+
+        def run():
+            out = info_nce_value_and_grad(query, target, temperature=temperature, grad_dtype=torch.float32, **options)
+            return out.loss, out.d_query, out.d_target
+
+        return run
+
+    return make
+
+
+def ours_autograd(query, target, temperature):
     from contrastive_kernels import info_nce
 
     return _step(lambda q, t: info_nce(q, t, temperature=temperature, backend="triton"), query, target)
 
 
-def ours_torch(query, target, temperature):
-    from contrastive_kernels import info_nce
-
-    return _step(lambda q, t: info_nce(q, t, temperature=temperature, backend="torch"), query, target)
-
-
 def eager(query, target, temperature):
-    return _step(lambda q, t: F.cross_entropy((q @ t.T).float() / temperature, _labels(query)), query, target)
+    labels = _labels(query)
+    return _step(lambda q, t: F.cross_entropy((q @ t.T).float() / temperature, labels), query, target)
 
 
 def compiled(query, target, temperature):
@@ -52,49 +54,85 @@ def compiled(query, target, temperature):
 
 
 def linear_cross_entropy(query, target, temperature):
-    options = torch.nn.functional.LinearCrossEntropyOptions()
-    labels = _labels(query)
+    options, labels = torch.nn.LinearCrossEntropyOptions(), _labels(query)
     return _step(lambda q, t: F.linear_cross_entropy(q / temperature, t, labels, options=options), query, target)
+
+
+def sentence_transformers(query, target, temperature):
+    from bench.loss_arms import sentence_transformers as make
+
+    return make(query, target, temperature)
 
 
 def inf_cl(query, target, temperature):
     from inf_cl import cal_flash_loss
 
-    scale = torch.tensor(1 / temperature, device=query.device)
-    return _step(lambda q, t: cal_flash_loss(q, t, _labels(query), scale), query, target)
-
-
-def memeff(query, target, temperature):
-    import memeff
-
-    return _step(lambda q, t: memeff.infonce_loss(q, t, temperature=temperature), query, target)
+    labels, scale = _labels(query), torch.tensor(1 / temperature, device=query.device)
+    return _step(lambda q, t: cal_flash_loss(q, t, labels, scale).mean(), query, target)
 
 
 def cut_cross_entropy(query, target, temperature):
+    """Without its gradient filter, which drops mass: `cce_exact`, as releases before it have a name for it spell it."""
     from cut_cross_entropy import linear_cross_entropy as cce
 
-    return _step(lambda q, t: cce(q / temperature, t, _labels(query), impl="cce_exact"), query, target)
+    labels = _labels(query)
+
+    def loss_of(q, t):
+        try:
+            return cce(q / temperature, t, labels, impl="cce_exact")
+        except NotImplementedError:
+            return cce(q / temperature, t, labels, impl="cce", filter_eps=None)
+
+    return _step(loss_of, query, target)
 
 
 def liger(query, target, temperature):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return _step(lambda q, t: loss(t, q / temperature, _labels(query)), query, target)
+    loss, labels = LigerFusedLinearCrossEntropyLoss(), _labels(query)
+    return _step(lambda q, t: loss(t, q / temperature, labels), query, target)
+
+
+def memeff(query, target, temperature):
+    """`stable=False`: the other setting rescales the gradient with the batch size."""
+    import memeff
+
+    loss = memeff.MemoryEfficientCLIPLoss(temperature=temperature, normalized_inputs=True, stable=False)
+    return _step(loss, query, target)
+
+
+def eager_symmetric(query, target, temperature):
+    labels = _labels(query)
+
+    def loss_of(q, t):
+        logits = (q @ t.T).float() / temperature
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    return _step(loss_of, query, target)
 
 
 def three_gemms(query, target, temperature):
-    """The limit: the products alone, into bfloat16, no loss."""
+    """The limit: the products alone, into memory that is there already, no loss."""
+    logits, d_query, d_target = torch.empty(len(query), len(target), dtype=query.dtype, device=query.device), torch.empty_like(query), torch.empty_like(target)
 
     def run():
-        s = query @ target.T
-        return s[0, 0], s @ target, s.T @ query
+        torch.mm(query, target.T, out=logits)
+        torch.mm(logits, target, out=d_query)
+        torch.mm(logits.T, query, out=d_target)
+        return None
 
     return run
 
 
-ALL = {
-    "contrastive_kernels triton": ours, "contrastive_kernels torch": ours_torch, "eager": eager, "torch.compile": compiled,
-    "F.linear_cross_entropy": linear_cross_entropy, "inf-cl": inf_cl, "memeff": memeff, "cut-cross-entropy cce_exact": cut_cross_entropy,
-    "Liger FLCE": liger, "three bare GEMMs (limit)": three_gemms,
+LIMIT = "three bare GEMMs (limit)"
+# peers come last: a kernel of theirs that dies takes the process's device with it
+ONE = {
+    LIMIT: three_gemms, "contrastive_kernels triton": _ours(backend="triton"), "contrastive_kernels triton, autograd": ours_autograd,
+    "contrastive_kernels torch": _ours(backend="torch"), "eager": eager, "torch.compile": compiled, "F.linear_cross_entropy": linear_cross_entropy,
+    "sentence-transformers cached": sentence_transformers, "cut-cross-entropy exact": cut_cross_entropy, "Liger FLCE": liger, "inf-cl": inf_cl,
+}
+BOTH = {
+    LIMIT: three_gemms, "contrastive_kernels triton, symmetric": _ours(backend="triton", symmetric=True),
+    "contrastive_kernels triton, symmetric, normalize": _ours(backend="triton", symmetric=True, normalize=True),
+    "eager, symmetric": eager_symmetric, "memeff CLIP": memeff,
 }

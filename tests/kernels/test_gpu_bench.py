@@ -1,0 +1,87 @@
+"""`python -m bench.gpu` on a CPU: the same code with a CPU's clock, the kernels interpreted, its gate able to fail."""
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import gpu, gpu_attention, gpu_gate, gpu_peers  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the program itself")
+
+
+def test_without_cuda_it_says_so(capsys):
+    assert gpu.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Tiny shapes, no child pytest; returns how to run the program."""
+    commands = []
+    done = type("Done", (), {"returncode": 0, "stdout": "abc\n"})()
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **kwargs: commands.append(command) or done)
+    monkeypatch.setattr(gpu_attention, "SHAPES", None)
+    compare = gpu_attention.compare
+    monkeypatch.setattr(gpu_attention, "compare", lambda repeat, device: compare(2, torch.float32, device, [(2, 1, 8, True, None)], [5, 3]))
+    slow = ("torch.compile", "sentence-transformers cached", "inf-cl", "cut-cross-entropy exact")  # tested elsewhere, or CUDA only
+    monkeypatch.setattr(gpu_peers, "ONE", {k: v for k, v in gpu_peers.ONE.items() if k not in slow})
+
+    def run(**gate):
+        args = ["--sizes", "48", "--widths", "32", "--repeats", "2", "--temperature", "0.1", "--output", str(tmp_path / "out/gpu")]
+        import argparse
+
+        parser = argparse.ArgumentParser()
+        gpu.add_arguments(parser)
+        return gpu.run(parser.parse_args(args), gpu.Host(), **{"n": 20, "m": 36, "d": 16, "dtypes": (torch.bfloat16,), "names": ("plain", "pairs, symmetric"), **gate})
+
+    run.commands, run.folder = commands, tmp_path / "out"
+    return run
+
+
+def test_gate_tables_and_files(small, capsys):
+    assert small() == 0
+    printed = capsys.readouterr().out
+    assert any("tests/kernels/test_triton_exp_panel.py" in command for command in small.commands[0])
+    rows = list(csv.DictReader((small.folder / "gpu.csv").open()))
+    assert [row["name"] for row in rows] == [*gpu_peers.ONE, *gpu_peers.BOTH]
+    by_name = {row["name"]: row for row in rows}
+    for name, row in by_name.items():
+        assert bool(row["ms_p50"]) != bool(row["note"]), row  # a time, or the reason why there is none
+    for name in ("contrastive_kernels triton", "contrastive_kernels triton, autograd", "contrastive_kernels triton, symmetric", "eager", "F.linear_cross_entropy"):
+        row = by_name[name]
+        assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"]), row
+        assert float(row["loss_error"]) < 0.02 and float(row["d_query_error"]) < 0.05 and float(row["d_target_error"]) < 0.05, row
+    assert float(by_name["contrastive_kernels triton"]["d_query_error"]) < float(by_name["eager"]["d_query_error"])
+    assert float(by_name["contrastive_kernels triton"]["predicted_ms"]) > 0
+    text = (small.folder / "gpu.md").read_text()
+    assert "N = M = 48, D = 32" in text and all(name in text for name in by_name)
+    attention = list(csv.DictReader((small.folder / "gpu-attention.csv").open()))
+    assert attention[0]["provider"] == "sdpa" and float(attention[0]["error_of_allowed"]) <= 1 and "0 wrong" in printed
+
+
+def test_nothing_is_timed_when_a_kernel_is_wrong(small, monkeypatch, capsys):
+    from contrastive_kernels.triton import rows
+
+    update = rows.update
+    monkeypatch.setattr("contrastive_kernels.triton.writer.update", lambda *args, **kwargs: update(*args, **{**kwargs, "a": kwargs["a"] * 1.02 if kwargs.get("a") is not None else None}))
+    assert small(names=("plain",)) == 1
+    assert "d_query: error" in capsys.readouterr().err and not small.folder.exists()
+
+
+def test_gate_takes_every_way():
+    rows = gpu_gate.check("cpu", n=20, m=36, d=16, dtypes=(torch.bfloat16,), names=("temperature gradient", "pairs, symmetric"))
+    assert {row["path"] for row in rows} == {"exp", "chunk", "fused", "joint"}
+    assert not [row for row in rows if row["wrong"]]
+    assert {key for row in rows for key in row} >= {"loss", "d_query", "d_target", "d_temperature"}
+
+
+def test_far_corner_is_compared(monkeypatch):
+    assert gpu_gate.far("cpu", 70, 90, 16) == []
+    from contrastive_kernels.triton import exp_panel
+
+    original = exp_panel.exp_panel
+    monkeypatch.setattr(exp_panel, "exp_panel", lambda x, y, **kwargs: original(x.flip(0), y, **kwargs))
+    assert len(gpu_gate.far("cpu", 70, 90, 16)) == 2
