@@ -13,6 +13,13 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a misused command is an expected error like any other: one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; {self.prog} --help says more")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Only the chosen command's module is imported."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -32,11 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         command = import_module(f"vlm2vec.commands.{name}")
-        parser = argparse.ArgumentParser(prog=f"vlm2vec {name}", description=COMMANDS[name])
+        parser = Parser(prog=f"vlm2vec {name}", description=COMMANDS[name])
         command.add_arguments(parser)
         return command.run(parser.parse_args(argv[1:])) or 0
     except ValueError as e:
         print(f"vlm2vec {name}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a folder that cannot be made, a full disk, a file without permission
+        if e.strerror is None:
+            raise
+        print(f"vlm2vec {name}: {e.filename or ''}{': ' if e.filename else ''}{e.strerror}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("vlm2vec"):

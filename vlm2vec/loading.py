@@ -113,6 +113,19 @@ def load_module(backbone, source: str, config, *, dtype, device, quantization=No
     return model if quantization is not None else model.to(device)
 
 
+def resolve_device(device) -> torch.device:
+    """A device that is there; None is a GPU where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"device={device!r}: expected 'cpu', 'cuda', 'cuda:1' or another that torch knows") from e
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use 'cpu' or leave it out")
+    return device
+
+
 def resolve_dtype(dtype, config) -> torch.dtype:
     """A torch dtype from a dtype, its name, or "auto" (the checkpoint's own; float32 when it names none)."""
     if isinstance(dtype, torch.dtype):

@@ -1,7 +1,5 @@
 """`VLM2Vec.from_pretrained`: which family, which files, which options."""
 
-import torch
-
 from vlm2vec import loading
 from vlm2vec.backbones import backbone_for
 
@@ -30,7 +28,7 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     if family not in (None, backbone.name):
         raise ValueError(f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base=")
     config = backbone.config(weights, raw)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = loading.resolve_device(device)
     dtype = loading.resolve_dtype(dtype, config)
     quantization = None
     if quantize is not None:

@@ -101,6 +101,15 @@ def test_info(place, capsys):
         (["info", "PLACE/images"], "not a model folder"),
         (["info", "MODEL", "--option", "x"], "expected NAME=VALUE"),
         (["info", "MODEL", "--option", "x=1"], "unknown options"),
+        (["info", "MODEL", "--option", "max_pixels=big"], "expected an integer of at least 1"),
+        (["info", "MODEL", "--option", "min_pixels=99999999"], "above max_pixels"),
+        (["info", "MODEL", "--option", "resolution=vast"], "'high', 'mid', 'low'"),
+        (["info", "MODEL", "--option", "layout=odd"], "expected 'image' or 'space'"),
+        (["info", "MODEL", "--device", "toaster"], "expected 'cpu'"),
+        (["embed", "MODEL", "--text", "a"], "required: --output/-o; vlm2vec embed --help says more"),
+        (["embed", "MODEL", "--text", "a", "-o", "OUT", "--batch-size", "few"], "invalid int value: 'few'"),
+        (["embed", "MODEL", "--text", "a", "-o", "PLACE/junk.png/not-written.safetensors"], "junk.png: "),
+        (["mine", "MODEL", "--data", "PLACE", "--images", "PLACE", "--output", "OUT", "--batch-size", "0"], "at least 1, got 0"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(place, capsys, monkeypatch, argv, said):

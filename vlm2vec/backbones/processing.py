@@ -10,6 +10,7 @@ import torch
 from vlm2vec.images import Undecoded, measure_image, open_image
 from vlm2vec.inputs import MARKER, Item, as_item
 from vlm2vec.packing import Features, concat_vision
+from vlm2vec.prompts import LAYOUTS, layout
 
 
 OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
@@ -84,6 +85,8 @@ class Processing:
         self.options = {**known, **options}
         for name, default in known.items():
             check_option(name, self.options[name], default)
+        if self.options["layout"] not in LAYOUTS:
+            raise ValueError(f"layout={self.options['layout']!r}: expected {' or '.join(map(repr, LAYOUTS))}")
         self.max_length = self.options["max_length"]
         self.truncated = 0
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
@@ -144,8 +147,6 @@ class Processing:
 
     def render(self, item: Item) -> str:
         """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.prompts`."""
-        from vlm2vec.prompts import layout
-
         return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
 
     # -- shared ---------------------------------------------------------------------------------------------------------

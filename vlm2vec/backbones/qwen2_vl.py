@@ -41,6 +41,9 @@ class Qwen2VLProcessing(Processing):
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.temporal = vision.temporal_patch_size
         self.factor = self.patch * self.merge
+        low, high = self.options["min_pixels"], self.options["max_pixels"]
+        if low > high:
+            raise ValueError(f"min_pixels={low} is above max_pixels={high}; no image could keep to both")
         self.resized = plain_size(self.options["resolution"])
         for name, allowed in (("positions", ("sequential", "mrope")), ("pixels", ("pil", "torchvision"))):
             if self.options[name] not in allowed:

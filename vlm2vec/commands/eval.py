@@ -35,6 +35,8 @@ def _need(args):
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
     if args.top < 1 or args.batch_size < 1:
         raise ValueError(f"--top and --batch-size are at least 1, got {args.top} and {args.batch_size}")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers is at least 1, got {args.workers}")
 
 
 def _tasks(args):

@@ -71,7 +71,9 @@ def run(args) -> int:
             print(f"{key}")
             for name, inner in value.items():
                 print(f"  {name:<22} {_show(inner)}")
-        elif value not in (None, {}):
+        elif value in (None, {}):
+            print(f"{key:<24} none")
+        else:
             print(f"{key:<24} {_show(value)}")
     return 0
 

@@ -30,6 +30,8 @@ def run(args):
     from vlm2vec.data.mmeb import dataset_names
     from vlm2vec.evaluation.mining import MineOptions, mine_dataset
 
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is at least 1, got {args.batch_size}")
     options = MineOptions(
         args.negatives, tuple(args.window), args.margin, None if args.no_relative else args.relative, args.sampling, args.seed,
         args.id_column,

@@ -171,7 +171,7 @@ def fill_store(
     shards = [[key for key in shard if key not in store] for shard in plan_shards(items, shard_cost, hashes)[rank::world]]
     shards = [shard for shard in shards if shard]
     missing = sum(map(len, shards))
-    bar = tqdm(total=missing, unit="input", desc="encode", file=sys.stderr, disable=not progress or rank != 0 or not missing)
+    bar = tqdm(total=missing, unit="input", desc="encode", file=sys.stderr, disable=not progress or rank != 0 or not missing or not sys.stderr.isatty())
     unreadable = {}
     was_training = getattr(model, "training", False)
     if was_training:
