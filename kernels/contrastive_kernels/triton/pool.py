@@ -38,10 +38,11 @@ def _pool_fwd_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
     p_row = p_hidden + tl.maximum(i_row, 0) * stride_h
+    there = tl.where(i_row >= 0, D, 0)  # a sequence without a token reads nothing
     b_square = tl.zeros((BLOCK_D,), ACC)
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(p_row + o_d, mask=(o_d < D) & (i_row >= 0), other=0.0).to(ACC)
+        b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
         b_square += b_h * b_h
     b_norm = tl.sqrt(tl.sum(b_square, 0))
     # a row shorter than eps has no direction: the stored factor 0 says so to the backward
@@ -49,7 +50,7 @@ def _pool_fwd_kernel(
     b_factor = 1.0 / tl.maximum(b_norm, eps) if NORMALIZE else 1.0
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(p_row + o_d, mask=(o_d < D) & (i_row >= 0), other=0.0).to(ACC)
+        b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
         tl.store(p_out + i_b * D + o_d, _narrow(b_h * b_factor, p_out.dtype.element_ty, UPCAST), mask=o_d < D)
 
 
@@ -61,19 +62,20 @@ def _pool_bwd_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
     p_row = p_hidden + tl.maximum(i_row, 0) * stride_h
+    there = tl.where(i_row >= 0, D, 0)  # a sequence without a token reads nothing
     b_inverse = tl.load(p_inverse + i_b).to(ACC)
     b_along = tl.zeros((BLOCK_D,), ACC)
     if NORMALIZE:
         for first in range(0, D, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
-            b_h = tl.load(p_row + o_d, mask=(o_d < D) & (i_row >= 0), other=0.0).to(ACC)
+            b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
             b_along += tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < D, other=0.0).to(ACC) * b_h
     b_dot = tl.sum(b_along, 0) * b_inverse * b_inverse
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_g = tl.load(p_grad + i_b * stride_g + o_d, mask=(o_d < D) & (i_row >= 0), other=0.0).to(ACC)
+        b_g = tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < there, other=0.0).to(ACC)
         if NORMALIZE:
-            b_h = tl.load(p_row + o_d, mask=(o_d < D) & (i_row >= 0), other=0.0).to(ACC)
+            b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
             b_g = (b_g - b_dot * b_h) * b_inverse
         tl.store(p_out + i_b * D + o_d, _narrow(b_g, p_out.dtype.element_ty, UPCAST), mask=o_d < D)
 
