@@ -1,0 +1,102 @@
+"""Offsets beyond 2^31: matrices whose rows lie 2^30 elements apart in a sparse file, of which a few pages are ever there."""
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from contrastive_kernels.triton import configs, rows  # noqa: E402
+from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write  # noqa: E402
+from contrastive_kernels.triton.exp_panel import exp_panel  # noqa: E402
+from contrastive_kernels.triton.fused import fused_backward, fused_forward  # noqa: E402
+from contrastive_kernels.triton.pool import pool_backward, pool_forward  # noqa: E402
+from contrastive_kernels.triton.topk import topk  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is not sparse; bench/gpu_gate.py has its own check")
+
+STRIDE = 1 << 30
+ROWS, WIDTH = 4, 16  # the last row begins at 3 * 2^30, beyond what 32 bits hold with a sign
+
+
+@pytest.fixture
+def far(tmp_path):
+    """Makes (4, 16) float32 matrices with far rows; values as given, NaN in nothing that may be read."""
+
+    def make(values=None):
+        path = tmp_path / f"sparse-{len(list(tmp_path.iterdir()))}"
+        memory = numpy.memmap(path, dtype=numpy.float32, mode="w+", shape=((ROWS - 1) * STRIDE + WIDTH,))
+        matrix = torch.from_numpy(memory).as_strided((ROWS, WIDTH), (STRIDE, 1))
+        matrix.copy_(torch.randn(ROWS, WIDTH) if values is None else values)
+        return matrix
+
+    return make
+
+
+def equal(function, *matrices, **arguments):
+    """The same from far rows as from near ones."""
+    theirs = function(*matrices, **arguments)
+    ours = function(*(m.clone(memory_format=torch.contiguous_format) for m in matrices), **arguments)
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (theirs, ours))):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+def test_products_and_panels(far):
+    x, y, tile = far(), far(), configs.Tile(16, 16, 16, 4, 1)
+    shift = torch.zeros(ROWS)
+
+    def exponentials(x, y, out=None):
+        panel = exp_panel(x, y, scale=1.0, shift=shift, out=out, row_max=True, tile=tile)
+        return panel.e[0], panel.row_sum, panel.row_max
+
+    equal(exponentials, x, y)
+    out = far(torch.full((ROWS, WIDTH), float("nan")))[None, :, :ROWS]
+    assert torch.equal(exponentials(x, y, out)[0], exponentials(x.clone(), y.clone())[0]) and torch.equal(out[0], exponentials(x, y)[0])
+    equal(lambda x, y: topk(x, y, 2, tile=tile), x, y)
+
+
+def test_passes_over_logits(far):
+    cos, out = far(), far(torch.full((ROWS, WIDTH), float("nan")))
+    tile = configs.Tile(4, 32, 1, 4, 1)
+
+    def both(cos, out):
+        sums = chunk_reduce(cos, scale=2.0, tile=tile)
+        chunk_write(cos, scale=2.0, shift=sums.shift, out=out, tile=tile)
+        return sums.total, sums.best, out.clone()
+
+    equal(both, cos, out)
+
+
+def test_fused(far):
+    x, y = far(), far()
+
+    def both(x, y):
+        sums = fused_forward(x, y, scale=1.0)
+        return sums.total, sums.weighted, fused_backward(x, y, scale=1.0, shift=sums.shift, factor=sums.total)
+
+    equal(both, x, y)
+
+
+def test_rows(far):
+    out, x, y = far(), far(), far()
+    a, index = torch.rand(ROWS), torch.tensor([3, 3, 0, 2])
+    segments = rows.Segments.make(index, ROWS)
+
+    def every(out, x, y):
+        dot = rows.update(out, x=x, a=a, y=y, b=a, index=index, z=y, add=True)
+        rows.scatter(out, segments, x=x, a=a, y=y, b=a, add=True)
+        return out.clone(), dot, rows.dots(x, y, index, torch.float32)
+
+    near = [m.clone() for m in (out, x, y)]
+    for ours, theirs in zip(every(out, x, y), every(*near)):
+        assert torch.equal(ours, theirs)
+
+
+def test_pooling(far):
+    hidden, index = far(), torch.tensor([3, 0])
+
+    def both(hidden):
+        out, inverse = pool_forward(hidden, index)
+        return out, pool_backward(out + 1, hidden, index, inverse)
+
+    equal(both, hidden)
