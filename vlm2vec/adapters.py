@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import torch
 
-from vlm2vec.loading import renamed
+from vlm2vec.loading import file_of, renamed
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -36,13 +36,9 @@ def base_of(source: str, adapter: dict, base: str | None) -> str:
 
 def read_tensors(source: str, **hub) -> dict[str, torch.Tensor]:
     """An adapter's tensors from safetensors, or from a .bin file read without unpickling anything but tensors."""
-    from transformers.utils import cached_file
-
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        path = os.path.join(source, name)
-        if not os.path.isdir(source):
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is None or not os.path.isfile(path):
+        path = file_of(source, name, **hub)
+        if path is None:
             continue
         try:
             if name.endswith(".safetensors"):

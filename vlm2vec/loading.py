@@ -11,16 +11,34 @@ import torch
 SETTINGS = "vlm2vec.json"
 
 
+def file_of(source: str, name: str, **hub) -> str | None:
+    """Where a file of a local folder or of a hub repository lies on this machine; None when the source has no such file.
+
+    Raises:
+        ValueError: no such repository, or the hub cannot be reached and the file is not in its cache.
+    """
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError as e:
+        raise ValueError(f"{unknown(source)} ({str(e).strip().splitlines()[0]})") from e
+
+
+def unknown(source: str) -> str:
+    """What to say of a source that has no config.json."""
+    if os.path.isdir(source):
+        return f"{source} has no config.json; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+    return f"{source}: no such folder here, and the hub has no such model or cannot be reached"
+
+
 def read_json(source: str, name: str, **hub) -> dict | None:
     """A JSON file of a local folder or of a hub repository; None when it is not there."""
-    path = os.path.join(source, name)
-    if not os.path.isdir(source):
-        from transformers.utils import cached_file
-
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is None:
-            return None
-    if not os.path.isfile(path):
+    path = file_of(source, name, **hub)
+    if path is None:
         return None
     with open(path, encoding="utf-8") as f:
         try:
@@ -31,7 +49,8 @@ def read_json(source: str, name: str, **hub) -> dict | None:
 
 def check_source(source: str) -> None:
     """Fail early, with one line, on a path that is not a model folder."""
-    looks_local = source.startswith((".", "/", "~")) or os.sep in source.rstrip(os.sep).replace("/", os.sep, 1) or os.path.exists(source)
+    # a hub name is NAME or OWNER/NAME
+    looks_local = source.startswith((".", "/", "~")) or source.rstrip("/").count("/") > 1 or "\\" in source or os.path.exists(source)
     if os.path.isdir(source):
         if not any(os.path.isfile(os.path.join(source, n)) for n in ("config.json", "adapter_config.json")):
             raise ValueError(f"{source} is not a model folder: it has neither config.json nor adapter_config.json")
@@ -56,13 +75,10 @@ def quiet():
             logging.enable_progress_bar()
 
 
-def has_processor(source: str) -> bool:
-    """Whether a local folder holds tokenizer and image processor files; a hub name is taken at its word."""
-    if not os.path.isdir(source):
-        return True
-    tokenizer = any(os.path.isfile(os.path.join(source, n)) for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    processor = any(os.path.isfile(os.path.join(source, n)) for n in ("preprocessor_config.json", "processor_config.json"))
-    return tokenizer and processor
+def has_processor(source: str, **hub) -> bool:
+    """Whether a folder or hub repository holds tokenizer and image processor files."""
+    tokenizer = any(file_of(source, n, **hub) for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return tokenizer and any(file_of(source, n, **hub) for n in ("preprocessor_config.json", "processor_config.json"))
 
 
 def renamed(values: dict, table: list[tuple[str, str]]) -> dict:

@@ -11,23 +11,25 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     settings = loading.read_json(source, loading.SETTINGS, **hub) or {}
     family = settings.get("family")
     adapter = loading.read_json(source, "adapter_config.json", **hub)
-    weights = source
+    weights, weights_hub = source, hub
     if adapter is not None:
         from vlm2vec import adapters
 
         weights = adapters.base_of(source, adapter, base)
         loading.check_source(weights)
-        inherited = loading.read_json(weights, loading.SETTINGS) or {}
+        # PEFT notes the revision of the base that it names
+        weights_hub = {"revision": adapter["revision"]} if base is None and adapter.get("revision") else {}
+        inherited = loading.read_json(weights, loading.SETTINGS, **weights_hub) or {}
         settings = {k: {**inherited.get(k, {}), **settings.get(k, {})} for k in ("options", "prompts")}
     elif base is not None:
         raise ValueError(f"base={base!r} was given, but {source} is not an adapter (it has no adapter_config.json); leave base out")
-    raw = loading.read_json(weights, "config.json", **({} if adapter is not None else hub))
+    raw = loading.read_json(weights, "config.json", **weights_hub)
     if raw is None:
-        raise ValueError(f"{weights} has no config.json; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+        raise ValueError(loading.unknown(weights))
     backbone = backbone_for(raw.get("model_type"))
     if family not in (None, backbone.name):
         raise ValueError(f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base=")
-    config = backbone.config(weights, raw)
+    config = backbone.config(weights, raw, **weights_hub)
     device = loading.resolve_device(device)
     dtype = loading.resolve_dtype(dtype, config)
     quantization = None
@@ -38,13 +40,13 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
     options = {**known, **settings.get("options", {}), **options}
     processing = None
-    for folder in dict.fromkeys([source, weights]):  # an adapter folder may hold its own tokenizer and processor, or none
-        if loading.has_processor(folder):
-            processing = backbone.processing_class.from_folder(folder, config, options)
+    for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
+        if loading.has_processor(folder, **of):
+            processing = backbone.processing_class.from_folder(folder, config, options, **of)
             break
     if processing is None:
         raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
-    module = loading.load_module(backbone, weights, config, dtype=dtype, device=device, quantization=quantization)
+    module = loading.load_module(backbone, weights, config, dtype=dtype, device=device, quantization=quantization, **weights_hub)
     if quantization is not None:
         keep_layout(module)
     model = cls(module, backbone, processing, attn=attn, source=source, prompts=settings.get("prompts"))

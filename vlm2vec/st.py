@@ -62,7 +62,8 @@ class VLM2VecModule(InputModule):
 
         wanted = dict(model_kwargs or {})
         dtype = wanted.pop("dtype", wanted.pop("torch_dtype", "auto"))
-        return cls(VLM2Vec.from_pretrained(os.path.join(model_name_or_path, subfolder), dtype=dtype, revision=revision, device="cpu"))
+        source = os.path.join(model_name_or_path, subfolder) if subfolder else model_name_or_path
+        return cls(VLM2Vec.from_pretrained(source, dtype=dtype, revision=revision, device="cpu"))
 
 
 def to_sentence_transformer(model):

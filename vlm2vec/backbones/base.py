@@ -43,12 +43,12 @@ class Backbone:
 
     # -- loading --------------------------------------------------------------------------------------------------------
 
-    def config(self, source: str, raw: dict):
+    def config(self, source: str, raw: dict, **hub):
         """The configuration object for a folder or hub name; `raw` is its config.json."""
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, **hub)
         except (ValueError, KeyError) as e:
             raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is unknown to this transformers ({e})") from e
 

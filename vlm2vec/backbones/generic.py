@@ -100,10 +100,10 @@ class Generic(Backbone):
     unused_keys = [r"(^|\.)lm_head\."]  # the embedding model has no language-model head
     adapter_renames = [(r"^model\.", "")]
 
-    def config(self, source, raw):
+    def config(self, source, raw, **hub):
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-        config = super().config(source, raw)
+        config = super().config(source, raw, **hub)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             from vlm2vec.backbones import FAMILIES
 

@@ -98,8 +98,8 @@ class Phi3V(Backbone):
         r"\.position_ids$",  # a buffer of old CLIP modules, 0, 1, 2, ...
     ]
 
-    def config(self, source, raw):
-        return Phi3VConfig.from_pretrained(source)
+    def config(self, source, raw, **hub):
+        return Phi3VConfig.from_pretrained(source, **hub)
 
     def model_class(self, config):
         return Phi3VModel
