@@ -12,9 +12,13 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE)
         return 0 if argv else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
-    from train.run import run
-
     try:
+        if argv[0] == "plan":
+            from train.plan import main as plan
+
+            return plan(argv[1:])
+        from train.run import run
+
         return run(argv)
     except (ValueError, FloatingPointError) as error:
         print(f"train: {error}", file=sys.stderr)
@@ -26,9 +30,11 @@ def main(argv: list[str] | None = None) -> int:
 
 _USAGE = """usage: python -m train RECIPE [--key value ...] [--fresh]
        torchrun --nproc-per-node 8 -m train RECIPE [--key value ...]
+       python -m train plan RECIPE --gpu h100-80 [--ranks 8] [--key value ...]
 
 RECIPE is a YAML file (train/recipes/); --key value overrides a key of it, nested ones with dots: --loss.temperature 0.05.
-A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds."""
+A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds.
+`plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows."""
 
 
 if __name__ == "__main__":

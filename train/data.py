@@ -1,4 +1,4 @@
-"""Training rows: MMEB's columns in, tokenised samples out, images measured but not decoded where the family allows it.
+"""Training rows: rows of a recipe's sources in, tokenised samples out, images measured but not decoded where the family allows it.
 
 Runs in data-loader workers, without weights.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from train.recipe import Data
-from vlm2vec.data.mmeb import read_train, to_item
+from train.sources import open_source
 from vlm2vec.packing import Features
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,8 @@ class PairDataset(torch.utils.data.Dataset):
     def __init__(self, data: Data, processing: Any):
         self.data = data
         self.processing = processing
-        self.tables = []
-        for source in data.sources:
-            table = read_train(data.root, source.name, split=data.split)
-            if source.rows is not None:
-                table = table.select(range(min(source.rows, len(table))))
-            self.tables.append(table)
+        self.tables = [open_source(data, source) for source in data.sources]
+        self.frames = processing.options["frames"]
         self._placeholder: Features | None = None
 
     @property
@@ -53,25 +49,23 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         source, row = key
-        values = self.tables[source][row]
         name = self.data.sources[source].name
         sample: dict[str, Any] = {"source": source, "row": row, "error": None}
+        ids = (-1, -1, [])
         try:
-            sample["query"] = self._features(values["qry"], values["qry_image_path"])
-            sample["target"] = self._features(values["pos_text"], values["pos_image_path"])
-            sample["negatives"] = [self._features(*pair) for pair in _negatives(values)] if self.data.hard_negatives else []
+            query, target, negatives = self.tables[source].row(row, self.frames)
+            negatives = negatives if self.data.hard_negatives else []
+            ids = (content_id(query), content_id(target), [content_id(negative) for negative in negatives])
+            sample["query"], sample["target"] = self.processing.measure(query), self.processing.measure(target)
+            sample["negatives"] = [self.processing.measure(negative) for negative in negatives]
         except (ValueError, OSError) as error:
             message = f"{name}, row {row}: {error}"
             if self.data.strict:
                 raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
             sample.update(query=self._blank(), target=self._blank(), negatives=[], error=message)
-        sample["query_id"] = content_id(values["qry"], values["qry_image_path"])
-        sample["target_id"] = content_id(values["pos_text"], values["pos_image_path"])
-        sample["negative_ids"] = [content_id(*pair) for pair in _negatives(values)] if sample["negatives"] else []
+        sample["query_id"], sample["target_id"] = ids[:2]
+        sample["negative_ids"] = ids[2] if sample["negatives"] else []
         return sample
-
-    def _features(self, text: str, image: str) -> Features:
-        return self.processing.measure(to_item(text, image, self.data.images))
 
     def _blank(self) -> Features:
         if self._placeholder is None:
@@ -79,19 +73,15 @@ class PairDataset(torch.utils.data.Dataset):
         return self._placeholder
 
 
-def _negatives(values: dict[str, Any]) -> list[tuple[str, str]]:
-    texts, images = values.get("neg_text") or "", values.get("neg_image_path") or ""
-    texts = texts if isinstance(texts, list) else [texts]
-    images = images if isinstance(images, list) else [images]
-    count = max(len(texts), len(images))
-    texts, images = texts + [""] * (count - len(texts)), images + [""] * (count - len(images))
-    return [pair for pair in zip(texts, images, strict=True) if any(pair)]
-
-
-def content_id(text: str, image: str) -> int:
+def content_id(item: dict[str, Any]) -> int:
     """The same non-negative 63-bit number for the same content, on every rank and in every run."""
-    digest = hashlib.blake2b(f"{text}\0{Path(image).as_posix() if image else ''}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    visual = item.get("image") or item.get("video") or ""
+    parts = visual if isinstance(visual, list) else [visual]
+    digest = hashlib.blake2b(item["text"].encode(), digest_size=8)
+    for part in parts:
+        digest.update(b"\0")
+        digest.update(part if isinstance(part, bytes) else Path(part).as_posix().encode() if part else b"")
+    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

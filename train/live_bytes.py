@@ -33,6 +33,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         current: bytes alive now.
         peak: most bytes alive at one time so far.
+        high: the same since whoever last set it.
         part: name under which new storages count.
         by_part: bytes alive now by part.
         at_peak: the same when `peak` was reached.
@@ -40,8 +41,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.current = 0
-        self.peak = 0
+        self.current = self.peak = self.high = 0
         self.part = "weights"
         self.by_part: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
@@ -85,6 +85,7 @@ class LiveBytes(TorchDispatchMode):
         known = self._known[key]
         change, known.size = size - known.size, size
         self.current += change
+        self.high = max(self.high, self.current)
         self.by_part[known.part] = self.by_part.get(known.part, 0) + change
         if self.current > self.peak:
             self.peak = self.current
@@ -108,7 +109,10 @@ class LiveBytes(TorchDispatchMode):
 
         def resize(storage: torch.UntypedStorage, size: int):
             result = original(storage, size)
-            if storage._cdata in self._known:
+            known = self._known.get(storage._cdata)
+            if known is not None:
+                if known.size == 0:  # FSDP2 gives a gathered weight its bytes
+                    known.part = "gathered weights"
                 self._resized(storage._cdata, storage.nbytes())
             return result
 

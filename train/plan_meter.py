@@ -62,6 +62,8 @@ class Meter(LiveBytes):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         out = super().__torch_dispatch__(function, types, args, kwargs)
+        if function.namespace in ("fsdp", "c10d", "_c10d_functional"):
+            self.relabel(out, "gathered weights")
         if not _is_view(function):
             flops = operator_flops(function, args, kwargs, out)
             moved = sum(t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, torch.Tensor))

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _image_processor(raw: dict) -> Any:
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
         return LlavaNextImageProcessorPil(image_grid_pinpoints=raw["image_grid_pinpoints"])
-    return None
+    return SimpleNamespace(rescale_factor=1 / 255, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 # Four bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,31 +26,32 @@ class Simulation:
     Attributes:
         peak: most live bytes at one time; `parts`: what they were.
         resident: bytes that are there between steps.
-        chunk_peak: most bytes that one chunk needed beyond what stood before it, per token.
-        chunks: of the step, on this rank.
+        largest: (bytes, tokens) of the chunk that needs most beyond what stood before it.
+        chunks: of the step, on this rank; `kept`: those whose graph is kept.
         gathered: bytes of weights that one pass over the model gathers from other ranks.
     """
 
     peak: int
     parts: dict[str, int]
     resident: int
-    chunk_peak: float
+    largest: tuple[int, int]
     chunks: int
+    kept: int
     work: Work
     trained: int
     weights: int
     gathered: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def simulate(
     recipe: Recipe, batch: dict[str, Any] | None, *, ranks: int = 1, flop_rate: float = 1e14, byte_rate: float = 1e12, flash: bool = True,
-    make_batch=None,
+    make_batch=None, most_chunks: int = 8,
 ) -> Simulation:  # fmt: skip
     """Runs rank 0's step.
 
     Args:
         batch: what `train.data.collate` made for it, or None and `make_batch(processing)`.
+        most_chunks: how many are run one by one; beyond it some stand for their neighbours.
         flash: attention as on a GPU; False: as the CPU does it, to compare with a run there.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -70,6 +71,9 @@ def simulate(
             meter.restart_peak()
             meter.work.clear()
             step = PlannedStep(recipe, model, mode, meter, ranks=ranks, flash=flash)
+            if is_sharded:
+                step.gradcache.after_chunk = lambda: _label_gradients(model, meter)
+            step.gradcache.most_chunks = most_chunks
             with meter.booking(None):
                 step(batch)
                 meter.relabel([p.grad for p in trained], "gradients")
@@ -84,12 +88,28 @@ def simulate(
         peak=meter.peak,
         parts={part: size for part, size in meter.at_peak.items() if size},
         resident=resident,
-        chunk_peak=cache.graph_bytes,
+        largest=cache.largest,
         chunks=cache.count,
+        kept=round(sum(cache.weights[-cache.retain :])) if cache.retain else 0,
         work=cache.total(),
         trained=counts[0],
         weights=counts[1],
+        gathered=_gathered(model, recipe, ranks) if is_sharded else 0,
     )
+
+
+def _gathered(model, recipe: Recipe, ranks: int) -> int:
+    size = getattr(torch, recipe.autocast or recipe.dtype).itemsize
+    return sum(p.numel() for p in model.parameters() if hasattr(p, "_local_tensor")) * size * (ranks - 1) // ranks
+
+
+def _label_gradients(model, meter: Meter) -> None:
+    """Gradients between two chunks: of plain weights, and the whole ones that FSDP2 holds until the last backward."""
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+        for held in group.fsdp_params if group is not None else ():
+            whole = getattr(held, "_unsharded_param", None)
+            meter.relabel([held.unsharded_accumulated_grad, None if whole is None else whole.grad], "gradients")
 
 
 def _make_state(optimizer: torch.optim.Optimizer, trained: list, meter: Meter) -> None:
@@ -119,8 +139,9 @@ def _sharded(recipe: Recipe, model, mode: FakeTensorMode, ranks: int) -> Iterato
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
         with mode:
-            sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None)
+            sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None, mesh)
         yield True
     finally:
         dist.destroy_process_group()

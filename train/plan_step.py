@@ -26,8 +26,8 @@ from vlm2vec.model import VLM2Vec
 from vlm2vec.packing import PackedBatch
 
 FLASH = "planned"
-_MOST_CHUNKS = 16  # chunks that are run one by one; beyond it some stand for their neighbours
 _MIB = 2**20
+_LOSS_WORKSPACE = 256 * _MIB  # `workspace_mib` of the loss
 
 
 class PlannedGradCache(GradCache):
@@ -37,20 +37,25 @@ class PlannedGradCache(GradCache):
         meter: set before the first step.
         count: chunks of the whole step.
         weights: for each chunk that was run, how many it stands for (a fraction where chunks differ in size).
-        graph_bytes: most bytes that one chunk's graph holds per token.
+        largest: (bytes, tokens) of the chunk whose second pass takes most beyond what stood before it.
+        after_chunk: called when a chunk's gradients are there.
     """
 
     meter: Meter
     count = 0
     feature_width = 0  # bytes of a frozen tower's output per image token
     ranks = 1
+    most_chunks = 8  # chunks that are run one by one; beyond it some stand for their neighbours
+
+    def after_chunk(self) -> None:
+        pass
 
     def _plan(self, lengths):
         chunks = super()._plan(lengths)
-        self.count, self.graph_bytes = len(chunks), 0.0
+        self.count, self.largest = len(chunks), (0, 0)
         kept = retained_chunks(self.retain, len(chunks))
         keys = [(c.side, i in kept, tuple(self.shapes[c.side][row] for row in c.rows)) for i, c in enumerate(chunks)]
-        chosen = _representatives(chunks, keys)
+        chosen = _representatives(chunks, keys, self.most_chunks)
         self.weights = [sum(chunks[i].tokens for i in group) / chunks[first].tokens for first, group in chosen]
         self.others = [len(group) - 1 for _, group in chosen]
         self.retain = sum(1 for first, _ in chosen if first in kept)  # they are the last ones here too
@@ -91,6 +96,9 @@ class PlannedGradCache(GradCache):
 
     def _loss(self, embeddings, options):
         with self.meter.counting_as("loss scratch"):
+            # One operator, whose scratch no meter sees: exponentials of all pairs within the bound, as `dispatch.py` lays them.
+            rows, columns = len(embeddings[0]), self.ranks * len(embeddings[1])
+            scratch = torch.empty(min(rows * columns * 4, _LOSS_WORKSPACE), dtype=torch.uint8)  # noqa: F841
             if self.ranks > 1:
                 result = self._loss_over_ranks(embeddings, options)
             else:
@@ -121,10 +129,11 @@ class PlannedGradCache(GradCache):
     def _backward_chunk(self, sides, index, chunk, gradient, features):
         if chunk.graph is None and self.retain:
             self._ballast = self._ballast[-1:] if self.freeze is not None else []  # kept graphs went first
-        before = self.meter.current
+        before = self.meter.high = self.meter.current
         with self.meter.booking(index):
             super()._backward_chunk(sides, index, chunk, gradient, features)
-        self.graph_bytes = max(self.graph_bytes, (self.meter.peak - before) / chunk.tokens)
+        self.largest = max(self.largest, (self.meter.high - before, chunk.tokens))
+        self.after_chunk()
 
     def total(self) -> Work:
         """Work of the whole step."""
@@ -134,20 +143,20 @@ class PlannedGradCache(GradCache):
         return whole
 
 
-def _representatives(chunks: list, keys: list[tuple]) -> list[tuple[int, list[int]]]:
+def _representatives(chunks: list, keys: list[tuple], most: int) -> list[tuple[int, list[int]]]:
     """(chunk, chunks that it stands for), in order; chunks of one key are alike, others stand for the near ones of their side."""
     groups: dict[tuple, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     chosen = sorted(groups.values(), key=lambda group: group[0])
-    if len(chosen) <= _MOST_CHUNKS:
+    if len(chosen) <= most:
         return [(group[0], group) for group in chosen]
     kinds: dict[tuple, list[int]] = {}
     for index, key in enumerate(keys):
         kinds.setdefault(key[:2], []).append(index)
     picked = []
     for members in kinds.values():
-        runs = max(2, round(_MOST_CHUNKS * len(members) / len(keys)))
+        runs = max(2, round(most * len(members) / len(keys)))
         size = -(-len(members) // runs)
         for start in range(0, len(members), size):
             group = members[start : start + size]
@@ -225,8 +234,13 @@ class PlannedStep(ContrastiveStep):
         self.media = PlannedMedia(model.processing, bound_mib=recipe.media_mib, threads=1, mode=mode)
         self.model = _like_accelerate(model, autocast, dtype is not None)
         self.mode, self.meter, self.flash = mode, meter, flash
+        if model.always_vision:
+            with unset_fake_temporarily():
+                placeholder = model._placeholder()
+            model._placeholder = lambda: placeholder
         self.gradcache.meter = meter
         self.gradcache.prefetch = None
+        self.gradcache.sync.common_count = lambda count, device: count  # ranks are alike
         self.gradcache.ranks = ranks
         if self.gradcache.freeze is not None:
             config = model.config

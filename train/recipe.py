@@ -14,31 +14,63 @@ import yaml
 from train.recipe_values import assign, build
 from train.reference_flags import parse_overrides
 
+MIXTURES = Path(__file__).parent / "mixtures"
+_FORMATS = ("mmeb", "page_question", "visrag", "video_to_caption", "caption_to_video", "video_question")
+
 
 @dataclass
 class Source:
     """One data set of the mixture: `name` is its folder (or hub config); `rows` takes its first rows only.
 
-    `from_step` leaves it out of the mixture before that step, so that simple tasks can come first.
+    `from_step` leaves it out of the mixture before that step, so that simple tasks can come first. The rest says where its
+    rows are when they are not with the others' (`data.root`): a folder or a hub data set with its split, or one file of
+    it, its images, and the `format` of its rows (`train.sources`).
     """
 
     name: str
     weight: float = 1.0
     rows: int | None = None
     from_step: int = 0
+    format: str = "mmeb"
+    root: str | None = None
+    split: str | None = None
+    file: str | None = None
+    images: str | None = None
 
 
 @dataclass
 class Data:
-    """Where the training rows are: a local folder in MMEB's layout or a hub data set, and the folder of their images."""
+    """Where the training rows are: a local folder in MMEB's layout or a hub data set, and the folder of their images.
+
+    `mixture` names a file of train/mixtures/, whose sources become the recipe's; a source of that name in `sources`
+    replaces it, others join it.
+    """
 
     root: str
     images: str
-    sources: list[Source]
+    sources: list[Source] = field(default_factory=list)
+    mixture: str | None = None
     split: str = "original"
     rows: int | None = None  # first rows of every source that does not say its own number
     hard_negatives: bool = False
     strict: bool = False  # a row that cannot be read stops the run; otherwise it is logged and left out of the loss
+
+    def __post_init__(self) -> None:
+        if self.mixture is not None:
+            own = {source.name: source for source in self.sources}
+            listed = [own.pop(source.name, source) for source in read_mixture(self.mixture)]
+            self.sources, self.mixture = [*listed, *own.values()], None  # a resolved recipe stands for itself
+
+
+def read_mixture(name: str) -> list[Source]:
+    """The sources of train/mixtures/NAME.yaml."""
+    path = MIXTURES / f"{name}.yaml"
+    known = sorted(file.stem for file in MIXTURES.glob("mmeb-*.yaml"))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise ValueError(f"data.mixture {name!r} is unknown; {f'did you mean {near[0]}?' if near else f'there are {known}'}")
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [build(Source, entry, f"{path.name}[{i}].") for i, entry in enumerate(entries)]
 
 
 @dataclass
@@ -161,7 +193,10 @@ class Recipe:
         if not 0 < self.loss.temperature < float("inf"):
             raise ValueError(f"loss.temperature must be above 0, got {self.loss.temperature}; it divides the similarities (0.02 is usual)")
         if not self.data.sources:
-            raise ValueError("data.sources names no data set; give at least one {name: ...}")
+            raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
+        for source in self.data.sources:
+            if source.format not in _FORMATS:
+                raise ValueError(f"source {source.name}: format {source.format!r} is none of {', '.join(_FORMATS)}")
         if self.quantization not in (None, "nf4"):
             raise ValueError(f'quantization must be "nf4" or left out, got {self.quantization!r}')
         if self.quantization and self.lora is None:

@@ -15,7 +15,7 @@ from vlm2vec import adapters
 from vlm2vec.model import VLM2Vec
 
 
-def shard(model: VLM2Vec, autocast: torch.dtype | None = None) -> VLM2Vec:
+def shard(model: VLM2Vec, autocast: torch.dtype | None = None, mesh: torch.distributed.DeviceMesh | None = None) -> VLM2Vec:
     """Shards the model in place over all ranks.
 
     A sharded module's forward is collective, so chunks without visuals run the vision tower on a placeholder from here on
@@ -24,6 +24,7 @@ def shard(model: VLM2Vec, autocast: torch.dtype | None = None) -> VLM2Vec:
 
     Args:
         autocast: dtype of the gathered weights in the forward and backward; gradients are reduced in float32.
+        mesh: default all ranks, on the accelerator where there is one.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -34,8 +35,8 @@ def shard(model: VLM2Vec, autocast: torch.dtype | None = None) -> VLM2Vec:
     if vision_is_frozen(model):
         whole = set(model.backbone.vision_tower(model.model).parameters())
     for block in _blocks(model, whole):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy, ignored_params=whole)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
     model.always_vision = not whole and model.backbone.vision_tower(model.model) is not None
     return model
 
