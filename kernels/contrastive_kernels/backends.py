@@ -83,3 +83,13 @@ def row_dots(a, b, backend: str):
     from contrastive_kernels.triton.rows import operand_dots
 
     return operand_dots(a, b)
+
+
+def levels_for(query, target, options, workspace: int):
+    """What makes all Matryoshka levels from one sweep, called with (query, target, levels, wanted); None for a level at a time."""
+    if choose(options.backend, query.dtype, query.device) == "torch":
+        return None
+    from contrastive_kernels.triton import levels
+
+    plan = levels.plan(query, target, options, workspace)
+    return functools.partial(levels.compute, rows=plan.rows) if plan.path == "levels" else None

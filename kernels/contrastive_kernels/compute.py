@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from contrastive_kernels import distributed
-from contrastive_kernels.backends import sweep_for
+from contrastive_kernels.backends import levels_for, sweep_for
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import project_out
@@ -98,11 +98,12 @@ def finish_gradients(problem: Problem, gradients: Gradients, out: Computed) -> N
 
 
 def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:
-    """Matryoshka, a level at a time: the sum over widths of weight * loss of the re-normalised prefix."""
+    """Matryoshka: the sum over widths of weight * loss of the re-normalised prefix."""
     dims = options.matryoshka_dims
     weights = options.matryoshka_weights or (1.0,) * len(dims)
     total = Computed(0.0)
-    for dim, level_weight in zip(dims, weights):
+    levels = []
+    for dim in dims:
         hard = None if options.hard_negatives is None else options.hard_negatives[..., :dim]
         level = options.replace(
             matryoshka_dims=None,
@@ -111,7 +112,13 @@ def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:
             hard_negatives=hard,
             return_stats=options.return_stats and dim == max(dims),
         )
-        part = _one_level(query[:, :dim], target[:, :dim], level, wanted)
+        levels.append((dim, level))
+    together = levels_for(query, target, options, workspace_bytes(options, query.device))
+    if together is not None:
+        made = together(query, target, levels, wanted)
+    else:
+        made = (_one_level(query[:, :dim], target[:, :dim], level, wanted) for dim, level in levels)
+    for dim, level_weight, part in zip(dims, weights, made):
         total.loss = total.loss + level_weight * part.loss
         if part.stat_sums is not None:
             total.stat_sums = part.stat_sums

@@ -33,6 +33,8 @@ MEANING = {
     "chunk": "float32 logits by the library, one kernel over them, then two products",
     "fused": "no panel in memory, logits computed twice",
     "joint": "both directions from one panel of exponentials",
+    "levels": "logits of all Matryoshka levels in one sweep over the tiles",
+    "apart": "a sweep for every Matryoshka level",
 }
 
 
@@ -182,6 +184,40 @@ def plan(
         rows, columns, width, str(dtype).removeprefix("torch."), int(workspace), gpu, bool(smoothing), bool(normalize), interpreted,
         d_query, d_target, bool(symmetric),
     )
+    if explain is not None:
+        explain(made.text())
+    return made
+
+
+def plan_levels(
+    rows: int, columns: int, dims: tuple[int, ...], dtype, *, workspace: int, gpu: roofline.Gpu = roofline.H100, smoothing: bool = False,
+    interpreted: bool = False, reason: str = "", explain: Callable[[str], object] | None = None,
+) -> Plan:
+    """Matryoshka: one sweep over the tiles for all `dims` ("levels") against a sweep each ("apart"), one direction.
+
+    reason: what keeps the levels from one sweep, "" for nothing. The rest as for `plan`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    itemsize = ITEMSIZE[name]
+    each = [
+        plan(rows, columns, dim, name, workspace=workspace, gpu=gpu, smoothing=smoothing, normalize=True, interpreted=interpreted) for dim in dims
+    ]  # fmt: skip
+    apart = Way(
+        "apart", min(p.rows for p in each), sum(p.chosen.seconds for p in each), tuple(x for p in each for x in p.chosen.pieces),
+        scratch=max(p.chosen.scratch for p in each),
+    )  # fmt: skip
+    count = panel_rows(rows, columns * len(dims), max(dims), itemsize, "exp", workspace)
+    if not reason and count < 1:
+        reason = "the workspace has no room for a row of every level"
+    if reason:
+        together = Way("levels", reason=reason)
+    else:
+        pieces = tuple(roofline.levels(gpu, rows, columns, dims, count, itemsize=min(itemsize, 4)))
+        scratch = int(count * row_bytes("exp", columns * len(dims), max(dims), itemsize))
+        together = Way("levels", count, roofline.seconds(pieces), pieces, scratch=scratch)
+    title = f"{rows} rows x {columns} candidates x D={list(dims)} {name} on {gpu.name}, workspace {workspace / MIB:.1f} MiB; times are PREDICTED"
+    limit = sum(roofline.three_gemms(gpu, rows, columns, dim, itemsize=min(itemsize, 4)) for dim in dims)
+    made = Plan(min((together, apart), key=lambda way: way.seconds), (together, apart), title, limit)
     if explain is not None:
         explain(made.text())
     return made

@@ -118,12 +118,14 @@ def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", ti
 EPILOGUE_INSTRUCTIONS = {80: 15.0, 90: 12.0, 100: 20.0}
 JOINT_INSTRUCTIONS = {80: 25.0, 90: 22.0, 100: 37.0}  # with column sums and without the greatest cosine, on its own tile
 JOINT_TILE = (128, 128)
+LEVEL_INSTRUCTIONS = {80: 23.0, 90: 16.0, 100: 23.0}  # of every prefix's epilogue
+LEVEL_TILE = {80: (128, 128), 90: (128, 64), 100: (128, 64)}
 TILE = {80: (128, 256), 90: (256, 128), 100: (128, 256)}
 
 
 def exp_panel(
     gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, times=1, instructions: float | None = None, row_parts: int = 2,
-    column_sums=False, store=True,
+    column_sums=False, store=True, levels: int = 1, tile: tuple[int, int] | None = None,
 ) -> Piece:
     """Logits product with exponential epilogue: (rows, width) @ (width, columns), E written in the operands' type.
 
@@ -131,9 +133,9 @@ def exp_panel(
     nothing of it hid behind another block's main loop. row_parts: numbers a tile leaves for a row, sum and greatest cosine.
     """
     flops = 2 * rows * columns * width
-    tile_r, tile_c = JOINT_TILE if column_sums else TILE.get(gpu.arch, (128, 256))
+    tile_r, tile_c = tile or (JOINT_TILE if column_sums else TILE.get(gpu.arch, (128, 256)))
     read = itemsize * width * (rows + columns)
-    written = (itemsize * rows * columns if store else 0) + 4 * row_parts * rows * -(-columns // tile_c)
+    written = levels * ((itemsize * rows * columns if store else 0) + 4 * row_parts * rows * -(-columns // tile_c))
     written += 4 * columns * -(-rows // tile_r) if column_sums else 0
     tiles = rows / tile_r * columns / tile_c
     from_l2 = tiles * (tile_r + tile_c) * width * itemsize
@@ -179,6 +181,23 @@ def panels(gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, items
                     out.append(positive_scatter(gpu, rows, columns, width, itemsize=itemsize, add=add, times=count))
             out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=True, name="d_target += E^T query", times=times))
     return [positive_cosines(gpu, n, width, itemsize=itemsize), *out]
+
+
+def levels(gpu: Gpu, n: int, columns: int, dims, panel_rows: int, *, itemsize: int) -> list[Piece]:
+    """All Matryoshka levels of one direction (triton/levels.py): one logits product, an epilogue and two products a level."""
+    per_element = LEVEL_INSTRUCTIONS.get(gpu.arch, 23.0) * len(dims)
+    out = []
+    for rows, times in ((panel_rows, n // panel_rows), (n % panel_rows, 1)):
+        if rows and times:
+            out.append(exp_panel(
+                gpu, rows, columns, max(dims), itemsize=itemsize, times=times, instructions=per_element, levels=len(dims),
+                tile=LEVEL_TILE.get(gpu.arch, (128, 64)),
+            ))  # fmt: skip
+    for dim in dims:
+        # what a sweep has besides its logits product
+        rest = panels(gpu, n, columns, dim, panel_rows, itemsize=itemsize)
+        out += [piece for piece in rest if not piece.name.startswith("logits")]
+    return out
 
 
 def joint(gpu: Gpu, n: int, width: int, *, itemsize: int, d_query=True, d_target=True) -> list[Piece]:

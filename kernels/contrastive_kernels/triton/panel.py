@@ -98,7 +98,7 @@ def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor |
             logit = here * torch.as_tensor(block.scale, dtype=acc, device=device)
             tops = logit if tops is None else torch.maximum(tops, logit)
     if not bounded:
-        shift, total = _redo(blocks, rows, outs, shift, total, tops)
+        shift, total = redo(blocks, rows, outs, shift, total, tops)
     if inactive is not None:
         shift = torch.where(inactive, 0.0, shift)
         best = best if best is None else torch.where(inactive, float("-inf"), best)
@@ -109,7 +109,7 @@ def _into(out) -> dict:
     return dict(out=None if out is None else out[None], store=out is not None)
 
 
-def _redo(blocks, rows, outs, shift, total, tops):
+def redo(blocks, rows, outs, shift, total, tops):
     """Rows whose greatest logit is out of the window get it as their shift; their tiles are written again."""
     above = tops - shift
     unsafe = ((above > SAFE_ABOVE) | (above < SAFE_BELOW)) & (tops > float("-inf")) & (shift < float("inf"))
