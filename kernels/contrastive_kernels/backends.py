@@ -93,3 +93,17 @@ def levels_for(query, target, options, workspace: int):
 
     plan = levels.plan(query, target, options, workspace)
     return functools.partial(levels.compute, rows=plan.rows) if plan.path == "levels" else None
+
+
+def sigmoid_columns_for(dtype: torch.dtype, device: torch.device):
+    """What adds a block of columns of the sigmoid loss on a GPU, in place of plain torch; None for torch."""
+    if choose("auto", dtype, device) == "torch":
+        return None
+    from contrastive_kernels.triton.common import INTERPRET
+
+    if dtype.itemsize > 2 and not INTERPRET:
+        _log_once(f"sigmoid_loss of {dtype}, which has no tensor cores here: the library's products are faster")
+        return None
+    from contrastive_kernels.triton.sigmoid_panel import add_columns
+
+    return add_columns
