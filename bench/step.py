@@ -22,10 +22,8 @@ and one backward: attention counts as full squares, as `FlopCounterMode` counts 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import functools
-import gc
 import json
 import os
 import subprocess
@@ -34,6 +32,7 @@ import tempfile
 
 from bench import encode_models
 from bench.encode import timed
+from bench.plan import resident, restart_resident_peak
 
 BUDGET = 4096  # tokens of a chunk, where an arm takes a budget
 TRAINED = ("all", "vision-frozen")
@@ -79,21 +78,6 @@ def measure_time(arm: str, folder: str, count: int, frozen: bool, repeat: int) -
     path = os.path.join(folder, f"{arm}-{'frozen' if frozen else 'all'}.pt")
     torch.save(gradients(module), path)
     return {"loss": loss, **times, "rss_mib": round(resident("VmHWM") - before), "gradients": path, "threads": torch.get_num_threads()}
-
-
-def restart_resident_peak() -> float:
-    """Resident MiB now; the peak that `resident("VmHWM")` reads begins here and not with what preprocessing once held."""
-    gc.collect()
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    return resident("VmRSS")
-
-
-def resident(field: str) -> float:
-    """MiB that Linux states for this process: VmRSS, resident now, or VmHWM, the most so far."""
-    with open("/proc/self/status", encoding="ascii") as f:
-        line = next(line for line in f if line.startswith(field + ":"))
-    return int(line.split()[1]) / 1024
 
 
 def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:

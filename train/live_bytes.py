@@ -125,10 +125,18 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self.track(tensor)
+        for tensor in tensors_in(out):
+            self.track(tensor)
         return out
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an operator's arguments or results, in lists or not; faster than a walk over any tree."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors_in(entry)
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter
 
 from train.flops import operator_flops
-from train.live_bytes import LiveBytes
+from train.live_bytes import LiveBytes, tensors_in
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Meter(LiveBytes):
             self.relabel(out, "gathered weights")
         if not _is_view(function):
             flops = operator_flops(function, args, kwargs, out)
-            moved = sum(t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, torch.Tensor))
+            moved = sum(t.numel() * t.element_size() for t in tensors_in((args, tuple(kwargs.values()), out)))
             self._book.flops += flops
             self._book.moved += moved
             self._book.seconds += max(flops / self.flop_rate, moved / self.byte_rate)

@@ -1,0 +1,129 @@
+"""The plan against runs: live bytes predicted under fake tensors, next to those of the same step on real ones."""
+
+import pytest
+import torch
+from tiny import write_recipe
+
+from train.build import build_model
+from train.gpus import GPUS, parse_gpu
+from train.live_bytes import LiveBytes
+from train.plan import make_plan
+from train.plan_batch import _counts, first_batch
+from train.plan_report import report
+from train.plan_simulate import simulate
+from train.recipe import load_recipe
+from train.step import ContrastiveStep
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1, "dora": False}}
+KINDS = {
+    "full": {},
+    "vision-frozen": {"freeze_vision": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lora": LORA,
+    "qlora": {**LORA, "quantization": "nf4"},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    write_recipe(folder)
+    return folder
+
+
+def measured(recipe) -> int:
+    """Peak of live bytes in the second step of a run."""
+    model = build_model(recipe).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
+    batches = [first_batch(recipe, model.processing, 1) for _ in range(2)]
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        for batch in batches:
+            live.restart_peak()
+            step(batch)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("kind,retain", [(kind, 0) for kind in KINDS] + [("full", "all"), ("full", 2), ("lora", "all"), ("qlora", "all")])
+def test_predicted_peak_is_the_measured_one(root, kind, retain):
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), retain=retain, **KINDS[kind]))
+    plan = simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), flash=False)
+    assert 1.0 <= plan.peak / measured(recipe) <= 1.02
+    assert sum(plan.parts.values()) == plan.peak
+
+
+def test_chunks_that_stand_for_others_predict_what_all_of_them_do(root):
+    """Sixteen pairs in chunks of one or two rows: with few of them run, memory stays and FLOPs come near."""
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), global_batch=16, chunk_tokens=60, freeze_vision=True, retain=3))
+    def run(most):
+        return simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), most_chunks=most)
+
+    every, some = run(1000), run(6)
+    assert every.chunks == some.chunks > 10
+    assert some.work.flops == pytest.approx(every.work.flops, rel=0.15)
+    assert some.peak == pytest.approx(every.peak, rel=0.05)
+
+
+def test_live_bytes_follow_storages_not_tensors():
+    with LiveBytes() as live:
+        x = torch.ones(256)
+        views = [x[:10], x.view(16, 16)]
+        assert live.current == 1024
+        y = x + 1
+        assert live.current == live.peak == 2048
+        del x
+        assert live.current == 2048, "views hold the storage"
+        del views
+        assert live.current == 1024
+        y.untyped_storage().resize_(0)
+        assert live.current == 0
+        with live.counting_as("kept"):
+            z = torch.zeros(4)
+        assert live.by_part["kept"] == 16 and live.peak == 2048
+        live.relabel([z, None], "other")
+        assert live.by_part["kept"] == 0 and live.by_part["other"] == 16
+    assert torch.UntypedStorage.resize_ is live._original_resize
+
+
+def test_a_sharded_plan_holds_whole_gradients_and_a_share_of_the_state(root):
+    values = {"output": str(root / "o"), "global_batch": 8, "chunk_tokens": 100}
+    alone = load_recipe(write_recipe(root, **values))
+    sharded = load_recipe(write_recipe(root, distributed="fsdp", **values))
+    one = simulate(alone, None, make_batch=lambda processing: first_batch(alone, processing, 1))
+    four = simulate(sharded, None, ranks=4, make_batch=lambda processing: first_batch(sharded, processing, 4))
+    assert four.trained == one.trained
+    assert four.resident < 0.35 * one.resident, "weights and optimizer state are a quarter each, with padding"
+    assert four.gathered == pytest.approx(one.weights * 4 * 3 / 4, rel=0.01)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_plan_says_what_fits_and_how_to_mend_what_does_not(root):
+    recipe = load_recipe(write_recipe(root, output=str(root / "o")))
+    plan = make_plan(recipe, parse_gpu("80:989:3.35"), name="r.yaml")
+    text = report(plan)
+    assert plan.fits and plan.largest_chunk == plan.tokens and "predicted" in text and "What this cannot know" in text
+    small = make_plan(recipe, parse_gpu("0.7505:100:1"), name="r.yaml")
+    assert not small.fits and "NOT predicted to fit" in report(small) and "gradient_checkpointing: true" in report(small)
+
+
+@pytest.mark.parametrize("word", ["h100", "80:989", "80:x:1", "0:1:1"])
+def test_an_unknown_gpu_is_refused(word):
+    with pytest.raises(ValueError, match="SIZE_GiB:TFLOPS:TBs"):
+        parse_gpu(word)
+    assert parse_gpu("h100-80") is GPUS["h100-80"]
+
+
+def test_a_chunk_budget_below_the_longest_sample_is_refused(root):
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), chunk_tokens=8))
+    with pytest.raises(ValueError, match="below the longest sample"):
+        make_plan(recipe, GPUS["h100-80"])
+
+
+def test_shares_add_up_to_the_batch():
+    assert _counts([0.55, 0.25, 0.2], 10) == [6, 2, 2] or sum(_counts([0.55, 0.25, 0.2], 10)) == 10
+    assert _counts([1, 1, 1], 100) in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
