@@ -110,9 +110,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def per_element(rows: list[dict], arch: int) -> float:
-    """Instructions of the plain exponential epilogue, a thread and element of its tile, as compiled."""
-    row = next(r for r in rows if r["arch"] == arch and r["case"] == "exp panel, stats, bfloat16")
+def per_element(rows: list[dict], arch: int, case: str = "stats") -> float:
+    """Instructions of an exponential epilogue, a thread and element of its tile, as compiled."""
+    row = next(r for r in rows if r["arch"] == arch and r["case"] == f"exp panel, {case}, bfloat16")
     return row["epilogue"] / (row["block"] / (32 * row["warps"]))
 
 

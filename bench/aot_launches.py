@@ -37,6 +37,8 @@ def _exp_panel(dtype):
     yield "redo", lambda: run(positive=positive, row_max=True, redo=torch.ones(64, dtype=torch.int32))
     yield "odd", lambda: run(ODD_R, ODD_C, ODD_D, positive=positive, row_max=True)
     yield "symmetric", lambda: run(positive=positive, row_max=True, col_sum=True)
+    yield "joint", lambda: run(positive=positive, col_sum=True)
+    yield "joint, sums alone", lambda: run(positive=positive, ids=(ids,), row_max=True, col_sum=True, store=False, **scales)
     yield "normalize", lambda: run(positive=positive, row_max=True, **scales)
     everything = dict(positive=positive, ids=(ids, ids), threshold=threshold, keep=keep, row_max=True, col_sum=True)
     yield "all", lambda: run(**everything, **scales)
@@ -52,6 +54,25 @@ def _pool(dtype):
     yield "backward", lambda: pool.pool_backward(matrix(R, D, dtype), hidden, index, torch.ones(R))
     if dtype == torch.bfloat16:
         yield "index", lambda: pool.last_token_index(attention_mask=torch.ones(16, 4096, dtype=torch.int64))
+
+
+def _sigmoid(dtype):
+    from contrastive_kernels.triton.sigmoid_panel import sigmoid_panel
+
+    if dtype != torch.bfloat16:
+        return
+    x, y, out, number = matrix(R, D, dtype), matrix(C, D, dtype), torch.zeros(R, C, dtype=dtype), torch.tensor(1.0)
+    plain = dict(scale=number, bias=number, positive=torch.zeros(R, dtype=torch.int64))
+    ids = torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64)
+    yield "plain", lambda: sigmoid_panel(x, y, out=out, **plain)
+    yield "all", lambda: sigmoid_panel(x, y, out=out, ids=ids, keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C), **plain)
+    yield "loss alone", lambda: sigmoid_panel(x, y, **plain)
+
+
+def _joint(dtype):
+    from contrastive_kernels.triton.symmetric import combine
+
+    yield "combine", lambda: combine(torch.zeros(R, C, dtype=dtype), torch.zeros(R), torch.zeros(C))
 
 
 def _rows(dtype):
@@ -108,7 +129,7 @@ def _fused(dtype):
     yield "forward, odd", lambda: fused_forward(matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2)
 
 
-FAMILIES = {"exp panel": _exp_panel, "pool": _pool, "rows": _rows, "chunk": _chunk, "topk": _topk, "fused": _fused}
+FAMILIES = {"exp panel": _exp_panel, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "chunk": _chunk, "topk": _topk, "fused": _fused}
 
 
 def _families():

@@ -38,7 +38,7 @@ def test_tensor_cores_of_the_architecture(arch, name):
 def test_every_family_is_compiled(arch):
     assert {row["kernel"] for row in compiled(arch)} >= {
         "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_fused_fwd_kernel", "_fused_bwd_kernel",
-        "_update_kernel", "_scatter_kernel", "_dots_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
+        "_update_kernel", "_scatter_kernel", "_dots_kernel", "_sigmoid_kernel", "_combine_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
     }
 
 
@@ -46,6 +46,8 @@ def test_every_family_is_compiled(arch):
 def test_epilogue_is_as_cheap_as_the_cost_model_says(arch):
     rows = compiled(arch)
     assert aot.per_element(rows, arch) <= roofline.EPILOGUE_INSTRUCTIONS[arch]
+    assert aot.per_element(rows, arch, "joint") <= roofline.JOINT_INSTRUCTIONS[arch]
+    assert aot.per_element(rows, arch, "prefixes") <= roofline.LEVEL_INSTRUCTIONS[arch]
     assert aot.fused_per_element(rows, arch) <= roofline.FUSED_INSTRUCTIONS[arch]
 
 

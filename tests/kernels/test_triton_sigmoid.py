@@ -19,7 +19,7 @@ N, M, D = 19, 45, 24  # several tiles of 16, none of them whole
 def kernels(monkeypatch):
     """The kernel instead of plain torch, in panels of 8 rows of float64."""
     tile = configs.Tile(16, 16, 16, 4, 1, 2)
-    monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
+    monkeypatch.setattr(configs, "sigmoid_panel", lambda *a: tile)
     monkeypatch.setattr(sigmoid, "sigmoid_columns_for", lambda *a: sigmoid_panel.add_columns)
     monkeypatch.setattr(sigmoid_panel, "PANEL_BYTES", 8 * M * 8)
 

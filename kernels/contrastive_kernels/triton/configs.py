@@ -86,6 +86,20 @@ def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> T
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
 
 
+# (architecture, element size) -> tile: a dozen values of a pair are alive at once, so slices are narrow.
+SIGMOID = {
+    (80, 2): Tile(128, 128, 32, 8, 4, 4),
+    (90, 2): Tile(128, 128, 64, 8, 4, 8),
+    (100, 2): Tile(128, 128, 64, 8, 3, 8),
+    (0, 2): Tile(128, 128, 32, 8, 3, 8),
+    (0, 4): Tile(128, 64, 32, 8, 3, 4),
+}
+
+
+def sigmoid_panel(arch: int, itemsize: int) -> Tile:
+    return INTERPRETED if INTERPRET else choose(SIGMOID, arch, 4 if itemsize >= 4 else 2)
+
+
 # (architecture, element size, more than 32 kept) -> tile: scores and the kept lists share the registers.
 TOPK = {
     (80, 2, False): Tile(64, 128, 32, 4, 4),

@@ -24,6 +24,21 @@ PANEL_BYTES = 256 << 20
 
 
 @triton.jit
+def _log1p(b_e):
+    """log(1 + e) for e in [0, 1], to the last digits of a small e."""
+    if b_e.dtype == tl.float64:
+        # adding 1 cuts digits off e: corrected by what was really added
+        b_u = 1.0 + b_e
+        return tl.where(b_u == 1.0, b_e, tl.log(b_u) * (b_e / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
+    else:
+        # 2 atanh(w), w = e / (2 + e) up to 1/3: the series ends below float32's last digit
+        b_w = tl.fdiv(b_e, 2.0 + b_e)
+        b_q = b_w * b_w
+        b_sum = 1 / 11 + b_q * (1 / 13 + b_q * (1 / 15))
+        return 2.0 * b_w * (1.0 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q * (1 / 9 + b_q * b_sum)))))
+
+
+@triton.jit
 def _sigmoid_kernel(
     p_x, p_y, p_g, p_scale, p_bias, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_keep, p_part,
     R, C, D, stride_x, stride_y, column_offset,
@@ -62,11 +77,8 @@ def _sigmoid_kernel(
             b_sign = tl.where(b_row[:, None] == tl.load(p_col_id + o_c, mask=m_c, other=-1)[None, :], -1.0, b_sign)
         b_s = b_x * b_sign
         b_e = tl.exp2(-tl.abs(b_s) * 1.4426950408889634)
-        b_u = 1.0 + b_e
-        # log(1 + e) where adding 1 has cut digits off e: by what was really added
-        b_log = tl.where(b_u == 1.0, b_e, tl.log(b_u) * (b_e / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
-        b_pair = tl.maximum(b_s, 0.0) + b_log
-        b_g = tl.where(b_s >= 0, 1.0, b_e) / b_u * b_sign
+        b_pair = tl.maximum(b_s, 0.0) + _log1p(b_e)
+        b_g = tl.where(b_s >= 0, b_sign, b_e * b_sign) * tl.fdiv(1.0, 1.0 + b_e)
         m_there = m_c
         if HAS_KEEP:
             m_there = tl.load(p_keep + o_c, mask=m_c, other=0) != 0
@@ -96,7 +108,7 @@ def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive
     """
     check_dtype("sigmoid_panel", x.dtype)
     rows, columns, acc, device = len(x), len(y), accumulator(x.dtype), x.device
-    tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), True)
+    tile = tile or configs.sigmoid_panel(configs.architecture(device), x.element_size())
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     part = torch.empty(1 if out is None else 3, tiles_c, rows, dtype=acc, device=device)
