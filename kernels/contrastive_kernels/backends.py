@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from contrastive_kernels import panels
+from contrastive_kernels import both_directions, panels
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def sweep_for(problem, parts):
     """The sweep function for a problem's backend, dtype and device; `parts` are the directions it will be called with, in order."""
     dtype = problem.query.source.dtype
     if choose(problem.options.backend, dtype, problem.device) == "torch":
-        return panels.sweep
+        return panels.sweep if len(parts) == 1 else both_directions.sweep_both(parts, panels.sweep)
     from contrastive_kernels.triton.sweep import sweep
 
     if len(parts) == 1:
