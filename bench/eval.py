@@ -157,6 +157,8 @@ def ranking(arm: str, queries: int, candidates: int, dim: int) -> dict:
     import numpy as np
     import torch
 
+    from vlm2vec.evaluation.ranking import rank
+
     generator = torch.Generator().manual_seed(0)
     query, target = (torch.randn(n, dim, generator=generator) for n in (queries, candidates))
     query /= query.norm(dim=1, keepdim=True)
@@ -164,8 +166,6 @@ def ranking(arm: str, queries: int, candidates: int, dim: int) -> dict:
         target[at : at + 65536] /= target[at : at + 65536].norm(dim=1, keepdim=True)
     before, start = resident_mib(), time.perf_counter()
     if arm == "ours":
-        from vlm2vec.evaluation.ranking import rank
-
         best = rank(query, target, TOP)[1].tolist()
         return {"seconds": time.perf_counter() - start, "beyond_mib": resident_mib() - before, "best": best}
     names, best, parts = [f"candidate {i}" for i in range(candidates)], [], {}

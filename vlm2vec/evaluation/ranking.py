@@ -8,6 +8,7 @@ content share one vector, so their scores are equal to the last bit and the rule
 import torch
 
 CHUNK_BYTES = 64 * 2**20
+WORKSPACE_MIB = 128  # of the search among all candidates
 
 
 def rank(query, target, k, *, local=None, target_row=None, blocked=None):
@@ -25,6 +26,8 @@ def rank(query, target, k, *, local=None, target_row=None, blocked=None):
     """
     if query.ndim != 2 or target.ndim != 2 or query.shape[1] != target.shape[1]:
         raise ValueError(f"expected query (N, D) and target (U, D) of one width, got {tuple(query.shape)} and {tuple(target.shape)}")
+    if local is None and target_row is None and blocked is None and len(query) and len(target) and k >= 1:
+        return _pad(*_best(query, target, k), k)  # vectors are candidates: no tables of a million rows
     row = torch.arange(len(target)) if target_row is None else torch.as_tensor(target_row, dtype=torch.int64)
     blocked = torch.zeros(len(row), dtype=torch.bool) if blocked is None else torch.as_tensor(blocked)
     if len(query) == 0 or len(row) == 0 or k < 1:
@@ -36,10 +39,16 @@ def rank(query, target, k, *, local=None, target_row=None, blocked=None):
     return _rank_local(query, target, k, local, row, blocked)
 
 
-def _rank_global(query, target, k, row, blocked):
-    """Top k of the distinct vectors, each then stands for its candidates in their order."""
+def _best(query, target, k):
+    """(scores float32, vector numbers) of the best min(k, U) vectors, on the CPU."""
     from contrastive_kernels import topk_similarity
 
+    scores, found = topk_similarity(query, target, min(k, len(target)), workspace_mib=WORKSPACE_MIB)
+    return scores.float().cpu(), found.cpu()
+
+
+def _rank_global(query, target, k, row, blocked):
+    """Top k of the distinct vectors, each then stands for its candidates in their order."""
     free = (~blocked).nonzero()[:, 0]
     vector = row[free]
     # the first candidate of each vector; vectors in that order, so that "lowest index wins" means the data's order
@@ -50,8 +59,7 @@ def _rank_global(query, target, k, row, blocked):
         return torch.full((len(query), k), float("-inf")), torch.full((len(query), k), -1)
     ordered = len(kept) == len(target) and bool((kept[1:] > kept[:-1]).all())
     used = target if ordered else target[kept.to(target.device)]
-    scores, found = (t.cpu() for t in topk_similarity(query, used, min(k, len(kept))))
-    scores = scores.float()
+    scores, found = _best(query, used, k)
     if int(count.max()) == 1:
         return _pad(scores, torch.where(found >= 0, first[kept][found.clamp(min=0)], -1), k)
     # members[start[v] : start[v] + count[v]] are the candidates of vector v, in order
