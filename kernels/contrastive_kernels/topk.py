@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from contrastive_kernels.backends import choose
+from contrastive_kernels.backends import _log_once, choose
 from contrastive_kernels.checks import check_matrices
 from contrastive_kernels.operands import Operand, compute_dtype
 from contrastive_kernels.gemm import product_into
@@ -156,5 +156,6 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
         if k > MAXIMUM_K:
             if backend == "triton":
                 raise ValueError(f"backend='triton' cannot be had with k={k}: the kernel keeps at most {MAXIMUM_K}; use backend='auto' or 'torch'")
+            _log_once(f"topk_similarity with k={k}, and the kernel keeps at most {MAXIMUM_K}")
             chosen = "torch"
     return _topk(query.detach(), target.detach(), k, exclude, int((workspace_mib or WORKSPACE_MIB) * MIB), chosen)

@@ -31,9 +31,9 @@ def block_k(device, itemsize: int) -> int:
     return configs.exp_panel(configs.architecture(device), itemsize, True, True).block_k
 
 
-def obstacle(query, options) -> str:
+def obstacle(query, target, options) -> str:
     """Why levels cannot share a sweep, or ""."""
-    dims, source = options.matryoshka_dims, query.dtype
+    dims = options.matryoshka_dims
     step = block_k(query.device, query.element_size())
     if options.group is not None:
         return "a group exchanges one level at a time"
@@ -41,7 +41,7 @@ def obstacle(query, options) -> str:
         return "the levels are not in ascending order"
     if any(dim % step for dim in dims[:-1]):
         return f"a level is no multiple of {step}"
-    return dispatch.obstacle("exp", str(source).removeprefix("torch."), dims[-1], bool(options.label_smoothing), True, INTERPRET)
+    return dispatch.obstacle("exp", str(torch.promote_types(query.dtype, target.dtype)).removeprefix("torch."), dims[-1], bool(options.label_smoothing), True, INTERPRET)
 
 
 def plan(query, target, options, workspace: int) -> dispatch.Plan:
@@ -49,8 +49,8 @@ def plan(query, target, options, workspace: int) -> dispatch.Plan:
     gpu = roofline.for_arch(configs.architecture(query.device) or 90)
     rows, columns = len(query), len(target) + (len(query) if options.query_negatives else 0) + (len(target) if options.target_negatives else 0)
     return dispatch.plan_levels(
-        rows, columns, options.matryoshka_dims, query.dtype, workspace=workspace, gpu=gpu, smoothing=bool(options.label_smoothing),
-        interpreted=INTERPRET, reason=obstacle(query, options),
+        rows, columns, options.matryoshka_dims, torch.promote_types(query.dtype, target.dtype), workspace=workspace, gpu=gpu, smoothing=bool(options.label_smoothing),
+        interpreted=INTERPRET, reason=obstacle(query, target, options),
     )
 
 

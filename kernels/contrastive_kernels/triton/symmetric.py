@@ -22,7 +22,7 @@ from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, 
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.panel import SHIFT_BELOW_TOP
 from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.sides import Sides
+from contrastive_kernels.triton.sides import Sides, product_dtype
 from contrastive_kernels.triton.writer import Writer
 
 # exponents lie between 60 - 2 * 73 and 60: float32's and bfloat16's normal numbers, times 2^25 columns
@@ -87,7 +87,7 @@ def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
         return None
     source, wants = problem.query.source, (lambda name: False) if gradients is None else gradients.wants
     plan = dispatch.plan(
-        problem.query.rows, problem.target.rows, problem.query.width, source.dtype, workspace=workspace, symmetric=True,
+        problem.query.rows, problem.target.rows, problem.query.width, product_dtype(problem), workspace=workspace, symmetric=True,
         gpu=roofline.for_arch(configs.architecture(source.device) or 90), normalize=problem.query.inverse_norm is not None,
         interpreted=INTERPRET, d_query=wants("query") or wants("temperature"), d_target=wants("target"),
     )
@@ -120,7 +120,7 @@ def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
     bound: on every |logit|, at most LARGEST_LOGIT.
     """
     forward, reverse = parts
-    sides = Sides(forward, problem.query.source.dtype)
+    sides = Sides(forward, product_dtype(problem))
     block, view, acc = forward.blocks[0], sides.views[0], problem.dtype
     everyone = slice(0, problem.query.rows)
     shift = torch.full((problem.query.rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)

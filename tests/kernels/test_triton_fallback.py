@@ -1,0 +1,84 @@
+"""What takes plain torch although a GPU was there is said once, with its reason; what was asked for by name is refused instead."""
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from contrastive_kernels import backends, info_nce, topk, topk_similarity  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    backends._log_once.cache_clear()
+    yield
+    backends._log_once.cache_clear()
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "contrastive_kernels.backends"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is what stands in the way")
+def test_once_with_its_reason(caplog):
+    caplog.set_level(logging.WARNING)
+    for _ in range(3):
+        assert backends.choose("auto", torch.bfloat16, torch.device("cuda")) == "torch"
+    assert len(said(caplog)) == 1 and "TRITON_INTERPRET" in said(caplog)[0]
+    with pytest.raises(ValueError, match="TRITON_INTERPRET.*use backend='auto' or 'torch'"):
+        backends.choose("triton", torch.bfloat16, torch.device("cuda"))
+
+
+def test_another_reason_is_said_too(caplog, monkeypatch):
+    caplog.set_level(logging.WARNING)
+    for reason in ("one", "one", "two"):
+        monkeypatch.setattr(backends, "obstacle", lambda *args: reason)
+        backends.choose("auto", torch.bfloat16, torch.device("cuda"))
+    assert len(said(caplog)) == 2
+
+
+def test_plain_torch_on_a_cpu_is_no_fallback(caplog):
+    caplog.set_level(logging.WARNING)
+    assert backends.choose("auto", torch.bfloat16, torch.device("cpu")) == "torch"
+    assert backends.choose("torch", torch.bfloat16, torch.device("cuda")) == "torch"
+    assert not said(caplog)
+
+
+def test_more_neighbours_than_the_kernel_keeps(caplog, monkeypatch):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(topk, "choose", lambda *args: "triton")
+    query, target = torch.randn(2, 8), torch.randn(200, 8)
+    for _ in range(2):
+        scores, _ = topk_similarity(query, target, 150)
+    assert torch.allclose(scores, (query @ target.T).topk(150).values, atol=1e-5)
+    assert said(caplog) == ["contrastive_kernels: backend='auto' takes torch: topk_similarity with k=150, and the kernel keeps at most 128"]
+
+
+def test_sigmoid_in_float32(caplog, monkeypatch):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(backends, "choose", lambda *args: "triton")
+    monkeypatch.setattr("contrastive_kernels.triton.common.INTERPRET", False)
+    assert backends.sigmoid_columns_for(torch.float32, torch.device("cuda")) is None
+    assert backends.sigmoid_columns_for(torch.bfloat16, torch.device("cuda")) is not None
+    assert len(said(caplog)) == 1 and "float32" in said(caplog)[0]
+
+
+def test_torch_without_wide_products_is_told(monkeypatch):
+    from contrastive_kernels import triton as kernels
+
+    monkeypatch.setattr("contrastive_kernels.triton.common.INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert kernels.available.__wrapped__() == (True, "")
+    monkeypatch.setattr(type(torch.ops.aten.addmm), "overloads", lambda self: ["default", "out"])
+    there, reason = kernels.available.__wrapped__()
+    assert not there and "2.8" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float64 runs under the interpreter")
+def test_mixed_types_meet_in_the_wider():
+    query, target = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(6, 16)
+    with torch.autocast("cpu"):
+        got = info_nce(query, target, normalize=True, backend="triton")
+    torch.testing.assert_close(got, info_nce(query.float(), target, normalize=True, backend="torch"))
