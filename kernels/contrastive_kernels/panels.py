@@ -148,7 +148,7 @@ class Panels:
 
 def smooth(part, dropped, factor, share) -> None:
     """E becomes the derivative with respect to the logits: factor * E - share, over the candidates."""
-    part.mul_(factor[:, None]).sub_(share[:, None])
+    torch.addcmul(share.neg()[:, None], part, factor[:, None], out=part)
     if dropped is not None:
         part.masked_fill_(dropped, 0)
 

@@ -150,9 +150,9 @@ def reduce_logits(logits, scale, fixed: bool, smoothing: bool, want_best: bool):
     sums = RowSums(shift, zeros, best)
     if smoothing:
         dropped = logits == minus
-        sums.count = logits.shape[1] - dropped.sum(1, dtype=logits.dtype)
+        sums.count = logits.shape[1] - dropped.view(torch.uint8).sum(1, dtype=logits.dtype)
         # the shift that was taken off each logit comes back at once
-        sums.logits = logits.masked_fill(dropped, 0).sum(1) + sums.count * shift
+        sums.logits = logits.nan_to_num(neginf=0).sum(1) + sums.count * shift
     if not fixed:
         cut_negligible(logits)
     sums.total = logits.exp_().sum(1)
