@@ -21,6 +21,7 @@ from contrastive_kernels import roofline
 ARCHITECTURES = (80, 90, 100)
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (768, 1536, 2048, 3072, 3584, 4096)
+SIZES = (16_384, 65_536)
 
 
 CACHE = ROOT / "bench/results"
@@ -51,11 +52,17 @@ def rows(arch: int, processes: int = 2) -> list[dict]:
     return made
 
 
-def compile_all(arch: int, processes: int = 2) -> list[dict]:
-    """Rows of `bench.aot_compile` for an architecture, built by `processes` children that do not interpret."""
+def _environment() -> dict:
+    """A child's: it does not interpret, and finds this tree."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH")]))
     environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+def compile_all(arch: int, processes: int = 2) -> list[dict]:
+    """Rows of `bench.aot_compile` for an architecture, built by `processes` children that do not interpret."""
+    environment = _environment()
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "bench.aot_compile", str(arch), str(first), str(processes)],
@@ -94,18 +101,63 @@ def verdict(row: dict) -> list[str]:
     return wrong
 
 
+def seconds(row: dict) -> tuple[float, float]:
+    """PREDICTED seconds of a launch as compiled, and those of the roofline: the data sheet's FLOP/s, or memory's bytes/s."""
+    gpu = roofline.for_arch(row["arch"])
+    threads = 32 * row["warps"] * row["grid"]
+    fused = row["kernel"].startswith("_fused")
+    if row["flops"]:
+        # a tile's product and its epilogue; of a fused kernel the loop is both, once for every tile of its block
+        tiles = row["flops"] / (2 * row["block"] * row.get("block_d", 1) * row["grid"]) if fused else 1
+        instructions = threads * (row["loop_instructions"] * max(1, tiles / 2) if fused else row["epilogue"])
+        rate = gpu.achieved if row["dot"] else gpu.achieved_fp32
+        busy = max(row["flops"] / (rate * roofline.TRITON_SHARE), row["bytes"] / gpu.bandwidth) + instructions / (gpu.issue * roofline.ISSUE_SHARE)
+        peak = gpu.peak if row["dot"] else gpu.achieved_fp32
+    else:
+        busy, peak = max(row["bytes"] / gpu.bandwidth, threads * row["instructions"] / (gpu.issue * roofline.ISSUE_SHARE)), gpu.peak
+    return busy, max(row["flops"] / peak, row["bytes"] / gpu.bandwidth)
+
+
+def tile_of(row: dict) -> str:
+    return "x".join(str(v) for k, v in row.items() if k.startswith("block_") and isinstance(v, int)) + f" w{row['warps']} s{row['stages']}"
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown, one line a kernel and architecture."""
+    """Markdown, one line a kernel and architecture. FLOPs and bytes are those of the compiled launch, 512 x 1,024 at D = 1,536."""
     lines = [
-        "| arch | kernel | tile | registers | spills | shared KiB | blocks/SM | occupancy | hot loop | epilogue instr. | verdict |",
-        "|---|---|---|--:|--:|--:|--:|--:|---|--:|---|",
+        "| arch | kernel | tile | registers | spills | shared KiB | blocks/SM | occupancy | hot loop | epilogue instr. | MFLOP | MiB | share of roofline (PREDICTED) | verdict |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|---|",
     ]
     for row in rows:
-        tile = "x".join(str(row[k]) for k in ("block_r", "block_c", "block_k", "block_d") if k in row) + f" w{row['warps']} s{row['stages']}"
+        loop = " ".join(f"{v} {k}" for k, v in list(row["loop"].items())[:4])
+        busy, least = seconds(row)
+        lines.append(
+            f"| {row['arch']} | {row['case']} | {tile_of(row)} | {row['registers']} | {row['spills']} | {row['shared'] / 1024:.0f} | "
+            f"{row['blocks_per_sm']} | {row['occupancy']:.0%} | {loop} | {row['epilogue']} | {row['flops'] / 1e6:.0f} | {row['bytes'] / 2**20:.1f} | "
+            f"{f'{least / busy:.0%}' if busy else ''} | {'; '.join(verdict(row)) or 'good'} |"
+        )
+    return "\n".join(lines)
+
+
+def peer_rows(arch: int) -> list[dict]:
+    """Rows of `bench.aot_peers`, empty where no peer is installed."""
+    child = subprocess.run([sys.executable, "-m", "bench.aot_peers", str(arch)], capture_output=True, text=True, env=_environment(), cwd=ROOT)
+    if child.returncode:
+        return [{"peer": "?", "case": "bench.aot_peers", "arch": arch, "note": child.stderr.strip().splitlines()[-1][:200]}]
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+def peer_table(rows: list[dict]) -> str:
+    """Markdown of the peers' kernels: facts alone, judged by nothing."""
+    lines = ["| arch | kernel | tile | registers | spills | shared KiB | blocks/SM | occupancy | hot loop | note |", "|---|---|---|--:|--:|--:|--:|--:|---|---|"]
+    for row in rows:
+        if "note" in row:
+            lines.append(f"| {row['arch']} | {row['case']} | | | | | | | | {row['note'].replace('|', '/')} |")
+            continue
         loop = " ".join(f"{v} {k}" for k, v in list(row["loop"].items())[:4])
         lines.append(
-            f"| {row['arch']} | {row['case']} | {tile} | {row['registers']} | {row['spills']} | {row['shared'] / 1024:.0f} | "
-            f"{row['blocks_per_sm']} | {row['occupancy']:.0%} | {loop} | {row['epilogue']} | {'; '.join(verdict(row)) or 'good'} |"
+            f"| {row['arch']} | {row['case']} | {tile_of(row)} | {row['registers']} | {row['spills']} | {row['shared'] / 1024:.0f} | {row['blocks_per_sm']} | "
+            f"{row['occupancy']:.0%} | {loop} | |"
         )
     return "\n".join(lines)
 
@@ -128,7 +180,7 @@ def predictions(rows: list[dict]) -> str:
     lines += ["| GPU | N = M | D | logits ms | of it epilogue | d_query ms | d_target ms | rest ms | ours ms | three GEMMs ms | ratio | roofline share |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for arch in sorted({row["arch"] for row in rows}):
         gpu, instructions = roofline.for_arch(arch), per_element(rows, arch)
-        for n in (16_384, 65_536):
+        for n in SIZES:
             for d in WIDTHS:
                 pieces, limit = predicted(gpu, n, d, instructions)
                 ms = {}
@@ -150,6 +202,24 @@ def predicted(gpu, n: int, d: int, instructions: float):
     return pieces, roofline.three_gemms(gpu, n, n, d, itemsize=2)
 
 
+def bound(d: int) -> float:
+    """How many times the three bare products the predicted time may be."""
+    return 1.43 if d <= 768 else 1.18
+
+
+def too_slow(rows: list[dict]) -> list[str]:
+    """Predictions beyond `bound` on sm_80 and sm_90, by name."""
+    out = []
+    for arch in sorted({row["arch"] for row in rows} & {80, 90}):
+        for n in SIZES:
+            for d in WIDTHS:
+                pieces, limit = predicted(roofline.for_arch(arch), n, d, per_element(rows, arch))
+                ratio = roofline.seconds(pieces) / limit
+                if ratio > bound(d):
+                    out.append(f"sm_{arch} N=M={n} D={d}: {ratio:.3f}")
+    return out
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -165,16 +235,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities times ten")
     parser.add_argument("--csv", type=Path, default=ROOT / "bench/results/aot.csv", help="where the table is written")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also compile the kernels of peers that are installed")
 
 
 def run(args) -> int:
     made = [row for arch in args.arch for row in rows(arch, args.processes)]
     print(table(made))
     write_csv(args.csv, made)
+    peers = [row for arch in args.arch for row in peer_rows(arch)] if args.peers else []
+    if peers:
+        print("\nPeers' kernels, compiled the same way; of an autotuned one the first configuration it would try.\n")
+        print(peer_table(peers))
+        write_csv(args.csv.with_name(args.csv.stem + "-peers.csv"), peers)
     print(predictions(made))
+    bad_times = too_slow(made)
     bad = [row for row in made if verdict(row)]
-    print(f"\n{len(made)} kernels compiled, {len(bad)} with a fault; written to {args.csv}")
-    return 1 if bad else 0
+    print(f"\nPREDICTED bound: at most 1.18 times the three products, 1.43 at D = 768, on sm_80 and sm_90: {'; '.join(bad_times) or 'held everywhere'}")
+    print(f"{len(made)} kernels compiled, {len(bad)} with a fault; written to {args.csv}")
+    return 1 if bad or bad_times else 0
 
 
 def main(argv=None) -> int:

@@ -33,7 +33,7 @@ READER = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module i
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8", torch.bool: "u1",
+    torch.int32: "i32", torch.uint32: "u32", torch.uint8: "u8", torch.int8: "i8", torch.bool: "u1",
 }
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
@@ -46,6 +46,8 @@ class Caught:
     arguments: dict
     options: dict
     grid: tuple
+    flops: int = 0  # as its launcher notes them
+    bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -76,9 +78,9 @@ def source(launch: Caught) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value == 1 and not isinstance(value, float):
+        elif value is None or (value == 1 and not isinstance(value, float)):
             signature[parameter.name] = "constexpr"
-            constants[parameter.name] = 1
+            constants[parameter.name] = None if value is None else 1
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -148,20 +150,25 @@ def operand_bytes(constants: dict, itemsize: int) -> int:
     return (constants["BLOCK_R"] + constants["BLOCK_C"]) * constants["BLOCK_K"] * itemsize
 
 
+def description(name: str, launch: Caught, arch: int, has_dot: bool) -> dict:
+    """A row of the table: what a launch is, and what its machine code is like."""
+    threads = 32 * launch.options.get("num_warps", 4)
+    constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
+    block = constants.get("BLOCK_R", 1) * constants.get("BLOCK_C", 1)
+    row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]), flops=launch.flops, bytes=launch.bytes)
+    row["grid"] *= int(launch.grid[1]) if len(launch.grid) > 1 else 1
+    row["operand_bytes"] = operand_bytes(constants | {"kernel": row["kernel"]}, 2) if has_dot else 0
+    row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK")}
+    return row | described(launch, arch, threads)
+
+
 def rows(arch: int, first: int = 0, step: int = 1):
     """Compile every `step`-th distinct launch from `first` on, and describe it."""
     from bench.aot_launches import launches
 
     for number, (name, launch, has_dot) in enumerate(launches(arch)):
-        if number % step != first:
-            continue
-        threads = 32 * launch.options.get("num_warps", 4)
-        constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
-        block = constants.get("BLOCK_R", 1) * constants.get("BLOCK_C", 1)
-        row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]))
-        row["operand_bytes"] = operand_bytes(constants | {"kernel": row["kernel"]}, 2) if has_dot else 0
-        row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK")}
-        yield row | described(launch, arch, threads)
+        if number % step == first:
+            yield description(name, launch, arch, has_dot)
 
 
 def main() -> int:
