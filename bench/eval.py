@@ -210,9 +210,9 @@ def end_to_end(size: str, rows: int, repeat: int, apart: bool) -> tuple[list[dic
             runs = sorted((in_child("end-to-end", arm, folder) for _ in range(repeat)), key=lambda r: r["seconds"])
             made.append({"what": "end to end, apart" if apart else "end to end", "size": size, "arm": arm, **runs[(len(runs) - 1) // 2]})
     own, theirs = made
-    apart = {n: (own["scores"][n], theirs["scores"][n]) for n in own["scores"] if abs(own["scores"][n] - theirs["scores"][n]) > 1.01 / rows}
-    if apart:
-        raise RuntimeError(f"the arms score differently, nothing to compare: {apart}")
+    differing = {n: (own["scores"][n], theirs["scores"][n]) for n in own["scores"] if abs(own["scores"][n] - theirs["scores"][n]) > 1.01 / rows}
+    if differing:
+        raise RuntimeError(f"the arms score differently, nothing to compare: {differing}")
     inputs = 6 * rows
     print(f"\nend to end, {size} model: 6 data sets, {inputs} queries, pictures {'apart' if apart else 'shared'}")
     print(f"{'arm':<10} {'seconds':>8} {'queries/s':>10} {'encoded':>8} {'inputs/s':>9} {'peak MiB':>9} {'of it model':>12} {'ours is':>8}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from evaluation_layouts import files, shards
 
+from vlm2vec.evaluation.keys import identity_digest, model_identity
 from vlm2vec.evaluation.runner import Options, run_tasks
 from vlm2vec.evaluation.tasks import find_tasks
 from vlm2vec.model import VLM2Vec
@@ -65,6 +66,27 @@ def forked(folder, output, rank=0, world=1, port=0):
 def test_the_benchmark_tells_models_apart(place):
     _, rows = place
     assert len(rows) == 11 and len({r["score"] for r in rows}) > 3 and any(0 < r["score"] < 1 for r in rows)
+
+
+def test_what_changes_a_vector_changes_its_place_in_the_store(place):
+    folder, _ = place
+
+    def digest(change=None, **options):
+        model = VLM2Vec.from_pretrained(folder / "model-init", device="cpu", **options)
+        if change:
+            change(model)
+        return identity_digest(model_identity(model))
+
+    def nudge(model):
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] += 1e-3
+
+    same = {digest(), digest(dtype="float32"), digest(attn="sdpa")}
+    others = [
+        digest(max_pixels=56 * 56), digest(min_pixels=6272), digest(positions="mrope"), digest(max_length=9), digest(dtype="bfloat16"),
+        digest(nudge), digest(lambda model: model.add_adapter(r=2)), digest(lambda model: model.prompts.update(query="Find ")),
+    ]  # fmt: skip
+    assert len(same) == 1 and len(same | set(others)) == 1 + len(others)
 
 
 def test_tasks_in_another_order(place, tmp_path):

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from padded_by_hand import padded_rows
 from PIL import Image
 from tiny_generic import BUILDERS as GENERIC
 from tiny_models import BUILDERS as NAMED
@@ -135,25 +136,10 @@ def test_padded_rows_through_the_same_layers(model, alone, side):
     """Rows padded by hand, with a 2-D mask and the library's own mask making, give the packed embeddings."""
     if not model.backbone.packs:
         pytest.skip("this family is always padded")
-    features = model.preprocess(INPUTS)
-    backbone, module = model.backbone, model.model
-    text = backbone.text_model(module)
-    with torch.no_grad():
-        singles = [model.pack([f]) for f in features]
-        if any(backbone.text_kwargs(module, p, backbone.vision(module, p)) for p in singles):
-            pytest.skip("this family feeds its layers more than embeddings; the padded path is transformers' own")
-        embeds = [backbone.embed(module, p, backbone.vision(module, p)) for p in singles]
-        length = max(len(e) for e in embeds)
-        batch = torch.zeros(len(embeds), length, embeds[0].shape[-1])
-        mask = torch.zeros(len(embeds), length, dtype=torch.long)
-        axes = singles[0].position_ids.dim()
-        positions = torch.zeros(*((3,) if axes == 2 else ()), len(embeds), length, dtype=torch.long)
-        for i, (e, p) in enumerate(zip(embeds, singles)):
-            real = slice(length - len(e), length) if side == "left" else slice(0, len(e))
-            batch[i, real], mask[i, real], positions[..., i, real] = e, 1, p.position_ids
-        hidden = text(inputs_embeds=batch, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-    last = torch.full((len(embeds),), length - 1) if side == "left" else torch.tensor([len(e) - 1 for e in embeds])
-    rows = torch.nn.functional.normalize(hidden[torch.arange(len(embeds)), last], dim=-1).numpy()
+    hidden = padded_rows(model, INPUTS, side)
+    if hidden is None:
+        pytest.skip("this family feeds its layers more than embeddings; the padded path is transformers' own")
+    rows = torch.nn.functional.normalize(hidden, dim=-1).numpy()
     np.testing.assert_allclose(rows, alone, atol=SAME, rtol=0)
 
 

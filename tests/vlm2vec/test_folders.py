@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_generic import smolvlm
+from tiny_generic import gemma3, qwen3_5, smolvlm
 from tiny_models import qwen2_5_vl, qwen2_vl, qwen3_vl
 
 from vlm2vec import adapters
@@ -46,6 +46,15 @@ def filled(model, **lora):
             if ".lora_" in name:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return model
+
+
+def generates(folder, model):
+    """The folder is one that transformers, and servers built like it, load as the family's generation class."""
+    from transformers import AutoModelForImageTextToText
+
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["unexpected_keys"] and set(info["missing_keys"]) <= {"lm_head.weight"} and not info["mismatched_keys"]
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [model.backbone.architecture]
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -115,12 +124,12 @@ def test_wrong_arguments(folder):
 # -- reloading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", [qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, gemma3], ids=lambda b: b.__name__)
 def test_saved_folders_reload_as_trained_and_as_the_hubs(build, tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     build(tmp_path)
-    options = {} if build is smolvlm else {"positions": "mrope", "min_pixels": 64 * 64, "max_length": 500}
+    options = {} if build in (smolvlm, gemma3) else {"positions": "mrope", "min_pixels": 64 * 64, "max_length": 500}
     model = VLM2Vec.from_pretrained(tmp_path, **options)
     model.prompts["query"] = "find "
     rows = model.encode(INPUTS)
@@ -129,10 +138,7 @@ def test_saved_folders_reload_as_trained_and_as_the_hubs(build, tmp_path):
     assert again.options == model.options and again.prompts == model.prompts
     np.testing.assert_allclose(again.encode(INPUTS), rows, atol=1e-6)
     assert AutoProcessor.from_pretrained(tmp_path / "saved").tokenizer is not None
-    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not info["unexpected_keys"] and set(info["missing_keys"]) <= {"lm_head.weight"}
-    config = json.loads((tmp_path / "saved/config.json").read_text())
-    assert config["architectures"] == [model.backbone.architecture]
+    generates(tmp_path / "saved", model)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".saving")]
 
 
@@ -145,6 +151,24 @@ def test_dtype_and_truncation(folder):
     np.testing.assert_allclose(short, truth[:, :8] / np.linalg.norm(truth[:, :8], axis=1, keepdims=True), atol=1e-6)
     raw = VLM2Vec.from_pretrained(folder).encode(INPUTS, normalize_embeddings=False, convert_to_tensor=True)
     torch.testing.assert_close(model.similarity(raw, truth).diagonal(), torch.ones(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("build", [qwen2_5_vl, qwen3_vl, smolvlm, gemma3, qwen3_5], ids=lambda b: b.__name__)
+def test_every_familys_adapter_merges_and_reloads(build, tmp_path):
+    """Phi-3.5-V and LLaVA-Next have theirs in test_phi3_v_adapters.py, Qwen2-VL below."""
+    (tmp_path / "base").mkdir()
+    build(tmp_path / "base")
+    plain = VLM2Vec.from_pretrained(tmp_path / "base")
+    model = filled(VLM2Vec.from_pretrained(tmp_path / "base"), dora=True)
+    rows = model.encode(INPUTS)
+    assert np.abs(rows - plain.encode(INPUTS)).max() > 0.01
+    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "merged", merge=True)
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(saved) == sum(p.requires_grad for p in model.parameters()) and sum("magnitude" in k for k in saved) == len(saved) // 3
+    for again in (VLM2Vec.from_pretrained(tmp_path / "adapter"), VLM2Vec.from_pretrained(tmp_path / "merged"), model.merge_adapter()):
+        np.testing.assert_allclose(again.encode(INPUTS), rows, atol=1e-5)
+    generates(tmp_path / "merged", model)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
