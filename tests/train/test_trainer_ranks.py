@@ -234,7 +234,7 @@ def test_killed_five_times_under_ddp_a_run_ends_in_the_same_weights(root):
     for kill in range(5):
         processes = start(train_main, recipe)
         target = reached[-1] + 1 if reached else 1
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 250  # a busy machine starts ranks slowly
         while time.monotonic() < deadline and not any(step(c) >= target for c in output.glob("checkpoint-*")):
             assert all(process.is_alive() for process in processes), f"exit codes {[p.exitcode for p in processes]} before the kill"
             time.sleep(0.005)
