@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _drop, _narrow, cdiv
+from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _drop, _narrow, cdiv, on_its_device, scalar
 
 
 @triton.jit
@@ -122,6 +122,7 @@ def _masks(cos, row_scale, col_scale, positive, ids, threshold, keep):
     return pointers, flags
 
 
+@on_its_device
 def chunk_reduce(cos, *, scale, smoothing=False, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None, column_offset=0, tile=None) -> RowReduction:
     """First pass over cosines (R, C) float32 (or float64): per row what the loss needs. Arguments as for `exp_panel`."""
     rows, columns = cos.shape
@@ -132,7 +133,7 @@ def chunk_reduce(cos, *, scale, smoothing=False, row_scale=None, col_scale=None,
     grid = cdiv(rows, tile.block_r)
     if rows:
         _chunk_reduce_kernel[(grid,)](
-            cos, torch.as_tensor(scale, dtype=cos.dtype, device=cos.device), *pointers, shift, total, best,
+            cos, scalar(scale, cos.dtype, cos.device), *pointers, shift, total, best,
             cos if logits is None else logits, cos if count is None else count, rows, columns, cos.stride(0), column_offset,
             SMOOTH=smoothing, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
         )
@@ -140,6 +141,7 @@ def chunk_reduce(cos, *, scale, smoothing=False, row_scale=None, col_scale=None,
     return RowReduction(shift, total, best, logits, count)
 
 
+@on_its_device
 def chunk_write(cos, *, scale, shift, out, a=None, b=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None, column_offset=0, tile=None) -> None:
     """Second pass: out (R, C) = a exp(scale cos - shift) - b over the kept candidates, 0 elsewhere; a, b, shift (R,).
 
@@ -153,7 +155,7 @@ def chunk_write(cos, *, scale, shift, out, a=None, b=None, row_scale=None, col_s
     grid = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
     if rows and columns:
         _chunk_write_kernel[(grid,)](
-            cos, out, torch.as_tensor(scale, dtype=cos.dtype, device=cos.device), shift, a, b, *pointers,
+            cos, out, scalar(scale, cos.dtype, cos.device), shift, a, b, *pointers,
             rows, columns, cos.stride(0), out.stride(0), column_offset,
             UPCAST=INTERPRET, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
         )

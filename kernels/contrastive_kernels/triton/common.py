@@ -4,6 +4,7 @@ Legend of shapes, in all files of this folder: R rows (anchors), C columns (cand
 Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.
 """
 
+import functools
 import os
 
 import torch
@@ -32,6 +33,27 @@ def dot_precision(dtype: torch.dtype) -> str:
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in TRITON_DTYPE or (dtype == torch.float64 and not INTERPRET):
         raise ValueError(f"{name}: expected bfloat16, float16 or float32 for the Triton kernels, got {dtype}; use backend='torch'")
+
+
+def scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 0-d tensor on the device, filled there: torch.as_tensor would copy a number from the host and wait for the copy."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def on_its_device(launcher):
+    """Launch on the GPU that the tensors are on: Triton takes the current one, whatever it is given."""
+
+    @functools.wraps(launcher)
+    def guarded(*args, **kwargs):
+        tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if INTERPRET or tensor is None or not tensor.is_cuda or tensor.device.index in (None, torch.cuda.current_device()):
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return launcher(*args, **kwargs)
+
+    return guarded
 
 
 def cdiv(a: int, b: int) -> int:

@@ -21,7 +21,7 @@ from contrastive_kernels.roofline import REDO_PROGRAMS
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
-    whole_blocks,
+    on_its_device, scalar, whole_blocks,
 )
 
 # A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
@@ -169,6 +169,7 @@ class ExpPanel:
     col_sum: torch.Tensor | None
 
 
+@on_its_device
 def exp_panel(
     x, y, *, scale, shift, out=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
     column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, store=True, tile=None,
@@ -207,7 +208,7 @@ def exp_panel(
     width = x.shape[1]
     if out is None and store:
         out = torch.empty(number, rows, columns, dtype=x.dtype, device=device)
-    exponent = torch.as_tensor(scale, dtype=acc, device=device)
+    exponent = scalar(scale, acc, device)
     row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
     col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]

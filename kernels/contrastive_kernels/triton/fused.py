@@ -18,7 +18,8 @@ import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, _drop, _narrow, accumulator, cdiv, check_dtype, dot_precision, whole_blocks,
+    INTERPRET, TRITON_DTYPE, _dot, _drop, _narrow, accumulator, cdiv, check_dtype, dot_precision, on_its_device, scalar,
+    whole_blocks,
 )
 
 # Above it the accumulators of a tile leave no registers for the epilogue, and the panels are faster anyway.
@@ -154,6 +155,7 @@ def _cut(steps: int, programs: int, device, shares) -> tuple[int, int]:
     return cdiv(steps, per_share), per_share
 
 
+@on_its_device
 def fused_forward(
     x, y, *, scale, weighted=True, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
     column_offset=0, tile=None, shares=None,
@@ -172,7 +174,7 @@ def fused_forward(
     out = torch.empty(shares, rows, block_d, dtype=acc, device=device) if weighted else shift
     if rows:
         _fused_fwd_kernel[(tiles_r, shares)](
-            x, y, torch.as_tensor(scale, dtype=acc, device=device), *pointers, shift, total, best, out, rows, columns, x.stride(0), y.stride(0),
+            x, y, scalar(scale, acc, device), *pointers, shift, total, best, out, rows, columns, x.stride(0), y.stride(0),
             per_share * tile.block_c, column_offset, GAIN.get(x.dtype, 1.0), WITH_SUM=weighted, EVEN_C=columns % tile.block_c == 0,
             BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
         )
@@ -186,6 +188,7 @@ def fused_forward(
     return FusedSums(top, (total * part).sum(0), best.amax(0), merged)
 
 
+@on_its_device
 def fused_backward(
     x, y, *, scale, shift, factor, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
     column_offset=0, tile=None, shares=None,
@@ -208,7 +211,7 @@ def fused_backward(
         factor = factor / rest
     if columns:
         _fused_bwd_kernel[(tiles_c, shares)](
-            x, y, torch.as_tensor(scale, dtype=acc, device=device), shift.to(acc), factor.to(acc), *pointers, out, rows, columns,
+            x, y, scalar(scale, acc, device), shift.to(acc), factor.to(acc), *pointers, out, rows, columns,
             x.stride(0), y.stride(0), per_share * tile.block_r, column_offset, EVEN_C=columns % tile.block_c == 0,
             BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
         )

@@ -20,7 +20,7 @@ from contrastive_kernels.softmax import RowSums, finish, row_factor
 from contrastive_kernels.stats import row_sums as stat_sums
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton import panel as panels
-from contrastive_kernels.triton.common import INTERPRET
+from contrastive_kernels.triton.common import INTERPRET, scalar
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.panel import PanelSums
 from contrastive_kernels.triton.sweep import Panels, row_sums
@@ -119,8 +119,8 @@ def _exponentials(works: list[Panels], rows: slice, outs) -> list[PanelSums]:
     """Fill outs[b] (L, R, C_b) and sum the rows of every level; unsafe rows are done again, a level at a time."""
     widest, dims = works[-1], [work.problem.query.width for work in works]
     acc, device, inactive = widest.problem.dtype, widest.problem.device, widest.inactive(rows)
-    levels = torch.tensor(dims, dtype=torch.int32).to(device, non_blocking=True)
-    scales = [torch.as_tensor(view.scale, dtype=acc, device=device) for view in widest.views]
+    levels = torch.stack([scalar(dim, torch.int32, device) for dim in dims])
+    scales = [scalar(view.scale, acc, device) for view in widest.views]
     shift = (torch.stack(scales).amax() - panels.SHIFT_BELOW_TOP).expand(rows.stop - rows.start).contiguous()
     if inactive is not None:
         shift = torch.where(inactive, float("inf"), shift)

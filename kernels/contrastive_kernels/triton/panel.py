@@ -11,7 +11,7 @@ import torch
 
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
-from contrastive_kernels.triton.common import accumulator, cdiv
+from contrastive_kernels.triton.common import accumulator, cdiv, scalar
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.products import matmul
 
@@ -81,7 +81,7 @@ def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor |
     count = rows.stop - rows.start
     top = None
     for block in blocks:
-        scale = torch.as_tensor(block.scale, dtype=acc, device=device)
+        scale = scalar(block.scale, acc, device)
         top = scale if top is None else torch.maximum(top, scale)
     inactive = None if active is None else ~active[rows]
     shift = (top - SHIFT_BELOW_TOP).expand(count).contiguous()
@@ -95,7 +95,7 @@ def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor |
         if need_max:
             here = panel.row_max[0]
             best = here if best is None else torch.maximum(best, here)
-            logit = here * torch.as_tensor(block.scale, dtype=acc, device=device)
+            logit = here * scalar(block.scale, acc, device)
             tops = logit if tops is None else torch.maximum(tops, logit)
     if not bounded:
         shift, total = redo(blocks, rows, outs, shift, total, tops)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.triton import work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, check_dtype
+from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, check_dtype, on_its_device
 
 BLOCK_D = 1024
 BLOCK_L = 1024
@@ -80,6 +80,7 @@ def _pool_bwd_kernel(
         tl.store(p_out + i_b * D + o_d, _narrow(b_g, p_out.dtype.element_ty, UPCAST), mask=o_d < D)
 
 
+@on_its_device
 def last_token_index(*, attention_mask=None, cu_seqlens=None) -> torch.Tensor:
     """(B,) int64 rows of the flattened hidden states that hold each sequence's last token; -1 for a sequence without one.
 
@@ -108,6 +109,7 @@ def _block(width: int) -> int:
     return min(BLOCK_D, triton.next_power_of_2(max(width, 1)))
 
 
+@on_its_device
 def pool_forward(hidden, index, *, normalize=True, eps=1e-12, out_dtype=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (B, D) of `hidden` (B, L, D) or (T, D) at `index` (B,), normalised if asked, and their inverse norms (B,).
 
@@ -128,6 +130,7 @@ def pool_forward(hidden, index, *, normalize=True, eps=1e-12, out_dtype=None) ->
     return out, inverse
 
 
+@on_its_device
 def pool_backward(grad, hidden, index, inverse, *, normalize=True) -> torch.Tensor:
     """(B, D) gradient of the gathered rows in the dtype of `hidden`, from `grad` (B, D) of the output.
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.triton import work
-from contrastive_kernels.triton.common import TRITON_DTYPE, cdiv
+from contrastive_kernels.triton.common import TRITON_DTYPE, cdiv, on_its_device
 
 BLOCK_D = 1024
 
@@ -110,6 +110,7 @@ def _tight(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
     return instead if x is None else x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_its_device
 def update(out, *, x=None, a=None, y=None, b=None, index=None, z=None, add: bool) -> torch.Tensor | None:
     """out_i = (out_i if add) + a_i x_i + b_i y_index(i), in place; with z also returns (n,) a_i x_i . z_i.
 
@@ -135,6 +136,7 @@ def update(out, *, x=None, a=None, y=None, b=None, index=None, z=None, add: bool
     return dot
 
 
+@on_its_device
 def scatter(out, segments: Segments, *, x=None, a=None, y=None, b=None, add: bool) -> None:
     """out_j = (out_j if add) + sum of a_i x_i + b_i y_i over the rows i of segment j. out: (m, D); the rest as for `update`."""
     places, width = out.shape
@@ -152,6 +154,7 @@ def scatter(out, segments: Segments, *, x=None, a=None, y=None, b=None, add: boo
     work.note("rows_scatter", places, 0, read, width * item * (touched if add else places))
 
 
+@on_its_device
 def dots(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
     """(n,) x_i . y_index(i) summed in `acc`, of rows as they are stored. x: (n, D), y: (m, D), index: (n,) int64."""
     x, y = _tight(x, x), _tight(y, y)

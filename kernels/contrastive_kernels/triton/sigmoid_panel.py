@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _dot, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision, whole_blocks
+from contrastive_kernels.triton.common import (
+    INTERPRET, TRITON_DTYPE, _dot, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
+    on_its_device, whole_blocks,
+)
 from contrastive_kernels.triton.products import add_scaled_matmul, matmul, row_scaled
 from contrastive_kernels.triton.rows import update
 from contrastive_kernels.triton.sides import Side
@@ -97,6 +100,7 @@ def _sigmoid_kernel(
         tl.store(p_out + 2 * tiles_c.to(tl.int64) * R, b_along, mask=m_r)
 
 
+@on_its_device
 def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive=None, ids=None, keep=None, column_offset=0, out=None, tile=None):
     """(3, R) sums over the columns of every pair's loss, derivative, and derivative times cosine; the last two only with `out`.
 

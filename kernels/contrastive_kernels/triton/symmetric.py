@@ -18,7 +18,7 @@ from contrastive_kernels import dispatch, roofline
 from contrastive_kernels.operands import norms
 from contrastive_kernels.softmax import RowSums, finish, row_factor
 from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv
+from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.panel import SHIFT_BELOW_TOP
 from contrastive_kernels.triton.products import matmul
@@ -42,6 +42,7 @@ def _combine_kernel(p_e, p_f, p_h, R, C, stride, ACC: tl.constexpr, UPCAST: tl.c
     tl.store(p_be, _narrow(b_e * (b_f[:, None] + b_h[None, :]), p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
 
 
+@on_its_device
 def combine(e: torch.Tensor, f: torch.Tensor, h: torch.Tensor) -> None:
     """e_ij *= f_i + h_j in place; e (R, C), f (R,), h (C,) of the accumulator's type."""
     (rows, columns), tile = e.shape, configs.CHUNK_WRITE

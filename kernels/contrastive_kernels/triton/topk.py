@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_dtype, dot_precision, whole_blocks
+from contrastive_kernels.triton.common import (
+    INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_dtype, dot_precision, on_its_device, whole_blocks,
+)
 
 MAXIMUM_K = 128
 
@@ -65,6 +67,7 @@ def _topk_kernel(
     tl.store(p_indices + o_out, b_index, mask=m_r[:, None])
 
 
+@on_its_device
 def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores (N, k) float32 (float64 for float64), descending, and indices (N, k) int64 of the greatest query . target.
 
