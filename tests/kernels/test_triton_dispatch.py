@@ -1,0 +1,94 @@
+"""The cost model's choices: the cheapest way that can be had, within the workspace, explained. Needs no GPU and no Triton."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from contrastive_kernels import dispatch, roofline
+
+MIB = 1 << 20
+WIDTHS = (64, 128, 768, 1536, 3584, 4096)
+
+
+def plan(rows=16_384, columns=16_384, width=1536, dtype=torch.bfloat16, workspace=8192, **options):
+    return dispatch.plan(rows, columns, width, dtype, workspace=int(workspace * MIB), **options)
+
+
+@pytest.mark.parametrize("gpu", roofline.GPUS.values(), ids=lambda gpu: gpu.name)
+def test_cheapest_way_within_the_workspace(gpu):
+    for rows, width, dtype, workspace, symmetric in itertools.product((512, 5000, 65_536), WIDTHS, ("bfloat16", "float16", "float32"), (16, 256, 8192), (False, True)):
+        made = plan(rows, rows, width, dtype, workspace, gpu=gpu, symmetric=symmetric)
+        possible = [way for way in made.ways if not way.reason]
+        assert made.chosen in possible and {way.path for way in made.ways} == {"exp", "chunk", "fused"} | ({"joint"} if symmetric else set())
+        assert made.chosen.seconds <= dispatch.CLOSE * min(way.seconds for way in possible)
+        for way in possible:
+            assert 0 < way.scratch <= workspace * MIB and 1 <= way.rows <= rows
+            assert way.rows == rows or way.rows < 128 or way.rows % 128 == 0
+            assert way.seconds == pytest.approx(sum(piece.seconds * piece.times for piece in way.pieces))
+        # of those that the model cannot tell apart, the one with the least scratch
+        near = [way for way in possible if way.seconds <= dispatch.CLOSE * min(w.seconds for w in possible)]
+        assert made.chosen.scratch == min(way.scratch for way in near)
+
+
+@pytest.mark.parametrize("expected, options", [
+    ("exp", {}), ("chunk", dict(dtype="float16")), ("chunk", dict(dtype="float32")), ("chunk", dict(smoothing=True)),
+    ("fused", dict(width=64)),  # nothing is written where writing is what takes time
+    ("joint", dict(symmetric=True)), ("exp", dict(symmetric=True, workspace=64)),  # the whole panel has no room
+])  # fmt: skip
+def test_known_choices(expected, options):
+    made = plan(**options)
+    assert made.path == expected, made.text()
+
+
+@pytest.mark.parametrize("options, path, reason", [
+    (dict(dtype="float16"), "exp", "no exponents"), (dict(dtype="float32"), "exp", "no tensor cores"), (dict(smoothing=True), "fused", "label smoothing"),
+    (dict(width=129), "fused", "above 128"), (dict(dtype="float16", width=64, normalize=True), "fused", "inverse norms"),
+    (dict(symmetric=True, workspace=64), "joint", "whole panel needs"), (dict(symmetric=True, dtype="float32"), "joint", "no tensor cores"),
+])  # fmt: skip
+def test_every_refusal_has_its_reason(options, path, reason):
+    made = plan(**options)
+    way = next(way for way in made.ways if way.path == path)
+    assert reason in way.reason and f"cannot: {way.reason}" in made.text()
+
+
+def test_more_workspace_is_never_slower():
+    for width, dtype in itertools.product(WIDTHS, ("bfloat16", "float32")):
+        seconds = [min(way.seconds for way in plan(20_000, 70_000, width, dtype, workspace).ways if not way.reason) for workspace in (8, 64, 256, 1024, 8192)]
+        assert all(a >= b * 0.999 for a, b in zip(seconds, seconds[1:]))
+
+
+def test_no_room_for_a_row():
+    with pytest.raises(ValueError, match=r"room for one row of 1000000 exponentials .* got 0\.50 MiB; raise workspace_mib"):
+        plan(8, 1_000_000, 1536, workspace=0.5)
+
+
+def test_explanation_adds_up(capsys):
+    assert dispatch.main(["--rows", "8192", "--columns", "16384", "--width", "1536", "--gpu", "a100", "--workspace-mib", "128"]) == 0
+    text = capsys.readouterr().out
+    assert "8192 rows x 16384 candidates x D=1536 bfloat16 on a100" in text and "PREDICTED" in text
+    pieces = [float(found) for found in re.findall(r"ms each,\s+([\d.]+) ms", text)]
+    together = float(re.search(r"together\s+([\d.]+) ms", text)[1])
+    limit, ratio = re.search(r"by the library\s+([\d.]+) ms: ([\d.]+) times", text).groups()
+    assert len(pieces) > 5 and sum(pieces) == pytest.approx(together, abs=0.01)
+    assert together / float(limit) == pytest.approx(float(ratio), abs=0.002)
+    assert "not chunk" in text and "not fused cannot: D=1536 is above 128" in text
+    said = []
+    made = plan(explain=said.append)
+    assert said == [made.text()] and plan() == made  # the same arguments, the same plan
+
+
+def test_measured_rates_change_the_choice():
+    """The model is a model: a GPU whose memory is slow writes no float32 logits."""
+    import dataclasses
+
+    slow = dataclasses.replace(roofline.H100, bandwidth=0.2e12)
+    assert plan(width=128, gpu=slow).path == "fused"
+    assert plan(width=1536, gpu=slow, dtype="float16").ways[1].seconds > 2 * plan(width=1536, dtype="float16").ways[1].seconds
+
+
+@pytest.mark.parametrize("registers, shared, threads, blocks", [(255, 147_456, 256, 1), (128, 98_304, 256, 2), (32, 0, 128, 16), (64, 240_000, 128, 0)])
+def test_occupancy(registers, shared, threads, blocks):
+    got, share = roofline.occupancy(roofline.H100, registers, shared, threads)
+    assert got == blocks and share == blocks * threads / 2048
