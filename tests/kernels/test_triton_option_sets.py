@@ -1,0 +1,59 @@
+"""Every option alone and a sample of sets of them with the kernels, each way in turn, against the dense definition in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sampling import NAMES, random_sets  # noqa: E402
+from test_options import agree  # noqa: E402
+
+from contrastive_kernels import info_nce  # noqa: E402
+from contrastive_kernels.triton import levels, sweep, symmetric  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu_gate.py checks a GPU")
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """`ways.turn` says which of the ways that a problem can take it takes; returns what was taken."""
+
+    class Ways:
+        turn, taken = 0, set()
+
+    def taking(plan_of):
+        def taken(*args):
+            plan = plan_of(*args)
+            if plan is None:
+                return None
+            possible = [way for way in plan.ways if not way.reason]
+            way = possible[Ways.turn % len(possible)]
+            Ways.taken.add(way.path)
+            return dataclasses.replace(plan, chosen=way)
+
+        return taken
+
+    monkeypatch.setattr(sweep, "plan_for", taking(sweep.plan_for))
+    monkeypatch.setattr(symmetric, "decide", taking(symmetric.decide))
+    monkeypatch.setattr(levels, "plan", taking(levels.plan))
+    monkeypatch.setattr(symmetric, "WORTH_A_LOOK", float("-inf"))
+    return Ways
+
+
+def with_kernels(query, target, **options):
+    return info_nce(query, target, backend="triton", **options)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the unsafe shift of the first launch, done again
+@pytest.mark.parametrize("sets", [[(name,) for name in NAMES], random_sets(24, seed=3)], ids=["alone", "together"])
+def test_against_the_definition(sets, ways, monkeypatch):
+    monkeypatch.setattr("test_options.info_nce", with_kernels)
+    for seed, names in enumerate(sets):
+        ways.turn = seed
+        try:
+            agree(names, seed)
+        except Exception as error:
+            raise AssertionError(f"options {names}, seed {seed}, ways {ways.taken}") from error
+    assert ways.taken >= {"exp", "chunk", "fused"}
