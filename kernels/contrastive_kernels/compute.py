@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from contrastive_kernels import distributed
-from contrastive_kernels.backends import levels_for, sweep_for
+from contrastive_kernels import levels as torch_levels
+from contrastive_kernels.backends import choose, levels_for, sweep_for
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import project_out
@@ -113,6 +114,11 @@ def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:
             return_stats=options.return_stats and dim == max(dims),
         )
         levels.append((dim, level))
+    if choose(options.backend, query.dtype, query.device) == "torch":
+        shared = torch_levels.together(query, target, options, levels)
+        if shared is not None:
+            loss, d_query, d_target, d_temperature, sums = torch_levels.compute(query, target, shared, wanted, workspace_bytes(options, query.device))
+            return Computed(loss, d_query, d_target, None, d_temperature, sums)
     together = levels_for(query, target, options, workspace_bytes(options, query.device))
     if together is not None:
         made = together(query, target, levels, wanted)

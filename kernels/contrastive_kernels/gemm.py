@@ -41,6 +41,8 @@ def prefers_onednn(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    # its second operand may be transposed; rows of a wider matrix take a reference kernel, a thousand times slower
+    b = b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
