@@ -156,7 +156,10 @@ def ours(folder: str, count: int, frozen: bool, *, budget: int, positions: str =
     from contrastive_kernels import GradCache
 
     model = freeze(load(folder, positions), frozen)
-    sides = [model.preprocess(side) for side in pairs(count)]
+    given = pairs(count)
+    if positions == "mrope":  # sentence-transformers' template puts a newline behind every picture
+        given = [[x if isinstance(x, str) or "text" in x else {"text": "<|image_1|>\n", **x} for x in side] for side in given]
+    sides = [model.preprocess(side) for side in given]
 
     def encode(side, rows, features=None):
         if features is None:

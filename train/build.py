@@ -75,7 +75,7 @@ def trained_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Numbers (trained, all) of the model's weights; four-bit weights count as the weights they stand for."""
     trained = total = 0
     for parameter in model.parameters():
-        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total

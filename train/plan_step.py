@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from contrastive_kernels import GradCache
@@ -69,11 +70,12 @@ class PlannedGradCache(GradCache):
     def _first_pass(self, sides, lengths, chunks, retained, features):
         if self.freeze is not None and not self.features_fit:
             features._bound = 0.0  # what is left of it stands for the chunks that are not run
-        self._ballast = []
+        self._left_out = {"kept graphs": [], "frozen features": []}  # of chunks that are not run
         embeddings = super()._first_pass(sides, lengths, chunks, retained, features)
         self.meter.relabel(embeddings, "embeddings")
         if self.freeze is not None:
-            self._ballast.append(self._bytes(self.features_left_out, "frozen features"))
+            if self.features_left_out > 0:
+                self._leave_out(self.features_left_out, "frozen features")
         return embeddings
 
     def _forward_chunk(self, sides, index, chunk, features, keep_graph):
@@ -83,16 +85,16 @@ class PlannedGradCache(GradCache):
             encoded = super()._forward_chunk(sides, index, chunk, features, keep_graph)
         if keep_graph and self.others[index]:
             held = (self.meter.current - before) * (self.weights[index] - 1)
-            self._ballast.append(self._bytes(held, "kept graphs"))
+            self._leave_out(held, "kept graphs")
         return encoded
 
     def _frozen(self, sides, chunk, index, store: FeatureStore):
         with self.meter.counting_as("frozen features"):
             return super()._frozen(sides, chunk, index, store)
 
-    def _bytes(self, count: float, part: str) -> torch.Tensor:
+    def _leave_out(self, count: float, part: str) -> None:
         with self.meter.counting_as(part):
-            return torch.empty(max(0, int(count)), dtype=torch.uint8)
+            self._left_out[part].append(torch.empty(int(count), dtype=torch.uint8))
 
     def _loss(self, embeddings, options):
         with self.meter.counting_as("loss scratch"):
@@ -128,7 +130,7 @@ class PlannedGradCache(GradCache):
 
     def _backward_chunk(self, sides, index, chunk, gradient, features):
         if chunk.graph is None and self.retain:
-            self._ballast = self._ballast[-1:] if self.freeze is not None else []  # kept graphs went first
+            self._left_out["kept graphs"].clear()  # they go first
         before = self.meter.high = self.meter.current
         with self.meter.booking(index):
             super()._backward_chunk(sides, index, chunk, gradient, features)
@@ -177,7 +179,7 @@ class PlannedMedia(Media):
         from train.plan_batch import decoded_bytes
 
         shape = decoded_bytes(self.processing, features)
-        with self.mode:
+        with _disable_current_modes(), self.mode:  # host memory: no meter counts it
             tensors = {"pixel_values": torch.empty(shape, dtype=torch.uint8)}
         self.decoded += 1
         return tensors
@@ -263,6 +265,7 @@ class PlannedStep(ContrastiveStep):
         packed = _map(packed, self._fake)
         pixels = packed.vision.get("pixel_values") if packed.vision else None
         if isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
+            self.meter.track(pixels)
             packed = replace(packed, vision={**packed.vision, "pixel_values": self.media.normalised(pixels)})
         return packed.to(self.device, model.dtype)
 
@@ -304,7 +307,9 @@ def _map(value: Any, convert: Callable) -> Any:
             return replace(v, **{f.name: walk(getattr(v, f.name)) for f in fields(v)})
         return v
 
-    return walk(value)
+    mapped = walk(value)
+    known.clear()  # a function that names itself lives until the next collection, and would keep the tensors
+    return mapped
 
 
 def _like_accelerate(model: VLM2Vec, autocast: Callable, lowered: bool) -> Callable:
