@@ -149,6 +149,7 @@ def test_the_published_checkpoint_is_fed_as_it_was_trained():
     from vlm2vec.backbones.llava_next import LlavaNext
 
     assert LlavaNext().options_for("TIGER-Lab/VLM2Vec-LLaVa-Next", {}) == {"resolution": "high"}
+    assert LlavaNext().options_for("/models/VLM2Vec-LLaVa-Next/", {}) == {"resolution": "high"}
     assert LlavaNext().options_for("llava-hf/llava-v1.6-mistral-7b-hf", {}) == {}
 
 

@@ -155,7 +155,7 @@ class LlavaNext(Backbone):
     unused_keys = [r"^lm_head\.", r"^language_model\.lm_head\."]  # the embedding model has no language-model head
 
     # checkpoints.yaml: this checkpoint was trained and scored on images squashed to 1344 x 1344
-    published = [(r"tiger-lab/vlm2vec-llava-next$", {"resolution": "high"})]
+    published = [(r"(^|/)vlm2vec-llava-next$", {"resolution": "high"})]
 
     def vision_tower(self, model):
         # All that `vision` runs. Frozen features are kept from one pass to the next, so freezing the tower alone would leave

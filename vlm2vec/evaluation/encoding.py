@@ -13,7 +13,7 @@ import torch
 
 from vlm2vec.evaluation.keys import ContentHashes, write_json
 
-SHARD_COST = 4096  # a text costs 4, an image 32, a video frame 32: about 1,000 texts or 110 pictures in a shard
+SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 texts or 55 pictures in a shard; two are in memory
 
 
 def visuals_of(item):
