@@ -185,14 +185,15 @@ def _add_positives(sweep: Sweep, results) -> None:
         sweep.along_rows[which] += with_cosine
         sweep.along_columns[which].index_add_(0, positives, with_cosine)
         total = total + slope * level.query_norm * level.target_norm[positives]
-        step = max(1, (4 << 20) // sweep.query.width)
+        query, target = (side.narrow(segment.start, segment.stop) for side in (sweep.query, sweep.target))
+        step = max(1, (4 << 20) // query.width)
         for start in range(0, sweep.rows, step):
             rows = slice(start, min(start + step, sweep.rows))
             index = positives[rows]
             if sweep.d_query is not None:
-                sweep.d_query[rows, segment] += sweep.target.gathered(index).tile(0, len(index))[:, segment] * total[rows, None]
+                sweep.d_query[rows, segment] += target.gathered(index).tile(0, len(index)) * total[rows, None]
             if sweep.d_target is not None:
-                piece = sweep.query.tile(rows.start, rows.stop)[:, segment] * total[rows, None]
+                piece = query.tile(rows.start, rows.stop) * total[rows, None]
                 scatter_rows(sweep.d_target[:, segment], index, piece)
 
 
