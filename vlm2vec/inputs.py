@@ -71,8 +71,9 @@ def _from_dict(x: dict) -> Item:
     if unknown:
         raise ValueError(f"input has unknown keys {unknown}; use {', '.join(ITEM_KEYS)}")
     text = x.get("text")
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"'text' must be a str, got {type(text).__name__}")
+    for key in ("text", "instruction"):
+        if x.get(key) is not None and not isinstance(x[key], str):
+            raise ValueError(f"{key!r} must be a str, got {type(x[key]).__name__}")
     images = _listed(x.get("image")) + _listed(x.get("images"))
     videos = _videos(x.get("video")) + _videos(x.get("videos"))
     named = [k for k in ("image", "images", "video", "videos") if k in x]

@@ -65,7 +65,8 @@ def test_chat_messages_without_a_template():
     [
         (7, "got int"),
         ({"txt": "x"}, "unknown keys"),
-        ({"text": 7}, "must be a str"),
+        ({"text": 7}, "'text' must be a str"),
+        ({"text": "a", "instruction": 7}, "'instruction' must be a str"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "audio"),
         ("", "no tokens"),
         ({"text": "", "image": None}, "no tokens"),
