@@ -34,7 +34,7 @@ class Whole:
     """A processing that decodes at once, as families do that cannot measure images by their headers."""
 
     def __init__(self, processing):
-        self.measure = processing
+        self.measure, self.options = processing, processing.options
 
 
 def run_step(recipe, model, batch):
