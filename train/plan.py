@@ -70,8 +70,7 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     Raises:
         ValueError: the recipe contradicts itself, has no rows to plan with, or a sample is longer than its chunk budget.
     """
-    if recipe.global_batch % ranks:
-        raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({ranks})")
+    recipe.check_ranks(ranks)
     at_hand = plan_batch.has_data(recipe)
     if not at_hand and recipe.plan is None:
         raise ValueError(f"data.root {recipe.data.root} is not a folder here; say in `plan.rows` what a batch looks like, or copy the data")

@@ -225,6 +225,12 @@ class Recipe:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) exceeds steps ({self.steps})")
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError for a global batch that does not make equal shares."""
+        if self.global_batch % ranks:
+            near = max(ranks, round(self.global_batch / ranks) * ranks)
+            raise ValueError(f"global_batch ({self.global_batch}) must be divisible by the number of ranks ({ranks}); {near} is")
+
     def _check_optimizer(self) -> None:
         from transformers.training_args import OptimizerNames
 

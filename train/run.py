@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
     """Exit code of `python -m train` with these arguments. Raises ValueError for what the user can mend."""
     fresh = "--fresh" in argv
     recipe = load_recipe(argv[0], [word for word in argv[1:] if word != "--fresh"])
+    recipe.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
     finished = not fresh and _is_finished(recipe, output)

@@ -85,3 +85,13 @@ def test_a_file_that_is_no_recipe(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from train.run import run
+
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "model": "no/such-model", "output": str(tmp_path / "o")}))
+    monkeypatch.setenv("WORLD_SIZE", "24")
+    with pytest.raises(ValueError, match=r"global_batch \(64\) must be divisible by the number of ranks \(24\); 72 is"):
+        run([str(path)])
