@@ -83,13 +83,17 @@ class Host:
         return True
 
 
-def truth(query, target, temperature, both: bool):
-    """Loss and gradients of diagonal InfoNCE in float64, one direction or the mean of both."""
+def truth(query, target, temperature, kind: str):
+    """Loss and gradients in float64: InfoNCE with the diagonal as positives, in "one" direction or the mean of "both", or "sigmoid"."""
     q, t = query.double().requires_grad_(), target.double().requires_grad_()
-    logits, labels = q @ t.T / temperature, torch.arange(len(q), device=q.device)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    if both:
-        loss = (loss + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
+    cosine, labels = q @ t.T, torch.arange(len(q), device=q.device)
+    if kind == "sigmoid":
+        logits = cosine * gpu_peers.SCALE + gpu_peers.BIAS
+        loss = -torch.nn.functional.logsigmoid(-logits).sum(1).mean() - logits.diagonal().mean()
+    else:
+        loss = torch.nn.functional.cross_entropy(cosine / temperature, labels)
+        if kind == "both":
+            loss = (loss + torch.nn.functional.cross_entropy(cosine.T / temperature, labels)) / 2
     loss.backward()
     return loss.detach(), q.grad, t.grad
 
@@ -154,11 +158,11 @@ def predicted(name: str, query, target) -> dict:
     return {"predicted_ms": round(plan.chosen.seconds * 1e3, 3)}
 
 
-def block(clock, table: dict, n: int, d: int, args, both: bool, about: dict) -> list[dict]:
+def block(clock, table: dict, n: int, d: int, args, kind: str, about: dict) -> list[dict]:
     """Everyone's rows of one shape."""
     torch.manual_seed(0)
     query, target = (gpu_gate.unit(n, d, dtype=torch.bfloat16, device=clock.name) for _ in range(2))
-    expected = truth(query, target, args.temperature, both) if clock.room_for_truth(n) else None
+    expected = truth(query, target, args.temperature, kind) if kind != "search" and clock.room_for_truth(n) else None
     clock.forget()
     rows, limit = [], None
     for name, make in table.items():
@@ -167,7 +171,7 @@ def block(clock, table: dict, n: int, d: int, args, both: bool, about: dict) -> 
             limit = got.get("ms_p50")
         if got.get("ms_p50"):
             got["times_three_gemms"] = round(got["ms_p50"] / limit, 3) if limit else ""
-            got["tflops"] = round(6 * n * n * d / got["ms_p50"] / 1e9, 1)
+            got["tflops"] = round((2 if kind == "search" else 6) * n * n * d / got["ms_p50"] / 1e9, 1)
         got |= predicted(name, query, target)
         rows.append(dict.fromkeys(FIELDS, "") | about | {"name": name, "dtype": "bfloat16", "n": n, "m": n, "d": d, "temperature": args.temperature} | got)
         print(f"{n:>6} {d:>5} {name:<50} {got.get('ms_p50', got.get('note'))}", flush=True)
@@ -178,7 +182,7 @@ def markdown(rows: list[dict]) -> str:
     """One table a shape."""
     first = rows[0]
     lines = [f"# {first['device']}, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}", ""]
-    lines += ["Value and gradients, milliseconds; `tflops` counts the 6 NMD of one direction; errors are norms against float64 of the same bfloat16 inputs."]
+    lines += ["Value and gradients, milliseconds; `tflops` counts the 6 NMD of one direction, 2 NMD of a search; errors are norms against float64 of the same bfloat16 inputs."]
     shape = None
     for row in rows:
         if (row["n"], row["d"]) != shape:
@@ -229,8 +233,8 @@ def run(args, clock=None, **small) -> int:
     failed = bool(wrong) | attention(argparse.Namespace(**{**vars(args), "output": path}), clock.name)
     for n in args.sizes:
         for d in args.widths:
-            for table, both in ((gpu_peers.ONE, False), (gpu_peers.BOTH, True)):
-                rows += block(clock, table, n, d, args, both, about)
+            for table, kind in ((gpu_peers.ONE, "one"), (gpu_peers.BOTH, "both"), (gpu_peers.SIGMOID, "sigmoid"), (gpu_peers.SEARCH, "search")):
+                rows += block(clock, table, n, d, args, kind, about)
                 # written anew after every shape: what was measured survives a peer that takes the process down
                 write_csv(path.with_name(path.name + ".csv"), rows)
                 part = path.with_name(path.name + ".md.part")

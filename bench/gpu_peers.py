@@ -1,7 +1,8 @@
 """Value and gradients of InfoNCE by everyone who runs on a GPU: `make(query, target, temperature) -> callable`.
 
 A callable runs forward and backward once and returns (loss, d_query, d_target). A peer that is not installed, or that refuses the shape,
-raises, and the caller reports it with the reason; nothing here hides one. ONE has one direction, BOTH the mean of both.
+raises, and the caller reports it with the reason; nothing here hides one. ONE has one direction, BOTH the mean of both, SIGMOID the
+sigmoid loss, SEARCH the ten best targets of every query (no gradients).
 """
 
 from __future__ import annotations
@@ -124,6 +125,49 @@ def three_gemms(query, target, temperature):
     return run
 
 
+SCALE, BIAS = 10.0, -10.0  # where SigLIP starts
+
+
+def sigmoid_ours(query, target, temperature):
+    from contrastive_kernels import sigmoid_loss
+
+    return _step(lambda q, t: sigmoid_loss(q, t, scale=SCALE, bias=BIAS), query, target)
+
+
+def sigmoid_eager(query, target, temperature):
+    def loss_of(q, t):
+        logits = (q @ t.T).float() * SCALE + BIAS
+        return F.softplus(logits).sum(1).mean() - logits.diagonal().mean()
+
+    return _step(loss_of, query, target)
+
+
+def siglip_kernel(query, target, temperature):
+    from siglip_kernel import fused_siglip_loss
+
+    log_scale, bias = torch.tensor(SCALE, device=query.device).log(), torch.tensor(BIAS, device=query.device)
+    return _step(lambda q, t: fused_siglip_loss(q, t, log_scale, bias), query, target)
+
+
+def _search(backend):
+    def make(query, target, temperature):
+        from contrastive_kernels import topk_similarity
+
+        def run():
+            topk_similarity(query, target, 10, backend=backend)
+
+        return run
+
+    return make
+
+
+def search_dense(query, target, temperature):
+    def run():
+        (query @ target.T).topk(10, dim=1)
+
+    return run
+
+
 LIMIT = "three bare GEMMs (limit)"
 # peers come last: a kernel of theirs that dies takes the process's device with it
 ONE = {
@@ -136,3 +180,5 @@ BOTH = {
     "contrastive_kernels triton, symmetric, normalize": _ours(backend="triton", symmetric=True, normalize=True),
     "eager, symmetric": eager_symmetric, "memeff CLIP": memeff,
 }
+SIGMOID = {LIMIT: three_gemms, "contrastive_kernels sigmoid": sigmoid_ours, "eager sigmoid": sigmoid_eager, "siglip-kernel": siglip_kernel}
+SEARCH = {"top-10, contrastive_kernels triton": _search("triton"), "top-10, contrastive_kernels torch": _search("torch"), "top-10, dense product and topk": search_dense}

@@ -46,16 +46,17 @@ def test_gate_tables_and_files(small, capsys):
     printed = capsys.readouterr().out
     assert any("tests/kernels/test_triton_exp_panel.py" in command for command in small.commands[0])
     rows = list(csv.DictReader((small.folder / "gpu.csv").open()))
-    assert [row["name"] for row in rows] == [*gpu_peers.ONE, *gpu_peers.BOTH]
+    assert [row["name"] for row in rows] == [*gpu_peers.ONE, *gpu_peers.BOTH, *gpu_peers.SIGMOID, *gpu_peers.SEARCH]
     by_name = {row["name"]: row for row in rows}
     for name, row in by_name.items():
         assert bool(row["ms_p50"]) != bool(row["note"]), row  # a time, or the reason why there is none
-    for name in ("contrastive_kernels triton", "contrastive_kernels triton, autograd", "contrastive_kernels triton, symmetric", "eager", "F.linear_cross_entropy"):
+    for name in ("contrastive_kernels triton", "contrastive_kernels triton, autograd", "contrastive_kernels triton, symmetric", "eager", "F.linear_cross_entropy", "contrastive_kernels sigmoid", "eager sigmoid"):
         row = by_name[name]
         assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"]), row
         assert float(row["loss_error"]) < 0.02 and float(row["d_query_error"]) < 0.05 and float(row["d_target_error"]) < 0.05, row
     assert float(by_name["contrastive_kernels triton"]["d_query_error"]) < float(by_name["eager"]["d_query_error"])
     assert float(by_name["contrastive_kernels triton"]["predicted_ms"]) > 0
+    assert all(by_name[name]["ms_p50"] and not by_name[name]["loss_error"] for name in gpu_peers.SEARCH)
     text = (small.folder / "gpu.md").read_text()
     assert "N = M = 24, D = 16" in text and all(name in text for name in by_name)
     attention = list(csv.DictReader((small.folder / "gpu-attention.csv").open()))
