@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from train.plan import main
 from train.plan_model import known_config
 from train.recipe import Data, Source, load_recipe, read_mixture
 from train.sources import open_source
@@ -97,3 +98,10 @@ def test_videos(tables):
 def test_a_source_of_another_format_is_refused(tables):
     with pytest.raises(ValueError, match="needs column 'conversations'|needs column 'video'"):
         rows_of(tables, "video_question")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_committed_plan_is_what_the_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(FOLDER.parents[1])
+    assert main(["train/recipes/bench-100m-lora.yaml", "--gpu", "rtx3090-24"]) == 0
+    assert capsys.readouterr().out == (FOLDER / "bench-100m-lora.plan.md").read_text(encoding="utf-8")
