@@ -143,3 +143,20 @@ def test_results_repeat_bit_by_bit(path, monkeypatch):
     positives = ints(40)  # few targets for many rows: their gradients are scattered onto each other
     first, second = (info_nce_value_and_grad(query, target, positives=positives, backend="triton") for _ in range(2))
     assert torch.equal(first.d_query, second.d_query) and torch.equal(first.d_target, second.d_target)
+
+
+# 1/72 is the coldest at which no row of unit vectors can leave the window of one fixed shift, 1/75 is beyond it
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts launches of float64")
+@pytest.mark.parametrize("normalize, temperature, looks_again", [(True, 1 / 72, False), (True, 1 / 75, True), (False, 0.05, True)])
+def test_rows_are_looked_at_again_only_where_they_may_be_unsafe(normalize, temperature, looks_again, monkeypatch):
+    from contrastive_kernels.triton import work
+
+    force(monkeypatch, "exp")
+    query = torch.cat([unit(8, 16).detach(), -unit(1, 16).detach().expand(4, 16)])
+    target = torch.cat([query[-1:].expand(11, 16).neg(), query[:1]])  # the last rows see nothing but cosine -1
+    with work.record() as launches:
+        got = info_nce_value_and_grad(query, target, normalize=normalize, temperature=temperature, backend="triton")
+    assert any(launch.name == "exp_panel_redo" for launch in launches) == looks_again
+    truth = info_nce_value_and_grad(query, target, normalize=normalize, temperature=temperature, backend="torch")
+    torch.testing.assert_close(got.loss, truth.loss, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.d_query, truth.d_query, rtol=1e-9, atol=1e-10)

@@ -18,6 +18,9 @@ from contrastive_kernels.triton.products import matmul
 # A row's greatest logit less the shift: e^65 * 2^25 columns is inside float32, e^-40 leaves 47 nats below the greatest.
 SAFE_ABOVE, SAFE_BELOW = 65.0, -40.0
 SHIFT_BELOW_TOP = 60.0
+# Where no |logit| can be greater, exponents lie between 60 - 2 * 73 and 60 whatever the row: float32's and bfloat16's normal numbers.
+LARGEST_LOGIT = 73.0
+ROUNDING = 1.01  # norms and products are rounded
 # Where the shift is a row's own maximum, exponentials are at most 1; float16 gets this much more so that 2^-34 is still there.
 FLOAT16_GAIN = 1024.0
 
@@ -73,8 +76,7 @@ def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor |
 
     Args:
         active: (n,) bool of rows that see these blocks, or None for all.
-        bounded: the caller knows that no cosine exceeds 1 and that temperature is at least 1/75 (hardness included in the
-            scale): nothing is checked and nothing done again.
+        bounded: the caller knows that no |logit| exceeds LARGEST_LOGIT: nothing is checked and nothing done again.
     """
     first = blocks[0]
     acc, device = accumulator(first.x.dtype), first.x.device

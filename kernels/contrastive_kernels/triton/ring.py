@@ -22,7 +22,7 @@ def sum_shard(problem, direction, workspace: int, sums: RowSums, want_best: bool
         return
     for rows in work:
         if work.path == "exp":
-            here = panels.exponentials(work.views, rows, [None] * len(work.views), direction.active, want_best=want_best, bounded=False)
+            here = panels.exponentials(work.views, rows, [None] * len(work.views), direction.active, want_best=want_best, bounded=work.bounded)
         else:
             cosine = panels.cosines(work.views, rows, problem.dtype)
             here = panels.reduce_cosines(work.views, rows, cosine, direction.active, smoothing=bool(work.smoothing))

@@ -53,6 +53,10 @@ class Panels:
         self.views, self.rows = self.sides.views, problem.query.rows
         self.smoothing = problem.options.label_smoothing
         self.logit = direction.positive * problem.inverse_temperature
+        # known without a look at the device: cosines of rows that are normalised here, a temperature that is a number
+        scales = [block.scale for block in direction.blocks]
+        known = problem.query.inverse_norm is not None and not any(isinstance(scale, torch.Tensor) for scale in scales)
+        self.bounded = known and max(scales) * panels.ROUNDING <= panels.LARGEST_LOGIT
         self._buffers = None
 
     def __iter__(self):
@@ -137,7 +141,7 @@ def _panel(work: Panels, rows: slice, sums: RowSums, want_best: bool) -> None:
     problem, direction = work.problem, work.direction
     if work.path == "exp":
         outs = work.outs(rows) if work.gradients is not None else [None] * len(work.views)
-        here = panels.exponentials(work.views, rows, outs, direction.active, want_best=want_best, bounded=False)
+        here = panels.exponentials(work.views, rows, outs, direction.active, want_best=want_best, bounded=work.bounded)
         sums.add(rows, row_sums(here))
         factor = row_factor(sums.rows(rows), work.logit[rows], here.shift) * direction.weight[rows]
     else:

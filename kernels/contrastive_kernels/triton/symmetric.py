@@ -20,13 +20,11 @@ from contrastive_kernels.softmax import RowSums, finish, row_factor
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device
 from contrastive_kernels.triton.exp_panel import exp_panel
-from contrastive_kernels.triton.panel import SHIFT_BELOW_TOP
+from contrastive_kernels.triton.panel import LARGEST_LOGIT, ROUNDING, SHIFT_BELOW_TOP
 from contrastive_kernels.triton.products import matmul
 from contrastive_kernels.triton.sides import Sides, product_dtype
 from contrastive_kernels.triton.writer import Writer
 
-# exponents lie between 60 - 2 * 73 and 60: float32's and bfloat16's normal numbers, times 2^25 columns
-LARGEST_LOGIT = 73.0
 WORTH_A_LOOK = 2e-4  # seconds saved for which the host waits for the device
 
 
@@ -73,13 +71,13 @@ def largest_logit(problem, saving: float) -> float:
     o = problem.options
     scale = problem.inverse_temperature + (o.hardness if o.hardness_scope in ("all", "in_batch") else 0.0)
     if problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor):
-        return scale * 1.01  # norms and products are rounded
+        return scale * ROUNDING
     if problem.device.type == "cuda" and (saving < WORTH_A_LOOK or torch.cuda.is_current_stream_capturing()):
         return float("inf")
     top = 1.0
     if problem.query.inverse_norm is None:
         top = norms(problem.query.source, problem.dtype).max() * norms(problem.target.source, problem.dtype).max()
-    return float(scale * top) * 1.01
+    return float(scale * top) * ROUNDING
 
 
 def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
