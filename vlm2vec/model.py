@@ -8,7 +8,6 @@ from torch import nn
 
 from vlm2vec import adapters, encoding, saving
 from vlm2vec.attention import choose_provider
-from vlm2vec.backbones import backbone_for
 from vlm2vec.packing import Features, PackedBatch
 
 

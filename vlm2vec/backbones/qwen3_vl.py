@@ -125,7 +125,7 @@ class Qwen3VL(Qwen2VL):
     processing_class = Qwen3VLProcessing
     architecture = "Qwen3VLForConditionalGeneration"
     hub_names = [(r"^", "model.")]
-    published = [(r"embedding[^/]*$", EMBEDDING_OPTIONS)]
+    published = [(r"(^|/)qwen3-vl-embedding[^/]*$", EMBEDDING_OPTIONS)]
 
     def finish(self, model):
         super().finish(model)
