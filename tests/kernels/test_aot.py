@@ -104,6 +104,36 @@ def test_launched_work_equals_the_cost_model(path, panel, wrt, monkeypatch):
         assert sum(x.flops for x in launches) == (8 if path == "fused" else 6) * n * n * d
 
 
+PEER = """
+import torch, triton, triton.language as tl
+
+@triton.autotune([triton.Config({"BLOCK": 256}, num_warps=4), triton.Config({"BLOCK": 512}, num_warps=8)], key=["n"])
+@triton.jit
+def double(p_x, n, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_x + o, tl.load(p_x + o, mask=o < n, other=0.0) * 2, mask=o < n)
+
+class MemoryEfficientCLIPLoss:
+    def __init__(self, **options): pass
+    def __call__(self, x, y):
+        assert x.is_cuda and torch.cuda.get_device_capability() == (9, 0)
+        double[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x.detach(), x.numel())
+        raise ValueError("and | then nothing")
+"""
+
+
+def test_a_peer_is_caught_and_its_failure_told(tmp_path, monkeypatch):
+    (tmp_path / "memeff").mkdir()
+    (tmp_path / "memeff/__init__.py").write_text(PEER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = [row for row in aot.peer_rows(90) if row["peer"] == "memeff"]
+    kernel, failure = rows
+    assert kernel["case"] == "memeff, double" and kernel["registers"] >= 8 and kernel["spills"] == 0 and kernel["warps"] == 4
+    assert failure["note"] == "ValueError: and | then nothing"
+    table = aot.peer_table(rows)
+    assert "256 w4" in table and "and / then nothing" in table
+
+
 def test_disassembly_reader():
     text = """
 .L_x_1:
