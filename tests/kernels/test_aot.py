@@ -131,7 +131,7 @@ def test_a_peer_is_caught_and_its_failure_told(tmp_path, monkeypatch):
     assert kernel["case"] == "memeff, double" and kernel["registers"] >= 8 and kernel["spills"] == 0 and kernel["warps"] == 4
     assert failure["note"] == "ValueError: and | then nothing"
     table = aot.peer_table(rows)
-    assert "256 w4" in table and "and / then nothing" in table
+    assert " w4 s3 |" in table and "and / then nothing" in table
 
 
 def test_disassembly_reader():
