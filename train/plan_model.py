@@ -126,7 +126,9 @@ def _image_processor(raw: dict) -> Any:
     if raw.get("model_type") == "llava_next":
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-        return LlavaNextImageProcessorPil(image_grid_pinpoints=raw["image_grid_pinpoints"])
+        side = raw["vision_config"]["image_size"]
+        crop = {"height": side, "width": side}
+        return LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_grid_pinpoints=raw["image_grid_pinpoints"])
     return SimpleNamespace(rescale_factor=1 / 255, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 

@@ -264,9 +264,12 @@ class PlannedStep(ContrastiveStep):
             packed = model.backbone.pack(features, FLASH) if self.flash else model.pack(features)
         packed = _map(packed, self._fake)
         pixels = packed.vision.get("pixel_values") if packed.vision else None
-        if isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
-            self.meter.track(pixels)
-            packed = replace(packed, vision={**packed.vision, "pixel_values": self.media.normalised(pixels)})
+        parts = pixels if isinstance(pixels, list) else [pixels]  # images and videos differ in the width of a patch
+        if parts[0] is not None and parts[0].dtype == torch.uint8:
+            for part in parts:
+                self.meter.track(part)
+            values = [self.media.normalised(part).to(model.dtype) for part in parts]
+            packed = replace(packed, vision={**packed.vision, "pixel_values": torch.cat(values) if len(values) > 1 else values[0]})
         return packed.to(self.device, model.dtype)
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
