@@ -132,8 +132,10 @@ def sentence_transformers(folder: str, count: int, frozen: bool, budget: int | N
     """`CachedMultipleNegativesRankingLoss`, with `mini_batch_num_tokens` or fixed mini-batches. M-RoPE positions."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     model = SentenceTransformer(folder, device="cpu").train()
+    model[1] = Pooling(model[0].get_embedding_dimension(), pooling_mode="lasttoken")  # it would take the mean of a bare folder
     freeze(model, frozen)
     sides = [model.preprocess(side) for side in pairs(count)]
     loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=ROWS, mini_batch_num_tokens=budget)
