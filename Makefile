@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+comma := ,
 
 .PHONY: help setup quickstart test bench clean
 
@@ -15,16 +16,28 @@ help:  ## List the commands
 
 setup: $(STAMP)  ## Make .venv and install everything into it
 
-$(STAMP): pyproject.toml
+$(PY):
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or say make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; say make PYTHON=/path/to/a/newer/python3"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
-	@[ -x $(PY) ] || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "== installing (several minutes the first time: torch alone is some GB)"
-	@$(PY) -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]' || { echo "make: the installation failed; the lines above say why"; exit 1; }
-	@touch $(STAMP)
 
-quickstart: $(STAMP)  ## Draw a benchmark, train a small model on it, evaluate before and after, write report.html
+# $(call install,EXTRAS): a line for each package, the rest goes to .venv/install.log. An environment without pip was cut short.
+define install
+@$(PY) -m pip --version >/dev/null 2>&1 || { echo "== making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+@echo "== installing (several minutes the first time: torch alone is some GB)"
+@$(PY) -m pip install --disable-pip-version-check --progress-bar off -e '.[$(1)]' 2>&1 | tee $(VENV)/install.log | sed -un -E 's/^Collecting ([^ ;<>=!~[]+).*/   \1/p; s/^(Installing collected packages).*/== installing the packages (a few minutes)/p' \
+	|| { tail -n 5 $(VENV)/install.log; echo "make: the installation failed; the lines above and $(VENV)/install.log say why"; exit 1; }
+endef
+
+$(STAMP): pyproject.toml | $(PY)
+	$(call install,dev)
+	@touch $(STAMP) $(STAMP)-quickstart
+
+$(STAMP)-quickstart: pyproject.toml | $(PY)
+	$(call install,quickstart$(comma)eval)
+	@touch $@
+
+quickstart: $(STAMP)-quickstart  ## Draw a benchmark, train a small model on it, evaluate before and after, write report.html
 	@$(PY) -m vlm2vec.quickstart build quickstart
 	@$(VENV)/bin/vlm2vec eval quickstart/model-init --data quickstart/data/eval --images quickstart/data/images --output quickstart/scores-before
 	@$(PY) -m train train/recipes/quickstart.yaml

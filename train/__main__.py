@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
         from train.run import run
 
         return run(argv)
+    except ModuleNotFoundError as error:
+        print(f"train: {error.name} is not installed; pip install -e '.[train]'", file=sys.stderr)
+        return 2
     except (ValueError, FloatingPointError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -50,6 +50,10 @@ class Progress(transformers.TrainerCallback):
                 self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar's line, also where training ended in an error."""
         if self._bar is not None:
             self._bar.close()
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
+
+import yaml
+from safetensors import safe_open
 
 STAGING = ".saving"
 RECIPE = "recipe.yaml"
 RESULT = "train_result.json"
+INPUTS = "train_inputs.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -31,10 +35,30 @@ def publish(staged: Path, final: Path) -> None:
     for file in staged.rglob("*"):
         if file.is_file():
             _sync_to_disk(file)
+    doomed = final.with_name(f"{STAGING}-old-{final.name}")
     if final.exists():  # left from a run that was resumed from an earlier checkpoint
-        shutil.rmtree(final)
+        os.replace(final, doomed)
     os.replace(staged, final)
     _sync_to_disk(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Looks at the ends of a checkpoint's files, where a cut shows, without reading them.
+
+    Raises:
+        ValueError: a file is cut off or no such file at all; which one, and what to do.
+    """
+    mend = f"remove the folder {checkpoint} to go on from the one before it, or from the start"
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except Exception as error:  # the library has its own type, and others for unreadable files
+                raise ValueError(f"{file} is damaged ({error}); {mend}") from error
+        elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+            raise ValueError(f"{file} is damaged (not a whole file of torch.save); {mend}")
 
 
 def rotate(output: str | Path, keep: int) -> None:
@@ -62,7 +86,22 @@ def write_text(path: Path, text: str) -> None:
 def read_result(output: str | Path) -> dict[str, Any] | None:
     """What a finished run recorded about itself; None where no run has finished."""
     path = Path(output) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_mapping(path) if path.is_file() else None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file of this program.
+
+    Raises:
+        ValueError: it cannot be read as one; names the file.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); remove it, or pass --fresh") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no mapping in it); remove it, or pass --fresh")
+    return found
 
 
 def _sync_to_disk(path: Path) -> None:

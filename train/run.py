@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 
 from train import checkpoints, sharding
 from train.build import build_model, trained_parameters
 from train.callbacks import Progress, StopOnInterrupt
 from train.card import model_card
 from train.data import PairDataset
+from train.inputs import changed, fingerprints
 from train.metrics import peak_memory_mib
 from train.recipe import Recipe, load_recipe
 from train.recipe_values import build
@@ -37,51 +36,61 @@ def run(argv: list[str]) -> int:
     recipe.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
-    finished = not fresh and _is_finished(recipe, output)
+    inputs = fingerprints(recipe)
+    finished = not fresh and _is_finished(recipe, output, inputs)
     _wait_for_everyone()  # all have looked before the main process changes anything
     if finished:
         if is_main:
             print(f"{output} is already trained by this recipe; --fresh trains it again")
         return 0
+    found = [] if fresh else checkpoints.complete_checkpoints(output)
+    checkpoint = found[-1] if found else None
+    if fresh:
+        _require_discardable(output)
+    if checkpoint is not None:
+        _require_same(recipe, output, checkpoint, inputs)
+        checkpoints.require_whole(checkpoint)
     if is_main:
+        print(recipe.to_yaml(), end="")
+        print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
+    transformers.set_seed(recipe.seed)
+    model = build_model(recipe, checkpoint)
+    data = PairDataset(recipe.data, model.processing)
+    _wait_for_everyone()
+    if is_main:  # only now that model and data are known to be there
         if fresh:
             _discard(output)
         output.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_unfinished(output)
-        print(recipe.to_yaml(), end="")
-    _wait_for_everyone()
-    found = checkpoints.complete_checkpoints(output)
-    checkpoint = found[-1] if found else None
-    if checkpoint is not None:
-        _require_same(recipe, output, checkpoint)
-    if is_main:
+        checkpoints.write_text(output / checkpoints.INPUTS, json.dumps(inputs, indent=1))
         checkpoints.write_text(output / checkpoints.RECIPE, recipe.to_yaml())
-        print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
-    transformers.set_seed(recipe.seed)
-    model = build_model(recipe, checkpoint)
+    _wait_for_everyone()
     weights = trained_parameters(model)
     if is_main:
         print(f"training {weights[0]:,} of {weights[1]:,} parameters", flush=True)
     if recipe.distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None)
     interrupt = StopOnInterrupt()
-    trainer = ContrastiveTrainer(recipe, model, PairDataset(recipe.data, model.processing), [interrupt])
+    trainer = ContrastiveTrainer(recipe, model, data, [interrupt])
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    trainer.add_callback(Progress())
+    progress = Progress()
+    trainer.add_callback(progress)
     trainer.weights = weights
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
     if interrupt.requested and trainer.state.global_step < recipe.steps:
         if is_main:
             print(f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there")
         return 130
-    _publish(trainer, recipe, output, time.perf_counter() - began)
+    _publish(trainer, recipe, output)
     _wait_for_everyone()
     return 0
 
 
-def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path, seconds: float) -> None:
+def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
     """Puts the trained model into the output folder itself; the result file comes last and says that it is whole."""
     staged = output / checkpoints.STAGING
     if trainer.args.should_save:
@@ -95,38 +104,48 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path, seconds:
     family = trainer.model.family
     card = model_card(recipe, base=recipe.model, family=family, trained=trained, total=total, steps=trainer.state.global_step, figures=last)
     (staged / "README.md").write_text(card, encoding="utf-8")
-    for file in sorted(staged.iterdir()):
-        os.replace(file, output / file.name)
+    published = sorted(file.name for file in staged.iterdir())
+    for name in published:
+        os.replace(staged / name, output / name)
     staged.rmdir()
+    seconds = trainer.seconds()
     result: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": last.get("loss"),
         "accuracy": last.get("accuracy"),
         "seconds": round(seconds, 1),
         "peak_memory_mib": round(peak_memory_mib(trainer.args.device), 1),
+        "files": published,
         "recipe": recipe.to_dict(),
     }
     checkpoints.write_text(output / checkpoints.RESULT, json.dumps(result, indent=1))
     print(f"trained {result['steps']} steps in {seconds:.0f} s, peak memory {result['peak_memory_mib']:.0f} MiB: {output}")
 
 
-def _is_finished(recipe: Recipe, output: Path) -> bool:
+def _is_finished(recipe: Recipe, output: Path, inputs: dict[str, str]) -> bool:
     result = checkpoints.read_result(output)
     if result is None:
         return False
-    changed = _changed_keys(result["recipe"], recipe.to_dict())
-    if changed:
-        raise ValueError(f"{output} holds a model trained with other {', '.join(changed)}; choose another output, or pass --fresh")
+    if not isinstance(result.get("recipe"), dict):
+        raise ValueError(f"{output / checkpoints.RESULT} names no recipe; remove it, or pass --fresh")
+    _refuse_changes(f"{output} holds a model trained", _changed_keys(result["recipe"], recipe.to_dict()), output, inputs)
     return True
 
 
-def _require_same(recipe: Recipe, output: Path, checkpoint: Path) -> None:
+def _require_same(recipe: Recipe, output: Path, checkpoint: Path, inputs: dict[str, str]) -> None:
     path = output / checkpoints.RECIPE
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {checkpoints.RECIPE} beside it; choose another output, or pass --fresh")
-    changed = _changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), recipe.to_dict())
-    if changed:
-        raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}; choose another output, or pass --fresh")
+    _refuse_changes(f"{checkpoint} was made", _changed_keys(checkpoints.read_mapping(path), recipe.to_dict()), output, inputs)
+
+
+def _refuse_changes(what: str, keys: list[str], output: Path, inputs: dict[str, str]) -> None:
+    if keys:
+        raise ValueError(f"{what} with other {', '.join(keys)}; choose another output, or pass --fresh")
+    path = output / checkpoints.INPUTS
+    other = changed(checkpoints.read_mapping(path), inputs) if path.is_file() else []
+    if other:
+        raise ValueError(f"{what} from other contents of {', '.join(other)}; choose another output, or pass --fresh")
 
 
 def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -135,14 +154,22 @@ def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in now if key not in _FREE_KEYS and before[key] != now[key]]
 
 
+def _require_discardable(output: Path) -> None:
+    if not any((output / name).is_file() for name in (checkpoints.INPUTS, checkpoints.RESULT)) and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no earlier run; choose another output")
+
+
 def _discard(output: Path) -> None:
-    """Removes what an earlier run of this program left in the folder, and nothing else."""
+    """Removes what an earlier run wrote into the folder, by name; whatever else is there stays."""
     checkpoints.remove_unfinished(output)
-    if not any((output / name).is_file() for name in (checkpoints.RECIPE, checkpoints.RESULT)):
-        if output.is_dir() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty and holds no earlier run; choose another output")
-        return
-    shutil.rmtree(output)
+    for folder in checkpoints.complete_checkpoints(output):
+        shutil.rmtree(folder)
+    try:
+        published = (checkpoints.read_result(output) or {}).get("files", [])
+    except ValueError:  # damaged: its run is discarded all the same
+        published = []
+    for name in [*published, checkpoints.RESULT, checkpoints.RECIPE, checkpoints.INPUTS]:
+        (output / name).unlink(missing_ok=True)
 
 
 def _wait_for_everyone() -> None:

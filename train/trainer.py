@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class ContrastiveTrainer(transformers.Trainer):
         self._staging: str | None = None
         self._stats = StepStats()
         self._step: ContrastiveStep | None = None
+        self._seen_rows = self._lost_rows = 0
+        self._began: float | None = None
+        self._seconds_before = 0.0
 
     # Data
 
@@ -85,8 +89,15 @@ class ContrastiveTrainer(transformers.Trainer):
 
     # The step
 
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included up to their last logged step."""
+        return self._seconds_before + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         model.train()
+        if self._began is None:
+            self._began = time.perf_counter()
+            self._seconds_before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
         self._before, self._rows = GeneratorState.capture(), inputs["rows"]
         if self._step is None:
             self._step = ContrastiveStep(
@@ -101,6 +112,13 @@ class ContrastiveTrainer(transformers.Trainer):
         result, lengths = self._step(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
+        self._seen_rows += len(inputs["rows"])
+        self._lost_rows += len(inputs["errors"])
+        if 2 * self._lost_rows > self._seen_rows:
+            raise ValueError(
+                f"{self._lost_rows} of the first {self._seen_rows} rows cannot be read, the last one because of: {inputs['errors'][-1]}; "
+                "look at data.root and data.images"
+            )
         if not torch.isfinite(result.loss):
             self._stop(f"the loss is {result.loss.item()}", inputs["rows"])
         self._stats.add(result, lengths)
@@ -138,6 +156,7 @@ class ContrastiveTrainer(transformers.Trainer):
         if "loss" in logs:
             logs["temperature"] = self.recipe.loss.temperature
             logs.update(self._stats.drain(self.args.device, self.args.world_size))
+            logs["seconds"] = round(self.seconds(), 3)
         super().log(logs, start_time)
 
     # Checkpoints

@@ -63,6 +63,8 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
             lines = f.read().splitlines()
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -78,7 +80,10 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
         key = row.pop("key", row.pop("id", None))
         for kind in ("image", "images", "video", "videos"):
             if row.get(kind):
-                row[kind] = _below(root, row[kind])
+                try:
+                    row[kind] = _below(root, row[kind])
+                except TypeError:
+                    raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {row[kind]!r}") from None
         keys.append(str(number - 1) if key is None else str(key))
         inputs.append(row)
     if not inputs:

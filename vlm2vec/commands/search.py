@@ -49,6 +49,8 @@ def run(args) -> int:
     from contrastive_kernels import topk_similarity
 
     name, query = _model_and_query(args)
+    if not query.strip():
+        raise ValueError("the query is empty; say what to look for")
     if (args.images is None) == (args.embeddings is None):
         raise ValueError("give --images DIR or --embeddings FILE, one of them")
     if args.k < 1:

@@ -112,7 +112,7 @@ def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
             query = own.query_prompt.replace("{text}", qry_text)
         else:
             query = qry_text
-        if not query and not qry_image:
+        if not query.strip() and not qry_image:
             data.problems.add("unreadable_query", i, f"row {i} has neither text nor image")
         data.queries.append(item(query, qry_image, images))
         mine = []

@@ -20,9 +20,15 @@ def main(arguments=None) -> int:
     given = parser.parse_args(arguments)
     try:
         return _build(given) if given.step == "build" else _report(given)
-    except ValueError as error:
+    except ModuleNotFoundError as error:
+        print(f"quickstart: {error.name} is not installed; make setup, or pip install -e '.[quickstart,eval]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("quickstart: stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _build(given) -> int:

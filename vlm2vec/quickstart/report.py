@@ -187,7 +187,10 @@ def _parameters(folder) -> str:
 
 def _read(file: Path, command: str) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}: no object in it; remove it and run {command} again")
+        return found
     except FileNotFoundError:
         raise ValueError(f"{file}: not there; run {command} first") from None
     except json.JSONDecodeError as error:
