@@ -10,19 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
-def _step(loss_of, query, target):
-    def run():
-        q, t = query.detach().requires_grad_(), target.detach().requires_grad_()
-        loss = loss_of(q, t)
-        loss.backward()
-        return loss.detach(), q.grad, t.grad
-
-    return run
-
-
-def _labels(query):
-    return torch.arange(len(query), device=query.device)
+from bench.autograd import labels as _labels
+from bench.autograd import step as _step
 
 
 def _ours(**options):

@@ -1,12 +1,10 @@
 """`symmetric` from shared logits: the square batches that take that way, against the dense definition in float64."""
 
 import pytest
-import torch
 from sampling import Case
-from test_options import NAMES, close, leaves
+from test_options import close, equals_the_definition
 
-from contrastive_kernels import both_directions, info_nce, info_nce_value_and_grad, panels
-from contrastive_kernels.reference import info_nce_reference
+from contrastive_kernels import both_directions, info_nce_value_and_grad, panels
 
 N = 13
 SHARED = [(), ("target_ids",), ("hardness",), ("weight",), ("hard",), ("packed_hard",), ("learnt_temperature",), ("normalize",), ("matryoshka",), ("sum",), ("none",), ("small_workspace",), ("hard", "hardness", "target_ids", "weight", "learnt_temperature")]
@@ -25,21 +23,8 @@ def calls(monkeypatch):
 def test_equals_the_definition(names, calls):
     case = Case(4, N, N)
     options = {**case.options(names), "symmetric": True}
-    cotangent = 0.5 + torch.rand(N, generator=case.generator, dtype=torch.float64)
-    found = []
-    for function in (info_nce, info_nce_reference):
-        tensors, given = leaves(case, options)
-        loss, stats = function(tensors["query"], tensors["target"], **given, return_stats=True)
-        gradients = torch.autograd.grad((loss * cotangent[: loss.numel()].view(loss.shape)).sum(), list(tensors.values()))
-        found.append((loss.detach(), dict(zip(tensors, gradients)), stats))
-    (loss, gradients, stats), (true_loss, true_gradients, true_stats) = found
+    equals_the_definition(case, options, 1e-11)
     assert bool(calls) == (names in SHARED)
-    close(loss, true_loss, "loss")
-    for name in true_gradients:
-        assert name in NAMES
-        close(gradients[name], torch.nan_to_num(true_gradients[name]), name)
-    for field in vars(true_stats):
-        close(getattr(stats, field), getattr(true_stats, field), field)
 
 
 def test_one_gradient_alone(calls):

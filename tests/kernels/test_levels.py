@@ -1,9 +1,8 @@
 """Matryoshka levels from one sweep of plain torch: what takes that way, against the dense definition in float64."""
 
 import pytest
-import torch
 from sampling import Case
-from test_options import close, leaves
+from test_options import close, equals_the_definition
 
 from contrastive_kernels import info_nce, levels, panels
 from contrastive_kernels.reference import info_nce_reference
@@ -32,20 +31,8 @@ def test_equals_the_definition(dims, names, calls):
     options = {**case.options(names), **dims}
     if "small_workspace" in names:
         options["workspace_mib"] = 0.02
-    cotangent = 0.5 + torch.rand(11, generator=case.generator, dtype=torch.float64)
-    found = []
-    for function in (info_nce, info_nce_reference):
-        tensors, given = leaves(case, options)
-        loss, stats = function(tensors["query"], tensors["target"], **given, return_stats=True)
-        gradients = torch.autograd.grad((loss * cotangent[: loss.numel()].view(loss.shape)).sum(), list(tensors.values()))
-        found.append((loss.detach(), dict(zip(tensors, gradients)), stats))
-    (loss, gradients, stats), (true_loss, true_gradients, true_stats) = found
+    equals_the_definition(case, options, 1e-10)
     assert bool(calls) == (names in TOGETHER)
-    close(loss, true_loss, "loss")
-    for name in true_gradients:
-        close(gradients[name], torch.nan_to_num(true_gradients[name]), name, 1e-10)
-    for field in vars(true_stats):
-        close(getattr(stats, field), getattr(true_stats, field), field)
 
 
 def test_a_prefix_of_zeros_goes_level_by_level(calls):

@@ -41,6 +41,23 @@ def close(a, b, what, atol=1e-11):
     assert (a - b).abs().max() <= atol * scale if a.numel() else a.shape == b.shape, f"{what}: {(a - b).abs().max()} of {scale}"
 
 
+def equals_the_definition(case, options, gradient_atol):
+    """Loss, every gradient for a random cotangent and every statistic."""
+    cotangent = 0.5 + torch.rand(case.n, generator=case.generator, dtype=torch.float64)
+    found = []
+    for function in (info_nce, info_nce_reference):
+        tensors, given = leaves(case, options)
+        loss, stats = function(tensors["query"], tensors["target"], **given, return_stats=True)
+        gradients = torch.autograd.grad((loss * cotangent[: loss.numel()].view(loss.shape)).sum(), list(tensors.values()))
+        found.append((loss.detach(), dict(zip(tensors, gradients)), stats))
+    (loss, gradients, stats), (true_loss, true_gradients, true_stats) = found
+    close(loss, true_loss, "loss")
+    for name in true_gradients:
+        close(gradients[name], torch.nan_to_num(true_gradients[name]), name, gradient_atol)
+    for field in vars(true_stats):
+        close(getattr(stats, field), getattr(true_stats, field), field)
+
+
 def agree(names, seed):
     case = Case(seed)
     options = case.options(names)
