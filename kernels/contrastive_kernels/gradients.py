@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from contrastive_kernels.gemm import add_product, product
 from contrastive_kernels.operands import TILE_BYTES, scatter_rows
 from contrastive_kernels.problem import Direction, Problem
 
@@ -31,25 +32,35 @@ class Gradients:
             self.held[name] = torch.zeros(rows, width, dtype=dtype, device=self.problem.device)
         return self.held[name]
 
-    def add_anchors(self, name: str, start: int, stop: int, rows: torch.Tensor) -> None:
-        """Add gradients of anchors [start, stop), which are the rows' queries or their positives."""
-        if name == "positive":
-            index = self.problem.positives[start:stop]
-            scatter_rows(self.of("target", self.problem.target.rows), index, rows)
+    def add_product(self, name: str, rows: int, start: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add a (m, k) @ b (D, k)^T to rows [start, start + m) of a matrix of `rows` rows."""
+        if name not in self.held and len(a) == rows:
+            self.held[name] = product(a, b)
         else:
-            self.of(name, self.problem.query.rows)[start:stop].add_(rows)
+            add_product(self.of(name, rows)[start : start + len(a)], a, b)
+
+    def add_anchors(self, name: str, start: int, stop: int, rows: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+        """Add gradients (times `factor`, one a row) of anchors [start, stop), which are the rows' queries or their positives."""
+        problem, own = self.problem, name == "positive"
+        held = self.of("target", problem.target.rows) if own else self.of(name, problem.query.rows)
+        if own and problem.own_targets.index is not None:
+            scatter_rows(held, problem.positives[start:stop], rows if factor is None else rows * factor[:, None])
+            return
+        held = problem.own_rows(held)[start:stop] if own else held[start:stop]
+        if factor is None:
+            held.add_(rows)
+        else:
+            held.addcmul_(rows, factor[:, None])
 
     def add_positives(self, direction: Direction, coefficient: torch.Tensor) -> None:
         """The positive's own term: q += g t, t += g q, with g (n,) the derivative with respect to its cosine."""
         problem = self.problem
         if self.wants("temperature"):
             self.temperature += (coefficient * direction.positive).sum()
-        positive = problem.target.gathered(problem.positives)
         step = max(1, TILE_BYTES // (problem.query.width * problem.dtype.itemsize))
         for start in range(0, problem.query.rows, step):
             stop = min(start + step, problem.query.rows)
-            scale = coefficient[start:stop, None]
             if self.wants("query"):
-                self.add_anchors("query", start, stop, positive.tile(start, stop) * scale)
+                self.add_anchors("query", start, stop, problem.own_targets.tile(start, stop), coefficient[start:stop])
             if self.wants("target"):
-                self.add_anchors("positive", start, stop, problem.query.tile(start, stop) * scale)
+                self.add_anchors("positive", start, stop, problem.query.tile(start, stop), coefficient[start:stop])

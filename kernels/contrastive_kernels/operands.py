@@ -58,6 +58,14 @@ class Operand:
     def gathered(self, index: torch.Tensor) -> Operand:
         return dataclasses.replace(self, index=index)
 
+    def every(self, step: int, rows: int) -> Operand:
+        """Rows 0, step, 2 step, ...: `rows` of them, as views."""
+
+        def cut(tensor):
+            return None if tensor is None else tensor[: rows * step : step]
+
+        return dataclasses.replace(self, source=cut(self.source), inverse_norm=cut(self.inverse_norm), keep=cut(self.keep))
+
     def narrow(self, start: int, stop: int) -> Operand:
         """The same operand over columns [start, stop) of the embedding."""
         return dataclasses.replace(self, source=self.source[:, start:stop])

@@ -16,13 +16,15 @@ import dataclasses
 
 import torch
 
-from contrastive_kernels.gemm import add_product, product_into, transposed
+from contrastive_kernels.gemm import RowSum, prefers_onednn, product_into, transposed
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import HardNegatives
 from contrastive_kernels.problem import Block, Direction, Problem
+from contrastive_kernels.scratch import scratch
 from contrastive_kernels.softmax import SAFE_LOGIT, RowSums, cut_negligible, finish, mask_logits, reduce_logits, row_factor
 
-TILE_COLUMNS = 1024  # with 3,000 rows 12 MiB: near the cache, and large enough for the products
+TILE_COLUMNS = 1024  # with 3,000 rows 12 MiB: near the cache, and large enough for oneDNN's products
+PRODUCT_COLUMNS = 4096  # of one product where the library takes operands as they lie
 MIB = 1 << 20
 
 
@@ -31,15 +33,19 @@ class Tile:
     """Columns [start, stop) of a block, which has `columns` in all.
 
     Args:
-        block: the block with these columns alone. dead: indices of columns that are no candidates, known beforehand where
+        block: the block with these columns alone. whole: with all of them. dead: indices of columns that are no candidates, known beforehand where
             that needs no wait for a GPU: a few columns are cheaper to fill than a whole mask is to apply.
     """
 
     block: Block
     start: int
     stop: int
-    columns: int
+    whole: Block
     dead: torch.Tensor | None
+
+    @property
+    def columns(self) -> int:
+        return self.whole.width
 
     @property
     def width(self) -> int:
@@ -55,7 +61,7 @@ def tiles(blocks: list[Block], width: int) -> list[Tile]:
             part = block if stop - start == block.width else block.narrow(start, stop)
             keep = part.columns.keep
             dead = None if keep is None or keep.is_cuda else (~keep).nonzero()[:, 0]
-            out.append(Tile(part, start, stop, block.width, dead))
+            out.append(Tile(part, start, stop, block, dead))
     return out
 
 
@@ -101,7 +107,14 @@ class Panels:
         row = (held + 2 * widest + (2 + 3 * anchors) * width) * dtype.itemsize + (held if self.smoothing else 0)
         self.rows = problem.query.rows
         self.size = panel_rows(self.rows, row, 3 * widest * width * dtype.itemsize, workspace)
-        self.buffer = torch.empty(self.size * held, dtype=dtype, device=device)
+        self.buffer = scratch(self.size * held, dtype, device)
+        self.joined = self._joined(direction.blocks) if keep else None
+
+    def _joined(self, blocks: list[Block]) -> list[Tile] | None:
+        """Whole blocks as tiles, where their products can be formed at once: nothing has to be prepared tile by tile."""
+        if not all(block.columns.operand.plain for block in blocks) or prefers_onednn(self.problem.dtype, self.problem.device):
+            return None
+        return [Tile(block, 0, block.width, block, None) for block in blocks]
 
     def __iter__(self):
         """(start, stop) of each panel."""
@@ -113,33 +126,48 @@ class Panels:
 
     def fill(self, anchors, start: int, stop: int):
         """(tile, its masked logits of rows [start, stop)), one after another."""
-        first, rows = 0, stop - start
+        first, rows, ready = 0, stop - start, 0
         for tile in self.tiles:
             block = tile.block
             out = self.buffer[first * rows : (first + tile.width) * rows].view(tile.width, rows)
+            if self.joined is None:
+                product_into(out, block.columns.operand.tile(0, tile.width), anchors[id(block.anchors)], block.scale)
+            elif first >= ready:  # the tiles behind it in the same product
+                ready = first + min(PRODUCT_COLUMNS, tile.columns - tile.start)
+                several = self.buffer[first * rows : ready * rows].view(ready - first, rows)
+                columns = tile.whole.columns.operand.tile(tile.start, tile.start + ready - first)
+                product_into(several, columns, anchors[id(block.anchors)], block.scale)
             first += tile.width if self.keep else 0
-            product_into(out, block.columns.operand.tile(0, tile.width), anchors[id(block.anchors)], block.scale)
             mask_logits(out.T, block, slice(start, stop), self.direction.threshold, self.direction.active, tile.dead)
             yield tile, out.T
+
+    def whole_parts(self, rows: int):
+        """(rows, columns) of each whole block: its tiles lie one behind the other."""
+        first = 0
+        for tile in self.joined:
+            yield self.buffer[first * rows : (first + tile.width) * rows].view(tile.width, rows).T
+            first += tile.width
 
     def products(self, parts, anchors, start: int, stop: int, factor, gradients: Gradients) -> None:
         """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for all tiles of one panel."""
         width, rows = self.problem.query.width, stop - start
+        tiles = self.tiles
+        if self.joined is not None:
+            tiles, parts = self.joined, self.whole_parts(rows)
         pulled, scaled, sinks = {}, {}, {}
-        for tile, part in zip(self.tiles, parts):
+        for tile, part in zip(tiles, parts):
             block, key = tile.block, id(tile.block.anchors)
-            candidates = block.columns.operand
             if gradients.wants(block.anchor_sink) or gradients.wants("temperature"):
                 if key not in pulled:
-                    pulled[key], sinks[key] = part.new_zeros(width, rows), block.anchor_sink
-                add_product(pulled[key], transposed(candidates.tile(0, tile.width), rows), part)
+                    pulled[key], sinks[key] = RowSum(rows, width, part), block.anchor_sink
+                pulled[key].add(part, pulled[key].operand(block.columns.operand.tile(0, tile.width)))
             if gradients.wants(block.columns.sink):
                 if key not in scaled:
                     scaled[key] = transposed(anchors[key] * factor[:, None], tile.width)
-                add_product(gradients.of(block.columns.sink, tile.columns)[tile.start : tile.stop], part.T, scaled[key])
+                gradients.add_product(block.columns.sink, tile.columns, tile.start, part.T, scaled[key])
         scaled.clear()
-        for key, columns in pulled.items():
-            whole = columns.T.contiguous().mul_(factor[:, None])
+        for key, total in pulled.items():
+            whole = total.result().mul_(factor[:, None])
             if gradients.wants("temperature"):
                 gradients.temperature += torch.linalg.vecdot(whole, anchors[key]).sum()
             if gradients.wants(sinks[key]):

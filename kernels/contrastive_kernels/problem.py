@@ -90,13 +90,17 @@ class Direction:
 
 @dataclasses.dataclass
 class Problem:
-    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept` (n,) bool."""
+    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept` (n,) bool.
+
+    `own_targets`: (n, D) the rows' positives, without an index where they lie in a regular step.
+    """
 
     options: InfoNCEOptions
     dtype: torch.dtype
     inverse_temperature: float | torch.Tensor
     query: Operand  # (n, D)
     target: Operand  # (m, D), own targets
+    own_targets: Operand
     positives: torch.Tensor
     kept: torch.Tensor
     share: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not kept
@@ -108,6 +112,12 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return self.query.source.device
+
+    def own_rows(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(n, D) view of a target-shaped matrix: the rows of `own_targets`, which has no index."""
+        rows = self.query.rows
+        step = len(matrix) // rows
+        return matrix[: rows * step : step]
 
     def largest_product(self) -> float:
         """The greatest |cos| between rows at hand that Cauchy and Schwarz allow; waits for the device."""
@@ -148,9 +158,13 @@ def build(
         share = share / torch.where(total == 0, 1, total)
     own_query = operand(query, dtype, options.normalize, options.query_mask)
     own_target = operand(target, dtype, options.normalize, options.target_mask)
-    positive = backends.row_dots(own_query, own_target.gathered(positives), options.backend)
+    if options.positives is None and backends.choose(options.backend, query.dtype, device) == "torch":
+        own_targets = own_target.every(len(target) // n, n)
+    else:
+        own_targets = own_target.gathered(positives)
+    positive = backends.row_dots(own_query, own_targets, options.backend)
     return Problem(
-        options, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, positives, kept,
+        options, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, own_targets, positives, kept,
         share, positive, _threshold(options, positive), rank * n, rank * len(target),
     )
 
@@ -192,7 +206,7 @@ def _inverse_temperature(temperature, device, dtype) -> float | torch.Tensor:
 def row_dots(a: Operand, b: Operand) -> torch.Tensor:
     """(n,) dot products of matching rows, a few MiB at a time."""
     out = torch.empty(a.rows, dtype=a.dtype, device=a.source.device)
-    step = max(1, (4 << 20) // max(1, a.width))
+    step = max(1, (1 << 18) // max(1, a.width))  # products that stay in the cache
     for start in range(0, a.rows, step):
         stop = min(start + step, a.rows)
         out[start:stop] = (a.tile(start, stop) * b.tile(start, stop)).sum(1)
@@ -218,7 +232,7 @@ def matchable(ids: torch.Tensor) -> torch.Tensor:
 def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Direction]:
     """The softmaxes of this rank's rows over the given columns; for a ring, the part of them that these columns are."""
     o, positives = problem.options, problem.positives
-    own_targets = problem.target.gathered(positives)
+    own_targets = problem.own_targets
     active = None if o.own_negatives_only is None else ~o.own_negatives_only
     scale = problem.inverse_temperature
     scale = scale + o.hardness if o.hardness_scope in ("all", "in_batch") else scale

@@ -89,10 +89,11 @@ def finish(sums: RowSums, positive_logit: torch.Tensor, smoothing: float) -> Row
 def row_factor(sums: RowSums, positive_logit: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """(n,) what turns E = exp(logit - shift) into probabilities: sigmoid(x) / total, 0 for a row without negatives.
 
-    As a quotient of sums it is exact to rounding where exp(shift - lse) would carry the error of lse itself.
+    As a quotient of sums it is exact to rounding where exp(shift - lse) would carry the error of lse itself. A row whose only
+    negatives are hard ones may have a smaller shift than E's: its E is 0, and the factor must not be infinite.
     """
     share = torch.sigmoid(sums.log_sum() - positive_logit)
-    return torch.where(sums.total > 0, share * (shift - sums.shift).exp() / sums.total, 0)
+    return torch.where(sums.total > 0, share * (shift - sums.shift).clamp(max=0).exp() / sums.total, 0)
 
 
 def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> None:
@@ -103,7 +104,11 @@ def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> 
     """
     minus = float("-inf")
     for row_ids, column_ids in block.ids:
-        logits.masked_fill_(row_ids[rows, None] == column_ids[None, :], minus)
+        # a mask that lies as the logits do: against their grain, filling takes ten times as long
+        if logits.stride(0) == 1:
+            logits.T.masked_fill_(column_ids[:, None] == row_ids[None, rows], minus)
+        else:
+            logits.masked_fill_(row_ids[rows, None] == column_ids[None, :], minus)
     if threshold is not None:
         logits.masked_fill_(logits > (threshold[rows] * block.scale)[:, None], minus)
     if dead_columns is not None:

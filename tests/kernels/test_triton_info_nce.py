@@ -101,8 +101,12 @@ def test_hard_numbers(temperature, case, path, monkeypatch):
     scale = max(1.0, 1 / temperature)
     torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=1e-6 * scale)
     assert result.d_query.isfinite().all() and result.d_target.isfinite().all()
-    torch.testing.assert_close(result.d_query.double(), q.grad, rtol=1e-3, atol=1e-5 * scale)
-    torch.testing.assert_close(result.d_target.double(), t.grad, rtol=1e-3, atol=1e-5 * scale)
+    # a logit of 3,000 has no more than three digits behind the point: eager's own error on these numbers is the measure
+    eager_q, eager_t = query.clone().requires_grad_(), target.clone().requires_grad_()
+    info_nce_reference(eager_q, eager_t, temperature=temperature).backward()
+    for got, eager, true in ((result.d_query, eager_q.grad, q.grad), (result.d_target, eager_t.grad, t.grad)):
+        allowed = 2 * (eager.double() - true).abs().max() + 1e-5 * scale
+        assert (got.double() - true).abs().max() <= allowed
     torch.testing.assert_close(result.stats.hardest_negative_cosine.double(), stats.hardest_negative_cosine.double(), rtol=1e-5, atol=1e-6)
 
 
