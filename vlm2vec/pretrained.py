@@ -1,11 +1,35 @@
-"""`VLM2Vec.from_pretrained`: which family, which files, which options."""
+"""`VLM2Vec.from_pretrained`: which family, which files, which options; and all of it without the weights."""
+
+from dataclasses import dataclass
+from typing import Any
 
 from vlm2vec import loading
 from vlm2vec.backbones import backbone_for
 
 
-def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, liger, options: dict):
-    """See `VLM2Vec.from_pretrained`."""
+@dataclass
+class Description:
+    """A model without its weights.
+
+    Attributes:
+        weights: folder or hub name of the weights: an adapter's base, else the source itself.
+        adapter: adapter_config.json of the source, None where it is no adapter.
+        settings: vlm2vec.json; for an adapter over its base's.
+        hub, weights_hub: hub options (a revision) of the source and of `weights`.
+    """
+
+    backbone: Any
+    config: Any
+    processing: Any
+    weights: str
+    adapter: dict | None
+    settings: dict
+    hub: dict
+    weights_hub: dict
+
+
+def describe(source: str, base=None, *, revision=None, options: dict | None = None) -> Description:
+    """Everything of a model but its weights: family, config and processing. See `VLM2Vec.from_pretrained`."""
     loading.check_source(source)
     hub = {"revision": revision} if revision else {}
     settings = loading.read_json(source, loading.SETTINGS, **hub) or {}
@@ -30,15 +54,8 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
     if family not in (None, backbone.name):
         raise ValueError(f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base=")
     config = backbone.config(weights, raw, **weights_hub)
-    device = loading.resolve_device(device)
-    dtype = loading.resolve_dtype(dtype, config)
-    quantization = None
-    if quantize is not None:
-        from vlm2vec.quantization import keep_layout, nf4_config
-
-        quantization = nf4_config(quantize, dtype, backbone)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
-    options = {**known, **settings.get("options", {}), **options}
+    options = {**known, **settings.get("options", {}), **(options or {})}
     processing = None
     for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
         if loading.has_processor(folder, **of):
@@ -46,13 +63,30 @@ def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, lig
             break
     if processing is None:
         raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
-    module = loading.load_module(backbone, weights, config, dtype=dtype, device=device, quantization=quantization, **weights_hub)
+    return Description(backbone, config, processing, weights, adapter, settings, hub, weights_hub)
+
+
+def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, liger, options: dict):
+    """See `VLM2Vec.from_pretrained`."""
+    found = describe(source, base, revision=revision, options=options)
+    device = loading.resolve_device(device)
+    dtype = loading.resolve_dtype(dtype, found.config)
+    quantization = None
+    if quantize is not None:
+        from vlm2vec.quantization import keep_layout, nf4_config
+
+        quantization = nf4_config(quantize, dtype, found.backbone)
+    module = loading.load_module(
+        found.backbone, found.weights, found.config, dtype=dtype, device=device, quantization=quantization, **found.weights_hub
+    )
     if quantization is not None:
         keep_layout(module)
-    model = cls(module, backbone, processing, attn=attn, source=source, prompts=settings.get("prompts"))
-    model.base_source, model.revision = weights, revision
-    if adapter is not None:
-        adapters.load(model, source, adapter, **hub)
+    model = cls(module, found.backbone, found.processing, attn=attn, source=source, prompts=found.settings.get("prompts"))
+    model.base_source, model.revision = found.weights, revision
+    if found.adapter is not None:
+        from vlm2vec import adapters
+
+        adapters.load(model, source, found.adapter, **found.hub)
     if liger:
         from vlm2vec.quantization import apply_liger
 
