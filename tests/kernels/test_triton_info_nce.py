@@ -102,7 +102,7 @@ def test_hard_numbers(temperature, case, path, monkeypatch):
     torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=1e-6 * scale)
     assert result.d_query.isfinite().all() and result.d_target.isfinite().all()
     # a logit of 3,000 is rounded by 1e-4, and a probability by as much of itself
-    rounding = 2 * torch.finfo(torch.float32).eps * float((q @ t.T).abs().max()) / temperature
+    rounding = 2 * torch.finfo(torch.float32).eps * float((q @ t.T).detach().abs().max()) / temperature
     for got, true in ((result.d_query, q.grad), (result.d_target, t.grad)):
         assert (got.double() - true).abs().max() <= rounding * true.abs().max() + 1e-5 * scale
     torch.testing.assert_close(result.stats.hardest_negative_cosine.double(), stats.hardest_negative_cosine.double(), rtol=1e-5, atol=1e-6)

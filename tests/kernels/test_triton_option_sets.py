@@ -46,6 +46,18 @@ def with_kernels(query, target, **options):
     return info_nce(query, target, backend="triton", **options)
 
 
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers two elements apart, others between them that would change the loss."""
+    between = ~tensor if tensor.dtype == torch.bool else tensor.flip(0) + 1
+    return torch.stack([tensor, between], dim=-1)[..., 0]
+
+
+def with_strided_vectors(query, target, **options):
+    vectors = {k: strided(v) for k, v in options.items() if isinstance(v, torch.Tensor) and v.dim() and not v.requires_grad and len(v) > 1}
+    assert not any(v.is_contiguous() for v in vectors.values())
+    return with_kernels(query, target, **options | vectors)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the unsafe shift of the first launch, done again
 @pytest.mark.parametrize("sets", [[(name,) for name in NAMES], random_sets(24, seed=3)], ids=["alone", "together"])
 def test_against_the_definition(sets, ways, monkeypatch):
@@ -57,3 +69,19 @@ def test_against_the_definition(sets, ways, monkeypatch):
         except Exception as error:
             raise AssertionError(f"options {names}, seed {seed}, ways {ways.taken}") from error
     assert ways.taken >= {"exp", "chunk", "fused"}
+
+
+VECTORS = ("positives", "target_ids", "query_mask", "target_mask", "own_negatives_only", "packed_hard", "weight")
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("way", range(3))
+@pytest.mark.parametrize("more", [(), ("symmetric", "normalize"), ("matryoshka",)], ids=["alone", "both", "levels"])
+def test_vectors_that_are_not_contiguous(more, way, ways, monkeypatch):
+    monkeypatch.setattr("test_options.info_nce", with_strided_vectors)
+    ways.turn = way
+    for seed, names in enumerate([*((name,) for name in VECTORS), ("query_negatives", "query_ids"), (*VECTORS, "query_negatives", "query_ids")]):
+        try:
+            agree(names + more, seed)
+        except Exception as error:
+            raise AssertionError(f"{names + more}, ways {ways.taken}") from error

@@ -1,5 +1,6 @@
 """Scratch of the Triton paths: live bytes beyond the gradients stay within the workspace."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -9,7 +10,7 @@ pytest.importorskip("triton")
 
 from contrastive_kernels.compute import compute  # noqa: E402
 from contrastive_kernels.options import InfoNCEOptions  # noqa: E402
-from contrastive_kernels.triton import levels, panel, symmetric  # noqa: E402
+from contrastive_kernels.triton import levels, panel, sides, symmetric  # noqa: E402
 from tests.kernels.paths import force  # noqa: E402
 from train.live_bytes import LiveBytes  # noqa: E402
 
@@ -53,20 +54,40 @@ def test_fused_needs_none(monkeypatch):
     assert scratch(unit(N, D), unit(M, D), workspace_mib=0.1) <= 0.1 * 2**20 + VECTORS
 
 
-def test_both_directions(monkeypatch):
-    monkeypatch.setattr(symmetric, "WORTH_A_LOOK", float("-inf"))
-    taken = []
-    joint = symmetric.joint
+def test_masked_matrices_are_copied_once(monkeypatch):
+    force(monkeypatch, "exp")
+    made, stored = [], sides.stored
+    monkeypatch.setattr(sides, "stored", lambda *args: made.append(1) or stored(*args))
+    masks = dict(query_mask=torch.arange(N) % 5 != 0, target_mask=torch.arange(M) % 7 != 0)
+    got = scratch(unit(N, D), unit(M, D), workspace_mib=0.1, **masks)  # several panels
+    assert len(made) == 2  # queries and targets
+    assert got <= 0.1 * 2**20 + VECTORS + 4 * (N + M) * D
+
+
+@pytest.mark.parametrize("mib, panels", [(0.6, 1), (0.2, 0)])  # the second has no room for the whole panel
+def test_both_directions(mib, panels, monkeypatch):
+    taken, decide, joint = [], symmetric.decide, symmetric.joint
+
+    def forced(*args):
+        plan = decide(*args)
+        way = next(way for way in plan.ways if way.path == "joint")
+        return plan if way.reason else dataclasses.replace(plan, chosen=way)
+
+    monkeypatch.setattr(symmetric, "decide", forced)
     monkeypatch.setattr(symmetric, "joint", lambda *args: taken.append(1) or joint(*args))
-    for mib in (0.6, 0.2):  # the second has no room for the whole panel
-        assert scratch(unit(N, D), unit(N, D), symmetric=True, workspace_mib=mib) <= mib * 2**20 + VECTORS
-    assert len(taken) <= 1
+    assert scratch(unit(N, D), unit(N, D), symmetric=True, workspace_mib=mib) <= mib * 2**20 + VECTORS
+    assert len(taken) == panels
 
 
 def test_levels(monkeypatch):
-    plans = []
-    plan = levels.plan
-    monkeypatch.setattr(levels, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    taken, plan, compute_levels = [], levels.plan, levels.compute
+
+    def forced(*args):
+        made = plan(*args)
+        return dataclasses.replace(made, chosen=next(way for way in made.ways if way.path == "levels"))
+
+    monkeypatch.setattr(levels, "plan", forced)
+    monkeypatch.setattr(levels, "compute", lambda *args, **kwargs: taken.append(kwargs["rows"]) or compute_levels(*args, **kwargs))
     # the gradients of a narrower level live until the levels are added up
     assert scratch(unit(N, 128), unit(M, 128), matryoshka_dims=(64, 128), workspace_mib=0.5) <= 0.5 * 2**20 + VECTORS + 4 * (N + M) * (128 + 64)
-    assert plans
+    assert len(taken) == 1 and taken[0] < N  # in panels

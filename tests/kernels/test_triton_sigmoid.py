@@ -87,6 +87,19 @@ def test_low_precision_gradients_are_no_worse_than_eager():
         assert (a.double() - right).norm() <= (b.double() - right).norm() + torch.finfo(torch.bfloat16).eps * right.norm()
 
 
+# SigLIP trains to biases near -17, where a negative's derivative is less than float16's least number; ids of -1: no pair that belongs
+# together hides the negatives; a weight of 1e5, since gradients come out in float16 too
+@pytest.mark.parametrize("bias", [-10.0, -17.0, -20.0])
+def test_float16_keeps_small_negatives(bias):
+    query, target = unit(N, D, dtype=torch.float16), unit(M, D, dtype=torch.float16)
+    options = dict(scale=3.0, bias=bias, query_ids=torch.full((N,), -1, device=DEVICE), target_ids=torch.zeros(M, dtype=torch.int64, device=DEVICE))
+    options |= dict(weight=torch.full((N,), 1e5, device=DEVICE), reduction="sum")
+    q, t = query.detach().double().requires_grad_(), target.detach().double().requires_grad_()
+    truth = torch.autograd.grad(sigmoid_loss_reference(q, t, **options), (q, t))
+    for ours, right in zip(torch.autograd.grad(sigmoid_loss(query, target, **options), (query, target)), truth):
+        assert (ours.double() - right).norm() <= 2 * torch.finfo(torch.float16).eps * right.norm()
+
+
 def test_launched_work_and_repeatability():
     n, d = 32, 32
     query, target = unit(n, d, dtype=torch.bfloat16), unit(n, d, dtype=torch.bfloat16)

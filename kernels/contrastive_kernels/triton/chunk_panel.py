@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _drop, _narrow, cdiv, on_its_device, scalar
+from contrastive_kernels.triton.common import INTERPRET, _drop, _narrow, cdiv, check_columns, on_its_device, scalar
 
 
 @triton.jit
@@ -126,6 +126,7 @@ def _masks(cos, row_scale, col_scale, positive, ids, threshold, keep):
 def chunk_reduce(cos, *, scale, smoothing=False, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None, column_offset=0, tile=None) -> RowReduction:
     """First pass over cosines (R, C) float32 (or float64): per row what the loss needs. Arguments as for `exp_panel`."""
     rows, columns = cos.shape
+    check_columns("chunk_reduce", column_offset + columns)
     made = [torch.empty(rows, dtype=cos.dtype, device=cos.device) for _ in range(5 if smoothing else 3)]
     shift, total, best, logits, count = made if smoothing else (*made, None, None)
     tile = tile or configs.CHUNK_REDUCE

@@ -15,7 +15,7 @@ import triton.language as tl
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
 
 LOG2E = 1.4426950408889634
-NEGATIVE_INFINITY = float("-inf")
+MAXIMUM_COLUMNS = 2**31 - 129  # less the 128 numbers that stand for top-k's empty slots
 
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -27,12 +27,23 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: what torch would do for its own float32 products, IEEE unless the user allowed tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    # torch 2.9 and newer; there the older switch cannot be read any more once a program has set this one
+    precision = getattr(settings, "fp32_precision", None)
+    return "tf32" if (settings.allow_tf32 if precision is None else precision == "tf32") else "ieee"
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in TRITON_DTYPE or (dtype == torch.float64 and not INTERPRET):
         raise ValueError(f"{name}: expected bfloat16, float16 or float32 for the Triton kernels, got {dtype}; use backend='torch'")
+
+
+def check_columns(name: str, columns: int) -> None:
+    """Kernels compare a column's number in 32 bits, and the greatest stand for "none"."""
+    if columns > MAXIMUM_COLUMNS:
+        raise ValueError(f"{name}: expected at most {MAXIMUM_COLUMNS} columns for the Triton kernels, got {columns}; use backend='torch' or fewer a call")
 
 
 def scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

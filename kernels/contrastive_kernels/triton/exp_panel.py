@@ -20,8 +20,8 @@ import triton.language as tl
 from contrastive_kernels.roofline import REDO_PROGRAMS
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
-    on_its_device, scalar, whole_blocks,
+    INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_columns, check_dtype,
+    dot_precision, on_its_device, scalar, whole_blocks,
 )
 
 # A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
@@ -185,7 +185,8 @@ def exp_panel(
         positive: (R,) int64, the column (counted from `column_offset`) that is left out; -1 for none.
         ids: at most two pairs ((R,), (C,)) of int64; a column that bears its row's number is dropped. A row that is to match
             nothing brings a number that no column has.
-        threshold: (R,) or (L, R) cosines above which a column is dropped. keep: (C,) bool, columns that are candidates.
+        threshold: (R,) or (L, R) cosines above which a column is dropped. keep: (C,) bool, columns that are candidates. All vectors are
+            contiguous: their pointers are taken, and no stride.
         row_max, col_sum: also reduce these.
         levels: int32 tensor of L ascending prefix widths on the device, for Matryoshka, each a multiple of the tile's block_k
             (the last may be D); None is the whole width.
@@ -193,9 +194,10 @@ def exp_panel(
         redo: (row tiles,) int32; tiles whose entry is 0 are left as they are.
         tile: a `configs.Tile` instead of the table's.
 
-    Raises: ValueError for a dtype the kernels do not take. Numerics: products and sums in float32 (float64 for float64).
+    Raises: ValueError for a dtype or a number of columns the kernels do not take. Numerics: products and sums in float32 (float64 for float64).
     """
     check_dtype("exp_panel", x.dtype)
+    check_columns("exp_panel", column_offset + len(y))
     rows, columns, width = len(x), len(y), x.shape[1]
     acc = accumulator(x.dtype)
     device = x.device

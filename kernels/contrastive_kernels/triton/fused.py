@@ -18,7 +18,7 @@ import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, _drop, _narrow, accumulator, cdiv, check_dtype, dot_precision, on_its_device, scalar,
+    INTERPRET, TRITON_DTYPE, _dot, _drop, _narrow, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, scalar,
     whole_blocks,
 )
 
@@ -131,8 +131,9 @@ def block_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep):
+def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset):
     check_dtype("fused", x.dtype)
+    check_columns("fused", column_offset + len(y))
     if x.shape[1] > MAXIMUM_WIDTH:
         raise ValueError(f"fused: expected D of at most {MAXIMUM_WIDTH}, got {x.shape[1]}; take the panels")
     if row_scale is not None and x.dtype == torch.float16:
@@ -166,7 +167,7 @@ def fused_forward(
     Raises: ValueError for a dtype or width that the kernel does not take.
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
-    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep)
+    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
     tile = tile or configs.fused(configs.architecture(device), block_d, "forward", configs.is_rich(ids, threshold, keep, row_scale))
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_c, tiles_r, device, shares) if columns else (1, 0)
@@ -198,7 +199,7 @@ def fused_backward(
     shift: (R,), at least the row's greatest logit, +inf for a row without part. factor: (R,). The rest as for `fused_forward`.
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
-    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep)
+    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
     tile = tile or configs.fused(configs.architecture(device), block_d, "backward", configs.is_rich(ids, threshold, keep, row_scale))
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_r, tiles_c, device, shares) if rows else (1, 0)

@@ -2,9 +2,9 @@
 
     y_b = h_b / max(|h_b|, eps),  h_b = hidden[index_b]          dh_b = (g_b - (g_b . y_b) y_b) / |h_b|,  0 where |h_b| < eps
 
-`index` (B,) numbers rows of the flattened hidden states and is made on the device from an attention mask (padded on either
-side) or from cu_seqlens (packed): no host sync, and no (B, L, D) buffer. Bytes: B D read, B D written (backward 2 B D read);
-the rest of the hidden states is never touched. A sequence without a token has index -1 and gives a row of zeros.
+`index` (B,) numbers rows of the flattened hidden states and is made on the device, from an attention mask padded on either side by
+one launch that reads the mask once and keeps nothing of its size: no host sync, and no (B, L, D) buffer. Bytes: B D read, B D written
+(backward 2 B D read); the rest of the hidden states is never touched. A sequence without a token has index -1 and gives zeros.
 """
 
 import torch
@@ -81,16 +81,11 @@ def _pool_bwd_kernel(
 
 
 @on_its_device
-def last_token_index(*, attention_mask=None, cu_seqlens=None) -> torch.Tensor:
+def last_token_index(attention_mask) -> torch.Tensor:
     """(B,) int64 rows of the flattened hidden states that hold each sequence's last token; -1 for a sequence without one.
 
-    Args:
-        attention_mask: (B, L) of any integer or bool type, non-zero where a token is; padding on either side.
-        cu_seqlens: (B + 1,) integers, where packed sequences begin and end.
+    attention_mask: (B, L) of any type, non-zero where a token is; padding on either side.
     """
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:].to(torch.int64)
-        return torch.where(ends > cu_seqlens[:-1], ends - 1, -1)
     rows, length = attention_mask.shape
     mask = attention_mask.view(torch.uint8) if attention_mask.dtype == torch.bool else attention_mask
     index = torch.empty(rows, dtype=torch.int64, device=mask.device)

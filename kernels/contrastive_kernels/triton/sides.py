@@ -26,9 +26,14 @@ def stored(operand: Operand, dtype: torch.dtype) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def tight(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector as the kernels read it, element after element: they take its pointer and no stride."""
+    return None if vector is None else vector.contiguous()
+
+
 def inverse(operand: Operand) -> torch.Tensor | None:
     if operand.inverse_norm is None or operand.index is None:
-        return operand.inverse_norm
+        return tight(operand.inverse_norm)
     return operand.inverse_norm[operand.index]
 
 
@@ -56,11 +61,14 @@ class Sides:
         self.views = [self._view(block, direction) for block in direction.blocks]
 
     def __call__(self, operand: Operand) -> Side:
-        return self._held.setdefault(id(operand), Side(operand, self.dtype))
+        key = id(operand)  # the direction keeps its operands alive
+        if key not in self._held:
+            self._held[key] = Side(operand, self.dtype)
+        return self._held[key]
 
     def _view(self, block, direction) -> BlockView:
         anchors, columns = self(block.anchors), self(block.columns.operand)
         return BlockView(
-            anchors.raw, columns.raw, block.scale, block.exclude, tuple(block.ids), direction.threshold, block.columns.keep,
-            block.columns.offset or 0, anchors.scale, columns.scale,
+            anchors.raw, columns.raw, block.scale, tight(block.exclude), tuple((tight(row), tight(col)) for row, col in block.ids),
+            tight(direction.threshold), tight(block.columns.keep), block.columns.offset or 0, anchors.scale, columns.scale,
         )

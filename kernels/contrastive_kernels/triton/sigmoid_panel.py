@@ -21,9 +21,10 @@ from contrastive_kernels.triton.common import (
 )
 from contrastive_kernels.triton.products import add_scaled_matmul, matmul, row_scaled
 from contrastive_kernels.triton.rows import update
-from contrastive_kernels.triton.sides import Side
+from contrastive_kernels.triton.sides import Side, tight
 
 PANEL_BYTES = 256 << 20
+FLOAT16_GAIN = 2.0**15
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _log1p(b_e):
 def _sigmoid_kernel(
     p_x, p_y, p_g, p_scale, p_bias, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_keep, p_part,
     R, C, D, stride_x, stride_y, column_offset,
-    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_ID: tl.constexpr, HAS_KEEP: tl.constexpr, STORE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_ID: tl.constexpr, HAS_KEEP: tl.constexpr, STORE: tl.constexpr, GAIN: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):
@@ -81,7 +82,7 @@ def _sigmoid_kernel(
         b_s = b_x * b_sign
         b_e = tl.exp2(-tl.abs(b_s) * 1.4426950408889634)
         b_pair = tl.maximum(b_s, 0.0) + _log1p(b_e)
-        b_g = tl.where(b_s >= 0, b_sign, b_e * b_sign) * tl.fdiv(1.0, 1.0 + b_e)
+        b_g = tl.where(b_s >= 0, b_sign, b_e * b_sign) * (1.0 / (1.0 + b_e))
         m_there = m_c
         if HAS_KEEP:
             m_there = tl.load(p_keep + o_c, mask=m_c, other=0) != 0
@@ -91,6 +92,8 @@ def _sigmoid_kernel(
         if STORE:
             b_slope += tl.sum(b_g, 1)
             b_along += tl.sum(b_g * b_cos, 1)
+            if GAIN != 1.0:
+                b_g = b_g * GAIN
             tl.store(p_g + o_r[:, None] * C + o_c[None, :], _narrow(b_g, p_g.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
     # partial results lie as (what, column tile, row)
     p_out = p_part + i_c * R + o_r
@@ -101,14 +104,15 @@ def _sigmoid_kernel(
 
 
 @on_its_device
-def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive=None, ids=None, keep=None, column_offset=0, out=None, tile=None):
+def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive=None, ids=None, keep=None, column_offset=0, out=None, gain=1.0, tile=None):
     """(3, R) sums over the columns of every pair's loss, derivative, and derivative times cosine; the last two only with `out`.
 
     Args:
         x, y: (R, D), (C, D), one dtype. scale, bias: 0-d tensors. row_scale, col_scale: (R,), (C,) inverse norms, both or neither.
         positive: (R,) int64 columns, counted from column_offset, that belong to the rows; -1 for none.
         ids: ((R,), (C,)) int64; pairs of equal ids belong together, a row that has none brings a number that no column bears.
-        keep: (C,) bool. out: (R, C) contiguous, for the derivatives, in the operands' dtype; None where only the loss is wanted.
+        keep: (C,) bool. out: (R, C) contiguous, for the derivatives times `gain`, in the operands' dtype; None where only the loss is
+            wanted. All vectors are contiguous.
     """
     check_dtype("sigmoid_panel", x.dtype)
     rows, columns, acc, device = len(x), len(y), accumulator(x.dtype), x.device
@@ -123,7 +127,7 @@ def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive
             x if positive is None else positive, row_id, col_id, x if keep is None else keep.view(torch.uint8), part,
             rows, columns, x.shape[1], x.stride(0), y.stride(0), column_offset,
             HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, HAS_ID=ids is not None, HAS_KEEP=keep is not None,
-            STORE=out is not None, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype), UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices,
+            STORE=out is not None, GAIN=gain, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype), UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices,
             **tile.constants, **tile.options,
         )
     flops = 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1]
@@ -135,6 +139,9 @@ def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
     """What `contrastive_kernels.sigmoid.add_columns` does in plain torch."""
     dtype = torch.promote_types(pairs.query.source.dtype, target.source.dtype)
     query, columns, acc = Side(pairs.query, dtype), Side(target, dtype), pairs.query.dtype
+    positives, own_ids, target_ids, keep = (tight(v) for v in (pairs.positives, pairs.ids, target_ids, target.keep))
+    # G is at most 1: float16 gets 15 bits more below it, and the factors lose them again
+    gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
     size = max(1, PANEL_BYTES // max(1, target.rows * dtype.itemsize))
     for start in range(0, pairs.query.rows, size):
         rows = slice(start, min(start + size, pairs.query.rows))
@@ -142,15 +149,15 @@ def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
         out = torch.empty(len(x), target.rows, dtype=dtype, device=x.device) if sums.differentiate else None
         made = sigmoid_panel(
             x, columns.raw, scale=pairs.scale, bias=pairs.bias, row_scale=None if query.scale is None else query.scale[rows], col_scale=columns.scale,
-            positive=None if pairs.positives is None else pairs.positives[rows], ids=None if pairs.ids is None else (pairs.ids[rows], target_ids),
-            keep=target.keep, column_offset=offset, out=out,
+            positive=None if positives is None else positives[rows], ids=None if own_ids is None else (own_ids[rows], target_ids),
+            keep=keep, column_offset=offset, out=out, gain=gain,
         )
         sums.loss[rows] += made[0]
         if out is None:
             continue
         sums.d_bias += (made[1] * weight).sum()
         sums.d_scale += (made[2] * weight).sum()
-        factor = weight * pairs.scale
+        factor = weight * pairs.scale / gain
         if sums.d_query is not None:
             update(sums.d_query[rows], x=matmul(out, columns.unit, acc), a=factor, add=True)
         if d_target is not None:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_dtype, dot_precision, on_its_device, whole_blocks,
+    INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, whole_blocks,
 )
 
 MAXIMUM_K = 128
@@ -72,17 +72,20 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
     """Scores (N, k) float32 (float64 for float64), descending, and indices (N, k) int64 of the greatest query . target.
 
     Args:
-        query, target: (N, D), (M, D), one dtype, M below 2^31 - 128. k: 1 to 128.
+        query, target: (N, D), (M, D), M below 2^31 - 128; of two dtypes, both are taken in the wider. k: 1 to 128.
         exclude: (N, E) int64 targets a query must not get; -1 pads. Where too few are left: -inf and -1.
         tile, shares: a `configs.Tile` and the number of pieces the targets are cut into, instead of the defaults.
 
-    Raises: ValueError for a dtype or k that the kernel does not take. Numerics: sums in the scores' type; of equal scores the
+    Raises: ValueError for a dtype, k or M that the kernel does not take. Numerics: sums in the scores' type; of equal scores the
     lowest index comes first; a NaN score is never among the best.
     """
-    check_dtype("topk_similarity", query.dtype)
+    dtype = torch.promote_types(query.dtype, target.dtype)
+    check_dtype("topk_similarity", dtype)
+    check_columns("target", len(target))
     if not 1 <= k <= MAXIMUM_K:
         raise ValueError(f"k: expected 1 to {MAXIMUM_K} for the Triton kernel, got {k}; use backend='torch'")
-    rows, columns, acc, device = len(query), len(target), accumulator(query.dtype), query.device
+    query, target = query.to(dtype), target.to(dtype)
+    rows, columns, acc, device = len(query), len(target), accumulator(dtype), query.device
     if not rows or not columns:
         return torch.full((rows, k), float("-inf"), dtype=acc, device=device), torch.full((rows, k), -1, device=device)
     kept = max(2, triton.next_power_of_2(k))
