@@ -10,6 +10,11 @@ from train.recipe import Recipe
 from vlm2vec import adapters
 from vlm2vec.model import VLM2Vec
 
+NO_LORA_SECTION = (
+    "is an adapter and the recipe has no `lora:` section; add one to train the adapter further, "
+    "or save a merged model (save_pretrained(folder, merge=True)) to train all weights"
+)
+
 
 def build_model(recipe: Recipe, checkpoint: Path | None = None, device=None) -> VLM2Vec:
     """Loads `recipe.model`, or a checkpoint of its run, and makes trainable what the recipe trains.
@@ -33,10 +38,7 @@ def prepare(model: VLM2Vec, recipe: Recipe) -> None:
     if recipe.lora is not None:
         _adapt(model, recipe)
     elif adapters.has_adapter(model):
-        raise ValueError(
-            f"{recipe.model} is an adapter and the recipe has no `lora:` section; add one to train the adapter further, "
-            "or save a merged model (save_pretrained(folder, merge=True)) to train all weights"
-        )
+        raise ValueError(f"{recipe.model} {NO_LORA_SECTION}")
     if recipe.freeze_vision:
         tower = model.backbone.vision_tower(model.model)
         if tower is None:

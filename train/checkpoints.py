@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -18,16 +19,39 @@ RECIPE = "recipe.yaml"
 RESULT = "train_result.json"
 INPUTS = "train_inputs.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+_STATE = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}
+_WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}
+_SHARDS = "model.safetensors.index.json"
 
 
 def complete_checkpoints(output: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first. The rename that names a folder is made when all of it is on disk."""
+    """Checkpoint folders of a run that have all their files, oldest first.
+
+    The rename that names a folder is made when all of it is on disk; files can only be lacking where something else, a
+    removal cut short or a copy, touched it.
+    """
+    return [folder for folder in _named(output) if _is_complete(folder)]
+
+
+def _named(output: str | Path) -> list[Path]:
     found = []
     for folder in Path(output).glob("checkpoint-*"):
         match = _NAME.match(folder.name)
-        if match and (folder / "trainer_state.json").is_file():
+        if match and folder.is_dir():
             found.append((int(match.group(1)), folder))
     return [folder for _, folder in sorted(found)]
+
+
+def _is_complete(folder: Path) -> bool:
+    here = {file.name for file in folder.iterdir()}
+    if not _STATE <= here or not any(name.startswith("rng_state") for name in here):
+        return False
+    if _SHARDS in here:
+        try:
+            return set(json.loads((folder / _SHARDS).read_text(encoding="utf-8"))["weight_map"].values()) <= here
+        except (ValueError, KeyError):
+            return False
+    return bool(here & _WEIGHTS)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -36,6 +60,7 @@ def publish(staged: Path, final: Path) -> None:
         if file.is_file():
             _sync_to_disk(file)
     doomed = final.with_name(f"{STAGING}-old-{final.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
     if final.exists():  # left from a run that was resumed from an earlier checkpoint
         os.replace(final, doomed)
     os.replace(staged, final)
@@ -62,11 +87,23 @@ def require_whole(checkpoint: Path) -> None:
 
 
 def rotate(output: str | Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints. A folder loses its name before its files."""
+    """Removes all but the `keep` newest checkpoints."""
     for folder in complete_checkpoints(output)[:-keep]:
-        doomed = folder.with_name(f"{STAGING}-old-{folder.name}")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        _remove(folder)
+
+
+def discard(output: str | Path) -> None:
+    """Removes every checkpoint, whole or not."""
+    for folder in _named(output):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """The folder loses its name before its files: what a kill leaves of it is no checkpoint."""
+    doomed = folder.with_name(f"{STAGING}-old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_unfinished(output: str | Path) -> None:

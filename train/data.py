@@ -58,8 +58,9 @@ class PairDataset(torch.utils.data.Dataset):
             ids = (content_id(query), content_id(target), [content_id(negative) for negative in negatives])
             sample["query"], sample["target"] = self.processing.measure(query), self.processing.measure(target)
             sample["negatives"] = [self.processing.measure(negative) for negative in negatives]
-        except (ValueError, OSError) as error:
-            message = f"{name}, row {row}: {error}"
+        except Exception as error:  # Pillow's plugins and rows of a wrong shape raise whatever comes: struct.error, EOFError, KeyError
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            message = " ".join(f"{name}, row {row}: {kind}{error}".split())
             if self.data.strict:
                 raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
             sample.update(query=self._blank(), target=self._blank(), negatives=[], error=message)
@@ -99,6 +100,15 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "errors": [s["error"] for s in samples if s["error"]],
         "rows": [(s["source"], s["row"]) for s in samples],
     }
+
+
+def longest_sample(batch: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """((source, row), tokens) of the longest sample of a collated batch."""
+    tokens, at = max((len(f["input_ids"]), at) for side in ("query", "target") for at, f in enumerate(batch[side]))
+    for negative, f in enumerate(batch["negatives"]):
+        if len(f["input_ids"]) > tokens:
+            tokens, at = len(f["input_ids"]), int(np.searchsorted(batch["hard_offsets"], negative, side="right")) - 1
+    return tuple(batch["rows"][at]), tokens
 
 
 _INDICES = ("input_ids", "visual_index")

@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     if known.ranks < 1 or not 0 < known.efficiency <= 1:
         raise ValueError(f"--ranks must be at least 1 and --efficiency in (0, 1], got {known.ranks} and {known.efficiency}")
     plan = make_plan(
-        load_recipe(known.recipe, overrides), parse_gpu(known.gpu), known.ranks, name=known.recipe, efficiency=known.efficiency
+        load_recipe(known.recipe, overrides, ranks=known.ranks), parse_gpu(known.gpu), known.ranks, name=known.recipe, efficiency=known.efficiency
     )
     sys.stdout.write(report(plan, [*overrides]))
     return 0 if plan.fits else 1

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train.recipe_checks import check
 from train.recipe_values import assign, build
 from train.reference_flags import parse_overrides
 
 MIXTURES = Path(__file__).parent / "mixtures"
-_FORMATS = ("mmeb", "page_question", "visrag", "video_to_caption", "caption_to_video", "video_question")
 
 
 @dataclass
@@ -176,73 +175,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.interleave_batch_size is None:
             self.interleave_batch_size = self.global_batch
+        if self.report_to == ["none"]:  # the reference's word for nowhere
+            self.report_to = []
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError for what cannot run, before a model is loaded."""
-        counts = ("steps", "global_batch", "interleave_batch_size", "chunk_tokens", "save_steps", "logging_steps", "keep_checkpoints")
-        for key in (*counts, "decode_threads", "chunk_rows"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
-        if self.global_batch % self.interleave_batch_size:
-            raise ValueError(
-                f"interleave_batch_size ({self.interleave_batch_size}) must divide global_batch ({self.global_batch}): "
-                "a step is made of whole blocks, each from one source"
-            )
-        if not 0 < self.loss.temperature < float("inf"):
-            raise ValueError(f"loss.temperature must be above 0, got {self.loss.temperature}; it divides the similarities (0.02 is usual)")
-        if not self.data.sources:
-            raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
-        for source in self.data.sources:
-            if source.format not in _FORMATS:
-                raise ValueError(f"source {source.name}: format {source.format!r} is none of {', '.join(_FORMATS)}")
-        if self.quantization not in (None, "nf4"):
-            raise ValueError(f'quantization must be "nf4" or left out, got {self.quantization!r}')
-        if self.quantization and self.lora is None:
-            raise ValueError("quantised weights cannot be trained in full; add a `lora:` section or drop `quantization`")
-        if self.quantization and self.distributed == "fsdp":
-            raise ValueError('four-bit weights cannot be sharded here; drop `quantization`, or train with distributed: "ddp"')
-        if self.distributed not in ("ddp", "fsdp"):
-            raise ValueError(f'distributed must be "ddp" or "fsdp", got {self.distributed!r}')
-        if self.lora is not None and (self.lora.r < 1 or not 0 <= self.lora.dropout < 1):
-            raise ValueError(f"lora.r must be at least 1 and lora.dropout in [0, 1), got {self.lora.r} and {self.lora.dropout}")
-        if self.lora is not None and self.freeze_vision and self.lora.vision:
-            raise ValueError("freeze_vision and lora.vision contradict each other: an adapted tower is trained; drop one of them")
-        longest = self.model_options.get("max_length")
-        if longest is not None and self.chunk_rows is None and self.chunk_tokens < longest:
-            raise ValueError(
-                f"chunk_tokens ({self.chunk_tokens}) is below the longest sample (model_options.max_length {longest}); "
-                "raise the one or lower the other"
-            )
-        self._check_optimizer()
-        for key in ("dtype", "autocast"):
-            value = getattr(self, key)
-            if value not in ("float32", "bfloat16", "float16", "float64") and not (key == "autocast" and value is None):
-                raise ValueError(f"{key} must be float32, bfloat16, float16 or float64, got {value!r}")
-        if self.retain not in ("all", "auto") and not (isinstance(self.retain, int) and self.retain >= 0):
-            raise ValueError(f'retain must be a number of chunks, "all" or "auto", got {self.retain!r}')
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) exceeds steps ({self.steps})")
+        """Raises ValueError for what cannot run, before a model is loaded (`train.recipe_checks`)."""
+        check(self)
 
     def check_ranks(self, ranks: int) -> None:
         """Raises ValueError for a global batch that does not make equal shares."""
         if self.global_batch % ranks:
             near = max(ranks, round(self.global_batch / ranks) * ranks)
             raise ValueError(f"global_batch ({self.global_batch}) must be divisible by the number of ranks ({ranks}); {near} is")
-
-    def _check_optimizer(self) -> None:
-        from transformers.training_args import OptimizerNames
-
-        known = [name.value for name in OptimizerNames]
-        if self.optimizer not in known:
-            near = difflib.get_close_matches(self.optimizer, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "adamw_torch, adamw_8bit and paged_adamw_8bit are usual"
-            raise ValueError(f"optimizer {self.optimizer!r} is unknown; {hint}")
-        if self.distributed == "fsdp" and any(kind in self.optimizer for kind in ("8bit", "4bit", "paged")):
-            raise ValueError(f"{self.optimizer} does not take sharded weights; choose adamw_torch, or distributed: ddp")
-        if any(kind in self.optimizer for kind in ("8bit", "paged")) and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(f"optimizer {self.optimizer} needs bitsandbytes; pip install bitsandbytes, or choose adamw_torch")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -251,8 +196,11 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] = (), *, ranks: int | None = None) -> Recipe:
     """Reads a recipe and applies `--key value` pairs (nested keys with dots: `--loss.temperature 0.05`).
+
+    Args:
+        ranks: processes that the run will have, where flags count by the process; default those of this launch.
 
     Raises:
         ValueError: for a file that is not a recipe, an unknown key (with the nearest known one), a value of the wrong
@@ -267,6 +215,6 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values, got {type(values).__name__}")
-    for key, value in parse_overrides(overrides):
+    for key, value in parse_overrides(overrides, ranks=ranks, has_lora=values.get("lora") is not None):
         assign(values, key, value)
     return build(Recipe, values, where="")

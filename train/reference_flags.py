@@ -64,18 +64,26 @@ REFUSED = {
 }
 
 
-def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+def parse_overrides(words: list[str], *, ranks: int | None = None, has_lora: bool = True) -> list[tuple[str, Any]]:
     """Recipe keys and values of a command line, in its order.
 
     `--key value`, `--key=value`, `--key` alone (true) and `--key a b c` (a list) are understood.
 
+    Args:
+        ranks: processes among which `--per_device_train_batch_size` is the share of one; default those of this launch.
+        has_lora: whether the recipe has a `lora:` section. Where it has none, `--lora` is the switch, as in the reference,
+            and `--lora_r` and its like without it are refused; after `--lora false` they say nothing, as there.
+
     Raises:
         ValueError: for a word that is no flag, or a flag of the reference that this trainer cannot follow.
     """
+    ranks = ranks if ranks is not None else int(os.environ.get("WORLD_SIZE", "1"))
     pairs: list[tuple[str, Any]] = []
     chunk_rows: list[int] = []
-    for key, values in _flags(words):
-        value = yaml.safe_load(values[0]) if len(values) == 1 else [yaml.safe_load(v) for v in values]
+    flags = [(key, values, _parsed(values)) for key, values in _flags(words)]
+    switch = [value for key, _, value in flags if key == "lora"]
+    lora = switch[-1] not in (False, None) if switch else has_lora
+    for key, values, value in flags:
         said = " ".join(values).lower()
         if key in REFUSED:
             raise ValueError(f"--{key} is not supported: {REFUSED[key]}")
@@ -84,6 +92,9 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
                 raise ValueError(f"--{key} {said} is not supported; this trainer always uses {ALWAYS[key][0]}")
         elif key in NEEDLESS:
             continue
+        elif RENAMED.get(key, "").startswith("lora.") and not lora:
+            if not switch:
+                raise ValueError(f"--{key} without --lora in a recipe without `lora:` would train all weights; add --lora, or leave it out")
         elif key == "lora":
             pairs.append((key, {} if value is True else None if value is False else value))
         elif key in ("bf16", "fp16"):
@@ -91,7 +102,7 @@ def parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
         elif key in ("gc_q_chunk_size", "gc_p_chunk_size"):
             chunk_rows.append(_whole(key, value))
         elif key == "per_device_train_batch_size":
-            pairs.append(("global_batch", _whole(key, value) * int(os.environ.get("WORLD_SIZE", "1"))))
+            pairs.append(("global_batch", _whole(key, value) * ranks))
         elif key == "subset_name":
             pairs.append(("data.sources", [{"name": name} for name in (value if isinstance(value, list) else [value])]))
         elif key == "num_sample_per_subset":
@@ -116,6 +127,10 @@ def _flags(words: list[str]) -> list[tuple[str, list[str]]]:
         else:
             flags[-1][1].append(word)
     return [(key, values or ["true"]) for key, values in flags]
+
+
+def _parsed(values: list[str]) -> Any:
+    return yaml.safe_load(values[0]) if len(values) == 1 else [yaml.safe_load(v) for v in values]
 
 
 def _whole(key: str, value: Any) -> int:

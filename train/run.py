@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 
-from train import checkpoints, sharding
+from train import checkpoints, preflight, sharding
 from train.build import build_model, trained_parameters
 from train.callbacks import Progress, StopOnInterrupt
 from train.card import model_card
 from train.data import PairDataset
 from train.inputs import changed, fingerprints
+from train.launch import idle_gpus, ranks, refuse_other_launchers
 from train.metrics import peak_memory_mib
 from train.recipe import Recipe, load_recipe
 from train.recipe_values import build
@@ -33,7 +34,8 @@ def run(argv: list[str]) -> int:
     """Exit code of `python -m train` with these arguments. Raises ValueError for what the user can mend."""
     fresh = "--fresh" in argv
     recipe = load_recipe(argv[0], [word for word in argv[1:] if word != "--fresh"])
-    recipe.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+    recipe.check_ranks(ranks())
+    refuse_other_launchers()
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
     inputs = fingerprints(recipe)
@@ -50,11 +52,14 @@ def run(argv: list[str]) -> int:
     if checkpoint is not None:
         _require_same(recipe, output, checkpoint, inputs)
         checkpoints.require_whole(checkpoint)
+    preflight.check(recipe, ranks=ranks(), resumed=checkpoint is not None)
     if is_main:
         print(recipe.to_yaml(), end="")
+        if (hint := idle_gpus()) and not recipe.cpu:
+            print(hint)
         print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
     transformers.set_seed(recipe.seed)
-    model = build_model(recipe, checkpoint)
+    model = build_model(recipe, checkpoint, device="cpu" if recipe.cpu else None)
     data = PairDataset(recipe.data, model.processing)
     _wait_for_everyone()
     if is_main:  # only now that model and data are known to be there
@@ -68,7 +73,7 @@ def run(argv: list[str]) -> int:
     weights = trained_parameters(model)
     if is_main:
         print(f"training {weights[0]:,} of {weights[1]:,} parameters", flush=True)
-    if recipe.distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if recipe.distributed == "fsdp" and ranks() > 1:
         sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None)
     interrupt = StopOnInterrupt()
     trainer = ContrastiveTrainer(recipe, model, data, [interrupt])
@@ -160,20 +165,23 @@ def _require_discardable(output: Path) -> None:
 
 
 def _discard(output: Path) -> None:
-    """Removes what an earlier run wrote into the folder, by name; whatever else is there stays."""
-    checkpoints.remove_unfinished(output)
-    for folder in checkpoints.complete_checkpoints(output):
-        shutil.rmtree(folder)
+    """Removes what an earlier run wrote into the folder, by name; whatever else is there stays.
+
+    The result file, which says that a model is whole, goes first; the inputs, by which the folder is known, last.
+    """
     try:
         published = (checkpoints.read_result(output) or {}).get("files", [])
     except ValueError:  # damaged: its run is discarded all the same
         published = []
-    for name in [*published, checkpoints.RESULT, checkpoints.RECIPE, checkpoints.INPUTS]:
+    (output / checkpoints.RESULT).unlink(missing_ok=True)
+    checkpoints.remove_unfinished(output)
+    checkpoints.discard(output)
+    for name in [*published, checkpoints.RECIPE, checkpoints.INPUTS]:
         (output / name).unlink(missing_ok=True)
 
 
 def _wait_for_everyone() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ranks() > 1:
         import accelerate
 
         accelerate.PartialState().wait_for_everyone()

@@ -15,7 +15,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from contrastive_kernels.generator_state import GeneratorState
 from train import checkpoints, sharding
-from train.data import PairDataset, collate
+from train.damage import Damage
+from train.data import PairDataset, collate, longest_sample
+from train.launch import refuse_other_launchers
 from train.metrics import StepStats
 from train.recipe import Recipe
 from train.sampler import BlockSampler
@@ -39,9 +41,8 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def __init__(self, recipe: Recipe, model: torch.nn.Module, dataset: PairDataset, callbacks: list | None = None):
         self.recipe = recipe
+        refuse_other_launchers()
         arguments = training_arguments(recipe)
-        if arguments.deepspeed:
-            raise ValueError("DeepSpeed reduces gradients on every backward, which GradCache makes many of; use DDP or FSDP2")
         if recipe.global_batch % arguments.world_size:
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
         self.sharded = sharding.is_sharded(model)
@@ -52,7 +53,9 @@ class ContrastiveTrainer(transformers.Trainer):
         self._staging: str | None = None
         self._stats = StepStats()
         self._step: ContrastiveStep | None = None
-        self._seen_rows = self._lost_rows = 0
+        self._damage = Damage()
+        self._warned_of_length = False
+        self._generators_from: str | None = None
         self._began: float | None = None
         self._seconds_before = 0.0
 
@@ -87,6 +90,15 @@ class ContrastiveTrainer(transformers.Trainer):
             prefetch_factor=(2 if recipe.global_batch // world_size <= 2048 else 1) if recipe.workers else None,
         )
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        try:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        except ValueError as error:
+            if not str(error).startswith("Caught "):
+                raise
+            # From a worker, its traceback in front.
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
     # The step
 
     def seconds(self) -> float:
@@ -98,7 +110,11 @@ class ContrastiveTrainer(transformers.Trainer):
         if self._began is None:
             self._began = time.perf_counter()
             self._seconds_before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
+        if self._generators_from is not None:
+            super()._load_rng_state(self._generators_from)
+            self._generators_from = None
         self._before, self._rows = GeneratorState.capture(), inputs["rows"]
+        self._warn_of_length(inputs)
         if self._step is None:
             self._step = ContrastiveStep(
                 self.recipe,
@@ -112,24 +128,42 @@ class ContrastiveTrainer(transformers.Trainer):
         result, lengths = self._step(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
-        self._seen_rows += len(inputs["rows"])
-        self._lost_rows += len(inputs["errors"])
-        if 2 * self._lost_rows > self._seen_rows:
-            raise ValueError(
-                f"{self._lost_rows} of the first {self._seen_rows} rows cannot be read, the last one because of: {inputs['errors'][-1]}; "
-                "look at data.root and data.images"
-            )
+        self._damage.add(
+            inputs["errors"],
+            self.recipe.global_batch,
+            device=self.args.device,
+            world_size=self.args.world_size,
+            is_last=self.state.global_step + 1 == self.recipe.steps,
+        )
         if not torch.isfinite(result.loss):
             self._stop(f"the loss is {result.loss.item()}", inputs["rows"])
         self._stats.add(result, lengths)
         return result.loss.detach().float()
 
     def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None and self.sharded:  # nothing is clipped
+            grad_norm = sharding.gradient_norm(list(model.parameters()), float("inf"))
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler expects overflows: it skips the step and lowers its scale.
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
             self._stop(f"the gradient's norm is {float(norm)}", self._rows)
         return norm
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Waits for the first step, so that what is drawn on the way there, by a loader's start, moves nothing."""
+        self._generators_from = checkpoint
+
+    def _warn_of_length(self, inputs: dict[str, Any]) -> None:
+        """Once: a sample longer than a chunk's budget is a chunk of its own, and memory must hold it."""
+        if self._warned_of_length or self.recipe.chunk_rows is not None:
+            return
+        row, tokens = longest_sample(inputs)
+        if tokens > self.recipe.chunk_tokens:
+            self._warned_of_length = True
+            logger.warning(
+                "%s, row %d has %d tokens, more than chunk_tokens (%d): such samples are chunks of their own",
+                self.recipe.data.sources[row[0]].name, row[1], tokens, self.recipe.chunk_tokens,
+            )  # fmt: skip
 
     def _clip_grad_norm(self, model):
         if self.sharded:
@@ -210,7 +244,7 @@ class ContrastiveTrainer(transformers.Trainer):
 def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
     """The library's arguments for a recipe."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=recipe.output,
         max_steps=recipe.steps,
         per_device_train_batch_size=max(1, recipe.global_batch // world_size),
@@ -234,6 +268,11 @@ def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
         use_cpu=recipe.cpu,
         dataloader_num_workers=recipe.workers,
     )
+    # One process drives one GPU. The library would spread the model over all it sees by nn.DataParallel, which cuts a packed
+    # chunk anywhere.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def failure(what: str, step: int, names: list[str], rows: list[tuple[int, int]], found: list[tuple[int, int]]) -> str:

@@ -1,9 +1,11 @@
 """Recipes: overrides, the reference's flags, and refusals that name the key and the mend."""
 
 import pytest
+import torch
 import yaml
 
 from train.recipe import load_recipe
+from train.recipe_checks import SCHEDULES
 
 BASE = {
     "model": "m",
@@ -69,6 +71,33 @@ def test_reference_command_line(recipe):
         ([], {"data": {"root": "r", "images": "i", "sources": []}}, "names no data set"),
         ([], {"data": {"root": "r", "sources": [{"name": "a"}]}}, "lacks data.images"),
         (["--warmup_steps", "11"], {}, "exceeds steps"),
+        (["--lr_schedule", "cosin"], {}, "lr_schedule 'cosin' is unknown; did you mean cosine?"),
+        (["--lr_schedule", "reduce_lr_on_plateau"], {}, "lr_schedule 'reduce_lr_on_plateau' is unknown; there are linear"),
+        (["--learning_rate", "0"], {}, "learning_rate must be above 0, got 0.0"),
+        (["--learning_rate", "-1e-5"], {}, "learning_rate must be above 0"),
+        (["--learning_rate", "nan"], {}, "learning_rate must be above 0"),
+        (["--loss.hardness", "-1"], {}, "loss.hardness must be 0 or more, got -1.0"),
+        (["--loss.label_smoothing", "1"], {}, r"loss.label_smoothing must be in \[0, 1\), got 1.0"),
+        (["--loss.matryoshka_dims", "0", "8"], {}, "loss.matryoshka_dims must list widths of at least 1"),
+        (["--media_mib", "-1"], {}, "media_mib must be 0 or more, got -1.0"),
+        (["--keep_mib", "-0.5"], {}, "keep_mib must be 0 or more"),
+        (["--retain_mib", "-1"], {}, "retain_mib must be 0 or more"),
+        (["--workers", "-1"], {}, "workers must be 0 or more, got -1"),
+        (["--weight_decay", "-0.1"], {}, "weight_decay must be 0 or more"),
+        (["--max_grad_norm", "-1"], {}, "max_grad_norm must be 0 or more"),
+        (["--warmup_steps", "-1"], {}, "warmup_steps must be 0 or more"),
+        (["--seed", "-1"], {}, "seed must be from 0"),
+        (["--data.rows", "0"], {}, "data.rows must be at least 1"),
+        ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "weight": 0}]}}, "source a: weight must be above 0, got 0.0"),
+        ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "rows": 0}]}}, "source a: rows must be at least 1"),
+        ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "from_step": 2}]}}, "the first step has no rows"),
+        (["--retain", "auto", "--cpu"], {}, "retain: auto measures free GPU memory.*give retain_mib"),
+        (["--fp16", "--distributed", "fsdp"], {}, "autocast: float16 .* choose autocast: bfloat16, or distributed: ddp"),
+        (["--fp16", "--cpu"], {}, "autocast: float16 needs a GPU"),
+        (["--fp16", "--dtype", "float16"], {}, "choose dtype: float32"),
+        (["--autocast", "float64"], {}, "autocast must be bfloat16, float16 or left out"),
+        (["--report_to", "tensorbord"], {}, "report_to: 'tensorbord' is unknown; did you mean tensorboard?"),
+        (["--optimizer", "galore_adamw"], {}, "optimizer galore_adamw needs galore_torch; pip install galore-torch, or choose adamw_torch"),
     ],
 )
 def test_refusals(recipe, overrides, changes, words):
@@ -95,3 +124,20 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_a_model_is_loaded(tmp
     monkeypatch.setenv("WORLD_SIZE", "24")
     with pytest.raises(ValueError, match=r"global_batch \(64\) must be divisible by the number of ranks \(24\); 72 is"):
         run([str(path)])
+
+
+def test_every_schedule_that_is_let_through_can_be_made(recipe):
+    from transformers import get_scheduler
+
+    for name in SCHEDULES:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = get_scheduler(recipe(lr_schedule=name).lr_schedule, optimizer, num_warmup_steps=2, num_training_steps=6)
+        for _ in range(6):
+            optimizer.step()
+            schedule.step()
+        assert 0 <= optimizer.param_groups[0]["lr"] <= 1
+
+
+def test_retain_auto_is_taken_with_a_bound(recipe):
+    assert recipe(["--retain", "auto", "--retain_mib", "64", "--cpu"]).retain == "auto"
+    assert recipe(["--retain", "auto"]).retain == "auto", "a recipe for a GPU can be read and planned anywhere"

@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
+from train.plan import main as plan_main
 from train.recipe import load_recipe
 from train.reference_flags import ALWAYS, NEEDLESS, REFUSED, RENAMED, parse_overrides
+from vlm2vec.backbones import FAMILIES, backbone_for
 
 BASE = {
     "model": "m",
@@ -45,15 +47,76 @@ def test_a_released_command_line(load, monkeypatch):
     assert recipe.workers == 8
 
 
-def test_every_name_of_the_table_is_a_key_of_the_recipe(load):
-    recipe = load("--lora --model_options.min_pixels 1")
-    for flag, key in RENAMED.items():
-        section, holder = recipe, None
-        for part in key.split("."):
-            holder, section = section, getattr(section, part, None) if not isinstance(section, dict) else section.get(part)
-        known = isinstance(holder, dict) or hasattr(holder, key.rpartition(".")[2])
-        assert known, f"--{flag} stands for {key}, which no recipe has"
+# A value for each flag that its key does not have by default.
+VALUES = {
+    "model_name": "other", "output_dir": "elsewhere", "max_steps": 7, "temperature": 0.3, "lora_r": 5, "lora_alpha": 3.0,
+    "lora_dropout": 0.25, "lora_target_modules": ["q_proj"], "image_encoder_freeze": True, "lr_scheduler_type": "cosine",
+    "dataloader_num_workers": 3, "save_total_limit": 9, "optim": "sgd", "dataset_name": "set", "dataset_split": "diverse_instruction",
+    "image_dir": "pictures", "data_basedir": "pictures", "max_len": 512, "num_crops": 16, "image_resolution": "mid",
+    "resize_min_pixels": 784, "resize_max_pixels": 7840,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", RENAMED)
+def test_a_renamed_flag_changes_its_key_and_no_other(load, flag):
+    before, recipe = load("--lora").to_dict(), load(f"--lora --{flag} {' '.join(map(str, listed(VALUES[flag])))}").to_dict()
+    changed = {key for key in flat(recipe) if flat(recipe)[key] != flat(before).get(key)}
+    assert changed == {RENAMED[flag]}
+    assert flat(recipe)[RENAMED[flag]] == VALUES[flag]
+
+
+def listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+def flat(values, where=""):
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return found
+
+
+def test_options_of_the_model_are_those_of_a_family():
+    known = set()
+    for name in FAMILIES:
+        processing = backbone_for(name).processing_class
+        known |= {*processing.shared_defaults, *processing.defaults}
+    options = {key.removeprefix("model_options.") for key in RENAMED.values() if key.startswith("model_options.")}
+    assert len(options) == 5 and options <= known
     assert not set(RENAMED) & (set(ALWAYS) | set(NEEDLESS) | set(REFUSED))
+
+
+def test_lora_is_the_switch(load, tmp_path):
+    with pytest.raises(ValueError, match="--lora_r without --lora .* would train all weights; add --lora"):
+        load("--lora_r 8")
+    assert load("--lora_r 8 --lora").lora.r == 8
+    assert load("--lora True --lora_r 8").lora.r == 8
+    assert load("--lora False --lora_r 8").lora is None, "as in the reference: the number says nothing where the switch is off"
+    assert load("--lora.r 8").lora.r == 8, "a section named in full is one"
+    path = tmp_path / "with.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"lora": {"r": 4}}))
+    assert load_recipe(path, ["--lora_r", "8"]).lora.r == 8
+    assert load_recipe(path, "--lora false --lora_r 8".split()).lora is None
+
+
+def test_a_share_of_one_process_counts_for_the_ranks_that_are_planned(load, tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    words = ["--per_device_train_batch_size", "128"]
+    assert load_recipe(path, words, ranks=8).global_batch == 1024
+    assert load_recipe(path, words).global_batch == 128
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert load_recipe(path, words).global_batch == 512
+    planned = {}
+
+    def stop(recipe, gpu, ranks, **options):
+        planned.update(batch=recipe.global_batch, ranks=ranks)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("train.plan.make_plan", stop)
+    with pytest.raises(ValueError, match="seen"):
+        plan_main([str(path), "--gpu", "h100-80", "--ranks", "8", *words])
+    assert planned == {"batch": 1024, "ranks": 8}
 
 
 @pytest.mark.parametrize(

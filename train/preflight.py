@@ -1,0 +1,195 @@
+"""A recipe against the machine, the model and the data at hand, before a weight is read: what cannot train is refused here.
+
+Costs a second or two: weights are counted over fake tensors, pictures are measured by their headers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.build import NO_LORA_SECTION, vision_is_frozen
+from train.damage import unreadable
+from train.data import PairDataset, collate, longest_sample
+from train.machine import Memory, device_memory
+from train.recipe import Recipe
+from vlm2vec.pretrained import Description, describe
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+_SAMPLED_ROWS = 256
+_SAMPLED_ROWS_DECODED = 64  # where a family has to decode a picture to know its tokens
+_ROWS_OF_A_SOURCE = 8  # fewer, and a damaged few could be all of them
+# Bytes of optimizer state for a byte of weights; for optimizers in eight bits, for a weight. Those not named keep little.
+_STATE_COPIES = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adam": 2}
+
+
+def check(recipe: Recipe, *, ranks: int = 1, resumed: bool = False) -> None:
+    """Raises ValueError for a recipe that cannot run here, with the mend.
+
+    Args:
+        ranks: processes of the run.
+        resumed: the rows were looked at when the run began.
+    """
+    on_gpu = torch.cuda.is_available() and not recipe.cpu
+    _check_machine(recipe, on_gpu)
+    model = describe(recipe.model, options=recipe.model_options)
+    if model.adapter is not None and recipe.lora is None:
+        raise ValueError(f"{recipe.model} {NO_LORA_SECTION}")
+    width = model.backbone.embedding_dim(model.config)
+    if recipe.loss.matryoshka_dims and max(recipe.loss.matryoshka_dims) > width:
+        most = max(recipe.loss.matryoshka_dims)
+        raise ValueError(f"loss.matryoshka_dims: {most} is above the {width} dimensions of {recipe.model}; leave it out")
+    check_memory(recipe, model, device_memory(on_gpu), ranks=ranks, on_gpu=on_gpu)
+    if not resumed:
+        check_rows(recipe, model.processing)
+
+
+def _check_machine(recipe: Recipe, on_gpu: bool) -> None:
+    if recipe.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("quantization: nf4 needs bitsandbytes; pip install bitsandbytes, or drop `quantization`")
+    if recipe.retain == "auto" and recipe.retain_mib is None and not on_gpu:
+        raise ValueError("retain: auto measures free GPU memory, and there is no GPU here; give retain_mib, or a number of chunks")
+    if recipe.autocast == "float16" and not on_gpu:
+        raise ValueError("autocast: float16 needs a GPU, and there is none here; choose autocast: bfloat16, or leave it out")
+
+
+# Memory
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a rank that stay for the whole run, whatever the chunks: the least that a recipe takes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def needs(recipe: Recipe, model: Description, ranks: int = 1) -> Needs:
+    """Counted on the recipe's own modules, adapter and shards included, without reading or allocating a weight."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from train.plan_model import fake_model
+
+    made = fake_model(replace(recipe, model=model.weights), FakeTensorMode())
+    shards = ranks if recipe.distributed == "fsdp" else 1
+    # `train.sharding` leaves a frozen tower whole on every rank.
+    tower = made.backbone.vision_tower(made.model).parameters() if vision_is_frozen(made) else ()
+    whole = {id(parameter) for parameter in tower}
+    weights = sum(_bytes(buffer) for buffer in made.buffers())
+    gradients = optimizer = 0
+    for parameter in made.parameters():
+        size = _bytes(parameter) // (1 if id(parameter) in whole else shards)
+        weights += size
+        if parameter.requires_grad:
+            gradients += size
+            optimizer += _state_bytes(recipe.optimizer, size, parameter.element_size())
+    return Needs(weights, gradients, optimizer)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state_bytes(optimizer: str, size: int, item: int) -> int:
+    if "paged" in optimizer:  # moves to the host where the device is full
+        return 0
+    copies = next((copies for part, copies in _STATE_COPIES.items() if part in optimizer), 0)
+    return copies * (size // item if "8bit" in optimizer else size)
+
+
+def check_memory(recipe: Recipe, model: Description, memory: Memory | None, *, ranks: int, on_gpu: bool) -> None:
+    """Raises ValueError where weights, gradients and optimizer state alone are more than the device has left.
+
+    Args:
+        memory: of the device; None where it is not known, and nothing is refused.
+    """
+    if memory is None:
+        return
+    try:
+        need = needs(recipe, model, ranks)
+    except ValueError:
+        raise
+    except Exception as error:  # of any family; a module that cannot be made without its weights may still train
+        logger.info("memory is not checked: %s cannot be counted without its weights (%r)", recipe.model, error)
+        return
+    sharers = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if need.total * sharers <= memory.free:
+        return
+    where = "the GPU" if on_gpu else "this machine"
+    among = f" for each of {sharers} ranks" if sharers > 1 else ""
+    raise ValueError(
+        f"{recipe.model} does not fit: weights {_gib(need.weights)} ({recipe.quantization or recipe.dtype}), gradients "
+        f"{_gib(need.gradients)} and {recipe.optimizer} {_gib(need.optimizer)} make {_gib(need.total)}{among} before any chunk, and "
+        f"{where} has {_gib(memory.free)} free of {_gib(memory.total)}; {_mends(recipe, ranks)}; python -m train plan shows what a recipe takes"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def _mends(recipe: Recipe, ranks: int) -> str:
+    """What would make the recipe smaller and is not done yet."""
+    found = []
+    if recipe.lora is None:
+        found.append("train an adapter (--lora)")
+    if recipe.quantization is None and recipe.distributed != "fsdp":
+        found.append("hold the base in four bits (--lora --quantization nf4, QLoRA)")
+    if recipe.distributed != "fsdp" and recipe.quantization is None:
+        found.append("shard it over several GPUs (torchrun, --distributed fsdp)")
+    elif recipe.distributed == "fsdp":
+        found.append(f"shard it over more than {ranks} GPU{'s' if ranks > 1 else ''} (torchrun --nproc-per-node)")
+    if recipe.dtype in ("float32", "float64"):
+        found.append("use --dtype bfloat16")
+    if not any(kind in recipe.optimizer for kind in ("8bit", "paged")) and recipe.distributed != "fsdp":
+        found.append("keep optimizer state in eight bits (--optimizer adamw_8bit)")
+    return ", or ".join(found) or "choose a smaller model"
+
+
+# Rows
+
+
+def check_rows(recipe: Recipe, processing: Any) -> None:
+    """Measures rows of every source, spread over it, as every rank would see them.
+
+    Raises:
+        ValueError: a sample is longer than a chunk's budget; names its row and its tokens. Or no row of a source can be read.
+            With `data.strict`, the first row that cannot be read.
+    """
+    dataset = PairDataset(recipe.data, processing)
+    most = _SAMPLED_ROWS if processing.from_headers else _SAMPLED_ROWS_DECODED
+    longest: tuple[int, str] = (0, "")
+    for source, size in enumerate(dataset.sizes):
+        name = recipe.data.sources[source].name
+        if size < 1:
+            raise ValueError(f"source {name} has no rows; leave it out of the recipe")
+        count = min(size, -(-most // len(dataset.sizes)))
+        batch = collate([dataset[source, int(row)] for row in np.linspace(0, size - 1, count).astype(int)])
+        if len(batch["errors"]) == count and count >= min(_ROWS_OF_A_SOURCE, size):
+            raise ValueError(f"source {name}: {unreadable(count, count, batch['errors'][-1])}")
+        (_, row), tokens = longest_sample(batch)
+        longest = max(longest, (tokens, f"{name}, row {row}"))
+    tokens, row = longest
+    if recipe.chunk_rows is None and tokens > recipe.chunk_tokens:
+        raise ValueError(
+            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample: {row} has {tokens} tokens; "
+            f"pass --chunk_tokens {tokens} or more, or make samples shorter by model_options (max_length, {_image_limit(processing)})"
+        )
+
+
+def _image_limit(processing: Any) -> str:
+    """The family's option that bounds the tokens of a picture."""
+    return next((name for name in ("max_pixels", "num_crops", "resolution") if name in processing.options), "max_image_pixels")
