@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import sys
@@ -154,7 +155,7 @@ def verdicts(rows: list[dict]) -> list[tuple[bool, str]]:
 
 
 def extremes() -> list[tuple[bool, str]]:
-    """Inputs that break others: every number that comes out is finite."""
+    """Inputs that break others, in one direction and in both: every number that comes out is finite."""
     from contrastive_kernels import info_nce_value_and_grad
 
     query, target = embeddings("crowded", 64, 32, torch.float32)
@@ -169,10 +170,11 @@ def extremes() -> list[tuple[bool, str]]:
     }
     out = []
     for name, (a, b, options) in cases.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            result = info_nce_value_and_grad(a.to(dtype), b.to(dtype), symmetric=True, **options)
-            good = all(bool(x.isfinite().all()) for x in (result.loss, result.d_query, result.d_target))
-            out.append((good, f"finite: {name}, {str(dtype).removeprefix('torch.')}"))
+        for dtype, symmetric in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+            result = info_nce_value_and_grad(a.to(dtype), b.to(dtype), symmetric=symmetric, return_stats=True, **options)
+            good = all(bool(x.isfinite().all()) for x in (result.loss, result.d_query, result.d_target, *vars(result.stats).values()))
+            ways = "both directions" if symmetric else "one direction"
+            out.append((good, f"finite: {name}, {str(dtype).removeprefix('torch.')}, {ways}"))
     return out
 
 

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from contrastive_kernels import both_directions, panels
+from contrastive_kernels.options import BACKENDS, one_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,16 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
 def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     """"torch" or "triton". `auto` takes the kernels on CUDA where it can, and says once why it does not.
 
-    Raises ValueError when "triton" is asked for and cannot be had.
+    Raises ValueError for another name, and when "triton" is asked for and cannot be had.
     """
+    one_of("backend", backend, BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
     reason = obstacle(dtype, device)
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f"backend='triton' cannot be had here: {reason}; use backend='auto' or 'torch'")
+        raise ValueError(f"backend: expected tensors and a machine that 'triton' takes, got an obstacle: {reason}; use backend='auto' or 'torch'")
     _log_once(reason)
     return "torch"
 

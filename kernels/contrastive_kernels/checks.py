@@ -12,11 +12,27 @@ import torch
 from contrastive_kernels.options import InfoNCEOptions
 
 
+def waits_for_device(tensor: torch.Tensor) -> bool:
+    """Whether looking at a number of this tensor makes the host wait."""
+    return tensor.is_cuda
+
+
+def may_look(tensor: torch.Tensor, validate: bool) -> bool:
+    """Whether numbers are looked at: wherever that is free, and where the caller pays for it."""
+    return validate or not waits_for_device(tensor)
+
+
+def check_tensor(name: str, value, shape: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor of shape {shape}, got {type(value).__name__}; call torch.tensor or torch.stack")
+
+
 def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = False) -> None:
     """Two (rows, D) of one width, dtype (but for autocast) and device; without rows only where `empty`."""
     for name, matrix in (("query", query), ("target", target)):
+        check_tensor(name, matrix, "(rows, D)")
         if matrix.dim() != 2:
-            raise ValueError(f"{name}: expected 2 dimensions (rows, D), got shape {tuple(matrix.shape)}")
+            raise ValueError(f"{name}: expected 2 dimensions (rows, D), got shape {tuple(matrix.shape)}; pool or flatten it first")
         if not matrix.dtype.is_floating_point:
             raise ValueError(f"{name}: expected a floating-point tensor, got {matrix.dtype}; call .float()")
         if matrix.numel() == 0 and not empty:
@@ -33,10 +49,9 @@ def check_vector(name: str, value, rows: int, dtype: torch.dtype | None, device:
     """(rows,) of `dtype` on `device`, or None; `dtype` None asks for numbers of any kind."""
     if value is None:
         return
-    if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{name}: expected a tensor of shape ({rows},), got {type(value).__name__}; call torch.tensor")
+    check_tensor(name, value, f"({rows},)")
     if tuple(value.shape) != (rows,):
-        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(value.shape)}")
+        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(value.shape)}; pass one entry a row")
     if dtype is not None and value.dtype != dtype:
         mend = ".bool()" if dtype == torch.bool else ".long()"
         nan = ", which can hold NaN" if value.dtype.is_floating_point else ""
@@ -47,15 +62,23 @@ def check_vector(name: str, value, rows: int, dtype: torch.dtype | None, device:
         raise ValueError(f"{name}: expected it on {device}, got {value.device}; move it there")
 
 
+def check_weight(value, rows: int, device: torch.device) -> None:
+    """(rows,) numbers, constant: no gradient is made for them."""
+    check_vector("weight", value, rows, None, device)
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: expected a tensor without gradient, got requires_grad=True; call .detach(), or weigh reduction='none' by it")
+
+
 def check_inputs(query, target, options: InfoNCEOptions) -> None:
     """Everything that shapes, dtypes and devices tell."""
     check_matrices(query, target)
     n, m, device, o = len(query), len(target), query.device, options
     for name, rows, dtype in (
         ("positives", n, torch.int64), ("target_ids", m, torch.int64), ("query_ids", n, torch.int64), ("query_mask", n, torch.bool),
-        ("target_mask", m, torch.bool), ("own_negatives_only", n, torch.bool), ("weight", n, None),
+        ("target_mask", m, torch.bool), ("own_negatives_only", n, torch.bool),
     ):
         check_vector(name, getattr(o, name), rows, dtype, device)
+    check_weight(o.weight, n, device)
     if o.positives is None and n > m:
         raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
     if o.matryoshka_dims is not None:
@@ -68,6 +91,7 @@ def check_inputs(query, target, options: InfoNCEOptions) -> None:
 
 def _check_hard(query: torch.Tensor, o: InfoNCEOptions) -> None:
     hard, (n, d) = o.hard_negatives, query.shape
+    check_tensor("hard_negatives", hard, f"({n}, K, {d}) or (H, {d})")
     if o.hard_offsets is None:
         if hard.dim() != 3 or hard.shape[0] != n or hard.shape[2] != d:
             raise ValueError(f"hard_negatives: expected (N, K, D) = ({n}, K, {d}), got {tuple(hard.shape)}; packed (H, D) needs hard_offsets")
@@ -75,35 +99,46 @@ def _check_hard(query: torch.Tensor, o: InfoNCEOptions) -> None:
             raise ValueError(f"hard_negatives: expected K of at least 1, got shape {tuple(hard.shape)}; pass None where there are none")
     else:
         if hard.dim() != 2 or hard.shape[1] != d:
-            raise ValueError(f"hard_negatives: expected packed (H, D) = (H, {d}) with hard_offsets, got {tuple(hard.shape)}")
+            raise ValueError(f"hard_negatives: expected packed (H, D) = (H, {d}) with hard_offsets, got {tuple(hard.shape)}; flatten them")
         check_vector("hard_offsets", o.hard_offsets, n + 1, torch.int64, query.device)
     if hard.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(f"hard_negatives: expected the queries' dtype {query.dtype}, got {hard.dtype}; cast them")
     if hard.device != query.device:
         raise ValueError(f"hard_negatives: expected them on {query.device}, got {hard.device}; move them there")
     if o.hard_ids is not None:
-        if tuple(o.hard_ids.shape) != tuple(hard.shape[:-1]):
-            raise ValueError(f"hard_ids: expected shape {tuple(hard.shape[:-1])}, got {tuple(o.hard_ids.shape)}")
+        shape = tuple(hard.shape[:-1])
+        check_tensor("hard_ids", o.hard_ids, str(shape))
+        if tuple(o.hard_ids.shape) != shape:
+            raise ValueError(f"hard_ids: expected shape {shape}, got {tuple(o.hard_ids.shape)}; pass one id a hard negative, -1 for none")
         check_vector("hard_ids", o.hard_ids.reshape(-1), o.hard_ids.numel(), torch.int64, query.device)
 
 
 def check_values(query, target, options: InfoNCEOptions) -> None:
     """What only the numbers tell. On CUDA nothing, unless validate=True."""
     o = options
-    if query.is_cuda and not o.validate:
+    if not may_look(query, o.validate):
         return
     check_index("positives", o.positives, len(target), o.ignore_index)
-    if isinstance(o.temperature, torch.Tensor) and not 0 < float(o.temperature) < float("inf"):
-        raise ValueError(f"temperature: expected a number above 0, got {float(o.temperature)}; 0.02 is usual")
-    if o.weight is not None and o.weight.dtype.is_floating_point and not bool(o.weight.isfinite().all()):
-        raise ValueError("weight: expected finite numbers, got NaN or infinity; mask such rows with ignore_index")
+    if isinstance(o.temperature, torch.Tensor):
+        check_above_zero("temperature", o.temperature, "0.02 is usual")
+    check_finite_weight(o.weight)
     if o.hard_offsets is not None:
         steps, last = o.hard_offsets.diff(), int(o.hard_offsets[-1])
         if int(o.hard_offsets[0]) != 0 or last != len(o.hard_negatives) or bool((steps < 0).any()):
             raise ValueError(
                 f"hard_offsets: expected offsets that rise from 0 to H={len(o.hard_negatives)}, got {int(o.hard_offsets[0])} to {last}"
-                f"{' with steps below 0' if bool((steps < 0).any()) else ''}"
+                f"{' with steps below 0' if bool((steps < 0).any()) else ''}; pass cumulative counts, 0 first"
             )
+
+
+def check_above_zero(name: str, value: torch.Tensor, mend: str) -> None:
+    if not 0 < float(value) < float("inf"):
+        raise ValueError(f"{name}: expected a number above 0, got {float(value)}; {mend}")
+
+
+def check_finite_weight(weight) -> None:
+    if weight is not None and weight.dtype.is_floating_point and not bool(weight.isfinite().all()):
+        raise ValueError("weight: expected finite numbers, got NaN or infinity; mask such rows with ignore_index")
 
 
 def check_index(name: str, value, rows: int, ignore_index: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from contrastive_kernels.backends import shard_passes_for
+from contrastive_kernels.checks import may_look
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import Operand
@@ -34,7 +35,7 @@ def one_level(query, target, options, wanted, workspace: int):
     from contrastive_kernels.compute import finish_gradients, reduce_directions
 
     group, rank = options.group, dist.get_rank(options.group)
-    check_equal_shards(query, target, options, group)
+    check_equal_shards(query, target, options.validate, group)
 
     def all_sum(tensor):
         dist.all_reduce(tensor, group=group)
@@ -65,9 +66,9 @@ def one_level(query, target, options, wanted, workspace: int):
     return out
 
 
-def check_equal_shards(query, target, options, group) -> None:
+def check_equal_shards(query, target, validate: bool, group) -> None:
     """Every rank must hold as many rows as every other. On CUDA only with validate=True: looking waits for the device."""
-    if query.is_cuda and not options.validate:
+    if not may_look(query, validate):
         return
     mine = torch.tensor([len(query), len(target), query.shape[1]], device=query.device)
     everyone = torch.empty(dist.get_world_size(group) * 3, dtype=mine.dtype, device=query.device)

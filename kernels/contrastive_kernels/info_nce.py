@@ -18,7 +18,6 @@ from contrastive_kernels.info_nce_op import GRADIENTS, info_nce_op, pack
 from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions
 from contrastive_kernels.stats import InfoNCEStats
 
-
 @dataclasses.dataclass(frozen=True)
 class InfoNCEResult:
     """Loss and gradients of `info_nce_value_and_grad`; gradients that were not asked for are None."""
@@ -67,17 +66,22 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
 
     Returns:
         `InfoNCEResult`; gradients are of the loss with respect to the tensors as passed, before `normalize`.
+
+    Raises:
+        ValueError: as `info_nce`, and for reduction "none" or a name in `wrt` that has no tensor.
     """
     made = InfoNCEOptions.make(options)
     if made.reduction == "none":
-        raise ValueError("reduction: value_and_grad expects 'mean' or 'sum', got 'none'; use info_nce and autograd")
+        raise ValueError("reduction: expected 'mean' or 'sum' for value_and_grad, got 'none'; use info_nce and autograd")
+    if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
+        raise ValueError(f"grad_dtype: expected a floating-point torch.dtype, got {grad_dtype!r}; torch.float32 keeps the most")
     check_inputs(query, target, made)
     existing = ["query", "target"]
     existing += ["hard_negatives"] if made.hard_negatives is not None else []
     existing += ["temperature"] if isinstance(made.temperature, torch.Tensor) else []
     for name in wrt or ():
         if name not in existing:
-            raise ValueError(f"wrt: expected names of {existing}, got {name!r}")
+            raise ValueError(f"wrt: expected names of {existing}, got {name!r}; leave wrt out for all of them")
     wanted = frozenset(existing if wrt is None else wrt)
     with torch.no_grad():
         loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), made, wanted))
@@ -86,20 +90,49 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
     return InfoNCEResult(loss=loss, stats=InfoNCEStats.unpack(sums) if made.return_stats else None, **cast)
 
 
+class _Clamp(torch.autograd.Function):
+    """clamp(x, least, most); at a bound or beyond it only the gradient that leads back passes.
+
+    torch's own clamp passes none there: an optimizer's step over a bound would end the learning of x for ever.
+    """
+
+    @staticmethod
+    def forward(ctx, x, least: float, most: float):
+        ctx.save_for_backward(x)
+        ctx.least, ctx.most = least, most
+        return x.clamp(least, most)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        outward = ((x <= ctx.least) & (grad > 0)) | ((x >= ctx.most) & (grad < 0))
+        return torch.where(outward, 0, grad), None, None
+
+
 class InfoNCELoss(torch.nn.Module):
     """`info_nce` with its options held.
 
     Args:
         temperature: start value, or the constant.
-        learnable_temperature: keep log(temperature) as a parameter, clamped to [0.001, 10] where it is used.
+        learnable_temperature: keep log(temperature) as a parameter, clamped to [0.001, 10] where it is used; beyond a bound
+            only a gradient that leads back reaches it.
         **options: the fields of `InfoNCEOptions`; those that are tensors of a batch go to `forward` instead.
+
+    Raises:
+        ValueError: options that do not fit; a learnable temperature that starts outside [0.001, 10].
     """
 
     def __init__(self, *, temperature: float = 0.02, learnable_temperature: bool = False, **options):
         super().__init__()
-        InfoNCEOptions.make({"temperature": temperature, **options})
+        InfoNCEOptions.make({"temperature": temperature, **options}, held=True)
         self.options = options
         if learnable_temperature:
+            least, most = TEMPERATURE_RANGE
+            if not least <= float(temperature) <= most:
+                raise ValueError(
+                    f"temperature: expected a start within [{least}, {most:g}] for a learnable one, got {float(temperature):g}; "
+                    "start at 0.02, or hold it constant"
+                )
             self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(temperature)))
         else:
             self.fixed_temperature = temperature
@@ -108,7 +141,7 @@ class InfoNCELoss(torch.nn.Module):
     def temperature(self):
         """The temperature in use: a float, or a 0-d tensor that carries the gradient when it is learnt."""
         if hasattr(self, "log_temperature"):
-            return self.log_temperature.exp().clamp(*TEMPERATURE_RANGE)
+            return _Clamp.apply(self.log_temperature, *map(math.log, TEMPERATURE_RANGE)).exp()
         return self.fixed_temperature
 
     def forward(self, query, target, **batch):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from contrastive_kernels.checks import check_values
 from contrastive_kernels.compute import compute
+from contrastive_kernels.cotangents import refuse_second_derivative, scaled
 from contrastive_kernels.operands import compute_dtype
 from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.stats import STAT_SUMS
@@ -139,8 +140,7 @@ def _differentiate(ctx, grad, *_):
     out = [None] * len(FIELDS)
     if grad is None:
         return tuple(out)
-    if torch.is_grad_enabled():
-        raise RuntimeError("info_nce has no second derivative: call backward without create_graph=True")
+    refuse_second_derivative("info_nce")
     if ctx.none:
         values = list(ctx.others)
         for place, tensor in zip(ctx.places, ctx.saved_tensors):
@@ -150,7 +150,7 @@ def _differentiate(ctx, grad, *_):
         given.update(reduction="sum", weight=weight, return_stats=False)
         made, wanted = _cotangent_op(*given.values()), given["wanted"]
     else:
-        made, wanted = [g * grad for g in ctx.saved_tensors], ctx.wanted
+        made, wanted = scaled(ctx.saved_tensors, grad), ctx.wanted
     for i in map(int, wanted):
         out[FIELDS.index(GRADIENTS[i])] = made[i].to(ctx.dtypes[i])
     return tuple(out)

@@ -19,6 +19,7 @@ REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("gather", "ring")
 BACKENDS = ("auto", "torch", "triton")
 TEMPERATURE_RANGE = (0.001, 10.0)
+SWITCHES = ("normalize", "query_negatives", "target_negatives", "symmetric", "return_stats", "validate")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,8 +84,11 @@ class InfoNCEOptions:
     validate: bool = False
 
     @classmethod
-    def make(cls, options: dict) -> InfoNCEOptions:
-        """Build from keyword arguments. Raises TypeError for an unknown name, ValueError for a bad value."""
+    def make(cls, options: dict, held: bool = False) -> InfoNCEOptions:
+        """Build from keyword arguments. Raises TypeError for an unknown name, ValueError for a bad value.
+
+        held: the options are those of a module, whose batches bring more: options that need another are left for then.
+        """
         known = cls.__dataclass_fields__
         for name in options:
             if name not in known:
@@ -93,57 +97,112 @@ class InfoNCEOptions:
                 raise TypeError(f"info_nce got an unexpected option {name!r}{hint}")
         made = cls(**options)
         made._check()
+        if not held:
+            made._check_needs()
         return made
 
     def _check(self) -> None:
-        for name, allowed in (
-            ("hardness_scope", SCOPES),
-            ("reduction", REDUCTIONS),
-            ("exchange", EXCHANGES),
-            ("backend", BACKENDS),
-        ):
+        for name, allowed in (("hardness_scope", SCOPES), ("reduction", REDUCTIONS), ("exchange", EXCHANGES), ("backend", BACKENDS)):
+            one_of(name, getattr(self, name), allowed)
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}; call bool()")
+        check_temperature(self.temperature)
+        for name, mend in (
+            ("mask_margin", "None turns it off"), ("mask_relative", "None turns it off"), ("hardness", "0 turns it off"),
+            ("label_smoothing", "0 turns it off"),
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        if not isinstance(self.temperature, torch.Tensor):
-            if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
-                raise ValueError(f"temperature: expected a number above 0, got {self.temperature!r}; 0.02 is usual")
-        elif self.temperature.dim() != 0:
-            raise ValueError(
-                f"temperature: expected a 0-d tensor, got shape {tuple(self.temperature.shape)}; call .squeeze()"
-            )
-        for name in ("mask_margin", "mask_relative", "hardness", "label_smoothing"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+            if not is_finite(value) and not (value is None and mend.startswith("None")):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}; {mend}")
         if self.hardness < 0:
             raise ValueError(f"hardness: expected 0 or more, got {self.hardness}; 0 turns it off")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
-        if self.workspace_mib is not None and not self.workspace_mib > 0:
-            raise ValueError(f"workspace_mib: expected MiB above 0, got {self.workspace_mib!r}; None takes the default")
-        self._check_pairs()
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}; 0.1 is usual, 0 turns it off")
+        check_workspace(self.workspace_mib)
+        self._check_matryoshka()
+        check_group(self.group, self.reduction)
 
-    def _check_pairs(self) -> None:
-        if self.hard_offsets is not None and self.hard_negatives is None:
-            raise ValueError("hard_offsets needs hard_negatives: pass the packed (H, D) negatives too")
-        if self.hard_ids is not None and self.hard_negatives is None:
-            raise ValueError("hard_ids needs hard_negatives: pass the (N, K, D) or packed (H, D) negatives too")
-        if self.hard_ids is not None and self.target_ids is None:
-            raise ValueError("hard_ids needs target_ids: ids of hard negatives are compared with the positive's id")
-        if self.matryoshka_weights is not None and self.matryoshka_dims is None:
-            raise ValueError("matryoshka_weights needs matryoshka_dims")
-        if self.matryoshka_dims is not None and not self.matryoshka_dims:
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None:
+            if weights is not None:
+                raise ValueError(f"matryoshka_weights: expected matryoshka_dims beside them, got {weights!r} alone; pass the widths too")
+            return
+        if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims):
+            raise ValueError(f"matryoshka_dims: expected a tuple of ints, got {dims!r}; call int() on each width")
+        if not dims:
             raise ValueError("matryoshka_dims: expected at least one width, got none; pass None to turn it off")
-        if self.matryoshka_weights is not None and len(self.matryoshka_weights) != len(self.matryoshka_dims):
+        if weights is None:
+            return
+        if not isinstance(weights, (tuple, list)) or not all(is_finite(weight) for weight in weights):
+            raise ValueError(f"matryoshka_weights: expected a tuple of finite numbers, got {weights!r}; 1 leaves a level as it is")
+        if len(weights) != len(dims):
+            raise ValueError(f"matryoshka_weights: expected {len(dims)} numbers, one a width, got {len(weights)}; pass 1 for levels as they are")
+
+    def _check_needs(self) -> None:
+        """Options that mean nothing without another."""
+        hard = "pass the (N, K, D) or packed (H, D) negatives too"
+        for name, needed, mend in (
+            ("hard_offsets", "hard_negatives", hard), ("hard_ids", "hard_negatives", hard),
+            ("hard_ids", "target_ids", "ids of hard negatives are compared with the positive's id: pass target_ids too"),
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{name}: expected {needed} beside it, got it alone; {mend}")
+        if self.query_ids is not None and not (self.query_negatives or self.symmetric):
             raise ValueError(
-                f"matryoshka_weights: expected {len(self.matryoshka_dims)} numbers, one a width, got {len(self.matryoshka_weights)}"
+                "query_ids: expected query_negatives or symmetric beside them, got neither, and no query is a candidate; "
+                "turn one of them on or leave query_ids out"
             )
-        if self.group is not None and self.reduction != "mean":
-            raise ValueError(
-                f"group cannot be had with reduction={self.reduction!r}: only the mean is the same on all ranks; "
-                "use reduction='mean'"
-            )
+        check_exchange(self.exchange, self.group)
 
     def replace(self, **changes) -> InfoNCEOptions:
         return dataclasses.replace(self, **changes)
+
+
+def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"{allowed[0]!r} is the default"
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}; {mend}")
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_temperature(temperature) -> None:
+    """A number above 0, or a 0-d floating-point tensor, whose value is looked at later."""
+    if not isinstance(temperature, torch.Tensor):
+        if not (is_finite(temperature) and temperature > 0):
+            raise ValueError(f"temperature: expected a number above 0, got {temperature!r}; 0.02 is usual")
+    elif temperature.dim() != 0:
+        raise ValueError(f"temperature: expected a 0-d tensor, got shape {tuple(temperature.shape)}; call .squeeze()")
+    elif not temperature.dtype.is_floating_point:
+        raise ValueError(f"temperature: expected a floating-point tensor, got {temperature.dtype}; call .float()")
+
+
+def check_workspace(workspace_mib) -> None:
+    if workspace_mib is not None and not (is_finite(workspace_mib) and workspace_mib > 0):
+        raise ValueError(f"workspace_mib: expected MiB above 0, got {workspace_mib!r}; None takes the default")
+
+
+def check_group(group, reduction: str) -> None:
+    """A process group, with a reduction that all ranks can share; or None."""
+    if group is None:
+        return
+    if not isinstance(getattr(group, "group_name", None), str):
+        raise ValueError(
+            f"group: expected a torch.distributed process group that this rank belongs to, got {group!r}; "
+            "pass torch.distributed.group.WORLD, or what new_group gave"
+        )
+    if reduction != "mean":
+        raise ValueError(
+            f"group cannot be had with reduction: expected 'mean', the only one that is the same on all ranks, got {reduction!r}; "
+            "use reduction='mean'"
+        )
+
+
+def check_exchange(exchange: str, group) -> None:
+    if exchange != "gather" and group is None:
+        raise ValueError(f"exchange: expected a group beside {exchange!r}, got group=None; pass the process group or leave exchange out")

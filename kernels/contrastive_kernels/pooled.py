@@ -15,7 +15,7 @@ def pooled_info_nce(
     Args:
         query_hidden, target_hidden: (B, L, D) padded on either side with their attention_mask (B, L), or packed (T, D) with their
             cu_seqlens (B + 1,). Each side may have its own layout.
-        **options: the fields of `InfoNCEOptions`; `normalize` is True unless it is given.
+        **options: the fields of `InfoNCEOptions`; `normalize` is True unless it is given, `validate` looks at masks and offsets too.
 
     Returns:
         As `info_nce`. Gradients reach the hidden states: (B, D) rows, put among zeros only where autograd asks for them.
@@ -27,8 +27,9 @@ def pooled_info_nce(
     rounded once more on their way.
     """
     backend = options.get("backend", "auto")
-    query_rows = last_token_rows(query_hidden, query_attention_mask, query_cu_seqlens, prefix="query_")
-    target_rows = last_token_rows(target_hidden, target_attention_mask, target_cu_seqlens, prefix="target_")
+    how = {"backend": backend, "validate": options.get("validate", False)}
+    query_rows = last_token_rows(query_hidden, query_attention_mask, query_cu_seqlens, prefix="query_", **how)
+    target_rows = last_token_rows(target_hidden, target_attention_mask, target_cu_seqlens, prefix="target_", **how)
     query = pool_rows(query_hidden, query_rows, normalize=False, backend=backend)
     target = pool_rows(target_hidden, target_rows, normalize=False, backend=backend)
     return info_nce(query, target, **{"normalize": True, **options})

@@ -10,9 +10,16 @@ from __future__ import annotations
 import torch
 
 from contrastive_kernels.backends import choose
+from contrastive_kernels.checks import check_tensor, may_look
+from contrastive_kernels.cotangents import refuse_second_derivative
+from contrastive_kernels.options import is_finite
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def last_token_rows(hidden: torch.Tensor, attention_mask=None, cu_seqlens=None, prefix: str = "") -> torch.Tensor:
+def last_token_rows(
+    hidden: torch.Tensor, attention_mask=None, cu_seqlens=None, prefix: str = "", backend: str = "auto", validate: bool = False
+) -> torch.Tensor:
     """(B,) int64 index, into `hidden` flattened to rows, of each sample's last token; -1 for a sample without one.
 
     `prefix` stands before the names of the arguments in messages. See `last_token_pool`.
@@ -20,28 +27,75 @@ def last_token_rows(hidden: torch.Tensor, attention_mask=None, cu_seqlens=None, 
     mask_name, packed_name, hidden_name = prefix + "attention_mask", prefix + "cu_seqlens", prefix + "hidden"
     if (attention_mask is None) == (cu_seqlens is None):
         given = "both" if attention_mask is not None else "neither"
-        raise ValueError(f"{hidden_name}: expected one of {mask_name} (padded) or {packed_name} (packed), got {given}")
+        raise ValueError(f"{hidden_name}: expected one of {mask_name} (padded) or {packed_name} (packed), got {given}; pass one")
+    packed = cu_seqlens is not None
+    name, other = (packed_name, cu_seqlens) if packed else (mask_name, attention_mask)
+    check_tensor(hidden_name, hidden, "(T, D)" if packed else "(B, L, D)")
+    check_tensor(name, other, "(B + 1,)" if packed else "(B, L)")
     if not hidden.dtype.is_floating_point:
         raise ValueError(f"{hidden_name}: expected a floating-point tensor, got {hidden.dtype}; call .float()")
-    other = attention_mask if cu_seqlens is None else cu_seqlens
     if other.device != hidden.device:
-        name = mask_name if cu_seqlens is None else packed_name
         raise ValueError(f"{name}: expected it on {hidden.device} with {hidden_name}, got {other.device}; move it there")
-    if cu_seqlens is not None:
+    if packed:
         if hidden.dim() != 2:
-            raise ValueError(f"{hidden_name}: expected packed (T, D) with {packed_name}, got shape {tuple(hidden.shape)}")
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
-            raise ValueError(f"{packed_name}: expected integers of shape (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+            shape = tuple(hidden.shape)
+            raise ValueError(f"{hidden_name}: expected packed (T, D) with {packed_name}, got shape {shape}; padded input takes {mask_name}")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in INTEGERS:
+            raise ValueError(
+                f"{packed_name}: expected integers of shape (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
+                "pass where samples begin and end, 0 first"
+            )
+    elif hidden.dim() != 3 or tuple(attention_mask.shape) != tuple(hidden.shape[:2]):
+        raise ValueError(
+            f"{hidden_name} and {mask_name}: expected (B, L, D) and (B, L), got {tuple(hidden.shape)} and {tuple(attention_mask.shape)}; "
+            f"packed input takes {packed_name}"
+        )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{hidden_name}: expected at least one column, got shape {tuple(hidden.shape)}; check the model's width")
+    chosen = choose(backend, hidden.dtype, hidden.device)
+    return _rows(attention_mask, cu_seqlens, hidden.shape[0], chosen, validate, name)
+
+
+@torch.library.custom_op("contrastive_kernels::last_token_rows", mutates_args=())
+def _rows(
+    attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, tokens: int, backend: str, validate: bool, name: str
+) -> torch.Tensor:
+    """`last_token_rows` of one of the two; `tokens` is T of packed input. An operator, so that numbers can be looked at."""
+    if cu_seqlens is not None:
+        if may_look(cu_seqlens, validate):
+            _check_offsets(name, cu_seqlens, tokens)
         ends = cu_seqlens[1:].to(torch.int64)
         return torch.where(ends > cu_seqlens[:-1], ends - 1, -1)
-    if hidden.dim() != 3 or tuple(attention_mask.shape) != tuple(hidden.shape[:2]):
-        raise ValueError(
-            f"expected {hidden_name} (B, L, D) and {mask_name} (B, L), got {tuple(hidden.shape)} and {tuple(attention_mask.shape)}"
-        )
+    if attention_mask.dtype.is_floating_point and may_look(attention_mask, validate):
+        # a mask that is added to logits, 0 for tokens and -inf for padding, means the contrary
+        wrong = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if len(wrong):
+            raise ValueError(f"{name}: expected 1 for tokens and 0 for padding, got {float(wrong[0])}; pass (mask == 0) of an additive one")
+    if backend == "triton":
+        from contrastive_kernels.triton.pool import last_token_index
+
+        return last_token_index(attention_mask=attention_mask)
     batch, length = attention_mask.shape
+    if not length:
+        return torch.full((batch,), -1, device=attention_mask.device)
     # the greatest position that is attended to, whichever side the padding is on
-    last = torch.where(attention_mask != 0, torch.arange(length, device=hidden.device), -1).amax(1)
-    return torch.where(last < 0, -1, torch.arange(batch, device=hidden.device) * length + last)
+    last = torch.where(attention_mask != 0, torch.arange(length, device=attention_mask.device), -1).amax(1)
+    return torch.where(last < 0, -1, torch.arange(batch, device=attention_mask.device) * length + last)
+
+
+def _check_offsets(name: str, offsets: torch.Tensor, tokens: int) -> None:
+    first, last, fall = int(offsets[0]), int(offsets[-1]), bool((offsets[1:] < offsets[:-1]).any())
+    if first != 0 or last > tokens or fall:
+        raise ValueError(
+            f"{name}: expected offsets that rise from 0 to at most T={tokens}, got {first} to {last}{' with steps below 0' if fall else ''}; "
+            "of lengths, pass the cumulative sum with 0 first"
+        )
+
+
+@_rows.register_fake
+def _(attention_mask, cu_seqlens, tokens, backend, validate, name):
+    given, count = (attention_mask, len(attention_mask)) if cu_seqlens is None else (cu_seqlens, len(cu_seqlens) - 1)
+    return given.new_empty(count, dtype=torch.int64)
 
 
 @torch.library.custom_op("contrastive_kernels::last_token_pool", mutates_args=())
@@ -52,12 +106,19 @@ def _pool(hidden: torch.Tensor, index: torch.Tensor, normalize: bool, eps: float
 
         return pool_forward(hidden, index, normalize=normalize, eps=eps)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    flat, there = hidden.reshape(-1, hidden.shape[-1]), index >= 0
-    rows = torch.where(there[:, None], flat[index.clamp(min=0)].to(wide), 0)
+    there, rows = index >= 0, _picked(hidden, index).to(wide)
     if not normalize:
         return rows.to(hidden.dtype), there.to(wide)
     norm = torch.linalg.vector_norm(rows, dim=1)
     return (rows / norm.clamp(min=eps)[:, None]).to(hidden.dtype), torch.where(norm < eps, 0, 1 / norm)
+
+
+def _picked(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, D) rows of `hidden` at `index`, zeros where it is -1, whatever the hidden states hold elsewhere."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if not len(flat):
+        return flat.new_zeros(len(index), flat.shape[1])
+    return torch.where((index >= 0)[:, None], flat[index.clamp(min=0)], 0)
 
 
 @_pool.register_fake
@@ -75,9 +136,9 @@ def _pool_backward(
         from contrastive_kernels.triton.pool import pool_backward
 
         return pool_backward(grad, hidden, index, inverse, normalize=normalize)
-    wide = grad.to(inverse.dtype) * inverse[:, None]
+    wide = torch.where((index >= 0)[:, None], grad.to(inverse.dtype) * inverse[:, None], 0)
     if normalize:
-        unit = hidden.reshape(-1, hidden.shape[-1])[index.clamp(min=0)].to(inverse.dtype) * inverse[:, None]
+        unit = _picked(hidden, index).to(inverse.dtype) * inverse[:, None]
         wide = wide - torch.linalg.vecdot(wide, unit)[:, None] * unit
     return wide.to(hidden.dtype)
 
@@ -97,33 +158,42 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     if grad is None:
         return None, None, None, None, None
+    refuse_second_derivative("last_token_pool")
     hidden, index, inverse = ctx.saved_tensors
     rows = _pool_backward(grad, hidden, index, inverse, ctx.normalize, ctx.backend)
     # rows without a token have a zero gradient and may go anywhere; an index may come twice
     whole = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).reshape(-1, hidden.shape[-1])
+    if not len(whole):
+        return whole.reshape(hidden.shape), None, None, None, None
     return whole.index_put((index.clamp(min=0),), rows, accumulate=True).reshape(hidden.shape), None, None, None, None
 
 
 _pool.register_autograd(_differentiate, setup_context=_save)
 
 
-def last_token_pool(hidden, *, attention_mask=None, cu_seqlens=None, normalize: bool = True, eps: float = 1e-12, backend: str = "auto"):
+def last_token_pool(
+    hidden, *, attention_mask=None, cu_seqlens=None, normalize: bool = True, eps: float = 1e-12, backend: str = "auto", validate: bool = False
+):
     """The last token's hidden state of each sample.
 
     Args:
         hidden: (B, L, D) padded on either side, or packed (T, D).
         attention_mask: (B, L), non-zero at real tokens; for padded input.
-        cu_seqlens: (B + 1,) int, token offsets of the samples; for packed input.
+        cu_seqlens: (B + 1,) int, token offsets of the samples, from 0 to at most T; for packed input.
         normalize: divide by the L2 norm, computed in float32 (float64 for float64), at least `eps`.
         backend: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton".
+        validate: run the checks that would wait for a GPU: offsets that do not rise from 0 to at most T, an additive mask.
 
     Returns:
-        (B, D) in hidden's dtype, differentiable; zeros for a sample without a token.
+        (B, D) in hidden's dtype, differentiable once; zeros for a sample without a token.
 
     Raises:
-        ValueError: shapes that do not fit, both or neither of attention_mask and cu_seqlens.
+        ValueError: shapes or offsets that do not fit, both or neither of attention_mask and cu_seqlens.
     """
-    return pool_rows(hidden, last_token_rows(hidden, attention_mask, cu_seqlens), normalize=normalize, eps=eps, backend=backend)
+    if not is_finite(eps) or eps <= 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps!r}; 1e-12 is the default")
+    index = last_token_rows(hidden, attention_mask, cu_seqlens, backend=backend, validate=validate)
+    return pool_rows(hidden, index, normalize=normalize, eps=eps, backend=backend)
 
 
 def pool_rows(hidden, index, *, normalize: bool, eps: float = 1e-12, backend: str = "auto"):

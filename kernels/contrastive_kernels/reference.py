@@ -14,19 +14,31 @@ from contrastive_kernels.stats import InfoNCEStats
 EPS = 1e-12
 
 
-def _normalize(x):
+def _normalize(x, eps=EPS):
     """x / max(|x|, eps); a row shorter than eps has no direction and gets no gradient."""
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > EPS, x / norm.clamp(min=EPS), (x / EPS).detach())
+    return torch.where(norm > eps, x / norm.clamp(min=eps), (x / eps).detach())
 
 
 def last_token_pool_reference(hidden, *, attention_mask=None, cu_seqlens=None, normalize=True, eps=EPS):
-    """Row by row: the last position that is attended to, or the last token of each packed sample."""
+    """Row by row: the last position that is attended to, or the last token of each packed sample; zeros where there is none."""
     if cu_seqlens is not None:
-        rows = torch.stack([hidden[end - 1] for end in cu_seqlens.tolist()[1:]])
+        ends = cu_seqlens.tolist()
+        samples = [hidden[start:end] for start, end in zip(ends, ends[1:])]
     else:
-        rows = torch.stack([h[m.nonzero()[-1, 0] if m.any() else 0] for h, m in zip(hidden, attention_mask)])
-    return F.normalize(rows, dim=-1, eps=eps) if normalize else rows
+        samples = [h[m != 0] for h, m in zip(hidden, attention_mask)]
+    rows = torch.stack([sample[-1] if len(sample) else hidden.new_zeros(hidden.shape[-1]) for sample in samples])
+    return _normalize(rows, eps) if normalize else rows
+
+
+def pooled_info_nce_reference(
+    query_hidden, target_hidden, *, query_attention_mask=None, query_cu_seqlens=None, target_attention_mask=None, target_cu_seqlens=None,
+    **options,
+):
+    """Pool, then the loss, which normalises."""
+    query = last_token_pool_reference(query_hidden, attention_mask=query_attention_mask, cu_seqlens=query_cu_seqlens, normalize=False)
+    target = last_token_pool_reference(target_hidden, attention_mask=target_attention_mask, cu_seqlens=target_cu_seqlens, normalize=False)
+    return info_nce_reference(query, target, **{"normalize": True, **options})
 
 
 def topk_similarity_reference(query, target, k, *, exclude=None):

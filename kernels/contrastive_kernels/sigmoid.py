@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from contrastive_kernels.backends import sigmoid_columns_for
-from contrastive_kernels.distributed import _all_gather, _rotate, check_equal_shards
+from contrastive_kernels.distributed import _all_gather, _rotate
 from contrastive_kernels.gemm import add_product, product_into, transposed
 from contrastive_kernels.operands import Operand, compute_dtype, project_out
 from contrastive_kernels.problem import EPS, default_positives, matchable, operand
@@ -174,9 +174,3 @@ def _ring(pairs, own: Operand, target_ids, sums, d_target, group):
         elif held[4] is not None:
             held[4] = _rotate(held[4:], group)[0]
     return held[4]
-
-
-def check_shards(query, target, group) -> None:
-    """Equal shards, as for info_nce; see `check_equal_shards`."""
-    if group is not None:
-        check_equal_shards(query, target, dataclasses.make_dataclass("Options", [("validate", bool, False)])(), group)

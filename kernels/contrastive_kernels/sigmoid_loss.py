@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 
 from contrastive_kernels import sigmoid
-from contrastive_kernels.checks import check_index, check_matrices, check_vector
+from contrastive_kernels.checks import (
+    check_above_zero, check_finite_weight, check_index, check_matrices, check_vector, check_weight, may_look,
+)  # fmt: skip
+from contrastive_kernels.cotangents import refuse_second_derivative, scaled
+from contrastive_kernels.distributed import check_equal_shards
 from contrastive_kernels.operands import compute_dtype
-from contrastive_kernels.options import EXCHANGES, REDUCTIONS
+from contrastive_kernels.options import EXCHANGES, REDUCTIONS, check_exchange, check_group, is_finite, one_of
 
 TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")
 SCHEMA = (
     "(Tensor query, Tensor target, Tensor scale, Tensor bias, "
     + ", ".join(f"Tensor? {name}" for name in TENSORS[4:])
-    + ", bool normalize, int ignore_index, str reduction, str? group, str exchange, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    + ", bool normalize, int ignore_index, str reduction, str? group, str exchange, bool validate, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _settings(normalize, ignore_index, reduction, group, exchange):
+SCALE_MEND = "SigLIP starts at 10, the exponential of its parameter"
+
+
+def _settings(normalize, ignore_index, reduction, group, exchange, validate):
     found = None if group is None else dist.distributed_c10d._resolve_process_group(group)
     return normalize, ignore_index, reduction, found, exchange
 
 
+def _check_values(query, target, scale, bias, positives, weight, ignore_index: int) -> None:
+    """What only the numbers tell."""
+    check_index("positives", positives, len(target), ignore_index)
+    check_above_zero("scale", scale, SCALE_MEND)
+    if not bool(bias.isfinite()):
+        raise ValueError(f"bias: expected a finite number, got {float(bias)}; SigLIP starts at -10")
+    check_finite_weight(weight)
+
+
 def _sigmoid(*values):
     tensors, (*settings, wanted) = values[: len(TENSORS)], values[len(TENSORS) :]
-    none, (query, target), ignore_index = settings[2] == "none", tensors[:2], settings[1]
-    if not query.is_cuda:
-        check_index("positives", tensors[4], len(target), ignore_index)
-    loss, gradients = sigmoid.compute(*tensors, _settings(*settings), () if none else tuple(map(int, wanted)))
+    made, validate, none = _settings(*settings), settings[-1], settings[2] == "none"
+    if may_look(tensors[0], validate):
+        _check_values(*tensors[:5], tensors[-1], settings[1])
+    if made[3] is not None:
+        check_equal_shards(*tensors[:2], validate, made[3])
+    loss, gradients = sigmoid.compute(*tensors, made, () if none else tuple(map(int, wanted)))
     return loss, *(loss.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -77,16 +93,15 @@ def _differentiate(ctx, grad, *_):
     out = [None] * (len(TENSORS) + len(ctx.rest))
     if grad is None:
         return tuple(out)
-    if torch.is_grad_enabled():
-        raise RuntimeError("sigmoid_loss has no second derivative: call backward without create_graph=True")
+    refuse_second_derivative("sigmoid_loss")
     if ctx.none:
         saved = iter(ctx.saved_tensors)
         tensors = [next(saved) if there else None for there in ctx.there]
         tensors[-1] = grad if tensors[-1] is None else grad * tensors[-1]
-        normalize, ignore_index, _, group, exchange, wanted = ctx.rest
-        made = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, wanted)
+        normalize, ignore_index, _, group, exchange, validate, wanted = ctx.rest
+        made = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, validate, wanted)
     else:
-        made, wanted = [g * grad for g in ctx.saved_tensors], ctx.rest[-1]
+        made, wanted = scaled(ctx.saved_tensors, grad), ctx.rest[-1]
     for i in map(int, wanted):
         out[i] = made[i].to(ctx.dtypes[i])
     return tuple(out)
@@ -95,19 +110,21 @@ def _differentiate(ctx, grad, *_):
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _number(name: str, value, like: torch.Tensor) -> torch.Tensor:
+def _number(name: str, value, like: torch.Tensor, mend: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
-            raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+            raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}; {mend}")
+        if not value.dtype.is_floating_point:
+            raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}; call .float()")
         return value.reshape(())
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number or a tensor of one element, got {value!r}")
+    if not is_finite(value):
+        raise ValueError(f"{name}: expected a finite number or a tensor of one element, got {value!r}; {mend}")
     return torch.tensor(float(value), dtype=compute_dtype(like), device="cpu" if like.device.type == "cpu" else like.device)
 
 
 def sigmoid_loss(
     query, target, *, scale, bias, normalize: bool = False, positives=None, query_ids=None, target_ids=None, ignore_index: int = -100,
-    query_mask=None, target_mask=None, weight=None, reduction: str = "mean", group=None, exchange: str = "gather",
+    query_mask=None, target_mask=None, weight=None, reduction: str = "mean", group=None, exchange: str = "gather", validate: bool = False,
 ):
     """Sum over targets, mean over queries, of -log sigmoid(z (scale q.t + bias)): SigLIP.
 
@@ -123,6 +140,7 @@ def sigmoid_loss(
         group, exchange: a process group over which the batch is sharded, equal shards, `positives` indexing the rank's own
             targets; "gather" or "ring". The loss is global; gradients are world_size times the global loss's, so that DDP's mean
             leaves those of the whole batch.
+        validate: run the checks that would wait for a GPU: ranges of positives, numbers held in tensors, equal shards.
 
     Returns:
         0-d loss, or (N,) with reduction="none", in float32 (float64 for float64 input).
@@ -138,23 +156,23 @@ def sigmoid_loss(
         check_vector(name, value, rows, torch.int64, query.device)
     for name, value, rows in (("query_mask", query_mask, n), ("target_mask", target_mask, m)):
         check_vector(name, value, rows, torch.bool, query.device)
-    check_vector("weight", weight, n, None, query.device)
+    check_weight(weight, n, query.device)
     if query_ids is not None and target_ids is None:
-        raise ValueError("query_ids needs target_ids: a pair belongs together where both are equal")
+        raise ValueError("query_ids: expected target_ids beside them, got none; a pair belongs together where both are equal: pass both")
     if query_ids is not None and positives is not None:
-        raise ValueError("query_ids cannot be had with positives: ids tell all pairs already; leave one of them out")
+        raise ValueError("query_ids and positives: expected one of them, got both, and ids tell all pairs already; leave positives out")
     if query_ids is None and positives is None and n > m:
         raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
     for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("exchange", exchange, EXCHANGES)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    if group is not None and reduction != "mean":
-        raise ValueError(f"group cannot be had with reduction={reduction!r}: only the mean is the same on all ranks; use reduction='mean'")
-    scale, bias = _number("scale", scale, query), _number("bias", bias, query)
-    sigmoid.check_shards(query, target, group)
+        one_of(name, value, allowed)
+    check_group(group, reduction)
+    check_exchange(exchange, group)
+    if not isinstance(scale, torch.Tensor) and is_finite(scale) and not scale > 0:
+        raise ValueError(f"scale: expected a number above 0, got {scale!r}; {SCALE_MEND}")
+    scale, bias = _number("scale", scale, query, SCALE_MEND), _number("bias", bias, query, "SigLIP starts at -10")
     wanted = ""
     if torch.is_grad_enabled():
         wanted = "".join(str(i) for i, x in enumerate((query, target, scale, bias)) if x.requires_grad)
     name = None if group is None else group.group_name
-    out = _op(query, target, scale, bias, positives, query_ids, target_ids, query_mask, target_mask, weight, normalize, ignore_index, reduction, name, exchange, wanted)
-    return out[0]
+    tensors = query, target, scale, bias, positives, query_ids, target_ids, query_mask, target_mask, weight
+    return _op(*tensors, normalize, ignore_index, reduction, name, exchange, validate, wanted)[0]

@@ -7,12 +7,14 @@ import math
 import torch
 
 from contrastive_kernels.backends import _log_once, choose
-from contrastive_kernels.checks import check_matrices
+from contrastive_kernels.checks import check_matrices, check_tensor, may_look
 from contrastive_kernels.operands import Operand, compute_dtype
 from contrastive_kernels.gemm import product_into
+from contrastive_kernels.options import check_workspace
 from contrastive_kernels.panels import MIB
 
 WORKSPACE_MIB = 256
+CHECKED_ROWS = 65_536  # looked at together
 PANEL_ROWS, PRODUCT_COLUMNS = 1024, 4096  # of a panel; of one product on a CPU, near the cache
 
 
@@ -104,10 +106,27 @@ def _stream(query, target, k: int, exclude, workspace: int):
     return scores, indices
 
 
+def _check_values(query, target, exclude) -> None:
+    """What only the numbers tell. A NaN is greater than nothing, and a whole tile of its row would be passed over."""
+    for name, matrix in (("query", query), ("target", target)):
+        for start in range(0, len(matrix), CHECKED_ROWS):
+            part = matrix[start : start + CHECKED_ROWS]
+            if part.numel() and not all(bool(x.isfinite()) for x in torch.aminmax(part)):
+                row = start + int((~part.isfinite()).any(1).nonzero()[0])
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity in row {row}; leave such rows out")
+    if exclude is not None and exclude.numel():
+        least, greatest = map(int, torch.aminmax(exclude))
+        if least < -1 or greatest >= len(target):
+            wrong = least if least < -1 else greatest
+            raise ValueError(f"exclude: expected indices from 0 to {len(target) - 1} or -1, got {wrong}; -1 pads")
+
+
 @torch.library.custom_op("contrastive_kernels::topk_similarity", mutates_args=())
 def _topk(
-    query: torch.Tensor, target: torch.Tensor, k: int, exclude: torch.Tensor | None, workspace: int, backend: str
+    query: torch.Tensor, target: torch.Tensor, k: int, exclude: torch.Tensor | None, workspace: int, backend: str, validate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if may_look(query, validate):
+        _check_values(query, target, exclude)
     with torch.no_grad(), torch.autocast(device_type=query.device.type, enabled=False):
         if backend == "triton":
             from contrastive_kernels.triton.topk import topk
@@ -117,12 +136,14 @@ def _topk(
 
 
 @_topk.register_fake
-def _(query, target, k, exclude, workspace, backend):
+def _(query, target, k, exclude, workspace, backend, validate):
     shape = query.shape[0], k
     return query.new_empty(shape, dtype=compute_dtype(query, target)), query.new_empty(shape, dtype=torch.int64)
 
 
-def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float | None = None, backend: str = "auto"):
+def topk_similarity(
+    query, target, k: int, *, exclude=None, workspace_mib: float | None = None, backend: str = "auto", validate: bool = False
+):
     """Scores and indices of each query's k greatest dot products with the targets.
 
     Args:
@@ -131,6 +152,7 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
         exclude: (N, E) int64 targets that a query must not get; -1 pads.
         workspace_mib: bound on scratch memory, default 256.
         backend: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton".
+        validate: run the checks that would wait for a GPU: NaN in the embeddings, the range of `exclude`.
 
     Returns:
         scores (N, k) float32 (float64 for float64 input), descending, and indices (N, k) int64; of equal scores the
@@ -140,22 +162,22 @@ def topk_similarity(query, target, k: int, *, exclude=None, workspace_mib: float
         ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
     check_matrices(query, target, empty=True)
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected 1 or more, got {k!r}")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k: expected 1 or more, got {k!r}; 1 finds the nearest alone")
     if exclude is not None:
+        check_tensor("exclude", exclude, f"({len(query)}, E)")
         if exclude.dim() != 2 or len(exclude) != len(query) or exclude.dtype != torch.int64:
             raise ValueError(f"exclude: expected int64 of shape ({len(query)}, E), got {exclude.dtype} {tuple(exclude.shape)}; -1 pads")
         if exclude.device != query.device:
             raise ValueError(f"exclude: expected it on {query.device}, got {exclude.device}; move it there")
-    if workspace_mib is not None and not workspace_mib > 0:
-        raise ValueError(f"workspace_mib: expected MiB above 0, got {workspace_mib!r}; None takes the default")
+    check_workspace(workspace_mib)
     chosen = choose(backend, query.dtype, query.device)
     if chosen == "triton":
         from contrastive_kernels.triton.topk import MAXIMUM_K
 
         if k > MAXIMUM_K:
             if backend == "triton":
-                raise ValueError(f"backend='triton' cannot be had with k={k}: the kernel keeps at most {MAXIMUM_K}; use backend='auto' or 'torch'")
+                raise ValueError(f"backend='triton' and k: expected at most {MAXIMUM_K}, which the kernel keeps, got k={k}; use backend='auto' or 'torch'")
             _log_once(f"topk_similarity with k={k}, and the kernel keeps at most {MAXIMUM_K}")
             chosen = "torch"
-    return _topk(query.detach(), target.detach(), k, exclude, int((workspace_mib or WORKSPACE_MIB) * MIB), chosen)
+    return _topk(query.detach(), target.detach(), k, exclude, int((workspace_mib or WORKSPACE_MIB) * MIB), chosen, validate)

@@ -1,12 +1,13 @@
 """What one rank of the distributed tests runs: its shard of a case, against the single-process result of the whole."""
 
+import functools
 import os
 
 import torch
 import torch.distributed as dist
 from sampling import Case, random_sets
 
-from contrastive_kernels import info_nce, info_nce_value_and_grad, sigmoid_loss
+from contrastive_kernels import checks, info_nce, info_nce_value_and_grad, sigmoid_loss
 
 PER_ROW = ("query_ids", "query_mask", "own_negatives_only", "weight")
 PER_TARGET = ("target_ids", "target_mask")
@@ -41,7 +42,7 @@ def shard_of(case, options, rank):
         out.update(hard_offsets=offsets - offsets[0], hard_negatives=options["hard_negatives"][packed], hard_ids=options["hard_ids"][packed])
         return case.query[rows], case.target[targets], out, {"hard_negatives": packed}
     if "hard_negatives" in options:
-        out["hard_negatives"] = options["hard_negatives"][rows]
+        out.update({name: options[name][rows] for name in ("hard_negatives", "hard_ids") if name in options})
     return case.query[rows], case.target[targets], out, {"hard_negatives": rows}
 
 
@@ -70,7 +71,10 @@ def compare(seed, names, exchange, rank, world, group, backend="auto"):
 
 
 def compare_all(rank, world, group, count, seed):
-    fixed = [(), ("symmetric",), ("query_negatives", "target_negatives"), ("symmetric", "positives", "target_ids", "query_ids")]
+    fixed = [
+        (), ("symmetric",), ("query_negatives", "target_negatives"), ("symmetric", "positives", "target_ids", "query_ids"),
+        ("hardness", "hard"), ("hardness_hard", "packed_hard", "symmetric"), ("hardness_in_batch", "hard_with_ids", "learnt_temperature"),
+    ]
     sets = fixed + [tuple(n for n in names if n not in ("sum", "none", "small_workspace")) for names in random_sets(count, seed)]
     for index, names in enumerate(sets):
         for exchange in ("gather", "ring"):
@@ -103,7 +107,8 @@ def sigmoid(rank, world, group):
     """Value and gradients of the sigmoid loss, positives, ids that cross ranks, masks and weights included."""
     for seed, names in enumerate([(), ("positives",), ("target_ids", "weight"), ("query_mask", "target_mask"), ("target_ids", "query_ids"), ("normalize",)]):
         case, options = whole_case(seed, names, world)
-        del options["temperature"]
+        for name in ("temperature", "symmetric", "query_negatives"):
+            options.pop(name, None)
         scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (7.0, -4.0))
         query, target, own, _ = shard_of(case, options, rank)
 
@@ -126,13 +131,23 @@ def sigmoid(rank, world, group):
 
 def refusals(rank, group):
     query, target = torch.randn(4 + rank, 8), torch.randn(8 + 2 * rank, 8)
-    for options, word in (({}, "equal shards"), ({"reduction": "sum"}, "reduction"), ({"reduction": "none"}, "reduction")):
+
+    def refused(loss, word, **options):
         try:
-            info_nce(query, target, group=group, **options)
+            loss(query, target, group=group, **options)
         except ValueError as error:
             assert word in str(error), error
         else:
             raise AssertionError(f"{options} was accepted")
+
+    losses = info_nce, functools.partial(sigmoid_loss, scale=5.0, bias=0.0)
+    for loss in losses:
+        refused(loss, "equal shards")
+        refused(loss, "reduction", reduction="sum")
+        refused(loss, "reduction", reduction="none")
+    checks.waits_for_device = lambda tensor: True  # as on a GPU
+    for loss in losses:
+        refused(loss, "equal shards", validate=True)
 
 
 def run(rank, world, path, count):

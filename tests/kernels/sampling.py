@@ -33,6 +33,9 @@ class Case:
         out = {"temperature": 0.2}
         for name in names:
             out.update(getattr(self, "_" + name)())
+        if "query_ids" in out and not (out.get("symmetric") or out.get("query_negatives")):
+            # they are refused where no query is a candidate
+            out[("symmetric", "query_negatives")[int(self.integers(0, 2))]] = True
         return out
 
     def _normalize(self):
@@ -70,6 +73,9 @@ class Case:
 
     def _hard(self):
         return {"hard_negatives": unit(self.n, 3, self.d, generator=self.generator, dtype=self.dtype)}
+
+    def _hard_with_ids(self):
+        return {**self._hard(), "hard_ids": self.integers(-1, self.m // 3, self.n, 3), **self._target_ids()}
 
     def _packed_hard(self):
         lengths = self.integers(0, 4, self.n)
@@ -132,7 +138,7 @@ class Case:
 
 
 NAMES = [name[1:] for name in vars(Case) if name.startswith("_") and not name.startswith("__")]
-CLASHES = [{"sum", "none"}, {"hardness", "hardness_in_batch", "hardness_hard"}, {"learnt_temperature", "cold"}, {"hard", "packed_hard"}]
+CLASHES = [{"sum", "none"}, {"hardness", "hardness_in_batch", "hardness_hard"}, {"learnt_temperature", "cold"}, {"hard", "packed_hard", "hard_with_ids"}]
 
 
 def compatible(names) -> bool:
