@@ -31,7 +31,7 @@ class Damage:
         self.seen += rows
         self.lost += self._summed(len(errors), device, world_size)
         if 2 * self.lost > self.seen and (is_last or self.seen >= ENOUGH_ROWS):
-            raise ValueError(unreadable(self.lost, self.seen, self._someones(world_size)))
+            raise ValueError(unreadable(self.lost, f"the first {self.seen}", self._someones(world_size)))
 
     @staticmethod
     def _summed(count: int, device: torch.device, world_size: int) -> int:
@@ -49,5 +49,5 @@ class Damage:
         return next((last for last in everyone if last is not None), None)
 
 
-def unreadable(lost: int, seen: int, last: str | None) -> str:
-    return f"{lost} of the first {seen} rows cannot be read, the last one because of: {last}; look at data.root and data.images"
+def unreadable(lost: int, seen: str, last: str | None) -> str:
+    return f"{lost} of {seen} rows cannot be read, the last one because of: {last}; look at data.root and data.images"

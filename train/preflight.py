@@ -179,7 +179,7 @@ def check_rows(recipe: Recipe, processing: Any) -> None:
         count = min(size, -(-most // len(dataset.sizes)))
         batch = collate([dataset[source, int(row)] for row in np.linspace(0, size - 1, count).astype(int)])
         if len(batch["errors"]) == count and count >= min(_ROWS_OF_A_SOURCE, size):
-            raise ValueError(f"source {name}: {unreadable(count, count, batch['errors'][-1])}")
+            raise ValueError(f"source {name}: {unreadable(count, str(count), batch['errors'][-1])}")
         (_, row), tokens = longest_sample(batch)
         longest = max(longest, (tokens, f"{name}, row {row}"))
     tokens, row = longest
