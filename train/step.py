@@ -93,8 +93,9 @@ class ContrastiveStep:
             hard = {
                 "hard_negatives": sides[2],
                 "hard_offsets": self._tensor(batch["hard_offsets"]),
-                "hard_ids": self._tensor(batch["hard_ids"]),
             }
+            if self.recipe.loss.mask_duplicates:
+                hard["hard_ids"] = self._tensor(batch["hard_ids"])
         lengths = [side.lengths for side in sides if len(side)]
         try:
             result = self.gradcache.step(
