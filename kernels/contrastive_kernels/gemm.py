@@ -97,16 +97,16 @@ class RowSum:
         self._begun: set[int] = set()
 
     def operand(self, candidates: torch.Tensor) -> torch.Tensor:
-        """B (c, width) as `add` wants it; made once where several parts of it are added."""
+        """B (c, width), or some columns of it, as `add` wants it."""
         return transposed(candidates, self.rows) if self.transposed else candidates
 
     def add(self, part: torch.Tensor, operand: torch.Tensor, columns: slice = slice(None)) -> None:
         """held[:, columns] += part (rows, c) @ B[:, columns]; calls name the same stretches of columns each time, and all of them."""
         if self.transposed:
-            add_product(self.held[columns], operand[columns], part)
+            add_product(self.held[columns], operand, part)
         else:
             first = columns.start or 0
-            self.held[:, columns].addmm_(part, operand[:, columns], beta=1 if first in self._begun else 0)
+            self.held[:, columns].addmm_(part, operand, beta=1 if first in self._begun else 0)
             self._begun.add(first)
 
     def result(self) -> torch.Tensor:

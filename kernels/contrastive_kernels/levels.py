@@ -6,22 +6,28 @@ formed from the widest level down. The normalisation's own term is the sum of W_
 
     d q_i[segment s] = sum over l >= s of ( sum_j W_l,ij t_j / (|q_i:l| |t_j:l|)  -  q_i sum_j W_l,ij cos_l,ij / |q_i:l|^2 )
 
-and W cos comes from E alone, whose logarithm is the logit (the shift is 0 here). Legend: r rows of a panel, c columns of a tile.
+and W cos comes from E alone, whose logarithm is the logit (the shift is 0 here). Elementwise work goes over stretches of columns that stay in the cache. Legend:
+r rows of a panel, c columns of a tile.
 """
 
 from __future__ import annotations
 
 import torch
 
-from contrastive_kernels import panels
-from contrastive_kernels.gemm import add_product, product_into, transposed
+from contrastive_kernels.gemm import RowSum, add_product, prefers_onednn, product_into, transposed
 from contrastive_kernels.operands import Operand, scatter_rows
-from contrastive_kernels.panels import logits_are_safe, panel_rows, tiles
-from contrastive_kernels.problem import EPS, build, directions, own_columns
+from contrastive_kernels.panels import PRODUCT_COLUMNS, TILE_COLUMNS, Tile, logits_are_safe, panel_rows, tiles
+from contrastive_kernels.problem import build, directions, own_columns
+from contrastive_kernels.scratch import scratch
 from contrastive_kernels.softmax import RowSums, finish, mask_logits, row_factor
 from contrastive_kernels.stats import row_sums
 
 APART = ("symmetric", "query_negatives", "target_negatives", "label_smoothing")
+SPARE = 1 << 20  # elements that are worked on at a time: 4 MiB, near enough for the caches of two cores
+# In place of a dropped pair's product: whatever it is multiplied by below, it stays finite and its exponential is 0.
+DROPPED = -1e25
+NOTHING = -1e10  # no logit is below it but those of dropped pairs
+LEAST_NORM, MOST_NORM, LEAST_SCALE = 1e-3, 1e6, 1e-3
 
 
 class Level:
@@ -51,15 +57,21 @@ def together(query, target, options, levels) -> list[Level] | None:
     weights = options.matryoshka_weights or (1.0,) * len(levels)
     made = sorted((Level(query, target, d, o, w) for (d, o), w in zip(levels, weights)), key=lambda level: level.dim)
     for level in made:
-        longest = max(level.query_norm.max(), level.target_norm.max())
+        inverse = torch.stack([x for norms in (level.query_norm, level.target_norm) for x in norms.aminmax()])
         # a prefix without direction has a gradient of 0 on its own side alone: one matrix for both sides cannot say so
-        if not logits_are_safe(level.problem, level.direction) or longest >= 0.999 / EPS:
+        if not logits_are_safe(level.problem, level.direction) or inverse.max() > 1 / LEAST_NORM or inverse.min() < 1 / MOST_NORM:
+            return None
+        if level.block.scale < LEAST_SCALE:
             return None
     return made
 
 
 class Sweep:
-    """Buffers of all levels and the walk over panels and tiles."""
+    """Buffers of all levels and the walk over panels and tiles.
+
+    A plane holds the exponentials of one level, a panel's rows by all columns. Pairs that are no candidates are dropped once for
+    all levels: their product is DROPPED, which stays far below every logit through the sums and scales that follow.
+    """
 
     def __init__(self, query, target, levels: list[Level], wanted: frozenset[str], workspace: int):
         first = levels[-1].problem
@@ -67,17 +79,21 @@ class Sweep:
         self.rows, self.columns, width = len(query), len(target), levels[-1].dim
         self.query = Operand(query[:, :width], self.dtype, None, first.options.query_mask)
         self.target = Operand(target[:, :width], self.dtype, None, first.options.target_mask)
-        self.parts = [tiles([level.block], panels.TILE_COLUMNS) for level in levels]
-        widest, item = self.parts[0][0].width, self.dtype.itemsize
-        held = self.columns if wanted else widest
-        row = (held * len(levels) + 4 * widest + 4 * width) * item
-        self.size = panel_rows(self.rows, row, 3 * widest * width * item, workspace)
-        self.planes = [torch.empty(self.size * held, dtype=self.dtype) for _ in levels]
-        self.raw = torch.empty(self.size * widest, dtype=self.dtype)
+        whole = self.target.plain and not prefers_onednn(self.dtype, query.device)  # products of all columns at once
+        self.tiles = tiles([levels[0].block], PRODUCT_COLUMNS if whole else TILE_COLUMNS)
+        widest, item = self.tiles[0].width, self.dtype.itemsize
+        self.stretches = [(0, self.columns)] if whole else [(tile.start, tile.stop) for tile in self.tiles]
+        held = self.columns if wanted else 0
+        row = (held * len(levels) + 2 * widest + 4 * width) * item
+        fixed = SPARE * item + (0 if whole else 3 * widest * width * item)
+        self.size = panel_rows(self.rows, row, fixed, workspace)
+        self.planes = [scratch(self.size * held, self.dtype, query.device) for _ in levels]
+        self.raw = scratch(self.size * widest, self.dtype, query.device)
+        self.spare = torch.empty(max(SPARE, self.size), dtype=self.dtype)
         edges = [0, *(level.dim for level in levels)]
         self.segments = [slice(a, b) for a, b in zip(edges, edges[1:])]
-        self.d_query = torch.zeros(self.rows, width, dtype=self.dtype) if "query" in wanted or "temperature" in wanted else None
-        self.d_target = torch.zeros(self.columns, width, dtype=self.dtype) if "target" in wanted else None
+        self.d_query = torch.empty(self.rows, width, dtype=self.dtype) if "query" in wanted or "temperature" in wanted else None
+        self.d_target = torch.empty(self.columns, width, dtype=self.dtype) if "target" in wanted else None
         # sums of W cos over each row's columns and each column's rows
         self.along_rows = [torch.zeros(self.rows, dtype=self.dtype) for _ in levels]
         self.along_columns = [torch.zeros(self.columns, dtype=self.dtype) for _ in levels]
@@ -86,63 +102,81 @@ class Sweep:
         for start in range(0, self.rows, self.size):
             stop = min(start + self.size, self.rows)
             anchors = self.query.tile(start, stop)
-            for index in range(len(self.parts[0])):
-                self.fill(index, anchors, start, stop)
+            for tile in self.tiles:
+                self.fill(tile, anchors, start, stop)
             if self.wanted:
                 self.products(anchors, start, stop)
 
-    def plane(self, which: int, index: int, start: int, stop: int) -> torch.Tensor:
-        """(c, r) exponentials of one level's tile."""
-        tile, rows = self.parts[which][index], stop - start
-        first = tile.start if self.wanted else 0
-        return self.planes[which][first * rows : (first + tile.width) * rows].view(tile.width, rows)
+    def plane(self, which: int, rows: int) -> torch.Tensor:
+        """(columns, rows) exponentials of one level."""
+        return self.planes[which][: self.columns * rows].view(self.columns, rows)
 
-    def fill(self, index: int, anchors, start: int, stop: int) -> None:
-        """Exponentials of every level's tile, and their sums."""
-        tile = self.parts[0][index]
-        raw = self.raw[: tile.width * (stop - start)].view(tile.width, stop - start)
+    def cuts(self, start: int, stop: int, rows: int):
+        """(a, b, spare (b - a, rows)) of stretches of columns that stay in the cache."""
+        size = max(1, SPARE // rows)
+        for a in range(start, stop, size):
+            b = min(a + size, stop)
+            yield a, b, self.spare[: (b - a) * rows].view(b - a, rows)
+
+    def fill(self, tile: Tile, anchors, start: int, stop: int) -> None:
+        """Logits of every level's tile, and the sums of their exponentials."""
+        rows, count = slice(start, stop), stop - start
+        raw = self.raw[: tile.width * count].view(tile.width, count)
         candidates = self.target.tile(tile.start, tile.stop)
         for which, (level, segment) in enumerate(zip(self.levels, self.segments)):
             (add_product if which else product_into)(raw, candidates[:, segment], anchors[:, segment])
-            part, block = self.plane(which, index, start, stop), self.parts[which][index]
-            torch.mul(raw, level.target_norm[tile.start : tile.stop, None], out=part)
-            part.mul_((level.query_norm[start:stop] * level.block.scale)[None, :])
-            mask_logits(part.T, block.block, slice(start, stop), level.direction.threshold, level.direction.active, block.dead)
-            sums = level.sums
-            if level.want_best:
-                sums.best[start:stop] = torch.maximum(sums.best[start:stop], part.amax(0) / level.block.scale)
-            sums.total[start:stop] += part.exp_().sum(0)
+            direction, scale = level.direction, level.block.scale
+            if which == 0:
+                mask_logits(raw.T, tile.block, rows, None, direction.active, tile.dead, DROPPED)
+            by_row, total, plane = level.query_norm[rows] * scale, level.sums.total[rows], self.plane(which, count) if self.wanted else None
+            for a, b, spare in self.cuts(tile.start, tile.stop, count):
+                logits = torch.mul(raw[a - tile.start : b - tile.start], level.target_norm[a:b, None], out=spare).mul_(by_row)
+                if direction.threshold is not None:
+                    logits.masked_fill_(logits > direction.threshold[rows] * scale, DROPPED)
+                if level.want_best:
+                    best = logits.amax(0)
+                    best = torch.where(best <= NOTHING, float("-inf"), best / scale)
+                    level.sums.best[rows] = torch.maximum(level.sums.best[rows], best)
+                total += torch.exp(logits, out=spare if plane is None else plane[a:b]).sum(0)
 
     def products(self, anchors, start: int, stop: int) -> None:
-        """Gradients of one panel of rows, widest level first."""
-        rows = slice(start, stop)
-        factors = []
-        for level in self.levels:
-            share = row_factor(level.sums.rows(rows), level.logit[rows], torch.zeros_like(level.logit[rows]))
-            factors.append(share * level.direction.weight[rows] * (level.problem.inverse_temperature * level.weight))
-        pulled = torch.zeros(self.query.width, stop - start, dtype=self.dtype)
-        across = transposed(anchors, self.parts[0][0].width) if self.d_target is not None else None
-        for index, tile in enumerate(self.parts[0]):
-            columns = slice(tile.start, tile.stop)
-            candidates = transposed(self.target.tile(tile.start, tile.stop), stop - start) if self.d_query is not None else None
-            slopes = None
-            for which in reversed(range(len(self.levels))):
-                level, factor, segment = self.levels[which], factors[which], self.segments[which]
-                part = self.plane(which, index, start, stop)
-                weighted = part.clamp(min=torch.finfo(self.dtype).tiny).log_().mul_(part)  # E times its logit, 0 where E is
-                self.along_rows[which][rows] += weighted.sum(0) * (factor / level.block.scale)
-                self.along_columns[which][columns] += weighted @ (factor / level.block.scale)
-                part.mul_((factor * level.query_norm[rows])[None, :])
-                if slopes is None:
-                    slopes = part.mul_(level.target_norm[columns, None])
-                else:
-                    slopes.addcmul_(part, level.target_norm[columns, None])
+        """Gradients of one panel of rows, widest level first; its plane becomes the sum of the levels' slopes."""
+        rows, count = slice(start, stop), stop - start
+        pulled = RowSum(count, self.query.width, anchors)
+        across = transposed(anchors, self.tiles[0].width) if self.d_target is not None else None
+        slopes = self.plane(len(self.levels) - 1, count)
+        for which in reversed(range(len(self.levels))):
+            level, segment = self.levels[which], self.segments[which]
+            factor = row_factor(level.sums.rows(rows), level.logit[rows], torch.zeros_like(level.logit[rows]))
+            factor = factor * level.direction.weight[rows] * (level.problem.inverse_temperature * level.weight)
+            for stretch in self.stretches:
+                self.add_slopes(which, slopes, factor, rows, stretch)
+                columns = slice(*stretch)
                 if self.d_query is not None:
-                    add_product(pulled[segment], candidates[segment], slopes.T)
+                    candidates = self.target.narrow(segment.start, segment.stop).tile(*stretch)
+                    pulled.add(slopes[columns].T, pulled.operand(candidates), segment)
                 if self.d_target is not None:
-                    add_product(self.d_target[columns, segment], slopes, across[segment])
+                    (add_product if start else product_into)(self.d_target[columns, segment], slopes[columns], across[segment])
         if self.d_query is not None:
-            self.d_query[rows] += pulled.T.contiguous()
+            self.d_query[rows] = pulled.result()
+
+    def add_slopes(self, which: int, slopes, factor, rows: slice, stretch: tuple[int, int]) -> None:
+        """slopes (columns, rows) += W / (|q| |t|) of one level in a stretch of columns, and the sums of W cos."""
+        level, count = self.levels[which], rows.stop - rows.start
+        widest, plane = which == len(self.levels) - 1, self.plane(which, count)
+        least = torch.finfo(self.dtype).tiny
+        by_row, per_cosine = factor * level.query_norm[rows], factor / level.block.scale
+        along_rows, along_columns = self.along_rows[which][rows], self.along_columns[which]
+        for a, b, spare in self.cuts(*stretch, count):
+            part = plane[a:b]
+            weighted = torch.clamp(part, min=least, out=spare).log_().mul_(part)  # E times its logit, 0 where E is
+            along_rows.addcmul_(weighted.sum(0), per_cosine)
+            along_columns[a:b].addmv_(weighted, per_cosine)
+            part.mul_(by_row)
+            if widest:
+                part.mul_(level.target_norm[a:b, None])
+            else:
+                slopes[a:b].addcmul_(part, level.target_norm[a:b, None])
 
 
 def compute(query, target, levels: list[Level], wanted: frozenset[str], workspace: int):
@@ -176,7 +210,8 @@ def _padded(gradient, like):
 
 def _add_positives(sweep: Sweep, results) -> None:
     """The positives' own terms, all levels of a segment at once."""
-    positives = sweep.levels[0].problem.positives
+    problem = sweep.levels[0].problem
+    positives, regular = problem.positives, problem.own_targets.index is None
     total = torch.zeros(sweep.rows, dtype=sweep.dtype)
     for which in reversed(range(len(sweep.levels))):
         level, segment = sweep.levels[which], sweep.segments[which]
@@ -186,15 +221,19 @@ def _add_positives(sweep: Sweep, results) -> None:
         sweep.along_columns[which].index_add_(0, positives, with_cosine)
         total = total + slope * level.query_norm * level.target_norm[positives]
         query, target = (side.narrow(segment.start, segment.stop) for side in (sweep.query, sweep.target))
+        target = target.every(len(target.source) // sweep.rows, sweep.rows) if regular else target.gathered(positives)
         step = max(1, (4 << 20) // query.width)
         for start in range(0, sweep.rows, step):
             rows = slice(start, min(start + step, sweep.rows))
-            index = positives[rows]
             if sweep.d_query is not None:
-                sweep.d_query[rows, segment] += target.gathered(index).tile(0, len(index)) * total[rows, None]
-            if sweep.d_target is not None:
-                piece = query.tile(rows.start, rows.stop) * total[rows, None]
-                scatter_rows(sweep.d_target[:, segment], index, piece)
+                sweep.d_query[rows, segment].addcmul_(target.tile(rows.start, rows.stop), total[rows, None])
+            if sweep.d_target is None:
+                continue
+            pulled, out = query.tile(rows.start, rows.stop), sweep.d_target[:, segment]
+            if regular:
+                problem.own_rows(out)[rows].addcmul_(pulled, total[rows, None])
+            else:
+                scatter_rows(out, positives[rows], pulled * total[rows, None])
 
 
 def _project(sweep: Sweep) -> None:

@@ -96,13 +96,12 @@ def row_factor(sums: RowSums, positive_logit: torch.Tensor, shift: torch.Tensor)
     return torch.where(sums.total > 0, share * (shift - sums.shift).clamp(max=0).exp() / sums.total, 0)
 
 
-def mask_logits(logits, block, rows: slice, threshold, active, dead_columns) -> None:
-    """Set to -inf, in place, what is no negative of rows `rows`. `logits` (r, C) is scale * cos.
+def mask_logits(logits, block, rows: slice, threshold, active, dead_columns, minus: float = float("-inf")) -> None:
+    """Set to `minus`, in place, what is no negative of rows `rows`. `logits` (r, C) is scale * cos.
 
     `dead_columns` are the indices where `block.columns.keep` is False, known beforehand where that needs no wait for a GPU:
     a few columns are cheaper to fill than a whole mask is to apply.
     """
-    minus = float("-inf")
     for row_ids, column_ids in block.ids:
         # a mask that lies as the logits do: against their grain, filling takes ten times as long
         if logits.stride(0) == 1:
