@@ -6,7 +6,10 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels.triton import configs, work  # noqa: E402
+from contrastive_kernels.triton.chunk_panel import chunk_reduce  # noqa: E402
+from contrastive_kernels.triton.common import dot_precision  # noqa: E402
 from contrastive_kernels.triton.exp_panel import exp_panel  # noqa: E402
+from contrastive_kernels.triton.fused import fused_backward, fused_forward  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = configs.Tile(32, 32, 32, 4, 1, 2)
@@ -150,6 +153,31 @@ def test_launched_work_is_what_the_loss_needs():
         x, y = unit(64, 64, torch.bfloat16), unit(128, 64, torch.bfloat16)
         exp_panel(x, y, scale=1.0, shift=torch.zeros(64, device=DEVICE), tile=SMALL)
     assert launches[0].flops == 2 * 64 * 128 * 64 and launches[0].grid == 8
+
+
+@pytest.mark.parametrize("offset, columns", [(0, 1 << 31), ((1 << 31) - 130, 2)])
+def test_columns_beyond_32_bits_are_refused(offset, columns):
+    x, shift = torch.zeros(1, 4, device=DEVICE), torch.zeros(1, device=DEVICE)
+    y, cos = x.expand(columns, 4), torch.zeros(1, 1, device=DEVICE).expand(1, columns)
+    for run in (
+        lambda: exp_panel(x, y, scale=1.0, shift=shift, column_offset=offset), lambda: fused_forward(x, y, scale=1.0, column_offset=offset),
+        lambda: fused_backward(x, y, scale=1.0, shift=shift, factor=shift, column_offset=offset),
+        lambda: chunk_reduce(cos, scale=1.0, column_offset=offset),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="at most 2147483519 columns .* fewer a call"):
+            run()
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_float32_products_follow_the_setting_of_torch(setting, monkeypatch):
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has the older switch alone")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting  # from here on torch refuses to say what the older switch is
+        assert dot_precision(torch.float32) == setting and dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_refuses_integers():

@@ -11,6 +11,8 @@ from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write  # 
 from contrastive_kernels.triton.exp_panel import exp_panel  # noqa: E402
 from contrastive_kernels.triton.fused import fused_backward, fused_forward  # noqa: E402
 from contrastive_kernels.triton.pool import pool_backward, pool_forward  # noqa: E402
+from contrastive_kernels.triton.sigmoid_panel import sigmoid_panel  # noqa: E402
+from contrastive_kernels.triton.symmetric import combine  # noqa: E402
 from contrastive_kernels.triton.topk import topk  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is not sparse; bench/gpu_gate.py has its own check")
@@ -35,8 +37,8 @@ def far(tmp_path):
 
 def equal(function, *matrices, **arguments):
     """The same from far rows as from near ones."""
-    theirs = function(*matrices, **arguments)
-    ours = function(*(m.clone(memory_format=torch.contiguous_format) for m in matrices), **arguments)
+    near = [m.clone(memory_format=torch.contiguous_format) for m in matrices]
+    theirs, ours = function(*matrices, **arguments), function(*near, **arguments)
     for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (theirs, ours))):
         assert a.isfinite().all() and torch.equal(a, b)
 
@@ -53,6 +55,42 @@ def test_products_and_panels(far):
     out = far(torch.full((ROWS, WIDTH), float("nan")))[None, :, :ROWS]
     assert torch.equal(exponentials(x, y, out)[0], exponentials(x.clone(), y.clone())[0]) and torch.equal(out[0], exponentials(x, y)[0])
     equal(lambda x, y: topk(x, y, 2, tile=tile), x, y)
+
+
+def test_prefixes(far):
+    x, y, tile = far(), far(), configs.Tile(16, 16, 8, 4, 1)
+    scales, levels = dict(row_scale=torch.rand(2, ROWS), col_scale=torch.rand(2, ROWS)), torch.tensor([8, 16], dtype=torch.int32)
+
+    def exponentials(x, y, out=None):
+        panel = exp_panel(x, y, scale=1.0, shift=torch.zeros(2, len(x)), out=out, row_max=True, tile=tile, levels=levels, **scales)
+        return panel.e, panel.row_sum, panel.row_max
+
+    equal(exponentials, x, y)
+    near = exponentials(x.clone(), y.clone())[0]
+    out = far(torch.full((ROWS, WIDTH), float("nan"))).view(2, 2, WIDTH)[:, :, :ROWS]  # two levels of two rows
+    scales["row_scale"] = scales["row_scale"][:, 2:].contiguous()
+    exponentials(x[2:], y, out)
+    assert torch.equal(out, near[:, 2:])
+
+
+def test_sigmoid(far):
+    x, y, number, tile = far(), far(), torch.tensor(1.0), configs.Tile(16, 16, 16, 4, 1)
+
+    def pairs(x, y):
+        out = torch.full((ROWS, ROWS), float("nan"))
+        return sigmoid_panel(x, y, scale=number, bias=number, out=out, tile=tile), out
+
+    equal(pairs, x, y)
+
+
+def test_both_directions_factors(far):
+    f, h = torch.rand(ROWS), torch.rand(WIDTH)
+
+    def both(e):
+        combine(e, f, h)
+        return e.clone()
+
+    equal(both, far())
 
 
 def test_passes_over_logits(far):

@@ -38,7 +38,6 @@ def ways(monkeypatch):
     monkeypatch.setattr(sweep, "plan_for", taking(sweep.plan_for))
     monkeypatch.setattr(symmetric, "decide", taking(symmetric.decide))
     monkeypatch.setattr(levels, "plan", taking(levels.plan))
-    monkeypatch.setattr(symmetric, "WORTH_A_LOOK", float("-inf"))
     return Ways
 
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels import info_nce_value_and_grad, last_token_pool, sigmoid, sigmoid_loss, topk_similarity  # noqa: E402
-from contrastive_kernels.triton import sigmoid_panel, symmetric  # noqa: E402
+from contrastive_kernels.triton import pool, sigmoid_panel, topk  # noqa: E402
 from tests.kernels.paths import PATHS, force  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter; bench/gpu_gate.py repeats on a GPU")
@@ -61,7 +61,6 @@ def test_info_nce(name, path, monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(symmetric=True, normalize=True), dict(matryoshka_dims=(64, 80))])
 def test_one_panel_for_both_directions_and_one_sweep_for_levels(options, monkeypatch):
-    monkeypatch.setattr(symmetric, "WORTH_A_LOOK", float("-inf"))
     query, target, temperature = unit(N, 80), unit(N, 80), torch.tensor(0.05)
     got = twice(lambda: info_nce_value_and_grad(query, target, temperature=temperature, backend="triton", **options))
     truth = info_nce_value_and_grad(query.double(), target.double(), temperature=temperature.double(), backend="torch", **options)
@@ -78,3 +77,15 @@ def test_the_others(monkeypatch):
     hidden = torch.randn(3, 4, 10, requires_grad=True)
     pooled = last_token_pool(hidden, attention_mask=torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), backend="triton")
     assert pooled.isfinite().all() and torch.autograd.grad(pooled.sum(), hidden)[0].isfinite().all()
+
+
+def test_search_and_pooling_repeat_bit_by_bit():
+    query, target = torch.randint(-2, 3, (5, 20)).to(torch.bfloat16), torch.randint(-2, 3, (200, 20)).to(torch.bfloat16)  # full of ties
+    hidden, index, cotangent = unit(12, 33), torch.tensor([3, 3, 0, -1, 11]), unit(5, 33)
+
+    def run():
+        pooled, inverse = pool.pool_forward(hidden, index)
+        return *topk.topk(query, target, 7, shares=3), pooled, inverse, pool.pool_backward(cotangent, hidden, index, inverse)
+
+    for first, second in zip(run(), run()):
+        assert torch.equal(first, second) and not first.isnan().any()

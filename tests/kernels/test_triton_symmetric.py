@@ -1,5 +1,7 @@
 """Both directions from one panel: value and gradients of the dense reference, what keeps a problem from it, launched work."""
 
+import types
+
 import pytest
 import torch
 
@@ -33,7 +35,6 @@ def joint_only(monkeypatch):
         return dispatch.Plan(way, plan.ways, plan.title, plan.limit) if not way.reason else plan
 
     monkeypatch.setattr(symmetric, "decide", forced)
-    monkeypatch.setattr(symmetric, "WORTH_A_LOOK", float("-inf"))
     monkeypatch.setattr(symmetric, "joint", lambda *args: taken.append(1) or joint(*args))
     return taken
 
@@ -97,13 +98,34 @@ def test_two_sweeps_where_pairs_differ(options, reason, joint_only):
 
 
 @interpreted
-# 1/80: exponents of one shift would leave the normal numbers; 3: rows longer than 1 do the same at any temperature
-@pytest.mark.parametrize("temperature, length", [(1 / 80, 1.0), (0.05, 3.0)])
-def test_two_sweeps_where_one_shift_is_unsafe(temperature, length, joint_only):
+# 1/80: exponents of one shift would leave the normal numbers; 5: rows longer than 1 do the same at any temperature; 3: not yet
+@pytest.mark.parametrize("temperature, length, safe", [(1 / 80, 1.0, False), (0.05, 5.0, False), (0.05, 3.0, True)])
+def test_two_sweeps_where_one_shift_is_unsafe(temperature, length, safe, joint_only):
     query, target = unit(N, D).detach() * length, unit(N, D).detach()
     got = info_nce_value_and_grad(query, target, symmetric=True, temperature=temperature, backend="triton")
     torch.testing.assert_close(got.d_query, info_nce_value_and_grad(query, target, symmetric=True, temperature=temperature, backend="torch").d_query, **TIGHT)
-    assert bool(joint_only) == (length * 1.01 / temperature <= symmetric.LARGEST_LOGIT)
+    assert bool(joint_only) == safe
+
+
+@pytest.mark.parametrize("inverse_norm, temperature, validate, expected", [
+    (torch.ones(2), 20.0, False, 20.2), (torch.ones(2), torch.tensor(20.0), False, float("inf")), (None, 20.0, False, float("inf")),
+    (None, 20.0, True, 101.0), (torch.ones(2), torch.tensor(20.0), True, 20.2),
+])  # fmt: skip
+def test_a_gpu_is_not_waited_for_unasked(inverse_norm, temperature, validate, expected):
+    rows = torch.tensor([[0.6, 0.8], [1.0, 2.0]])  # the longest is sqrt(5)
+    side = types.SimpleNamespace(source=rows, inverse_norm=inverse_norm)
+    options = types.SimpleNamespace(hardness=0.0, hardness_scope="all", validate=validate)
+    problem = types.SimpleNamespace(options=options, inverse_temperature=temperature, query=side, target=side, device=torch.device("cuda"), dtype=torch.float32)
+    assert symmetric.largest_logit(problem) == pytest.approx(expected)
+
+
+@interpreted
+def test_gradcheck(joint_only):
+    query, target = unit(3, 3), unit(3, 3)
+    temperature, hard = torch.tensor(0.5, dtype=TRUTH, requires_grad=True), unit(3, 1, 3)
+    options = dict(symmetric=True, backend="triton", target_ids=torch.tensor([0, 1, 0]))
+    assert torch.autograd.gradcheck(lambda q, t, c, h: info_nce(q, t, temperature=c, hard_negatives=h, **options), (query, target, temperature, hard))
+    assert joint_only
 
 
 @pytest.mark.parametrize("wrt", [("query", "target"), ("query",), ()])
@@ -114,7 +136,7 @@ def test_launched_work_equals_the_cost_model(wrt, joint_only, monkeypatch):
     monkeypatch.setattr(roofline, "JOINT_TILE", (64, 64))
     query = unit(n, d, dtype=torch.bfloat16).detach()
     with work.record() as launches:
-        info_nce_value_and_grad(query, query.roll(1, 0), symmetric=True, backend="triton", wrt=wrt)
+        info_nce_value_and_grad(query, query.roll(1, 0), symmetric=True, backend="triton", wrt=wrt, validate=True)  # lets a GPU look
     pieces = roofline.joint(roofline.H100, n, d, itemsize=2, d_query="query" in wrt, d_target="target" in wrt)
     for name in ("flops", "bytes"):
         assert sum(getattr(x, name) for x in launches) == sum(getattr(p, name) * p.times for p in pieces)
@@ -125,7 +147,7 @@ def test_low_precision_gradients_beat_eager(joint_only):
     query, target = unit(64, 32, dtype=torch.bfloat16).detach(), unit(64, 32, dtype=torch.bfloat16).detach()
     q, t = query.double().requires_grad_(), target.double().requires_grad_()
     info_nce_reference(q, t, temperature=0.05, symmetric=True).backward()
-    result = info_nce_value_and_grad(query, target, temperature=0.05, symmetric=True, backend="triton", grad_dtype=torch.float32)
+    result = info_nce_value_and_grad(query, target, temperature=0.05, symmetric=True, backend="triton", grad_dtype=torch.float32, validate=True)
     eager_q, eager_t = query.clone().requires_grad_(), target.clone().requires_grad_()
     logits, labels = eager_q @ eager_t.T / 0.05, torch.arange(64, device=DEVICE)
     ((torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2).backward()

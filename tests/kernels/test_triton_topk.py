@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels.triton import configs  # noqa: E402
+from contrastive_kernels.triton import topk as topk_file  # noqa: E402
 from contrastive_kernels.triton.topk import topk  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +43,24 @@ def test_low_precision_input(dtype):
     assert torch.equal(scores.double(), values) and torch.equal(indices, expected)
 
 
+def test_two_types_meet_in_the_wider(monkeypatch):
+    query, target = torch.randn(3, 32, device=DEVICE).to(torch.bfloat16), torch.randn(20, 32, device=DEVICE)
+    if DEVICE == "cpu":  # a GPU's compiler refuses a product of two types, the interpreter widens both: look at what is launched
+        kernel, launched = topk_file._topk_kernel, []
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda x, y, *rest, **options: launched.append({x.dtype, y.dtype}) or kernel[grid](x, y, *rest, **options)
+
+        monkeypatch.setattr(topk_file, "_topk_kernel", Kernel())
+    for a, b in ((query, target), (target, query)):
+        scores, indices = topk(a, b, 2, tile=SMALL)
+        values, expected = dense(a.float(), b.float(), 2)
+        torch.testing.assert_close(scores, values.float())
+        assert torch.equal(indices, expected)
+    assert DEVICE != "cpu" or launched == [{torch.float32}] * 2
+
+
 def test_ascending_scores_replace_every_slot():
     # each target beats all before it: the worst case of the selection, every tile taken apart
     query, target = torch.ones(3, 1, device=DEVICE), torch.arange(60.0, device=DEVICE)[:, None]
@@ -67,7 +86,9 @@ def test_everything_excluded_and_empty():
     assert (scores == float("-inf")).all() and (indices == -1).all()
 
 
-def test_refuses_large_k():
+def test_refuses_large_k_and_columns_beyond_32_bits():
+    with pytest.raises(ValueError, match="at most 2147483519 columns .* got 2147483648"):
+        topk(torch.zeros(1, 4, device=DEVICE), torch.zeros(1, 4, device=DEVICE).expand(1 << 31, 4), 3)
     with pytest.raises(ValueError, match="1 to 128"):
         topk(torch.zeros(1, 4, device=DEVICE), torch.zeros(1, 4, device=DEVICE), 1000)
 

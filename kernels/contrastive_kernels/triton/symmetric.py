@@ -4,8 +4,9 @@
     d_query = G T                  d_target = G^T Q
 
 6 N M D FLOP where two directions take 12. One shift c for all rows and columns: safe only where no cosine times 1 / temperature can
-exceed 73, which the host has to know: it does for normalize=True with a temperature that is a number; otherwise it looks once, which
-waits for the device, and only where the saving is worth it. `obstacle` says what keeps a problem from it.
+exceed 73, which the host has to know: it does for normalize=True with a temperature that is a number (normalising rows that have unit
+length already costs next to nothing). Otherwise it would have to look, and wait for the device: validate=True lets it, being that
+waits anyway; else a GPU takes two sweeps. `obstacle` says what keeps a problem from it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from contrastive_kernels.triton.panel import LARGEST_LOGIT, ROUNDING, SHIFT_BELO
 from contrastive_kernels.triton.products import matmul
 from contrastive_kernels.triton.sides import Sides, product_dtype
 from contrastive_kernels.triton.writer import Writer
-
-WORTH_A_LOOK = 2e-4  # seconds saved for which the host waits for the device
 
 
 @triton.jit
@@ -66,13 +65,13 @@ def obstacle(problem) -> str:
     return ""
 
 
-def largest_logit(problem, saving: float) -> float:
-    """A bound on |cos| / temperature, hardness included; infinity where knowing it is not worth waiting for the device."""
+def largest_logit(problem) -> float:
+    """A bound on |cos| / temperature, hardness included; infinity where knowing it would make the host wait for the device unasked."""
     o = problem.options
     scale = problem.inverse_temperature + (o.hardness if o.hardness_scope in ("all", "in_batch") else 0.0)
     if problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor):
         return scale * ROUNDING
-    if problem.device.type == "cuda" and (saving < WORTH_A_LOOK or torch.cuda.is_current_stream_capturing()):
+    if problem.device.type == "cuda" and not o.validate:
         return float("inf")
     top = 1.0
     if problem.query.inverse_norm is None:
@@ -103,8 +102,7 @@ def sweep_both(problem, parts, sweep):
         plan = decide(problem, gradients, workspace) if direction.forward else None
         if plan is None or plan.path != "joint":
             return sweep(problem, direction, hard, gradients, workspace, want_best)
-        apart = min((way.seconds for way in plan.ways if way.path != "joint"), default=float("inf"))
-        bound = largest_logit(problem, apart - plan.chosen.seconds)
+        bound = largest_logit(problem)
         if not bound <= LARGEST_LOGIT:
             return sweep(problem, direction, hard, gradients, workspace, want_best)
         forward, held["reverse"] = joint(problem, parts, hard, gradients, bound, want_best)
