@@ -37,6 +37,28 @@ def test_products(a, b, onednn):
     assert torch.equal(gemm.transposed(x, 5), x.T)
 
 
+def test_rows_of_a_wider_matrix_are_made_tight_for_onednn(onednn, monkeypatch):
+    """Strided rows as the second operand take oneDNN's reference kernel, a thousand times slower: it must never see them."""
+    seen = []
+
+    def watched(a, b, *rest):
+        seen.append(b.is_contiguous() or b.T.is_contiguous())
+        return a @ b.T
+
+    monkeypatch.setattr(gemm.torch.ops.mkldnn, "_linear_pointwise", watched)
+    taken = gemm.prefers_onednn(torch.float32, torch.device("cpu"))
+    x, out = torch.randn(16, 32), torch.empty(16, 24)
+    for name, layout in LAYOUTS.items():
+        seen.clear()
+        y = torch.randn(24, 32)
+        gemm.product_into(out, x, layout(y))
+        gemm.add_product(out, x, layout(y))
+        gemm.product(x, layout(y))
+        torch.testing.assert_close(out, 2 * x @ y.T, msg=name)
+        assert seen == [True] * 3 * taken, name
+
+
+@pytest.mark.skipif(not gemm.prefers_onednn(torch.float32, torch.device("cpu")), reason="oneDNN is taken on AMD processors with AVX-512 alone: elsewhere there is nothing to time")
 def test_rows_of_a_wider_matrix_are_not_slow():
     """oneDNN's reference kernel is a thousand times slower than its others, and strided rows would take it."""
     import time
