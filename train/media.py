@@ -1,8 +1,8 @@
 """Images of a step, decoded chunk by chunk under a bound on host memory.
 
 A batch carries image files by name, with token counts taken from their headers. Threads decode the images of the coming
-chunk to 8-bit patches while the model runs on the one before; what the first pass decoded is kept for the second as long
-as it fits, and decoded again beyond that. Samples that were processed whole pass through unchanged.
+chunk to 8-bit patches while the model runs on the one before; what was decoded is kept until it is released, as long as it
+fits, and decoded again beyond that. Samples that were processed whole pass through unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Media:
 
     Args:
         processing: the model's; gives `decode` and `normalised`.
-        bound_mib: most MiB of decoded images kept between the two passes. The chunk in use and the next one come on top.
+        bound_mib: most MiB of decoded images kept for their next use. The chunk in use and the next one come on top.
         threads: how many images are decoded at a time.
         strict: an image that cannot be decoded raises; otherwise its row is reported and shown grey.
 
@@ -100,6 +100,7 @@ class Side:
         self._coming: dict[int, Future] = {}
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._bad: set[int] = set()
+        self._read: set[int] = set()
         self.lengths = [len(sample["input_ids"]) for sample in samples]
 
     def __len__(self) -> int:
@@ -112,18 +113,26 @@ class Side:
             if self._samples[row]["pending"] and not waiting:
                 self._coming[row] = self._media.submit(to_features(self._samples[row]))
 
-    def features(self, rows: list[int], *, again: bool) -> list[Features]:
-        """Samples ready to be packed.
-
-        Args:
-            again: whether the rows will be asked for once more in this step, so that keeping them is worth memory.
-        """
+    def features(self, rows: list[int]) -> list[Features]:
+        """Samples ready to be packed. Their images are kept for the next use, where they fit, until they are released."""
         self.prefetch(rows)
-        samples = [self._one(row, again) for row in rows]
+        samples = [self._one(row) for row in rows]
         kinds = {f.vision["pixel_values"].dtype for f in samples if isinstance(f.vision.get("pixel_values"), torch.Tensor)}
         if len(kinds) > 1:  # some of the samples were processed whole; pixels of one chunk are joined
             samples = [self._normalised(f) for f in samples]
         return samples
+
+    def release(self, rows: list[int]) -> None:
+        """Forgets the images of rows that will not be asked for again in this step."""
+        for row in rows:
+            tensors = self._kept.pop(row, None)
+            if tensors is not None:
+                self._media.kept_bytes -= _bytes(tensors)
+                self._media.release(tensors)
+
+    def unreadable(self, rows: list[int]) -> list[bool]:
+        """For each row whether its images were asked for and could not be decoded."""
+        return [row in self._bad for row in rows]
 
     def measured(self, rows: list[int]) -> list[Features]:
         """Samples as they are in the batch, undecoded."""
@@ -135,7 +144,7 @@ class Side:
             return features
         return replace(features, vision={**features.vision, "pixel_values": self._media.processing.normalised(pixels)})
 
-    def _one(self, row: int, again: bool) -> Features:
+    def _one(self, row: int) -> Features:
         features = to_features(self._samples[row])
         if not features.pending:
             return features
@@ -144,10 +153,6 @@ class Side:
             tensors = self._wait(row, features)
         if tensors is None:
             tensors = self._grey(features)
-        elif not again:
-            if self._kept.pop(row, None) is not None:
-                self._media.kept_bytes -= _bytes(tensors)
-            self._media.release(tensors)
         elif row not in self._kept:
             size = _bytes(tensors)
             if self._media.kept_bytes + size <= self._media.bound:
@@ -161,13 +166,23 @@ class Side:
         if row in self._bad:
             return None
         try:
-            return self._coming.pop(row).result()
-        except (ValueError, OSError) as error:
+            tensors = self._coming.pop(row).result()
+        except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
+            message = str(error) if isinstance(error, ValueError) else f"{self._names(features)}: {type(error).__name__}: {error}"
+            if row in self._read:
+                message += "; it could be read before in this step, so its gradient is left out"
             if self._media.strict:
-                raise ValueError(f"{error}; mend or remove the row, or set data.strict to false to leave it out") from error
+                raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
             self._bad.add(row)
-            self._on_error(self.owners[row], str(error))
+            self._on_error(self.owners[row], message)
             return None
+        self._read.add(row)
+        return tensors
+
+    @staticmethod
+    def _names(features: Features) -> str:
+        names = [str(source) for sources in features.pending for source in sources if not isinstance(source, bytes)]
+        return f"image {', '.join(names)}" if names else "image"
 
     def _grey(self, features: Features) -> dict[str, torch.Tensor]:
         """Stands in for pixels that cannot be had; the row is left out of the loss."""
@@ -180,11 +195,8 @@ class Side:
         for future in self._coming.values():
             if not future.cancel() and future.exception() is None:
                 self._media.release(future.result())
-        for tensors in self._kept.values():
-            self._media.kept_bytes -= _bytes(tensors)
-            self._media.release(tensors)
         self._coming.clear()
-        self._kept.clear()
+        self.release([*self._kept])
 
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> int:

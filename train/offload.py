@@ -6,6 +6,8 @@ import contextlib
 
 import torch
 
+from contrastive_kernels.retention import belongs_to_weight, count_saved
+
 # Below this a copy costs more than it frees.
 _LEAST_BYTES = 1 << 20
 
@@ -14,7 +16,7 @@ def offloaded(enabled: bool, least_bytes: int = _LEAST_BYTES, move_cpu: bool = F
     """Within it, tensors saved for backward move to pinned host memory and come back when they are needed.
 
     Weights and their views stay where they are: they are on the device anyway. Copies are ordered on the current stream,
-    so nothing waits for them. On a CPU nothing moves.
+    so nothing waits for them. On a CPU nothing moves. What moves counts for `GradCache(retain="auto")` as what stays does.
 
     Args:
         enabled: False gives a context that does nothing.
@@ -26,10 +28,12 @@ def offloaded(enabled: bool, least_bytes: int = _LEAST_BYTES, move_cpu: bool = F
 
     def pack(tensor: torch.Tensor):
         small = tensor.numel() * tensor.element_size() < least_bytes
-        if small or (tensor.device.type == "cpu" and not move_cpu) or _is_weight(tensor):
+        if small or (tensor.device.type == "cpu" and not move_cpu) or belongs_to_weight(tensor):
+            count_saved(tensor)
             return tensor
         host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=tensor.is_cuda)
         host.copy_(tensor, non_blocking=True)
+        count_saved(host)
         return tensor.device, host
 
     def unpack(saved):
@@ -39,8 +43,3 @@ def offloaded(enabled: bool, least_bytes: int = _LEAST_BYTES, move_cpu: bool = F
         return host.to(device, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _is_weight(tensor: torch.Tensor) -> bool:
-    owner = tensor if tensor._base is None else tensor._base
-    return isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)

@@ -242,7 +242,7 @@ class PlannedStep(ContrastiveStep):
             model._placeholder = lambda: placeholder
         self.gradcache.meter = meter
         self.gradcache.prefetch = None
-        self.gradcache.sync.common_count = lambda count, device: count  # ranks are alike
+        self.gradcache.sync.largest = lambda values: values  # ranks are alike
         self.gradcache.ranks = ranks
         if self.gradcache.freeze is not None:
             config = model.config
@@ -256,10 +256,10 @@ class PlannedStep(ContrastiveStep):
         self.gradcache.shapes = [[_shape(sample) for sample in batch[name]] for name in names]
         return super().__call__(batch)
 
-    def _chunk(self, side: Side, rows: list[int], *, again: bool, seen: bool = False) -> PackedBatch:
+    def _chunk(self, side: Side, rows: list[int], *, seen: bool = False) -> PackedBatch:
         model = self.unwrapped
         with unset_fake_temporarily():
-            features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)] if seen else side.features(rows, again=again)
+            features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)] if seen else side.features(rows)
             features = [replace(f, vision=self._fake_pixels(f.vision)) for f in features]
             packed = model.backbone.pack(features, FLASH) if self.flash else model.pack(features)
         packed = _map(packed, self._fake)

@@ -54,6 +54,11 @@ class ContrastiveStep:
         scaler: torch.amp.GradScaler | None = None,
         world_size: int = 1,
     ):
+        if recipe.retain == "auto" and recipe.offload_activations and recipe.retain_mib is None:
+            raise ValueError(
+                'retain: "auto" measures free GPU memory, and with offload_activations kept graphs wait in host memory; '
+                "give retain_mib (MiB of host memory for them), or a number of chunks as retain"
+            )
         self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
         self.device, self.autocast, self.world_size = device, autocast, world_size
         self.media = Media(
@@ -68,6 +73,7 @@ class ContrastiveStep:
             freeze=self._frozen_vision if vision_is_frozen(unwrapped) else None,
             keep_mib=recipe.keep_mib,
             prefetch=Side.prefetch,
+            release=Side.release,
             module=model,
             scaler=scaler,
         )
@@ -114,20 +120,24 @@ class ContrastiveStep:
     # What GradCache calls
 
     def _encode(self, side: Side, rows: list[int], features=None) -> torch.Tensor:
-        packed = self._chunk(side, rows, again=not torch.is_grad_enabled(), seen=features is not None)
+        packed = self._chunk(side, rows, seen=features is not None)
         with offloaded(self.recipe.offload_activations and torch.is_grad_enabled()):
             hidden = self.model(packed) if features is None else self.model(packed, vision_features=features)
         self._finite.append((side, rows, torch.isfinite(hidden.detach()).all(dim=1)))
+        unreadable = side.unreadable(rows)
+        if torch.is_grad_enabled() and any(unreadable):
+            # Grey pixels must not train: a row that could not be read in the second pass was a row of the loss all the same.
+            hidden = torch.where(torch.tensor(unreadable, device=hidden.device)[:, None], hidden.detach(), hidden)
         return hidden
 
     def _frozen_vision(self, side: Side, rows: list[int]):
         # The library puts autocast around forward alone.
         with self.autocast():
-            return self.unwrapped.vision(self._chunk(side, rows, again=False))
+            return self.unwrapped.vision(self._chunk(side, rows))
 
-    def _chunk(self, side: Side, rows: list[int], *, again: bool, seen: bool = False):
+    def _chunk(self, side: Side, rows: list[int], *, seen: bool = False):
         """Samples packed and on the device; `seen`: their vision features are there, so that pixels are not needed."""
-        features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)] if seen else side.features(rows, again=again)
+        features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)] if seen else side.features(rows)
         return self.media.to_device(self.unwrapped.pack(features), self.device, self.unwrapped.dtype)
 
     # The loss

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from contrastive_kernels.gradient_sync import GradientSync
 
@@ -21,42 +21,99 @@ def retained_chunks(retain: int | str, count: int) -> frozenset[int]:
     return frozenset(range(count - kept, count))
 
 
-def graph_bytes(encode: Callable[[], torch.Tensor]) -> int:
-    """Bytes that the graph of one `encode()` call holds for its backward, parameters left out.
+def belongs_to_weight(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that a graph saves is a weight or a view of one, frozen or not: it is there without the graph."""
+    owner = tensor if tensor._base is None else tensor._base
+    return isinstance(owner, torch.nn.Parameter) or (owner.is_leaf and owner.requires_grad)
 
-    Counted where autograd saves tensors, storage by storage, so it is the same on every device and needs no allocator.
-    """
-    storages: dict[int, int] = {}
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not (tensor.is_leaf and tensor.requires_grad):
+@dataclass
+class SavedBytes:
+    """Storages that graphs save for their backward, weights left out."""
+
+    storages: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+    def add(self, tensor: torch.Tensor) -> None:
+        if not belongs_to_weight(tensor):
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        graph = encode()
-    del graph
-    return sum(storages.values())
+            self.storages[storage.data_ptr()] = storage.nbytes()
 
 
-def fitting_chunks(
-    tokens: Sequence[int], bytes_per_token: float, bound_mib: float | None, sync: GradientSync
-) -> frozenset[int]:
-    """The longest run of last chunks whose graphs fit into the bound; the same count on every rank."""
-    bound = bound_mib * _MIB if bound_mib is not None else _SHARE_OF_FREE * torch.cuda.mem_get_info()[0]
+_counts: list[SavedBytes] = []
+
+
+@contextlib.contextmanager
+def counting_saved() -> Iterator[SavedBytes]:
+    """Counts what autograd saves within it, storage by storage: the same on every device, and needs no allocator.
+
+    Saved-tensor hooks that are set further inside hide what they save; they report it with `count_saved`.
+    """
+    count = SavedBytes()
+    _counts.append(count)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_counted, lambda tensor: tensor):
+            yield count
+    finally:
+        _counts.remove(count)
+
+
+def _counted(tensor: torch.Tensor) -> torch.Tensor:
+    count_saved(tensor)
+    return tensor
+
+
+def count_saved(tensor: torch.Tensor) -> None:
+    """Reports a tensor that lives until a backward pass, from hooks that hide it from `counting_saved`."""
+    if _counts:
+        _counts[-1].add(tensor)
+
+
+@dataclass
+class GraphSize:
+    """Bytes of a chunk's graph: a constant (copies of weights that autocast makes) and what grows with the tokens."""
+
+    constant: float
+    per_token: float
+
+    @classmethod
+    def fit(cls, samples: Sequence[tuple[int, float]]) -> GraphSize:
+        """Through (tokens, bytes) of measured chunks; where no sensible line goes through them, the dearest token counts."""
+        (fewer, small), (more, large) = min(samples), max(samples)
+        if more > fewer and large < float("inf"):
+            slope = (large - small) / (more - fewer)
+            constant = small - slope * fewer
+            if slope >= 0 and constant >= 0:
+                return cls(constant, slope)
+        return cls(0.0, max(size / max(1, tokens) for tokens, size in samples))
+
+    def of(self, tokens: int) -> float:
+        return self.constant + self.per_token * max(1, tokens)
+
+    def observe(self, tokens: int, size: float) -> None:
+        """A graph that turned out larger raises what is expected of the next step's."""
+        self.per_token = max(self.per_token, (size - self.constant) / max(1, tokens))
+
+
+def fitting_chunks(sizes: Sequence[float], bound_mib: float | None, sync: GradientSync) -> frozenset[int]:
+    """The longest run of last chunks whose graphs (bytes each) fit into the bound; the same count on every rank."""
+    bound = bound_mib * _MIB if bound_mib is not None else _SHARE_OF_FREE * free_cuda_bytes()
     kept, used = 0, 0.0
-    for chunk_tokens in reversed(tokens):
-        used += chunk_tokens * bytes_per_token
+    for size in reversed(sizes):
+        used += size
         if used > bound:
             break
         kept += 1
-    if sync.group is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        agreed = torch.tensor(kept, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=sync.group)
-        kept = int(agreed)
-    return retained_chunks(kept, len(tokens))
+    (most_negative,) = sync.largest([-kept])  # the fewest of any rank
+    return retained_chunks(-most_negative, len(sizes))
+
+
+def free_cuda_bytes() -> int:
+    """What a CUDA allocation can get: free on the device, or held by torch's allocator without being used."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 @dataclass(frozen=True)

@@ -107,29 +107,6 @@ def test_frozen_part_runs_once_where_it_is_kept(keep_mib, runs):
     assert encoder.tower_runs == runs * sum(map(len, chunks))
 
 
-def test_retain_auto_keeps_what_fits_and_changes_nothing():
-    query, target = batch(8, 1), batch(8, 2)
-    lengths = [len(x) for x in query], [len(x) for x in target]
-    encoder = Encoder()
-    results = []
-    for options in ({"retain": 0}, {"retain": "auto", "retain_mib": 1e-3}, {"retain": "auto", "retain_mib": 64.0}):
-        encoder.zero_grad()
-        torch.manual_seed(9)
-        calls = []
-
-        def counted(inputs, rows, calls=calls):
-            calls.append(rows)
-            return encoder(inputs, rows)
-
-        GradCache(counted, chunk_size=2, **options).step(query, target, lengths=lengths, normalize=True)
-        results.append((gradients(encoder), len(calls)))
-    assert_same(results[1][0], results[0][0])
-    assert_same(results[2][0], results[0][0])
-    assert results[0][1] == 16  # 8 chunks, twice
-    assert results[2][1] == 9  # 8 chunks once, and the one that was measured
-    assert 9 < results[1][1] < 17
-
-
 def test_separate_towers_hard_negatives_and_temperature():
     query, target, hard = batch(5, 1), batch(5, 2), batch(7, 3)
     offsets = torch.tensor([0, 2, 2, 3, 6, 7])  # any number per query, none included
@@ -182,23 +159,50 @@ def test_autocast_around_the_step_keeps_the_weights_gradients():
         torch.testing.assert_close(collected[1][name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item())
 
 
-def test_scaler_scales_every_gradient():
+@pytest.mark.parametrize("loss", [None, "module"])
+def test_a_real_scaler_unscales_to_the_plain_gradients(loss):
     query, target = batch(4, 1), batch(4, 2)
     lengths = [len(x) for x in query], [len(x) for x in target]
     encoder = Encoder(0.0)
-    GradCache(encoder, chunk_size=2).step(query, target, lengths=lengths, normalize=True)
-    plain = gradients(encoder)
-    encoder.zero_grad()
+    module = InfoNCELoss(temperature=0.1, learnable_temperature=True).double() if loss else None
+    log_temperature = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
+    learned = module.log_temperature if loss else log_temperature
 
-    class Scaler:
-        def scale(self, value):
-            return value * 1024.0
+    def step(scaler):
+        encoder.zero_grad()
+        learned.grad = None
+        options = {} if loss else {"temperature": log_temperature.exp()}
+        GradCache(encoder, module, chunk_size=2, scaler=scaler).step(query, target, lengths=lengths, normalize=True, **options)
+        return gradients(encoder) | {"temperature": learned.grad.clone()}
 
-        def get_scale(self):
-            return 1024.0
+    plain = step(None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD([*encoder.parameters(), learned], lr=0.1)
+    scaled = step(scaler)
+    assert_same({k: v / 1024.0 for k, v in scaled.items()}, plain)
+    scaler.unscale_(optimizer)
+    assert_same(gradients(encoder) | {"temperature": learned.grad}, plain)
 
-    GradCache(encoder, chunk_size=2, scaler=Scaler()).step(query, target, lengths=lengths, normalize=True)
-    assert_same({k: v / 1024.0 for k, v in gradients(encoder).items()}, plain)
+
+def test_an_overflow_skips_the_step_and_lowers_the_scale():
+    """Half-precision embeddings: their scaled gradient overflows at first, and goes through once the scale has come down."""
+    query, target = batch(4, 1), batch(4, 2)
+    lengths = [len(x) for x in query], [len(x) for x in target]
+    encoder = Encoder(0.0).float()
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, backoff_factor=2.0**-12, growth_interval=1000)
+    cache = GradCache(lambda inputs, rows: encoder(inputs, rows).half(), chunk_size=2, scaler=scaler)
+    moved, scales = [], []
+    for _ in range(2):
+        before = [p.detach().clone() for p in encoder.parameters()]
+        optimizer.zero_grad()
+        cache.step(query, target, lengths=lengths, normalize=True, temperature=0.02)
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(any(not torch.equal(p, q) for p, q in zip(encoder.parameters(), before, strict=True)))
+        scales.append(scaler.get_scale())
+    assert moved == [False, True]
+    assert scales == [2.0**10, 2.0**10]
 
 
 def test_chunks_cover_every_row_once_within_the_budget():

@@ -1,169 +1,187 @@
-"""GradCache over 2 and 4 gloo ranks: after DDP's or FSDP2's mean, the gradients are those of the whole batch."""
+"""GradCache over 2 and 4 gloo ranks: after DDP's or FSDP2's mean, the gradients are those of the whole batch.
 
-import os
+All cases of a number of ranks share their processes: starting them costs more than the cases do.
+"""
+
 import queue as queue_module
-import traceback
-from datetime import timedelta
 
+import gradcache_worker
 import pytest
-import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from gradcache_worker import Case
 
-from contrastive_kernels import GradCache, info_nce
+SHARDED = {"wrapper": "fsdp"}
+NO_PARTS = {"bare_root": True, "parts": ("first", "second", "vision", "head")}
 
-ROWS = 8
-
-
-class Tower(nn.Module):
-    """Text rows use `text` alone, rows with a picture `vision` too: a chunk of text leaves `vision` unused.
-
-    Not so with `always_vision`: a sharded module's forward is collective, so under FSDP2 a chunk of text runs `vision` on a
-    placeholder that adds nothing.
-    """
-
-    def __init__(self, always_vision=False):
-        super().__init__()
-        self.always_vision = always_vision
-        self.text = nn.Sequential(nn.Linear(6, 10), nn.Tanh())
-        self.vision = nn.Sequential(nn.Linear(4, 10), nn.Tanh())
-        self.head = nn.Linear(10, 5)
-        self.double()
-
-    def forward(self, texts, pictures):
-        hidden = self.text(texts)
-        present = ~torch.isnan(pictures[:, 0])
-        if present.any():
-            hidden = hidden.index_add(0, present.nonzero()[:, 0], self.vision(pictures[present]))
-        elif self.always_vision:
-            hidden = hidden + 0 * self.vision(torch.zeros_like(pictures[:1]))
-        return self.head(hidden)
-
-
-def make_batch(unequal):
-    generator = torch.Generator().manual_seed(5)
-    sides = []
-    for side in range(2):
-        texts = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
-        pictures = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)
-        pictures[2 + side :] = float("nan")  # only the first ranks hold pictures
-        # Long rows on rank 0 alone: it needs more chunks than the others under one token budget.
-        lengths = [9 if unequal and row < 2 else 2 for row in range(ROWS)]
-        sides.append((texts, pictures, lengths))
-    return sides
-
-
-def truth(unequal):
-    torch.manual_seed(0)
-    tower = Tower()
-    (qt, qp, _), (tt, tp, _) = make_batch(unequal)
-    loss = info_nce(tower(qt, qp), tower(tt, tp), normalize=True, temperature=0.1)
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in tower.named_parameters()}
-
-
-def rank_main(rank, world_size, address, wrapper, unequal, retain, frozen, queue):
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        tower = Tower(always_vision=wrapper == "fsdp")
-        if frozen:
-            tower.vision.requires_grad_(False)
-        if wrapper == "ddp":
-            model = nn.parallel.DistributedDataParallel(tower)
-        else:
-            from torch.distributed.fsdp import fully_shard
-
-            for part in (tower.text, tower.vision, tower.head):
-                fully_shard(part)
-            model = fully_shard(tower)
-        calls = []
-        reductions = count_reductions()
-        share = ROWS // world_size
-        mine = slice(rank * share, (rank + 1) * share)
-        (qt, qp, ql), (tt, tp, tl) = make_batch(unequal)
-
-        def encode(inputs, rows):
-            calls.append(rows)
-            return model(inputs[0][rows], inputs[1][rows])
-
-        cache = GradCache(encode, chunk_tokens=9, retain=retain, module=model)
-        result = cache.step(
-            (qt[mine], qp[mine]),
-            (tt[mine], tp[mine]),
-            lengths=(ql[mine], tl[mine]),
-            normalize=True,
-            temperature=0.1,
-            group=dist.group.WORLD,
-        )
-        gradients = {}
-        for name, parameter in tower.named_parameters():
-            gradient = parameter.grad
-            if gradient is not None:
-                gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                gradients[name] = gradient.numpy().copy()
-        queue.put((rank, result.loss.item(), gradients, len(calls), reductions["count"]))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        queue.put((rank, traceback.format_exc(), None, None, None))
-        raise
+EXACT = {
+    2: {
+        "ddp, unequal": Case(unequal=True),
+        "ddp, unequal, retain 1, dropout": Case(unequal=True, retain=1, dropout=0.4),
+        "ddp, retain all, frozen": Case(retain="all", frozen=True),
+        "ddp, frozen, nothing kept, dropout": Case(frozen=True, keep_mib=0.0, dropout=0.4),
+        "ddp, hard negatives": Case(hard=True, unequal=True),
+        "ddp, one row a chunk": Case(budget=1, retain=3),
+        "ddp, one chunk": Case(budget=1000),
+        "ddp, two towers": Case(towers=2, unequal=True, retain=1),
+        "ddp, two towers, hard negatives, dropout": Case(towers=2, hard=True, dropout=0.4),
+        "ddp, learned temperature": Case(learned="temperature", unequal=True),
+        "ddp, loss module": Case(learned="module", towers=2),
+        "ddp, loss closure": Case(learned="closure"),
+        "fsdp, unequal": Case(**SHARDED, unequal=True),  # rank 1 has fewer chunks and runs dummies
+        "fsdp, unequal, retain 1": Case(**SHARDED, unequal=True, retain=1),
+        "fsdp, unequal, retain all": Case(**SHARDED, unequal=True, retain="all"),
+        "fsdp, unequal, the last backward a dummy's": Case(**SHARDED, unequal=True, retain=4, budget=1000, **NO_PARTS),
+        "fsdp, retain 1, dropout": Case(**SHARDED, retain=1, dropout=0.4),
+        "fsdp, unequal, dropout": Case(**SHARDED, unequal=True, dropout=0.4),
+        "fsdp, frozen, features kept": Case(**SHARDED, frozen=True),
+        "fsdp, frozen, nothing kept, dropout": Case(**SHARDED, frozen=True, keep_mib=0.0, dropout=0.4),
+        "fsdp, frozen, retain all": Case(**SHARDED, frozen=True, retain="all", unequal=True),
+        "fsdp, hard negatives": Case(**SHARDED, hard=True, unequal=True),
+        "fsdp, one row a chunk": Case(**SHARDED, budget=1, retain=3),
+        "fsdp, one chunk": Case(**SHARDED, budget=1000),
+        "fsdp, bare root": Case(**SHARDED, **NO_PARTS, unequal=True, retain=1),
+        "fsdp, the root holds all": Case(**SHARDED, parts=()),
+        "fsdp, two towers, unequal": Case(**SHARDED, towers=2, unequal=True, retain=1),
+        "fsdp, two towers, hard negatives": Case(**SHARDED, towers=2, hard=True, dropout=0.4),
+        "fsdp, two towers, retain all": Case(**SHARDED, towers=2, retain="all", unequal=True),
+        "fsdp, learned temperature": Case(**SHARDED, learned="temperature", unequal=True),
+        "fsdp, loss module": Case(**SHARDED, learned="module", towers=2),
+    },
+    4: {
+        "ddp, unequal": Case(unequal=True, hard=True, retain=1),
+        "ddp, retain 1": Case(retain=1),  # ranks 1 to 3 hold text alone: `vision` is unused there
+        "ddp, two towers, learned": Case(towers=2, learned="temperature", unequal=True, dropout=0.4),
+        "fsdp, unequal": Case(**SHARDED, unequal=True),
+        "fsdp, unequal, retain 1": Case(**SHARDED, unequal=True, retain=1, dropout=0.4),
+        "fsdp, unequal, retain all": Case(**SHARDED, unequal=True, retain="all", hard=True),
+        "fsdp, frozen": Case(**SHARDED, frozen=True, unequal=True),
+        "fsdp, two towers, learned": Case(**SHARDED, towers=2, unequal=True, learned="module"),
+    },
+}
+# Out of memory on one rank alone, in chunks of more than two rows. With a budget of 9 a chunk holds four rows at most.
+FAULTS = {
+    2: {
+        **{f"ddp, {where}": Case(fault=(1, where, "second"), learned="temperature", dropout=0.4) for where in ("first", "second", "backward")},
+        **{
+            f"fsdp, {where}, {block}, retain {retain}": Case(**SHARDED, fault=(1, where, block), retain=retain, learned="temperature")
+            for where in ("first", "second", "backward")
+            for block in ("first", "second", "head")
+            for retain in (0, 1, "all")
+            if not (where == "first" and retain == "all")  # every chunk has its graph
+        },
+        "fsdp, second, bare root": Case(**SHARDED, **NO_PARTS, fault=(1, "second", "second"), retain=1),
+        "fsdp, backward, bare root": Case(**SHARDED, **NO_PARTS, fault=(0, "backward", "second"), retain=1),
+        "fsdp, backward, unequal": Case(**SHARDED, unequal=True, fault=(1, "backward", "first"), dropout=0.4),
+        "fsdp, backward, one chunk": Case(**SHARDED, budget=16, limit=4, fault=(1, "backward", "second"), retain="all"),
+        "fsdp, backward, frozen": Case(**SHARDED, frozen=True, fault=(0, "backward", "second")),
+        "fsdp, backward, two towers": Case(**SHARDED, towers=2, hard=True, fault=(1, "backward", "second"), retain=1),
+        "fsdp, first, two towers": Case(**SHARDED, towers=2, unequal=True, fault=(0, "first", "head")),
+    },
+    4: {
+        "ddp, second": Case(fault=(3, "second", "head")),
+        "fsdp, first": Case(**SHARDED, fault=(2, "first", "second"), dropout=0.4),
+        "fsdp, backward": Case(**SHARDED, fault=(3, "backward", "second"), retain=1),
+    },
+}
+RAISING = {
+    f"{wrapper}, {where}, {'again' if limit else 'gradients of earlier steps'}": Case(wrapper=wrapper, fault=(1, where, "second"), limit=limit)
+    for wrapper in ("ddp", "fsdp")
+    for where in ("first", "backward")
+    for limit in (1, 0)
+    if not (wrapper == "fsdp" and limit == 0)
+}
+AUTO = {
+    "ddp": Case(),
+    "fsdp": Case(**SHARDED, frozen=True),
+    "fsdp, no room to measure on one rank": Case(**SHARDED, frozen=True, fault=(1, "second", "second"), limit=3, times=4),
+}
 
 
-def count_reductions():
-    """Counts the reduce-scatters of this process, which is how FSDP2 synchronises gradients."""
-    counter = {"count": 0}
-    original = dist.reduce_scatter_tensor
-
-    def counted(*args, **kwargs):
-        counter["count"] += 1
-        return original(*args, **kwargs)
-
-    dist.reduce_scatter_tensor = counted
-    return counter
+def all_cases(world_size):
+    cases = {("check", name): ("check", case) for name, case in (EXACT[world_size] | {f"out of memory: {k}": v for k, v in FAULTS[world_size].items()}).items()}
+    if world_size == 2:
+        cases |= {("raises", name): ("raises", case) for name, case in RAISING.items()}
+        cases |= {("auto", name): ("auto", case) for name, case in AUTO.items()}
+        cases["refusals"] = ("refusals", Case())
+    return cases
 
 
-def run_ranks(tmp_path, world_size, wrapper, unequal=False, retain=0, frozen=False):
-    context = mp.get_context("spawn")
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By number of ranks, made when they are first asked for: {(case, rank): (seen, error)}."""
+    made = {}
+
+    def of(world_size):
+        if world_size not in made:
+            made[world_size] = run_ranks(tmp_path_factory.mktemp("ranks"), world_size)
+        return made[world_size]
+
+    return of
+
+
+def run_ranks(folder, world_size):
+    context, cases = mp.get_context("spawn"), all_cases(world_size)
     queue = context.Queue()
-    address = os.path.join(tmp_path, "rendezvous")
-    arguments = (world_size, address, wrapper, unequal, retain, frozen, queue)
-    processes = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(world_size)]
+    arguments = (world_size, folder / "store", cases, queue)
+    processes = [context.Process(target=gradcache_worker.run, args=(rank, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
+    found = {}
     try:
-        results = sorted(queue.get(timeout=120) for _ in range(world_size))
+        while len(found) < world_size * len(cases):
+            rank, name, seen, error = queue.get(timeout=120)
+            found[name, rank] = seen, error
+            if error is not None:
+                break
     except queue_module.Empty:
-        pytest.fail(f"a rank ended without a word: exit codes {[process.exitcode for process in processes]}")
+        pass  # the cases that are missing say so
     finally:
         for process in processes:
-            process.join(5)
             process.kill()
-    for result in results:
-        assert result[2] is not None, result[1]
-    return results
+    return found
 
 
-@pytest.mark.parametrize(
-    "world_size,wrapper,unequal,retain,frozen",
-    [
-        (2, "ddp", True, 0, False),
-        (4, "ddp", False, 1, False),  # ranks 2 and 3 hold text alone: `vision` is unused there
-        (2, "ddp", False, "all", True),
-        (2, "fsdp", True, 0, False),  # rank 1 has fewer chunks and runs dummies
-        (2, "fsdp", False, 1, False),
-        (4, "fsdp", False, "all", False),
-        (2, "fsdp", False, 0, True),
-    ],
-)
-def test_gradients_are_those_of_the_whole_batch(tmp_path, world_size, wrapper, unequal, retain, frozen):
-    loss, expected = truth(unequal)
-    for rank, got_loss, gradients, calls, reductions in run_ranks(tmp_path, world_size, wrapper, unequal, retain, frozen):
-        assert got_loss == pytest.approx(loss, abs=1e-12)
-        assert set(gradients) == {n for n in expected if not (frozen and n.startswith("vision"))}
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(torch.from_numpy(gradient), expected[name], rtol=1e-10, atol=1e-10, msg=f"rank {rank}: {name}")
-        if wrapper == "fsdp":
-            assert reductions <= 4, "at most one reduction per sharded group and step"
+def seen(results, world_size, key):
+    found = results(world_size)
+    for rank in range(world_size):
+        assert (key, rank) in found, f"rank {rank} did not come to it"
+        assert found[key, rank][1] is None, f"rank {rank}: {found[key, rank][1]}"
+    return [found[key, rank][0] for rank in range(world_size)]
+
+
+def parametrised(table):
+    return pytest.mark.parametrize("world_size,name", [(n, name) for n in table for name in table[n]])
+
+
+@parametrised(EXACT)
+def test_gradients_are_those_of_kept_graphs_and_of_the_whole_batch(results, world_size, name):
+    case = EXACT[world_size][name]
+    by_rank = seen(results, world_size, ("check", name))
+    if case.wrapper == "fsdp":
+        assert len({(rank["chunks"], rank["kept"]) for rank in by_rank}) == 1, "every rank makes as many passes"
+        groups = (len(case.parts) - case.frozen * ("vision" in case.parts) + (not case.bare_root)) * case.towers
+        assert all(rank["reductions"] == groups for rank in by_rank), "one reduction per sharded group and step"
+    elif case.unequal:
+        assert by_rank[0]["chunks"] > by_rank[1]["chunks"], "no dummies where nothing is collective"
+
+
+@parametrised(FAULTS)
+def test_out_of_memory_on_one_rank_is_undone_on_all(results, world_size, name):
+    case = FAULTS[world_size][name]
+    by_rank = seen(results, world_size, ("check", f"out of memory: {name}"))
+    assert [rank["struck"] > 0 for rank in by_rank] == [rank == case.fault[0] for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("name", RAISING)
+def test_out_of_memory_that_cannot_be_mended_is_raised_on_every_rank(results, name):
+    assert [rank["budget"] for rank in seen(results, 2, ("raises", name))] == [4 if RAISING[name].limit else 9] * 2
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_keeps_the_same_chunks_on_every_rank(results, name):
+    struck = [rank["struck"] for rank in seen(results, 2, ("auto", name))]
+    assert struck == [0, 4 if AUTO[name].fault else 0]
+
+
+def test_what_cannot_be_synchronised_is_refused(results):
+    seen(results, 2, "refusals")
