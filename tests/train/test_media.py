@@ -2,13 +2,17 @@
 
 import copy
 import logging
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from tiny import first_batch, gradients, write_recipe
 
+from contrastive_kernels import info_nce
 from train.build import build_model
+from train.data import to_features
 from train.recipe import load_recipe
 from train.step import ContrastiveStep
 
@@ -98,6 +102,40 @@ def test_host_memory_is_bounded_and_what_fits_is_decoded_once(prepared):
     assert step.media.peak_bytes <= bound + 2 * largest < sum(sizes)
 
 
+# What is kept between the passes: features and pixels within their bounds; "half" of all features.
+@pytest.mark.parametrize(
+    "keep,media_mib,decodes",
+    [
+        ("all", 64.0, 1),  # features are kept, so pixels need not be
+        ("all", 0.0, 1),
+        ("none", 64.0, 1),  # pixels are kept instead
+        ("none", 0.0, 2),
+        ("half", 64.0, 1),
+        ("half", 0.0, 1.5),
+    ],
+)
+@pytest.mark.parametrize("retain", [0, 2, "all"])
+def test_a_frozen_towers_images_are_decoded_again_only_where_nothing_is_kept(prepared, keep, media_mib, decodes, retain):
+    recipe, model = prepared(global_batch=24, interleave_batch_size=24, chunk_tokens=60, freeze_vision=True, media_mib=media_mib, retain=retain)
+    batch = first_batch(recipe, model, step=1)
+    sizes = [3 * 14**2 * int(np.prod(sample["vision"]["grid_thw"])) for sample in batch["query"]]
+    tokens = [len(sample["visual_index"]) for sample in batch["query"]]
+    recipe.keep_mib = {"all": 64.0, "none": 0.0, "half": sum(tokens) / 2 * model.embedding_dim * 8 / 2**20}[keep]
+    step, _, got = run_step(recipe, model, batch)
+    if retain == "all" or decodes != 1.5:
+        assert step.media.decoded == (24 if retain == "all" else 24 * decodes)
+    else:
+        assert 24 < step.media.decoded < 48
+    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
+    largest = max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
+    kept = {"all": 0, "half": sum(sizes) / 2 + largest, "none": sum(sizes)}[keep] if media_mib else 0
+    assert step.media.peak_bytes <= kept + 2 * largest, "the chunk in use, the next one, and what the second pass will ask for"
+    assert keep == "none" or 2 * largest < sum(sizes) / 2
+    assert (step.media.kept_bytes, step.media._held) == (0, 0)
+    recipe.keep_mib, recipe.media_mib, recipe.retain = 64.0, 64.0, "all"
+    assert_same(got, run_step(recipe, model, batch)[2])
+
+
 def damage(root, row):
     """Cuts a JPEG behind its header: its size can be read, its pixels cannot."""
     path = root / "images" / f"{row}.jpg"
@@ -127,6 +165,83 @@ def test_an_image_damaged_behind_its_header_costs_its_row(prepared, root, symmet
     _, expected_loss, expected = run_step(recipe, model, without)
     assert loss == pytest.approx(expected_loss, abs=1e-12)
     assert_same(got, expected)
+
+
+class Failing:
+    """A model's processing whose `decode` of one file fails from the given time on; other members are the model's own."""
+
+    def __init__(self, processing, name, error, from_time=1):
+        self._processing, self._name, self._error, self._from_time, self._times = processing, name, error, from_time, 0
+
+    def __getattr__(self, name):
+        return getattr(self._processing, name)
+
+    def decode(self, features):
+        if self._name in str(features.pending):
+            self._times += 1
+            if self._times >= self._from_time:
+                raise self._error
+        return self._processing.decode(features)
+
+
+def failing_step(recipe, model, error, from_time):
+    """A step in which one query's image cannot be decoded from the given time on. Returns (batch, its row, step, call)."""
+    batch = first_batch(recipe, model)
+    spoiled = next(i for i, sample in enumerate(batch["query"]) if sample["pending"])
+    model.zero_grad(set_to_none=True)
+    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
+    step.media.processing = Failing(model.processing, f"{batch['rows'][spoiled][1]}.jpg", error, from_time)
+    return batch, spoiled, step, lambda: step(batch)
+
+
+ERRORS = [struct.error("unpack requires 4 bytes"), zlib.error("Error -3"), EOFError("no more"), KeyError("tRNS"), IndexError("out of range"),
+          SyntaxError("broken PNG"), RuntimeError("decoder"), MemoryError("20 GB")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_decoder_raises_costs_one_row(prepared, error):
+    recipe, model = prepared()
+    batch, spoiled, step, call = failing_step(recipe, model, error, 1)
+    call()
+    source, row = batch["rows"][spoiled]
+    (line,) = batch["errors"]
+    assert line.startswith(f"Pictures, row {row}: image ") and f"{row}.jpg: {type(error).__name__}: {error}" in line
+    assert batch["kept"].tolist() == [i != spoiled for i in range(8)]
+    recipe.data.strict = True
+    _, _, _, call = failing_step(recipe, model, error, 1)
+    with pytest.raises(ValueError, match=f"{type(error).__name__}.*data.strict"):
+        call()
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_vision": True, "keep_mib": 0.0}, {"gradient_checkpointing": True}], ids=str)
+def test_a_row_that_fails_in_the_second_pass_trains_nothing(prepared, changes):
+    """It was a row of the loss, so the others' gradients stand; grey pixels in its place must not move the weights."""
+    recipe, model = prepared(media_mib=0.0, **changes)
+    batch, spoiled, step, call = failing_step(recipe, model, ValueError("image gone"), 2)
+    result, _ = call()
+    got = gradients(model)
+    (line,) = batch["errors"]
+    assert "image gone; it could be read before in this step, so its gradient is left out" in line
+
+    model.zero_grad(set_to_none=True)
+    model.gradient_checkpointing_disable()
+    whole = first_batch(recipe, model, processing=Whole(model.processing))
+    sides = [model(model.pack([to_features(sample) for sample in whole[name]])) for name in ("query", "target")]
+    dead = torch.arange(8)[:, None] == spoiled
+    loss = info_nce(*sides, temperature=recipe.loss.temperature, normalize=True, target_ids=torch.from_numpy(whole["target_ids"]))
+    assert result.loss.item() == pytest.approx(loss.item(), abs=1e-12), "the row still was a row of the loss"
+    d_query, d_target = torch.autograd.grad(loss, sides, retain_graph=True)
+    assert d_query[spoiled].abs().max() > 1e-6
+    torch.autograd.backward(sides, [d_query.masked_fill(dead, 0.0), d_target])
+    assert_same(got, gradients(model))
+
+
+def test_a_row_that_fails_in_the_second_pass_stops_a_strict_run(prepared):
+    recipe, model = prepared(media_mib=0.0)
+    recipe.data.strict = True
+    _, _, step, call = failing_step(recipe, model, zlib.error("Error -3"), 2)
+    with pytest.raises(ValueError, match="error: Error -3; it could be read before.*data.strict"):
+        call()
 
 
 def test_strict_stops_at_a_damaged_image(prepared, root):
