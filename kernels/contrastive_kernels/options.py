@@ -32,8 +32,8 @@ class InfoNCEOptions:
         positives: (N,) int64, the index of each query's target; default `i * (M // N)`. `ignore_index` leaves a row
             out of the loss while its query and targets stay candidates.
         target_ids, query_ids, hard_ids: (M,), (N,), and (N, K) or (H,) int64. A negative that bears the positive's id
-            (among queries: the query's id) is dropped; -1 matches nothing. With `symmetric`, a pair dropped in one
-            direction because of its targets' ids is dropped in the other as well.
+            (among queries: the query's id, which needs `query_negatives` or `symmetric`) is dropped; -1 matches nothing.
+            With `symmetric`, a pair dropped in one direction because of its targets' ids is dropped in the other as well.
         query_mask, target_mask: (N,), (M,) bool; False rows are neither rows nor candidates and may hold anything,
             NaN included. A row whose positive is masked is left out.
         own_negatives_only: (N,) bool; these rows see only their positive and their own hard negatives.
@@ -44,12 +44,12 @@ class InfoNCEOptions:
         hardness, hardness_scope: adds hardness * stop_grad(cos) to the logits of the negatives in scope.
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`, over the row's candidates.
         matryoshka_dims, matryoshka_weights: sum over these widths of weight * loss of the re-normalised prefix.
-        weight: (N,) per-query weights. reduction: "mean" (weighted), "sum" or "none".
-        group, exchange: a process group over which the batch is sharded, and how its targets travel.
+        weight: (N,) per-query weights, constant. reduction: "mean" (weighted), "sum" or "none".
+        group, exchange: a process group over which the batch is sharded, and how its targets travel ("ring" needs a group).
         workspace_mib: bound on scratch memory in MiB; default 256, on CUDA at least 10 % of the free memory.
         backend: "auto", "torch" or "triton".
         return_stats: also return an `InfoNCEStats`.
-        validate: run the checks that would wait for a GPU (ranges of indices, NaN, temperature held in a tensor).
+        validate: run the checks that would wait for a GPU (ranges of indices, NaN, temperature held in a tensor, equal shards).
     """
 
     temperature: Any = 0.02

@@ -105,7 +105,7 @@ def _block(width: int) -> int:
 
 
 @on_its_device
-def pool_forward(hidden, index, *, normalize=True, eps=1e-12, out_dtype=None) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_forward(hidden, index, *, normalize=True, eps=1e-12) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (B, D) of `hidden` (B, L, D) or (T, D) at `index` (B,), normalised if asked, and their inverse norms (B,).
 
     The norm is summed in float32 (float64 for float64). The inverse norm is 0 for a row shorter than eps.
@@ -114,7 +114,7 @@ def pool_forward(hidden, index, *, normalize=True, eps=1e-12, out_dtype=None) ->
     hidden = _flat(hidden)
     rows, width = len(index), hidden.shape[1]
     acc = accumulator(hidden.dtype)
-    out = torch.empty(rows, width, dtype=out_dtype or hidden.dtype, device=hidden.device)
+    out = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)
     inverse = torch.empty(rows, dtype=acc, device=hidden.device)
     if rows:
         _pool_fwd_kernel[(rows,)](
