@@ -38,6 +38,16 @@ def stable_topk(values, k: int):
     return found, columns
 
 
+class NotANumber(Exception):
+    """A score that no order holds for."""
+
+
+def _refuse_nan(greatest) -> None:
+    """NaN is the greatest of every row that holds one, and greater than nothing: its whole tile would be passed over."""
+    if bool(greatest.isnan().any()):
+        raise NotANumber
+
+
 def merge_tile(scores, indices, tile, first: int) -> None:
     """Merge a tile of new scores into the running best k of each row, in place; earlier columns win ties.
 
@@ -49,12 +59,16 @@ def merge_tile(scores, indices, tile, first: int) -> None:
     Args:
         scores, indices: (R, k), descending, -inf and -1 where nothing was found yet. tile: (R, C) scores of the columns from
             `first` on.
+
+    Raises: NotANumber for a tile that holds NaN.
     """
     k, width = scores.shape[1], tile.shape[1]
     block = 2 << max(2, round(math.log2(max(1.0, width / k)) / 2))
     blocks = width // block
     if blocks <= 2 * k:
         found, columns = stable_topk(tile, min(k, width))
+        greatest = found[:, 0]
+        _refuse_nan(greatest)
         rows = torch.arange(len(tile), device=tile.device)
     else:
         peaks = tile[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1)
@@ -62,6 +76,7 @@ def merge_tile(scores, indices, tile, first: int) -> None:
         greatest = peaks.amax(1)
         if len(tail):
             greatest = torch.maximum(greatest, tile[:, blocks * block :].amax(1))
+        _refuse_nan(greatest)
         rows = (greatest > scores[:, -1]).nonzero()[:, 0]
         if not len(rows):
             return
@@ -106,14 +121,17 @@ def _stream(query, target, k: int, exclude, workspace: int):
     return scores, indices
 
 
-def _check_values(query, target, exclude) -> None:
-    """What only the numbers tell. A NaN is greater than nothing, and a whole tile of its row would be passed over."""
+def _check_finite(query, target) -> None:
+    """Names the row that is to blame. A pass over both matrices, which a search for few queries would not be worth."""
     for name, matrix in (("query", query), ("target", target)):
         for start in range(0, len(matrix), CHECKED_ROWS):
             part = matrix[start : start + CHECKED_ROWS]
             if part.numel() and not all(bool(x.isfinite()) for x in torch.aminmax(part)):
                 row = start + int((~part.isfinite()).any(1).nonzero()[0])
                 raise ValueError(f"{name}: expected finite numbers, got NaN or infinity in row {row}; leave such rows out")
+
+
+def _check_exclude(exclude, target) -> None:
     if exclude is not None and exclude.numel():
         least, greatest = map(int, torch.aminmax(exclude))
         if least < -1 or greatest >= len(target):
@@ -126,13 +144,19 @@ def _topk(
     query: torch.Tensor, target: torch.Tensor, k: int, exclude: torch.Tensor | None, workspace: int, backend: str, validate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if may_look(query, validate):
-        _check_values(query, target, exclude)
+        _check_exclude(exclude, target)
+        if backend == "triton":  # whose kernel passes over NaN
+            _check_finite(query, target)
     with torch.no_grad(), torch.autocast(device_type=query.device.type, enabled=False):
         if backend == "triton":
             from contrastive_kernels.triton.topk import topk
 
             return topk(query, target, k, exclude=exclude)
-        return _stream(query, target, k, exclude, workspace)
+        try:
+            return _stream(query, target, k, exclude, workspace)
+        except NotANumber:
+            _check_finite(query, target)
+            raise ValueError("query and target: expected finite products, got NaN: infinities that cancel; scale them down") from None
 
 
 @_topk.register_fake
@@ -152,7 +176,7 @@ def topk_similarity(
         exclude: (N, E) int64 targets that a query must not get; -1 pads.
         workspace_mib: bound on scratch memory, default 256.
         backend: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton".
-        validate: run the checks that would wait for a GPU: NaN in the embeddings, the range of `exclude`.
+        validate: run the checks that would wait for a GPU: the range of `exclude`, and NaN where the kernels run (plain torch finds it anyway).
 
     Returns:
         scores (N, k) float32 (float64 for float64 input), descending, and indices (N, k) int64; of equal scores the
