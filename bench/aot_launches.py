@@ -1,7 +1,7 @@
 """Every kernel in every configuration that the launchers can choose, as launches on tensors of realistic strides.
 
 A tile is chosen by architecture, element size and richness of the epilogue; flags that only add comparisons are compiled alone
-once and all together once, since together is where registers run out.
+once and all together once, since together is where registers run out. float16 has bfloat16's code but for its gains.
 """
 
 from __future__ import annotations
@@ -35,16 +35,32 @@ def _exp_panel(dtype):
     yield "plain", lambda: run(positive=positive)
     yield "stats", lambda: run(positive=positive, row_max=True)
     yield "sums alone", lambda: run(positive=positive, row_max=True, store=False)
-    yield "redo", lambda: run(positive=positive, row_max=True, redo=torch.ones(64, dtype=torch.int32))
+    again = dict(positive=positive, redo=torch.ones(64, dtype=torch.int32))
+    yield "redo", lambda: run(**again)
+    yield "redo, normalize", lambda: run(**again, **scales)
+    yield "redo, all", lambda: run(**again, ids=(ids, ids), threshold=threshold, keep=keep, **scales)
+    yield "redo, all, sums alone", lambda: run(**again, ids=(ids, ids), threshold=threshold, keep=keep, store=False, **scales)
     yield "odd", lambda: run(ODD_R, ODD_C, ODD_D, positive=positive, row_max=True)
     yield "symmetric", lambda: run(positive=positive, row_max=True, col_sum=True)
     yield "joint", lambda: run(positive=positive, col_sum=True)
     yield "joint, sums alone", lambda: run(positive=positive, ids=(ids,), row_max=True, col_sum=True, store=False, **scales)
+    yield "joint, all", lambda: run(positive=positive, ids=(ids,), row_max=True, col_sum=True, **scales)
     yield "normalize", lambda: run(positive=positive, row_max=True, **scales)
+    for name, masks in (("ids", dict(ids=(ids,))), ("threshold", dict(threshold=threshold)), ("keep", dict(keep=keep))):
+        yield name, lambda masks=masks: run(positive=positive, row_max=True, **masks)
     everything = dict(positive=positive, ids=(ids, ids), threshold=threshold, keep=keep, row_max=True, col_sum=True)
     yield "all", lambda: run(**everything, **scales)
     yield "all, odd", lambda: run(ODD_R, ODD_C, ODD_D, **everything, **scales)
-    yield "prefixes", lambda: run(positive=positive, levels=torch.tensor([256, 512, D], dtype=torch.int32), row_max=True, **{k: v.repeat(3, 1) for k, v in scales.items()})
+    prefixes = dict(positive=positive, levels=torch.tensor([256, 512, D], dtype=torch.int32), row_max=True, **{k: v.repeat(3, 1) for k, v in scales.items()})
+    masks = dict(ids=(ids, ids), threshold=threshold.repeat(3, 1), keep=keep)
+    yield "prefixes", lambda: run(**prefixes)
+    yield "prefixes, sums alone", lambda: run(**prefixes, store=False)
+    yield "prefixes, ids", lambda: run(**prefixes, ids=(ids,))
+    yield "prefixes, all", lambda: run(**prefixes, **masks)
+    yield "prefixes, all, sums alone", lambda: run(**prefixes, **masks, store=False)
+    yield "prefixes, all, odd", lambda: run(
+        ODD_R, ODD_C, D, **prefixes | dict(positive=positive[:ODD_R], row_scale=torch.ones(3, ODD_R), col_scale=torch.ones(3, ODD_C)), **masks
+    )
 
 
 def _pool(dtype):
@@ -53,20 +69,24 @@ def _pool(dtype):
     hidden, index = matrix(R, D, dtype), torch.zeros(R, dtype=torch.int64)
     yield "forward", lambda: pool.pool_forward(hidden, index)
     yield "backward", lambda: pool.pool_backward(matrix(R, D, dtype), hidden, index, torch.ones(R))
+    yield "forward, rows as they are", lambda: pool.pool_forward(hidden, index, normalize=False)
+    yield "backward, rows as they are", lambda: pool.pool_backward(matrix(R, D, dtype), hidden, index, torch.ones(R), normalize=False)
     if dtype == torch.bfloat16:
-        yield "index", lambda: pool.last_token_index(attention_mask=torch.ones(16, 4096, dtype=torch.int64))
+        for kind in (torch.int64, torch.bool):
+            yield f"last token, {str(kind)[6:]} mask", lambda kind=kind: pool.last_token_index(torch.ones(16, 4096, dtype=kind))
 
 
 def _sigmoid(dtype):
     from contrastive_kernels.triton.sigmoid_panel import sigmoid_panel
 
-    if dtype != torch.bfloat16:
-        return
+    if dtype == torch.float32:
+        return  # backends.py takes the library's products
     x, y, out, number = matrix(R, D, dtype), matrix(C, D, dtype), torch.zeros(R, C, dtype=dtype), torch.tensor(1.0)
     plain = dict(scale=number, bias=number, positive=torch.zeros(R, dtype=torch.int64))
     ids = torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64)
-    yield "plain", lambda: sigmoid_panel(x, y, out=out, **plain)
-    yield "all", lambda: sigmoid_panel(x, y, out=out, ids=ids, keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C), **plain)
+    gain = 2.0**15 if dtype == torch.float16 else 1.0
+    yield "plain", lambda: sigmoid_panel(x, y, out=out, gain=gain, **plain)
+    yield "all", lambda: sigmoid_panel(x, y, out=out, gain=gain, ids=ids, keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C), **plain)
     yield "loss alone", lambda: sigmoid_panel(x, y, **plain)
 
 
@@ -87,7 +107,11 @@ def _rows(dtype):
     yield "scatter, add", lambda: rows.scatter(out, segments, y=narrow, b=factor, add=True)
     if dtype == torch.bfloat16:
         yield "update, add, dot", lambda: rows.update(out, index=index, z=narrow, add=True, **both)
+        yield "update, dot alone", lambda: rows.update(None, x=out, a=factor, z=narrow, add=False)
+        yield "update, positives alone", lambda: rows.update(out, y=narrow, b=factor, index=index, add=True)
+        yield "update, no factor", lambda: rows.update(out, x=out, y=narrow, b=factor, index=index, add=False)
         yield "scatter, both, store", lambda: rows.scatter(out, segments, add=False, **both)
+        yield "scatter, targets alone, add", lambda: rows.scatter(out, segments, x=out, a=factor, add=True)
 
 
 def _chunk(dtype):
@@ -101,32 +125,47 @@ def _chunk(dtype):
     if dtype == torch.bfloat16:
         yield "write, all", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, **full)
         yield "reduce", lambda: chunk_reduce(cos, **plain)
+        yield "reduce, smoothing", lambda: chunk_reduce(cos, smoothing=True, **plain)
         yield "reduce, all", lambda: chunk_reduce(cos, smoothing=True, **full)
 
 
 def _topk(dtype):
     from contrastive_kernels.triton.topk import topk
 
-    yield "k 16", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 10)
-    yield "k 128", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 100)
-    if dtype == torch.bfloat16:
-        yield "k 128, exclude", lambda: topk(matrix(R, 256, dtype), matrix(C, 256, dtype), 100, exclude=torch.zeros(R, 16, dtype=torch.int64))
+    query, target, exclude = matrix(R, 256, dtype), matrix(C, 256, dtype), torch.zeros(R, 16, dtype=torch.int64)
+    for kept in (2, 4, 8, 16, 32, 64, 128):
+        if dtype == torch.float16 and kept not in (16, 128):
+            continue  # bfloat16's code
+        yield f"k {kept}", lambda kept=kept: topk(query, target, kept)
+        if dtype != torch.float16 and kept in (2, 16, 32, 64, 128):
+            yield f"k {kept}, exclude", lambda kept=kept: topk(query, target, kept, exclude=exclude)
 
 
 def _fused(dtype):
     from contrastive_kernels.triton.fused import fused_backward, fused_forward
 
-    if dtype != torch.bfloat16:
-        return  # float32 takes the library's product, float16 has bfloat16's code
+    if dtype == torch.float32:
+        return  # takes the library's product
     masks = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64), shares=2)
     ids = (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
     full = masks | dict(ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C))
-    for width in (64, 128):
+    if dtype == torch.float16:
+        del full["row_scale"], full["col_scale"]  # which it refuses
+    for width in (32, 64, 128):
         x, y, row = matrix(R, width, dtype), matrix(C, width, dtype), torch.zeros(R)
         for name, options in (("", masks), (", all", full)):
+            if dtype == torch.float16 and width < 128:
+                continue  # bfloat16's code
             yield f"forward D={width}{name}", lambda x=x, y=y, o=options: fused_forward(x, y, **o)
             yield f"backward D={width}{name}", lambda x=x, y=y, o=options: fused_backward(x, y, shift=row, factor=row, **o)
     yield "sums alone", lambda: fused_forward(x, y, weighted=False, **masks)
+    if dtype == torch.float16:
+        return
+    yield "sums alone, all", lambda: fused_forward(x, y, weighted=False, **full)
+    yield "backward, odd", lambda: fused_backward(
+        matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2,
+        shift=torch.zeros(ODD_R), factor=torch.zeros(ODD_R),
+    )  # fmt: skip
     yield "forward, odd", lambda: fused_forward(matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2)
 
 
@@ -135,7 +174,7 @@ FAMILIES = {"exp panel": _exp_panel, "sigmoid": _sigmoid, "symmetric": _joint, "
 
 def _families():
     for name, cases in FAMILIES.items():
-        for dtype in (torch.bfloat16, torch.float32):  # float16 has bfloat16's code
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield name, dtype, cases(dtype)
 
 

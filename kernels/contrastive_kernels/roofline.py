@@ -118,8 +118,8 @@ def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", ti
 EPILOGUE_INSTRUCTIONS = {80: 15.0, 90: 12.0, 100: 20.0}
 JOINT_INSTRUCTIONS = {80: 25.0, 90: 22.0, 100: 37.0}  # with column sums and without the greatest cosine, on its own tile
 JOINT_TILE = (128, 128)
-LEVEL_INSTRUCTIONS = {80: 23.0, 90: 16.0, 100: 23.0}  # of every prefix's epilogue
-LEVEL_TILE = {80: (128, 128), 90: (128, 64), 100: (128, 64)}
+LEVEL_INSTRUCTIONS = {80: 24.0, 90: 18.0, 100: 25.0}  # of every prefix's epilogue
+LEVEL_TILE = {80: (128, 64), 90: (128, 64), 100: (128, 128)}
 TILE = {80: (128, 256), 90: (256, 128), 100: (128, 256)}
 
 
@@ -259,7 +259,7 @@ def fused(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, backw
 
 def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d_query=True, d_target=True) -> list[Piece]:
     """The pieces of one direction on the fused path."""
-    padded = max(16, 1 << (width - 1).bit_length())
+    padded = max(32, 1 << (width - 1).bit_length())  # as fused.block_width pads
     out = [fused(gpu, n, columns, padded, itemsize=itemsize, products=2 if d_query else 1)]
     if d_query:
         out.append(row_update(gpu, n, width, itemsize=itemsize))

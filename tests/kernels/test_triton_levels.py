@@ -66,6 +66,28 @@ def test_against_the_reference(name, one_sweep):
     assert one_sweep
 
 
+def test_gradcheck(one_sweep, monkeypatch):
+    monkeypatch.setattr(configs, "exp_panel", lambda *a: configs.Tile(4, 4, 2, 4, 1))
+    query, target, hard = unit(2, 4), unit(3, 4), unit(2, 1, 4)
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    options = dict(matryoshka_dims=(2, 4), matryoshka_weights=(0.5, 2.0), positives=torch.tensor([2, 0]), backend="triton")
+    assert torch.autograd.gradcheck(lambda q, t, c, h: info_nce(q, t, temperature=c, hard_negatives=h, **options), (query, target, temperature, hard))
+    assert one_sweep
+
+
+def strided(vector):
+    return torch.stack([vector, ~vector if vector.dtype == torch.bool else vector + 1], dim=1)[:, 0]
+
+
+def test_vectors_that_are_not_contiguous(one_sweep):
+    query, target = unit(N, DIMS[-1]).detach(), unit(M, DIMS[-1]).detach()
+    masks = dict(target_ids=ints(M, low=-1, high=20), query_mask=ints(N) > 0, target_mask=ints(M) > 0, weight=torch.rand(N, dtype=torch.float64))
+    options = dict(matryoshka_dims=DIMS, backend="triton", wrt=("query", "target"))
+    near, far = (info_nce_value_and_grad(query, target, **options, **m) for m in (masks, {k: strided(v) for k, v in masks.items()}))
+    assert torch.equal(near.loss, far.loss) and torch.equal(near.d_query, far.d_query) and torch.equal(near.d_target, far.d_target)
+    assert len(one_sweep) == 2
+
+
 def test_statistics_and_the_value_alone(one_sweep):
     query, target = unit(N, DIMS[-1]).detach(), unit(M, DIMS[-1]).detach()
     got, truth = (info_nce_value_and_grad(query, target, matryoshka_dims=DIMS, return_stats=True, wrt=(), backend=b) for b in ("triton", "torch"))

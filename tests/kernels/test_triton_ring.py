@@ -8,7 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
+import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+
+from contrastive_kernels import info_nce, info_nce_value_and_grad  # noqa: E402
+from contrastive_kernels.triton import ring  # noqa: E402
+from tests.kernels.paths import PATHS, force  # noqa: E402
 
 SETS = [
     (), ("symmetric", "positives", "target_ids", "query_ids"), ("query_negatives", "target_negatives", "learnt_temperature"),
@@ -18,8 +23,6 @@ SETS = [
 
 def rank_main(rank, path):
     os.environ["TRITON_INTERPRET"] = "1"
-    import torch.distributed as dist
-
     from contrastive_kernels.triton import sweep
     from tests.kernels.distributed_worker import compare
 
@@ -39,8 +42,31 @@ def rank_main(rank, path):
             for exchange in ("ring", "gather") if turn == 0 else ("ring",):
                 compare(index, names, exchange, rank, 2, dist.group.WORLD, backend="triton")
     assert {"exp", "chunk", "fused"} <= set(taken)
+    generator = torch.Generator().manual_seed(rank)
+    query, target = (torch.randn(rows, 16, generator=generator).bfloat16() for rows in (7, 14))
+    for turn in range(3):
+        options = dict(group=dist.group.WORLD, exchange="ring", backend="triton", symmetric=True, normalize=True, temperature=0.05)
+        first, second = (info_nce_value_and_grad(query, target, **options) for _ in range(2))
+        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("loss", "d_query", "d_target")), "differs from run to run"
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process whose peer left first
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter")
+@pytest.mark.parametrize("path", PATHS)
+def test_gradcheck(path, tmp_path, monkeypatch):
+    force(monkeypatch, path, rows=2)
+    shards, pass_of = [], ring.differentiate_shard
+    monkeypatch.setattr(ring, "differentiate_shard", lambda *args: shards.append(1) or pass_of(*args))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
+    try:
+        query, target = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (3, 4))
+        temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        options = dict(group=dist.group.WORLD, exchange="ring", backend="triton", normalize=True, symmetric=True, positives=torch.tensor([2, 0, 3]))
+        assert torch.autograd.gradcheck(lambda q, t, c: info_nce(q, t, temperature=c, **options), (query, target, temperature))
+    finally:
+        dist.destroy_process_group()
+    assert shards
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter")

@@ -68,21 +68,36 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def tuned_as(arch: int) -> int:
+    """The listed architecture whose tiles a GPU takes, 0 for the default: that of its major number.
+
+    sm_86 and sm_89 take those of sm_80, and so does consumer Blackwell, sm_120, whose tensor cores are programmed as theirs: these
+    tiles stay below the 99 KiB that a block has there.
+    """
+    family = 80 if arch // 10 == 12 else arch // 10 * 10
+    return family if family in ARCHITECTURES else 0
+
+
+def unsupported(arch: int) -> str:
+    """Why the kernels cannot take a GPU of this compute capability (times ten), or ""."""
+    return "" if arch >= 80 else f"compute capability {arch // 10}.{arch % 10} has no bfloat16 tensor cores, the kernels need 8.0"
+
+
 def choose(table: dict, arch: int, *key) -> Tile:
-    """The entry of the newest listed architecture that is not newer than `arch` and of its major number, else the default."""
-    listed = [a for (a, *rest) in table if tuple(rest) == key and 0 < a <= arch and a // 10 == arch // 10]  # sm_86 takes sm_80's
-    return table[(max(listed, default=0), *key)]
+    """The entry of the architecture that `arch` is tuned as, else the default."""
+    return table.get((tuned_as(arch), *key)) or table[(0, *key)]
 
 
-# the accumulator outlives every prefix's epilogue (on sm_100 it is read anew from tensor memory): half the registers are left
-PREFIXES = {90: Tile(128, 64, 64, 8, 4, 4), 100: Tile(128, 64, 64, 8, 3, 4)}
+# The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
+# tensor memory.
+PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4)}
 
 
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
     if INTERPRET:
         return INTERPRETED
-    if prefixes and itemsize <= 2 and arch // 10 * 10 in PREFIXES:
-        return PREFIXES[arch // 10 * 10]
+    if prefixes and itemsize <= 2 and tuned_as(arch) in PREFIXES:
+        return PREFIXES[tuned_as(arch)]
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
 
 
@@ -108,7 +123,7 @@ TOPK = {
     (90, 2, True): Tile(64, 64, 64, 8, 4),
     (100, 2, False): Tile(128, 64, 64, 8, 3),
     (100, 2, True): Tile(128, 32, 64, 8, 3),
-    (100, 4, False): Tile(64, 32, 32, 4, 3),
+    (100, 4, False): Tile(64, 64, 16, 8, 2),
     (0, 2, False): Tile(64, 128, 32, 4, 3),
     (0, 2, True): Tile(64, 64, 32, 8, 3),
     (0, 4, False): Tile(64, 64, 32, 8, 3),
@@ -126,6 +141,7 @@ def topk_shares(device: torch.device, tiles_r: int) -> int:
     return max(1, 4 * processors // max(tiles_r, 1))
 
 
+FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it
 # (architecture, width of a row on the chip, pass, rich) -> tile; block_k is not used, the whole width is there. The forward owns
 # BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows.
 FUSED = {
@@ -159,9 +175,9 @@ FUSED = {
 }
 
 
-def is_rich(ids, threshold, keep, row_scale) -> bool:
-    """Whether an epilogue holds more than the positive's comparison."""
-    return bool(ids) or threshold is not None or keep is not None or row_scale is not None
+def is_rich(columns, ids, threshold, keep, row_scale) -> bool:
+    """Whether an epilogue holds more than the positive's comparison: masks, norms, or the end of a ragged number of columns."""
+    return bool(ids) or threshold is not None or keep is not None or row_scale is not None or columns % FUSED_COLUMNS != 0
 
 
 def fused(arch: int, width: int, which: str, rich: bool) -> Tile:

@@ -110,7 +110,9 @@ def _tile(
             k_to = tl.load(p_levels + level)
             b_acc = _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K, PRECISION, UPCAST)
             k_from = k_to
-            _finish(b_acc, i_r, i_c, level, levels, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
+            # a zero that the compiler cannot tell: it would move every mask of the tile out of this loop, and spill them
+            i_zero = level >> 30
+            _finish(b_acc, i_r + i_zero, i_c + i_zero, level, levels, p_e, p_exponent, p_shift, p_row_scale, p_col_scale,
                     p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep, p_row_part, p_col_part,
                     R, C, stride_e, column_offset, HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP,
                     STORE, ROW_MAX, COL_SUM, EVEN_C, UPCAST, BLOCK_R, BLOCK_C, SLICES)

@@ -127,8 +127,8 @@ class FusedSums:
 
 
 def block_width(width: int) -> int:
-    """The power of two that holds the width; rows are padded to it."""
-    return max(16, triton.next_power_of_2(width))
+    """The power of two that holds the width, 32 at least so that a tile of rows is 16 bytes for every thread; rows are padded to it."""
+    return max(32, triton.next_power_of_2(width))
 
 
 def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset):
@@ -168,7 +168,7 @@ def fused_forward(
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
     x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
-    tile = tile or configs.fused(configs.architecture(device), block_d, "forward", configs.is_rich(ids, threshold, keep, row_scale))
+    tile = tile or configs.fused(configs.architecture(device), block_d, "forward", configs.is_rich(columns, ids, threshold, keep, row_scale))
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_c, tiles_r, device, shares) if columns else (1, 0)
     shift, total, best = (torch.empty(shares, rows, dtype=acc, device=device) for _ in range(3))
@@ -200,7 +200,7 @@ def fused_backward(
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
     x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
-    tile = tile or configs.fused(configs.architecture(device), block_d, "backward", configs.is_rich(ids, threshold, keep, row_scale))
+    tile = tile or configs.fused(configs.architecture(device), block_d, "backward", configs.is_rich(columns, ids, threshold, keep, row_scale))
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_r, tiles_c, device, shares) if rows else (1, 0)
     out = torch.empty(shares, columns, block_d, dtype=acc, device=device)
