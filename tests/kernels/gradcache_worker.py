@@ -242,9 +242,15 @@ class Prepared:
         sides, offsets = self.batch
         self.given = sides if case.hard else sides[:2]
         self.options = {"hard_negatives": sides[2], "hard_offsets": offsets} if case.hard else {}
-        self.kept = []
+        self.kept, self.dummies = [], []
         backward = self.cache._backward_chunk
-        self.cache._backward_chunk = lambda *a: (self.kept.append(a[2].graph is not None), backward(*a))[1]
+
+        def watched(sides, index, chunk, *rest):
+            self.kept.append(chunk.graph is not None)
+            self.dummies.append(chunk.is_dummy)
+            backward(sides, index, chunk, *rest)
+
+        self.cache._backward_chunk = watched
 
     @property
     def lengths(self):
@@ -279,6 +285,7 @@ def check(case, rank, world_size):
         before = reductions["count"]
         steps.append(prepared.step())
         seen = {"reductions": reductions["count"] - before, "kept": sum(prepared.kept), "chunks": len(prepared.kept)}
+        seen["ends on a dummy"] = prepared.dummies[-1]
     halved = case.budget // 2 if case.fault is not None else case.budget
     assert prepared.cache.chunk_tokens == halved, f"a budget of {prepared.cache.chunk_tokens}"
     for index, found in enumerate(steps):

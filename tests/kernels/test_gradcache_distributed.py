@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from gradcache_worker import Case
 
 SHARDED = {"wrapper": "fsdp"}
-NO_PARTS = {"bare_root": True, "parts": ("first", "second", "vision", "head")}
+BARE = {"wrapper": "fsdp", "bare_root": True}
 
 EXACT = {
     2: {
@@ -30,7 +30,7 @@ EXACT = {
         "fsdp, unequal": Case(**SHARDED, unequal=True),  # rank 1 has fewer chunks and runs dummies
         "fsdp, unequal, retain 1": Case(**SHARDED, unequal=True, retain=1),
         "fsdp, unequal, retain all": Case(**SHARDED, unequal=True, retain="all"),
-        "fsdp, unequal, the last backward a dummy's": Case(**SHARDED, unequal=True, retain=4, budget=1000, **NO_PARTS),
+        "fsdp, unequal, the last backward a dummy's": Case(**SHARDED, unequal=True, retain=4),
         "fsdp, retain 1, dropout": Case(**SHARDED, retain=1, dropout=0.4),
         "fsdp, unequal, dropout": Case(**SHARDED, unequal=True, dropout=0.4),
         "fsdp, frozen, features kept": Case(**SHARDED, frozen=True),
@@ -39,7 +39,8 @@ EXACT = {
         "fsdp, hard negatives": Case(**SHARDED, hard=True, unequal=True),
         "fsdp, one row a chunk": Case(**SHARDED, budget=1, retain=3),
         "fsdp, one chunk": Case(**SHARDED, budget=1000),
-        "fsdp, bare root": Case(**SHARDED, **NO_PARTS, unequal=True, retain=1),
+        "fsdp, bare root, the last backward a dummy's": Case(**BARE, unequal=True, retain=4),
+        "fsdp, bare root": Case(**BARE, unequal=True, retain=1),
         "fsdp, the root holds all": Case(**SHARDED, parts=()),
         "fsdp, two towers, unequal": Case(**SHARDED, towers=2, unequal=True, retain=1),
         "fsdp, two towers, hard negatives": Case(**SHARDED, towers=2, hard=True, dropout=0.4),
@@ -69,8 +70,8 @@ FAULTS = {
             for retain in (0, 1, "all")
             if not (where == "first" and retain == "all")  # every chunk has its graph
         },
-        "fsdp, second, bare root": Case(**SHARDED, **NO_PARTS, fault=(1, "second", "second"), retain=1),
-        "fsdp, backward, bare root": Case(**SHARDED, **NO_PARTS, fault=(0, "backward", "second"), retain=1),
+        "fsdp, second, bare root": Case(**BARE, fault=(1, "second", "second"), retain=1),
+        "fsdp, backward, bare root": Case(**BARE, fault=(0, "backward", "second"), retain=1),
         "fsdp, backward, unequal": Case(**SHARDED, unequal=True, fault=(1, "backward", "first"), dropout=0.4),
         "fsdp, backward, one chunk": Case(**SHARDED, budget=16, limit=4, fault=(1, "backward", "second"), retain="all"),
         "fsdp, backward, frozen": Case(**SHARDED, frozen=True, fault=(0, "backward", "second")),
@@ -160,6 +161,7 @@ def test_gradients_are_those_of_kept_graphs_and_of_the_whole_batch(results, worl
     if case.wrapper == "fsdp":
         assert len({(rank["chunks"], rank["kept"]) for rank in by_rank}) == 1, "every rank makes as many passes"
         groups = (len(case.parts) - case.frozen * ("vision" in case.parts) + (not case.bare_root)) * case.towers
+        assert by_rank[-1]["ends on a dummy"] == ("the last backward a dummy's" in name)
         assert all(rank["reductions"] == groups for rank in by_rank), "one reduction per sharded group and step"
     elif case.unequal:
         assert by_rank[0]["chunks"] > by_rank[1]["chunks"], "no dummies where nothing is collective"
