@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 _SHOWN = {
     "loss": "loss",
     "accuracy": "acc",
+    "eval_accuracy": "held-out acc",
     "positive_similarity": "pos",
     "hardest_negative_similarity": "neg",
     "temperature": "T",
@@ -30,6 +31,7 @@ class Progress(transformers.TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._latest: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -45,7 +47,8 @@ class Progress(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs: Any) -> None:
         if self._bar is not None and logs:
-            shown = {short: _brief(logs[name]) for name, short in _SHOWN.items() if name in logs}
+            self._latest.update(logs)
+            shown = {short: _brief(self._latest[name]) for name, short in _SHOWN.items() if name in self._latest}
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
 

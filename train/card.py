@@ -10,6 +10,8 @@ import yaml
 from train.recipe import Recipe
 
 _FIGURES = {
+    "eval_accuracy": "held-out rows: accuracy among the targets of their source, mean over sources",
+    "eval_loss": "held-out rows: loss (nats)",
     "loss": "loss (nats)",
     "accuracy": "in-batch accuracy",
     "positive_similarity": "similarity of positives",

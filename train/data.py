@@ -28,21 +28,28 @@ class PairDataset(torch.utils.data.Dataset):
     Args:
         data: the recipe's data section.
         processing: the model's (`vlm2vec.backbones.processing`), picklable.
+        held_out: how many of each source's last rows to keep out of training, at most a tenth of it; see `held_out_rows`.
 
     A row that cannot be read keeps its place in the batch with `error` set, and is left out of the loss by the
     trainer; with `data.strict` it raises.
     """
 
-    def __init__(self, data: Data, processing: Any):
+    def __init__(self, data: Data, processing: Any, held_out: int = 0):
         self.data = data
         self.processing = processing
         self.tables = [open_source(data, source) for source in data.sources]
         self.frames = processing.options["frames"]
+        self._held_out = [min(held_out, len(table) // 10) for table in self.tables]
         self._placeholder: Features | None = None
 
     @property
     def sizes(self) -> list[int]:
-        return [len(table) for table in self.tables]
+        """Rows of each source that are trained on."""
+        return [len(table) - held for table, held in zip(self.tables, self._held_out, strict=True)]
+
+    def held_out_rows(self) -> list[range]:
+        """The rows of each source that are not."""
+        return [range(size, size + held) for size, held in zip(self.sizes, self._held_out, strict=True)]
 
     def __len__(self) -> int:
         return sum(self.sizes)

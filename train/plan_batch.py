@@ -21,7 +21,7 @@ def has_data(recipe: Recipe) -> bool:
 
 def first_batch(recipe: Recipe, processing: Any, ranks: int, dataset: PairDataset | None = None) -> dict[str, Any]:
     """Rank 0's share of the run's first step."""
-    dataset = dataset or PairDataset(recipe.data, processing)
+    dataset = dataset or PairDataset(recipe.data, processing, recipe.held_out_rows)
     sampler = BlockSampler(
         dataset.sizes,
         [source.weight for source in recipe.data.sources],

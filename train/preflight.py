@@ -169,7 +169,7 @@ def check_rows(recipe: Recipe, processing: Any) -> None:
         ValueError: a sample is longer than a chunk's budget; names its row and its tokens. Or no row of a source can be read.
             With `data.strict`, the first row that cannot be read.
     """
-    dataset = PairDataset(recipe.data, processing)
+    dataset = PairDataset(recipe.data, processing, recipe.held_out_rows)
     most = _SAMPLED_ROWS if processing.from_headers else _SAMPLED_ROWS_DECODED
     longest: tuple[int, str] = (0, "")
     for source, size in enumerate(dataset.sizes):

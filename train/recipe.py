@@ -104,6 +104,14 @@ class Lora:
 
 
 @dataclass
+class HeldOut:
+    """Rows that are kept out of training, the last `rows` of each source (at most a tenth of it), and scored every `steps` steps."""
+
+    rows: int = 128
+    steps: int = 100
+
+
+@dataclass
 class Content:
     """One side of an assumed row: tokens of text, and `images` pictures of [width, height] or a film [frames, width, height]."""
 
@@ -169,6 +177,7 @@ class Recipe:
     logging_steps: int = 10
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
+    held_out: HeldOut | None = None
     cpu: bool = False
     plan: Assumed | None = None
 
@@ -178,6 +187,11 @@ class Recipe:
         if self.report_to == ["none"]:  # the reference's word for nowhere
             self.report_to = []
         self.check()
+
+    @property
+    def held_out_rows(self) -> int:
+        """Most rows of each source that are kept out of training."""
+        return self.held_out.rows if self.held_out else 0
 
     def check(self) -> None:
         """Raises ValueError for what cannot run, before a model is loaded (`train.recipe_checks`)."""

@@ -53,6 +53,9 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_numbers(recipe: Recipe) -> None:
+    if recipe.held_out is not None and min(recipe.held_out.rows, recipe.held_out.steps) < 1:
+        rows, steps = recipe.held_out.rows, recipe.held_out.steps
+        raise ValueError(f"held_out.rows and held_out.steps must be at least 1, got {rows} and {steps}; leave the section out to train on all rows")
     for key in _COUNTS:
         value = getattr(recipe, key)
         if value is not None and value < 1:

@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
         print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
     transformers.set_seed(recipe.seed)
     model = build_model(recipe, checkpoint, device="cpu" if recipe.cpu else None)
-    data = PairDataset(recipe.data, model.processing)
+    data = PairDataset(recipe.data, model.processing, recipe.held_out_rows)
     _wait_for_everyone()
     if is_main:  # only now that model and data are known to be there
         if fresh:
@@ -105,6 +105,7 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
         return
     trainer.state.save_to_json(str(staged / "trainer_state.json"))
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+    last = {**last, **next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})}
     trained, total = trainer.weights
     family = trainer.model.family
     card = model_card(recipe, base=recipe.model, family=family, trained=trained, total=total, steps=trainer.state.global_step, figures=last)
@@ -118,6 +119,7 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
         "steps": trainer.state.global_step,
         "loss": last.get("loss"),
         "accuracy": last.get("accuracy"),
+        **{name: value for name, value in last.items() if name.startswith("eval_")},
         "seconds": round(seconds, 1),
         "peak_memory_mib": round(peak_memory_mib(trainer.args.device), 1),
         "files": published,

@@ -130,6 +130,12 @@ class ContrastiveStep:
             hidden = torch.where(torch.tensor(unreadable, device=hidden.device)[:, None], hidden.detach(), hidden)
         return hidden
 
+    def embed(self, side: Side, rows: list[int]) -> torch.Tensor:
+        """(len(rows), D) embeddings outside of a step, for which nothing is kept."""
+        hidden = self.model(self._chunk(side, rows))
+        side.release(rows)
+        return hidden
+
     def _frozen_vision(self, side: Side, rows: list[int]):
         # The library puts autocast around forward alone.
         with self.autocast():

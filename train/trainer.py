@@ -14,7 +14,7 @@ import transformers
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from contrastive_kernels.generator_state import GeneratorState
-from train import checkpoints, sharding
+from train import checkpoints, held_out, sharding
 from train.damage import Damage
 from train.data import PairDataset, collate, longest_sample
 from train.launch import refuse_other_launchers
@@ -46,7 +46,10 @@ class ContrastiveTrainer(transformers.Trainer):
         if recipe.global_batch % arguments.world_size:
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
         self.sharded = sharding.is_sharded(model)
-        super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
+        super().__init__(
+            model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset if recipe.held_out else None, data_collator=collate,
+            callbacks=callbacks,
+        )  # fmt: skip
         if self.sharded:
             # The shards are placed and their gradients reduced by FSDP2: nothing of it is accelerate's to wrap.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -115,17 +118,7 @@ class ContrastiveTrainer(transformers.Trainer):
             self._generators_from = None
         self._before, self._rows = GeneratorState.capture(), inputs["rows"]
         self._warn_of_length(inputs)
-        if self._step is None:
-            self._step = ContrastiveStep(
-                self.recipe,
-                model,
-                self.accelerator.unwrap_model(model),
-                device=self.args.device,
-                autocast=self.accelerator.autocast,
-                scaler=self.accelerator.scaler,
-                world_size=self.args.world_size,
-            )
-        result, lengths = self._step(inputs)
+        result, lengths = self._contrastive_step(model)(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
         self._damage.add(
@@ -139,6 +132,28 @@ class ContrastiveTrainer(transformers.Trainer):
             self._stop(f"the loss is {result.loss.item()}", inputs["rows"])
         self._stats.add(result, lengths)
         return result.loss.detach().float()
+
+    def _contrastive_step(self, model: torch.nn.Module) -> ContrastiveStep:
+        if self._step is None:
+            self._step = ContrastiveStep(
+                self.recipe,
+                model,
+                self.accelerator.unwrap_model(model),
+                device=self.args.device,
+                autocast=self.accelerator.autocast,
+                scaler=self.accelerator.scaler,
+                world_size=self.args.world_size,
+            )
+        return self._step
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Scores the held-out rows (`train.held_out`) and logs them. Called on every rank."""
+        step = self._contrastive_step(self.model_wrapped)
+        figures = held_out.evaluate(step, self.train_dataset, self.recipe, self.args.process_index, self.args.world_size)
+        if figures:
+            self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None and self.sharded:  # nothing is clipped
@@ -259,6 +274,8 @@ def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe.held_out else "no",
+        eval_steps=recipe.held_out.steps if recipe.held_out else None,
         save_steps=recipe.save_steps,
         save_total_limit=None,  # rotation is ours: after the rename
         seed=recipe.seed,
