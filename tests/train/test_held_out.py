@@ -32,7 +32,11 @@ def root(tmp_path, monkeypatch):
 
 
 def prepared(root, **changes):
-    recipe = load_recipe(write_recipe(root, **CHANGES | changes))
+    return opened(write_recipe(root, **CHANGES | changes))
+
+
+def opened(path):
+    recipe = load_recipe(path)
     model = build_model(recipe, device="cpu").train()
     return recipe, model, PairDataset(recipe.data, model.processing, recipe.held_out_rows)
 
@@ -110,7 +114,7 @@ def rank_main(rank, port, root, queue):
 
         accelerate.PartialState(cpu=True)
         for wrapper in ("ddp", "fsdp"):
-            recipe, model, data = prepared(root)
+            recipe, model, data = opened(root / "output.yaml")
             wrapped = torch.nn.parallel.DistributedDataParallel(model) if wrapper == "ddp" else sharding.shard(model)
             step = ContrastiveStep(recipe, wrapped, model, device=torch.device("cpu"), world_size=2)
             queue.put((wrapper, evaluate(step, data, recipe, rank, 2)))
