@@ -1,8 +1,8 @@
-"""A run that was killed at random moments, or interrupted, ends with the weights of one that was not: bit for bit on one thread."""
+"""A run that was interrupted goes on where it stopped: with equal weights, the next rows and nothing read or decoded twice."""
 
 import json
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +15,12 @@ from safetensors.torch import load_file
 from tiny import write_recipe
 
 from train import checkpoints
+from train.data import PairDataset
+from train.media import Media
+from train.recipe import load_recipe
+from train.run import run
+from train.sampler import BlockSampler
+from train.trainer import ContrastiveTrainer
 
 STEPS = 16
 
@@ -82,27 +88,6 @@ def assert_same_weights(folder, expected):
     assert not torch.equal(value, load_file(folder.parent / "model" / "model.safetensors")[name]), "nothing was trained"
 
 
-def test_killed_at_random_moments(root, uninterrupted):
-    seed = random.SystemRandom().randrange(10**6)
-    moments = random.Random(seed)
-    recipe, resumed = make(root, "killed"), 0
-    for reach in (2, 6, 10):
-        process = start(recipe)
-        resumed += until_training(process).startswith("resuming")
-        until_checkpoint(process, root / "killed", reach)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        for folder in checkpoints.complete_checkpoints(root / "killed"):
-            load_file(folder / "model.safetensors")  # none is half there
-    process = start(recipe)
-    until_training(process)
-    finish(process)
-    assert resumed, f"the first kill came after the end (seed {seed})"
-    assert_same_weights(root / "killed", uninterrupted)
-
-
 def test_interrupted_from_the_keyboard(root, uninterrupted):
     recipe = make(root, "interrupted")
     process = start(recipe)
@@ -117,3 +102,56 @@ def test_interrupted_from_the_keyboard(root, uninterrupted):
     assert step in until_training(process)
     finish(process)
     assert_same_weights(root / "interrupted", uninterrupted)
+
+
+# What going on costs
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the runs of a test read in this process (`rows`), decoded (`decoded`) and trained on (`trained`), in order."""
+    found = {"rows": [], "decoded": [], "trained": []}
+    read, decode, step = PairDataset.__getitem__, Media._decode, ContrastiveTrainer.training_step
+
+    def counted_read(self, key):
+        found["rows"].append(key)
+        return read(self, key)
+
+    def counted_decode(self, features):
+        found["decoded"] += features.pending
+        return decode(self, features)
+
+    def counted_step(self, model, inputs, *rest):
+        found["trained"].append([tuple(row) for row in inputs["rows"]])
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(PairDataset, "__getitem__", counted_read)
+    monkeypatch.setattr(Media, "_decode", counted_decode)
+    monkeypatch.setattr(ContrastiveTrainer, "training_step", counted_step)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # four workers on two cores
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_going_on_reads_and_decodes_nothing_of_the_steps_before(tmp_path, seen, workers):
+    output = tmp_path / "output"
+    recipe = write_recipe(tmp_path, output=str(output), steps=6, save_steps=4, retain="all", seed=3)
+    assert run([str(recipe)]) == 0
+    made = load_recipe(recipe)
+    weights = [source.weight for source in made.data.sources]
+    sampler = BlockSampler([24, 24], weights, global_batch=8, block=4, steps=6, seed=3)
+    assert seen["trained"] == [sampler.batch(step) for step in range(6)]
+    before = load_file(output / "model.safetensors")
+    shutil.rmtree(output / "checkpoint-6")
+    (output / "train_result.json").unlink()
+    for found in seen.values():
+        found.clear()
+    assert run([str(recipe), "--workers", str(workers)]) == 0
+    rest = [sampler.batch(step) for step in (4, 5)]
+    assert seen["trained"] == rest
+    # Workers read in processes of their own.
+    assert seen["rows"] == ([] if workers else sum(rest, []))
+    pictures = [str(tmp_path / "images" / f"{row}.jpg") for step in rest for source, row in step if source == 0]
+    assert pictures and sorted(str(frame) for (frame,) in seen["decoded"]) == sorted(pictures), "each once"
+    after = load_file(output / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,17 +3,13 @@
 All cases share one pair of processes: starting them costs more than the cases do.
 """
 
-import os
 import queue as queue_module
-import random
 import shutil
-import socket
-import time
 import traceback
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import context, join, start
 from safetensors.torch import load_file
 from tiny import first_batch, gradients, write_recipe
 
@@ -77,12 +73,6 @@ def rank_main(rank, port, root, queue):
         raise
 
 
-def join(rank, port):
-    """What torchrun sets."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-
-
 def one_case(rank, root, wrapper, changes, damaged):
     from train import sharding
 
@@ -128,24 +118,6 @@ def root(tmp_path_factory):
         shutil.copy(folder / "data.yaml", folder / f"rank{rank}")
         shutil.copy(folder / "damaged.jpg", folder / f"rank{rank}")
     return folder
-
-
-def context():
-    """Processes forked from a server that imports what all of them need, once."""
-    found = mp.get_context("forkserver")
-    found.set_forkserver_preload(["preloaded"])
-    return found
-
-
-def start(main, *arguments):
-    """Two ranks of `main(rank, port, *arguments)`."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = [context().Process(target=main, args=(rank, port, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    return processes
 
 
 @pytest.fixture(scope="module")
@@ -196,64 +168,3 @@ def test_an_fsdp_run_saves_whole_weights_and_goes_on_from_its_checkpoint(root, r
     for name in single:  # the same four steps, in float32
         torch.testing.assert_close(sharded[name], single[name], rtol=1e-3, atol=2e-4, msg=name)
 
-
-# Killed and run again
-
-STEPS = 60  # more than five kills let pass on a fast machine
-
-
-def train_main(rank, port, recipe):
-    join(rank, port)
-    from train.run import run
-
-    os._exit(run([str(recipe)]))
-
-
-def ended(processes, timeout=120):
-    for process in processes:
-        process.join(timeout)
-    return [process.exitcode for process in processes]
-
-
-def assert_whole(folder):
-    """Everything that bears the name of a checkpoint can be read."""
-    load_file(folder / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.load(folder / name, weights_only=True)
-    for name in ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth", "vlm2vec.json", "tokenizer.json"):
-        assert (folder / name).stat().st_size > 0, folder / name
-
-
-@pytest.mark.slow
-def test_killed_five_times_under_ddp_a_run_ends_in_the_same_weights(root):
-    changes = {"steps": STEPS, "save_steps": 1, "keep_checkpoints": 2, "dtype": "float32", "lr_schedule": "cosine"}
-    whole = write_recipe(root, output=str(root / "unbroken"), **changes)
-    assert ended(start(train_main, whole)) == [0, 0]
-    output = root / "killed"
-    recipe = write_recipe(root, output=str(output), **changes)
-    generator = random.Random(0)
-    reached = []
-    for kill in range(5):
-        processes = start(train_main, recipe)
-        target = reached[-1] + 1 if reached else 1
-        deadline = time.monotonic() + 250  # a busy machine starts ranks slowly
-        while time.monotonic() < deadline and not any(step(c) >= target for c in output.glob("checkpoint-*")):
-            assert all(process.is_alive() for process in processes), f"exit codes {[p.exitcode for p in processes]} before the kill"
-            time.sleep(0.005)
-        time.sleep(generator.random() * 0.3)  # anywhere in a step, in saving or in removing
-        for process in processes if kill % 2 else processes[::-1]:
-            process.kill()
-        ended(processes)
-        for checkpoint in output.glob("checkpoint-*"):
-            assert_whole(checkpoint)
-        reached.append(max(step(c) for c in output.glob("checkpoint-*")))
-    assert reached[-1] < STEPS and reached == sorted(set(reached)), "each run went on from the one before and was cut short"
-    assert ended(start(train_main, recipe)) == [0, 0]
-    expected, got = (load_file(folder / "model.safetensors") for folder in (root / "unbroken", output))
-    for name in expected:
-        assert torch.equal(expected[name], got[name]), name
-    assert not list(output.glob(".saving*"))
-
-
-def step(checkpoint):
-    return int(checkpoint.name.rpartition("-")[2])
