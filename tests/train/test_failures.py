@@ -47,24 +47,37 @@ def spoil(monkeypatch, at_step, gradient=False):
     monkeypatch.setattr(VLM2Vec, "forward", spoiled)
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_a_step_without_finite_numbers_saves_the_state_before_it_and_says_whose_rows(root, monkeypatch, gradient):
-    whole = root / f"whole-{gradient}"
-    changes = {"save_steps": 9, "lora": {"r": 2, "dropout": 0.3, "dora": False}, "seed": 3}  # random masks: the state has generators
+@pytest.mark.parametrize(
+    "at_step,gradient,clip,workers",
+    [
+        (3, False, 1.0, 0),
+        (3, True, 1.0, 0),
+        (3, True, 0.0, 0),  # nothing is clipped, the norm is looked at all the same
+        (1, False, 1.0, 0),  # a checkpoint of no step, whose generators a starting loader must not move
+        (1, False, 1.0, 1),
+    ],
+)
+def test_a_step_without_finite_numbers_saves_the_state_before_it_and_says_whose_rows(
+    root, tmp_path, monkeypatch, at_step, gradient, clip, workers
+):
+    whole = tmp_path / "whole"
+    # Random masks: the state has generators.
+    changes = {"save_steps": 9, "lora": {"r": 2, "dropout": 0.3, "dora": False}, "seed": 3, "max_grad_norm": clip, "workers": workers}
     assert run([str(write_recipe(root, output=str(whole), **changes))]) == 0
-    output = root / f"stopped-{gradient}"
+    output = tmp_path / "stopped"
     recipe = write_recipe(root, output=str(output), **changes)
     with monkeypatch.context() as patch:
-        spoil(patch, 3, gradient)
+        spoil(patch, at_step, gradient)
         with pytest.raises(FloatingPointError) as error:
             run([str(recipe)])
     message = str(error.value)
-    assert message.startswith("step 3:") and "Pictures:" in message and "checkpoint-2" in message
+    saved = f"checkpoint-{at_step - 1}"
+    assert message.startswith(f"step {at_step}:") and "Pictures:" in message and saved in message
     if gradient:
         assert "gradient" in message and "learning_rate" in message
     else:
         assert "rows have embeddings that are not finite" in message and "(source Pictures)" in message
-    assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [p.name for p in output.glob("checkpoint-*")] == [saved]
     assert run([str(recipe)]) == 0  # the cause is gone: the run ends as if nothing had been
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, output))
     for name in expected:
