@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_gate, gpu_peers
+from bench import gpu_gate, gpu_options, gpu_peers
 from bench.aot import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,11 +158,11 @@ def predicted(name: str, query, target) -> dict:
     return {"predicted_ms": round(plan.chosen.seconds * 1e3, 3)}
 
 
-def block(clock, table: dict, n: int, d: int, args, kind: str, about: dict) -> list[dict]:
+def block(clock, table: dict, n: int, m: int, d: int, args, kind: str, about: dict) -> list[dict]:
     """Everyone's rows of one shape."""
     torch.manual_seed(0)
-    query, target = (gpu_gate.unit(n, d, dtype=torch.bfloat16, device=clock.name) for _ in range(2))
-    expected = truth(query, target, args.temperature, kind) if kind != "search" and clock.room_for_truth(n) else None
+    query, target = (gpu_gate.unit(rows, d, dtype=torch.bfloat16, device=clock.name) for rows in (n, m))
+    expected = truth(query, target, args.temperature, kind) if kind not in ("search", "options") and clock.room_for_truth(n) else None
     clock.forget()
     rows, limit = [], None
     for name, make in table.items():
@@ -171,9 +171,9 @@ def block(clock, table: dict, n: int, d: int, args, kind: str, about: dict) -> l
             limit = got.get("ms_p50")
         if got.get("ms_p50"):
             got["times_three_gemms"] = round(got["ms_p50"] / limit, 3) if limit else ""
-            got["tflops"] = round((2 if kind == "search" else 6) * n * n * d / got["ms_p50"] / 1e9, 1)
+            got["tflops"] = round((2 if kind == "search" else 6) * n * m * d / got["ms_p50"] / 1e9, 1)
         got |= predicted(name, query, target)
-        rows.append(dict.fromkeys(FIELDS, "") | about | {"name": name, "dtype": "bfloat16", "n": n, "m": n, "d": d, "temperature": args.temperature} | got)
+        rows.append(dict.fromkeys(FIELDS, "") | about | {"name": name, "dtype": "bfloat16", "n": n, "m": m, "d": d, "temperature": args.temperature} | got)
         print(f"{n:>6} {d:>5} {name:<50} {got.get('ms_p50', got.get('note'))}", flush=True)
     return rows
 
@@ -185,9 +185,9 @@ def markdown(rows: list[dict]) -> str:
     lines += ["Value and gradients, milliseconds; `tflops` counts the 6 NMD of one direction, 2 NMD of a search; errors are norms against float64 of the same bfloat16 inputs."]
     shape = None
     for row in rows:
-        if (row["n"], row["d"]) != shape:
-            shape = row["n"], row["d"]
-            lines += ["", f"## N = M = {shape[0]}, D = {shape[1]}, temperature {row['temperature']}", ""]
+        if (row["n"], row["m"], row["d"]) != shape:
+            shape = row["n"], row["m"], row["d"]
+            lines += ["", f"## N = {shape[0]}, M = {shape[1]}, D = {shape[2]}, temperature {row['temperature']}", ""]
             lines += ["| " + " | ".join(SHORT) + " |", "|" + "---|" * len(SHORT)]
         lines.append("| " + " | ".join(str(row[field]).replace("|", "/") for field in SHORT) + " |")
     return "\n".join(lines) + "\n"
@@ -210,6 +210,7 @@ def attention(args, device: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 16_384, 65_536], help="N = M")
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 1536, 3584])
+    parser.add_argument("--search", type=int, nargs=3, default=[10_000, 1_000_000, 256], metavar=("N", "M", "D"), help="shape of one large search")
     parser.add_argument("--temperature", type=float, default=0.02)
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each, at least 2")
     parser.add_argument("--keep-going", action="store_true", help="time although a result is wrong; the exit status stays 1")
@@ -231,15 +232,19 @@ def run(args, clock=None, **small) -> int:
     path = args.output.with_suffix("") if suffix in (".csv", ".md") else args.output
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = bool(wrong) | attention(argparse.Namespace(**{**vars(args), "output": path}), clock.name)
+    shapes = []
     for n in args.sizes:
         for d in args.widths:
-            for table, kind in ((gpu_peers.ONE, "one"), (gpu_peers.BOTH, "both"), (gpu_peers.SIGMOID, "sigmoid"), (gpu_peers.SEARCH, "search")):
-                rows += block(clock, table, n, d, args, kind, about)
-                # written anew after every shape: what was measured survives a peer that takes the process down
-                write_csv(path.with_name(path.name + ".csv"), rows)
-                part = path.with_name(path.name + ".md.part")
-                part.write_text(markdown(rows))
-                os.replace(part, path.with_name(path.name + ".md"))
+            tables = (gpu_options.table(n, d), "options"), (gpu_peers.ONE, "one"), (gpu_peers.BOTH, "both"), (gpu_peers.SIGMOID, "sigmoid"), (gpu_peers.SEARCH, "search")
+            shapes += [(n, n, d, *table) for table in tables]
+    shapes.insert(1, (*args.search, gpu_peers.SEARCH, "search"))  # before any peer, which may end the process
+    for n, m, d, table, kind in shapes:
+        rows += block(clock, table, n, m, d, args, kind, about)
+        # written anew after every shape: what was measured survives a peer that takes the process down
+        write_csv(path.with_name(path.name + ".csv"), rows)
+        part = path.with_name(path.name + ".md.part")
+        part.write_text(markdown(rows))
+        os.replace(part, path.with_name(path.name + ".md"))
     print(f"written to {path}.csv and {path}.md")
     return int(failed)
 

@@ -17,7 +17,7 @@ from contrastive_kernels import info_nce_value_and_grad
 from contrastive_kernels.reference import info_nce_reference
 
 CAP = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2**-13}
-PATHS = ("exp", "chunk", "fused", "joint")
+PATHS = ("exp", "chunk", "fused", "joint", "levels")
 
 
 def unit(*shape, dtype, device):
@@ -42,6 +42,7 @@ def cases(n: int, m: int, d: int, dtype, device) -> dict:
         "smoothing": dict(label_smoothing=0.1, target_mask=keep(m)), "normalize": dict(normalize=True),
         "temperature gradient": dict(temperature=torch.tensor(0.07, device=device)), "cold": dict(temperature=0.003),
         "matryoshka": dict(matryoshka_dims=(d // 2, d)), "symmetric": dict(symmetric=True),
+        "matryoshka, masks": dict(matryoshka_dims=(d // 2, d), target_mask=keep(m), target_ids=ints(m, low=-1, high=20), mask_margin=0.1),
         "symmetric, shared positives": dict(symmetric=True, positives=ints(n, high=m // 2), mask_margin=0.3),
     }
     if n == m:
@@ -51,10 +52,10 @@ def cases(n: int, m: int, d: int, dtype, device) -> dict:
 
 @contextlib.contextmanager
 def forced(path: str, taken: list):
-    """The sweep takes `path`, where it can; `taken` notes what it took."""
-    from contrastive_kernels.triton import sweep, symmetric
+    """The sweep takes `path`, where it can; `taken` notes what it took. Matryoshka levels share a sweep for "levels" alone."""
+    from contrastive_kernels.triton import levels, sweep, symmetric
 
-    plan_for, decide = sweep.plan_for, symmetric.decide
+    plan_for, decide, plan_levels = sweep.plan_for, symmetric.decide, levels.plan
 
     def chosen(plan):
         way = next((way for way in plan.ways if way.path == path and not way.reason), plan.chosen)
@@ -65,8 +66,16 @@ def forced(path: str, taken: list):
         plan = decide(*args) if path == "joint" else None
         return plan if plan is None else chosen(plan)
 
+    def together(*args):
+        plan = plan_levels(*args)
+        way = next(way for way in plan.ways if way.path == ("levels" if path == "levels" else "apart"))
+        if way.reason:
+            return plan
+        taken.extend(["levels"] if path == "levels" else [])
+        return dataclasses.replace(plan, chosen=way)
+
     with mock.patch.object(sweep, "plan_for", lambda *args: chosen(plan_for(*args))), mock.patch.object(symmetric, "decide", both), \
-            mock.patch.object(symmetric, "WORTH_A_LOOK", float("-inf")):  # fmt: skip
+            mock.patch.object(levels, "plan", together):  # fmt: skip
         yield
 
 

@@ -14,12 +14,12 @@ from bench.autograd import labels as _labels
 from bench.autograd import step as _step
 
 
-def _ours(**options):
+def ours(**options):
     def make(query, target, temperature):
         from contrastive_kernels import info_nce_value_and_grad
 
         def run():
-            out = info_nce_value_and_grad(query, target, temperature=temperature, grad_dtype=torch.float32, **options)
+            out = info_nce_value_and_grad(query, target, **{"temperature": temperature, "grad_dtype": torch.float32, **options})
             return out.loss, out.d_query, out.d_target
 
         return run
@@ -160,13 +160,13 @@ def search_dense(query, target, temperature):
 LIMIT = "three bare GEMMs (limit)"
 # peers come last: a kernel of theirs that dies takes the process's device with it
 ONE = {
-    LIMIT: three_gemms, "contrastive_kernels triton": _ours(backend="triton"), "contrastive_kernels triton, autograd": ours_autograd,
-    "contrastive_kernels torch": _ours(backend="torch"), "eager": eager, "torch.compile": compiled, "F.linear_cross_entropy": linear_cross_entropy,
+    LIMIT: three_gemms, "contrastive_kernels triton": ours(backend="triton"), "contrastive_kernels triton, autograd": ours_autograd,
+    "contrastive_kernels torch": ours(backend="torch"), "eager": eager, "torch.compile": compiled, "F.linear_cross_entropy": linear_cross_entropy,
     "sentence-transformers cached": sentence_transformers, "cut-cross-entropy exact": cut_cross_entropy, "Liger FLCE": liger, "inf-cl": inf_cl,
 }
 BOTH = {
-    LIMIT: three_gemms, "contrastive_kernels triton, symmetric": _ours(backend="triton", symmetric=True),
-    "contrastive_kernels triton, symmetric, normalize": _ours(backend="triton", symmetric=True, normalize=True),
+    LIMIT: three_gemms, "contrastive_kernels triton, symmetric": ours(backend="triton", symmetric=True),
+    "contrastive_kernels triton, symmetric, normalize": ours(backend="triton", symmetric=True, normalize=True),
     "eager, symmetric": eager_symmetric, "memeff CLIP": memeff,
 }
 SIGMOID = {LIMIT: three_gemms, "contrastive_kernels sigmoid": sigmoid_ours, "eager sigmoid": sigmoid_eager, "siglip-kernel": siglip_kernel}

@@ -33,6 +33,10 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
         return "TRITON_INTERPRET=1 runs the kernels on the CPU, and the tensors are not there"
     if dtype == torch.float64 and not INTERPRET:
         return "the kernels have no float64"
+    if device.type == "cuda":
+        from contrastive_kernels.triton import configs
+
+        return configs.unsupported(configs.architecture(device)) or None
     return None
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu, gpu_attention, gpu_gate, gpu_peers  # noqa: E402
+from bench import gpu, gpu_attention, gpu_gate, gpu_options, gpu_peers  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the program itself")
 
@@ -30,7 +30,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_peers, "ONE", {k: v for k, v in gpu_peers.ONE.items() if k not in slow})
 
     def run(*more, **gate):
-        args = [*more, "--sizes", "24", "--widths", "16", "--repeats", "2", "--temperature", "0.1", "--output", str(tmp_path / "out/gpu")]
+        args = [*more, "--sizes", "24", "--widths", "16", "--repeats", "2", "--search", "10", "50", "16", "--temperature", "0.1", "--output", str(tmp_path / "out/gpu")]
         import argparse
 
         parser = argparse.ArgumentParser()
@@ -46,9 +46,13 @@ def test_gate_tables_and_files(small, capsys):
     printed = capsys.readouterr().out
     assert any("tests/kernels/test_triton_exp_panel.py" in command for command in small.commands[0])
     rows = list(csv.DictReader((small.folder / "gpu.csv").open()))
-    assert [row["name"] for row in rows] == [*gpu_peers.ONE, *gpu_peers.BOTH, *gpu_peers.SIGMOID, *gpu_peers.SEARCH]
+    options = gpu_options.table(24, 16)
+    assert [row["name"] for row in rows] == [*options, *gpu_peers.SEARCH, *gpu_peers.ONE, *gpu_peers.BOTH, *gpu_peers.SIGMOID, *gpu_peers.SEARCH]
+    assert {"symmetric", "matryoshka 2 4 8 16", "value alone", "ring of one", "pooled, 4 tokens", "masks", "label_smoothing"} <= set(options)
+    assert all(row["ms_p50"] and not row["note"] for row in rows[: len(options)]), [row["note"] for row in rows[: len(options)]]
+    assert [(row["n"], row["m"], row["d"]) for row in rows[len(options) :][:3]] == [("10", "50", "16")] * 3
     by_name = {row["name"]: row for row in rows}
-    for name, row in by_name.items():
+    for row in rows:
         assert bool(row["ms_p50"]) != bool(row["note"]), row  # a time, or the reason why there is none
     for name in ("contrastive_kernels triton", "contrastive_kernels triton, autograd", "contrastive_kernels triton, symmetric", "eager", "F.linear_cross_entropy", "contrastive_kernels sigmoid", "eager sigmoid"):
         row = by_name[name]
@@ -58,7 +62,7 @@ def test_gate_tables_and_files(small, capsys):
     assert float(by_name["contrastive_kernels triton"]["predicted_ms"]) > 0
     assert all(by_name[name]["ms_p50"] and not by_name[name]["loss_error"] for name in gpu_peers.SEARCH)
     text = (small.folder / "gpu.md").read_text()
-    assert "N = M = 24, D = 16" in text and all(name in text for name in by_name)
+    assert "N = 24, M = 24, D = 16" in text and "N = 10, M = 50, D = 16" in text and all(name in text for name in by_name)
     attention = list(csv.DictReader((small.folder / "gpu-attention.csv").open()))
     assert attention[0]["provider"] == "sdpa" and float(attention[0]["error_of_allowed"]) <= 1 and "0 wrong" in printed
 
@@ -78,6 +82,15 @@ def test_gate_takes_every_way():
     assert {row["path"] for row in rows} == {"exp", "chunk", "fused", "joint"}
     assert not [row for row in rows if row["wrong"]]
     assert {key for row in rows for key in row} >= {"loss", "d_query", "d_target", "d_temperature"}
+
+
+def test_gate_takes_all_levels_in_one_sweep():
+    # 64: what widths of prefixes are multiples of
+    rows = gpu_gate.check("cpu", n=12, m=20, d=128, dtypes=(torch.bfloat16,), names=("matryoshka", "matryoshka, masks"))
+    assert {(row["options"], row["path"]) for row in rows if row["path"] != "fused"} == {
+        (name, path) for name in ("matryoshka", "matryoshka, masks") for path in ("exp", "chunk", "levels")
+    }
+    assert not [row for row in rows if row["wrong"]]
 
 
 def test_far_corner_is_compared(monkeypatch):

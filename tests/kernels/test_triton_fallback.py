@@ -31,6 +31,16 @@ def test_once_with_its_reason(caplog):
         backends.choose("triton", torch.bfloat16, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("capability, chosen", [((7, 5), "torch"), ((8, 0), "triton"), ((8, 9), "triton"), ((9, 0), "triton"), ((12, 0), "triton")])
+def test_a_gpu_without_bfloat16_takes_torch(capability, chosen, caplog, monkeypatch):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("contrastive_kernels.triton.common.INTERPRET", False)
+    monkeypatch.setattr("contrastive_kernels.triton.available", lambda: (True, ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backends.choose("auto", torch.bfloat16, torch.device("cuda")) == chosen
+    assert said(caplog) == [] if chosen == "triton" else "compute capability 7.5" in said(caplog)[0]
+
+
 def test_another_reason_is_said_too(caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     for reason in ("one", "one", "two"):
