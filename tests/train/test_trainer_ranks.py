@@ -22,6 +22,8 @@ CASES = {
     "ddp": ("ddp", {"retain": 1}, None),
     "ddp, frozen vision": ("ddp", {"freeze_vision": True}, None),
     "ddp, one rank has a damaged image": ("ddp", {}, 1),
+    "ddp, hard negatives on one rank": ("ddp", {"hard_negatives": True}, None),
+    "fsdp, hard negatives on one rank": ("fsdp", {"hard_negatives": True, "loss": {"mask_duplicates": False}}, None),
     "fsdp": ("fsdp", {"retain": 1}, None),
     "fsdp, frozen vision": ("fsdp", {"freeze_vision": True, "retain": 1, "keep_mib": 0.0}, None),
     "fsdp, vision adapter, checkpointing": (
@@ -35,7 +37,10 @@ STEP = 2  # its first block draws pictures, its second texts
 
 
 def prepare(root, changes, damaged):
+    changes = dict(changes)
+    hard = changes.pop("hard_negatives", False)
     recipe = load_recipe(write_recipe(root, **COMMON | changes))
+    recipe.data.hard_negatives = hard
     torch.manual_seed(0)  # a fresh adapter is random
     model = build_model(recipe, device="cpu").train()
     if recipe.lora:
@@ -54,7 +59,10 @@ def share(batch, rank, ranks):
     rows = len(batch["query"]) // ranks
     part = slice(rank * rows, (rank + 1) * rows)
     taken = {name: batch[name][part] for name in ("query", "target", "query_ids", "target_ids", "kept", "rows")}
-    return taken | {"negatives": [], "hard_offsets": batch["hard_offsets"][: rows + 1], "hard_ids": batch["hard_ids"], "errors": []}
+    offsets = batch["hard_offsets"][rank * rows : (rank + 1) * rows + 1]
+    own = slice(offsets[0], offsets[-1])
+    hard = {"negatives": batch["negatives"][own], "hard_ids": batch["hard_ids"][own], "hard_offsets": offsets - offsets[0]}
+    return taken | hard | {"errors": []}
 
 
 def rank_main(rank, port, root, queue):
