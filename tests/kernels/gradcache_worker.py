@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from contrastive_kernels import GradCache, InfoNCELoss, info_nce
 from contrastive_kernels.retention import counting_saved
@@ -202,8 +203,6 @@ def kept_graphs(case, chunks, batch):
 def wrap(case, towers):
     if case.wrapper == "ddp":
         return [nn.parallel.DistributedDataParallel(tower) for tower in towers]
-    from torch.distributed.fsdp import fully_shard
-
     wrapped = []
     for tower in towers:
         # A frozen vision tower stays whole on every rank, as train/ leaves it.
@@ -340,8 +339,6 @@ def auto_keeps_what_fits(case, rank, world_size):
 
 def refusals(case, rank, world_size):
     """What cannot be synchronised is refused on every rank, with the mend."""
-    from torch.distributed.fsdp import fully_shard
-
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
     wrapped = [nn.parallel.DistributedDataParallel(nn.Linear(2, 2), process_group=group) for group in (alone, dist.group.WORLD)]
     refused(lambda: GradCache(len, chunk_size=1, module=wrapped), "one process group")

@@ -121,7 +121,9 @@ def results(tmp_path_factory):
 
 
 def run_ranks(folder, world_size):
-    context, cases = mp.get_context("spawn"), all_cases(world_size)
+    context, cases = mp.get_context("forkserver"), all_cases(world_size)
+    # One server for all tests of a run; what cannot be imported, as tests/train's where that is not collected, is passed over.
+    context.set_forkserver_preload(["gradcache_worker", "preloaded"])
     queue = context.Queue()
     arguments = (world_size, folder / "store", cases, queue)
     processes = [context.Process(target=gradcache_worker.run, args=(rank, *arguments)) for rank in range(world_size)]
