@@ -33,13 +33,15 @@ class GradCache:
         encode: `encode(inputs, rows, features=None) -> (len(rows), D)`, differentiable embeddings of the named rows.
             A pair of such functions encodes query and target apart; hard negatives go with the target.
         loss: `info_nce` (the default), or any callable `loss(query, target, **options) -> scalar`, for example an
-            `InfoNCELoss` with a learnable temperature, whose own parameters receive their gradient too.
+            `InfoNCELoss` with a learnable temperature, whose own parameters receive their gradient too. A learned tensor
+            that is no leaf goes in as a loss option: captured by the callable, it could not be used twice by a step done again.
         chunk_tokens: most tokens of a chunk, after sorting by length. Or:
         chunk_size: rows of a chunk, after sorting by length.
         retain: how many of the first pass's last chunks keep their graph and so need no second forward: a number,
             "all", or "auto", which keeps what fits into `retain_mib`. "auto" measures the graphs of four chunks in the first
             step; their bytes per token stand for those of later steps, raised by kept graphs that turn out larger.
-        retain_mib: bound for `retain="auto"`, MiB. Default on CUDA: 80 % of what is free; on a CPU it must be given.
+        retain_mib: bound for `retain="auto"`, MiB. Default on CUDA: 80 % of what is free, on the device or
+            unused in torch's allocator; on a CPU it must be given.
         freeze: `freeze(inputs, rows) -> features`, run without gradients; both passes hand its result to `encode` as
             `features=`, for parts of the encoder that are not trained (a frozen vision tower). A pair as `encode`.
         keep_mib: bound on features kept between the passes, MiB; beyond it they are computed again.
@@ -103,6 +105,7 @@ class GradCache:
         self.scaler = scaler
         self._graph_sizes: dict[int, GraphSize] = {}
         self._late = LateGradients()
+        self._stand_ins: list[Chunk | None] = []  # the shortest row of each side
 
     def step(
         self,

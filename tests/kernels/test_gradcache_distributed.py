@@ -62,7 +62,10 @@ EXACT = {
 # Out of memory on one rank alone, in chunks of more than two rows. With a budget of 9 a chunk holds four rows at most.
 FAULTS = {
     2: {
-        **{f"ddp, {where}": Case(fault=(1, where, "second"), learned="temperature", dropout=0.4) for where in ("first", "second", "backward")},
+        **{
+            f"ddp, {where}": Case(fault=(1, where, "second"), learned="temperature", dropout=0.4)
+            for where in ("first", "second", "backward")
+        },
         **{
             f"fsdp, {where}, {block}, retain {retain}": Case(**SHARDED, fault=(1, where, block), retain=retain, learned="temperature")
             for where in ("first", "second", "backward")
@@ -99,7 +102,8 @@ AUTO = {
 
 
 def all_cases(world_size):
-    cases = {("check", name): ("check", case) for name, case in (EXACT[world_size] | {f"out of memory: {k}": v for k, v in FAULTS[world_size].items()}).items()}
+    checked = EXACT[world_size] | {f"out of memory: {name}": case for name, case in FAULTS[world_size].items()}
+    cases = {("check", name): ("check", case) for name, case in checked.items()}
     if world_size == 2:
         cases |= {("raises", name): ("raises", case) for name, case in RAISING.items()}
         cases |= {("auto", name): ("auto", case) for name, case in AUTO.items()}

@@ -66,7 +66,12 @@ def test_auto_counts_no_weights(frozen, fitting):
     kept = []
     # A chunk of two rows saves its input and each tanh's output; those are inputs of the next layer too.
     graph = 2 * model.width * 8 * 4
-    cache = GradCache(lambda inputs, rows: (kept.append(torch.is_grad_enabled()), model(inputs, rows))[1], chunk_size=2, retain="auto", retain_mib=(fitting + 0.5) * graph / MIB)
+
+    def encode(inputs, rows):
+        kept.append(torch.is_grad_enabled())
+        return model(inputs, rows)
+
+    cache = GradCache(encode, chunk_size=2, retain="auto", retain_mib=(fitting + 0.5) * graph / MIB)
     options = {"lengths": ([1] * 8, [1] * 8), "normalize": True}
     cache.step(*sides, **options)
     kept.clear()
