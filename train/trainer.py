@@ -156,8 +156,6 @@ class ContrastiveTrainer(transformers.Trainer):
         return figures
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None and self.sharded:  # nothing is clipped
-            grad_norm = sharding.gradient_norm(list(model.parameters()), float("inf"))
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler expects overflows: it skips the step and lowers its scale.
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):

@@ -3,6 +3,7 @@
 All cases share one pair of processes: starting them costs more than the cases do.
 """
 
+import json
 import queue as queue_module
 import shutil
 import traceback
@@ -184,3 +185,12 @@ def test_lost_rows_are_counted_over_all_ranks(results):
 
 def test_a_bad_image_that_is_all_of_a_ranks_first_share_costs_its_row(results):
     assert results["one row each", 0] == results["one row each", 1] == (0, None)
+
+
+def test_the_norm_of_sharded_gradients_that_nothing_clips_is_the_whole_ones(root, results):
+    from train.run import run
+
+    assert run([str(write_recipe(root, output=str(root / "single"), save_steps=9, seed=3, max_grad_norm=0.0))]) == 0
+    logs = [json.loads((root / name / "trainer_state.json").read_text())["log_history"][0] for name in ("single", "whole-gradient-fsdp-unclipped")]
+    assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4), "the first step, in float32"
+    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=1e-5)
