@@ -92,7 +92,8 @@ def verdict(row: dict) -> list[str]:
         wrong.append(f"shared memory {row['shared']} over {row['shared_limit']}")
     if row["dot"] and not row["loop_tensor"]:
         wrong.append("no tensor-core instruction in the hot loop")
-    if row["narrow_loads"] and not row["kernel"].startswith("_fused"):  # whose loop also fetches its masks' vectors
+    # a fused kernel's loop also fetches the vectors of its rows and columns, which are narrow; that the operands are not is the next rule
+    if row["narrow_loads"] and not row["kernel"].startswith("_fused"):
         wrong.append(f"{len(row['narrow_loads'])} copies of less than 16 bytes in the hot loop")
     if row["wide_bytes"] < row["operand_bytes"]:
         wrong.append(f"{row['wide_bytes']} of {row['operand_bytes']} bytes of the operands copied 16 bytes a thread")

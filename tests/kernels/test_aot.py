@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from bench import aot, sass  # noqa: E402
 from contrastive_kernels import roofline  # noqa: E402
+from contrastive_kernels.triton import configs  # noqa: E402
 from tests.kernels.paths import force  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -22,9 +23,63 @@ def compiled(arch: int) -> list[dict]:
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_no_kernel_has_a_fault(arch):
     # spills, shared memory over the limit, no tensor cores in the hot loop, copies narrower than 16 bytes, no occupancy
-    here = compiled(arch)
-    assert len(here) > 15
-    assert not {row["case"]: aot.verdict(row) for row in here if aot.verdict(row)}
+    assert not {row["case"]: aot.verdict(row) for row in compiled(arch) if aot.verdict(row)}
+
+
+ELSEWHERE = {  # kernels that other types than bfloat16 reach, by family
+    "pool": ["forward", "backward", "forward, rows as they are", "backward, rows as they are"], "rows": ["update, store", "dots", "scatter, add"],
+    "chunk": ["write"], "symmetric": ["combine"],
+}
+KEPT = (2, 4, 8, 16, 32, 64, 128)
+SEARCHES = [f"k {kept}" for kept in KEPT] + [f"k {kept}, exclude" for kept in KEPT if kept not in (4, 8)]
+CONFIGURATIONS = {
+    "bfloat16": ELSEWHERE | {
+        "exp panel": [
+            "plain", "stats", "sums alone", "redo", "redo, normalize", "redo, all", "redo, all, sums alone", "odd", "symmetric", "joint", "joint, sums alone",
+            "joint, all", "normalize", "ids", "threshold", "keep", "all", "all, odd", "prefixes", "prefixes, sums alone", "prefixes, ids", "prefixes, all",
+            "prefixes, all, sums alone", "prefixes, all, odd",
+        ],
+        "sigmoid": ["plain", "all", "loss alone"], "topk": SEARCHES,
+        "pool": [*ELSEWHERE["pool"], "last token, int64 mask", "last token, bool mask"],
+        "rows": [
+            *ELSEWHERE["rows"], "update, add, dot", "update, dot alone", "update, positives alone", "update, no factor", "scatter, both, store",
+            "scatter, targets alone, add",
+        ],
+        "chunk": ["write", "write, all", "reduce", "reduce, smoothing", "reduce, all"],
+        "fused": [
+            *(f"{which} D={width}{more}" for width in (32, 64, 128) for which in ("forward", "backward") for more in ("", ", all")),
+            "sums alone", "sums alone, all", "forward, odd", "backward, odd",
+        ],
+    },
+    "float16": ELSEWHERE | {
+        "sigmoid": ["plain", "all", "loss alone"], "topk": ["k 16", "k 128"],
+        "fused": ["forward D=128", "forward D=128, all", "backward D=128", "backward D=128, all", "sums alone"],
+    },
+    "float32": ELSEWHERE | {"topk": SEARCHES},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_every_configuration_is_compiled(arch):
+    expected = {f"{family}, {case}, {dtype}" for dtype, families in CONFIGURATIONS.items() for family, cases in families.items() for case in cases}
+    assert {row["case"] for row in compiled(arch)} == expected
+
+
+def test_tiles_of_sm_80_fit_where_they_are_lent():
+    # sm_86, sm_89 and sm_120 have 99 KiB of shared memory a block
+    assert {configs.tuned_as(arch) for arch in (80, 86, 89, 120, 121)} == {80} and configs.tuned_as(103) == 100 and configs.tuned_as(110) == 0
+    assert max(row["shared"] for row in compiled(80)) <= 99 * 1024
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_the_cost_model_prices_the_tiles_that_are_launched(arch):
+    shapes = {}
+    for row in compiled(arch):
+        if row["kernel"] == "_exp_panel_kernel":
+            shapes[row["case"].split(", ", 1)[1].removesuffix(", bfloat16")] = row["block_r"], row["block_c"]
+    assert shapes["plain"] == shapes["stats"] == roofline.TILE[arch]
+    assert shapes["prefixes"] == shapes["prefixes, all"] == roofline.LEVEL_TILE[arch]
+    assert shapes["joint"] == shapes["joint, all"] == roofline.JOINT_TILE
 
 
 @pytest.mark.parametrize("arch, name", [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])

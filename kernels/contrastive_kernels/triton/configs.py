@@ -119,6 +119,7 @@ def sigmoid_panel(arch: int, itemsize: int) -> Tile:
 TOPK = {
     (80, 2, False): Tile(64, 128, 32, 4, 4),
     (80, 2, True): Tile(64, 64, 32, 8, 4),
+    (80, 4, False): Tile(32, 128, 32, 8, 3),
     (90, 2, False): Tile(64, 128, 64, 4, 4),
     (90, 2, True): Tile(64, 64, 64, 8, 4),
     (100, 2, False): Tile(128, 64, 64, 8, 3),
