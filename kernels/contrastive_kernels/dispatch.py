@@ -1,6 +1,7 @@
 """Which way a direction of the loss is computed on a GPU, how many rows at a time, and why.
 
     python -m contrastive_kernels.dispatch --rows 16384 --columns 16384 --width 1536 [--gpu h100] [--workspace-mib 256]
+    python -m contrastive_kernels.dispatch --rows 16384 --columns 16384 --dims 256 512 1024
 
 Every way that can take the problem is priced with the cost model of `roofline.py`; the cheapest is taken, and of equal ones (within
 5 %) the one with the least scratch. Prices are PREDICTED.
@@ -76,7 +77,7 @@ class Plan:
         for way in self.ways:
             if way is not chosen:
                 taken = f"{way.seconds * 1e3:.3f} ms, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
-                lines.append(f"  not {way.path:<6}{taken}")
+                lines.append(f"  not {way.path + ' ':<6}{taken}")
         return "\n".join(lines)
 
 
@@ -227,17 +228,22 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m contrastive_kernels.dispatch", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--columns", type=int, required=True)
-    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--width", type=int)
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(ITEMSIZE))
     parser.add_argument("--gpu", default="h100", choices=sorted(roofline.GPUS))
     parser.add_argument("--workspace-mib", type=float, default=8192, help="scratch; the default on a GPU is 10 %% of its free memory")
     parser.add_argument("--smoothing", action="store_true", help="label smoothing is on")
     parser.add_argument("--symmetric", action="store_true", help="both directions")
+    parser.add_argument("--dims", type=int, nargs="+", help="Matryoshka levels, ascending, in place of --width; one direction")
     args = parser.parse_args(argv)
-    plan(
-        args.rows, args.columns, args.width, args.dtype, workspace=int(args.workspace_mib * MIB), gpu=roofline.GPUS[args.gpu],
-        smoothing=args.smoothing, symmetric=args.symmetric, explain=print,
-    )
+    if (args.width is None) == (args.dims is None) or (args.dims and args.symmetric):
+        parser.error("expected one of --width and --dims, and --symmetric with --width alone")
+    shared = dict(workspace=int(args.workspace_mib * MIB), gpu=roofline.GPUS[args.gpu], smoothing=args.smoothing, explain=print)
+    if args.dims:
+        reason = obstacle("exp", args.dtype, args.dims[-1], args.smoothing, True, False)
+        plan_levels(args.rows, args.columns, tuple(args.dims), args.dtype, reason=reason, **shared)
+    else:
+        plan(args.rows, args.columns, args.width, args.dtype, symmetric=args.symmetric, **shared)
     return 0
 
 

@@ -79,6 +79,18 @@ def test_explanation_adds_up(capsys):
     assert said == [made.text()] and plan() == made  # the same arguments, the same plan
 
 
+def test_levels_are_explained_too(capsys):
+    shape = ["--rows", "16384", "--columns", "16384"]
+    assert dispatch.main([*shape, "--dims", "256", "512", "1024"]) == 0
+    text = capsys.readouterr().out
+    assert "D=[256, 512, 1024] bfloat16 on h100" in text and ("not levels" in text or "not apart" in text)
+    assert dispatch.main([*shape, "--dims", "256", "512", "--dtype", "float16"]) == 0
+    assert "not levels cannot: float16 has no exponents" in capsys.readouterr().out
+    for wrong in ([], ["--dims", "64", "128", "--width", "128"], ["--dims", "64", "128", "--symmetric"]):
+        with pytest.raises(SystemExit):
+            dispatch.main([*shape, *wrong])
+
+
 def test_measured_rates_change_the_choice():
     """The model is a model: a GPU whose memory is slow writes no float32 logits."""
     import dataclasses
