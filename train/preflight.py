@@ -94,7 +94,7 @@ def needs(recipe: Recipe, model: Description, ranks: int = 1) -> Needs:
         size = _bytes(parameter) // (1 if id(parameter) in whole else shards)
         weights += size
         if parameter.requires_grad:
-            gradients += size
+            gradients += _bytes(parameter)  # shards of them are made in the last chunk's backward; until then they add up whole
             optimizer += _state_bytes(recipe.optimizer, size, parameter.element_size())
     return Needs(weights, gradients, optimizer)
 
