@@ -30,7 +30,7 @@ def join(rank, port, ranks=2):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def ended(processes, timeout=120):
+def ended(processes, timeout=400):
     """Exit codes, once all have ended."""
     for process in processes:
         process.join(timeout)
