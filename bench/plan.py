@@ -26,7 +26,7 @@ BUDGET = {"tiny": 1024, "100m": 512}
 KINDS = {
     "full": {},
     "lora": {"lora": {"r": 16, "alpha": 64, "dropout": 0.1, "dora": False}},
-    "qlora": {"lora": {"r": 16, "alpha": 64, "dropout": 0.1, "dora": False}, "quantization": "nf4"},
+    "qlora": {"lora": {"r": 16, "alpha": 64, "dropout": 0.1, "dora": False}, "quantization": "nf4", "optimizer": "paged_adamw_8bit"},
 }
 
 
@@ -74,6 +74,7 @@ def resident(field: str) -> float:
 def measured(values: dict) -> dict:
     """Two steps of the real run in this process: bytes of live tensors and resident MiB in the second."""
     import torch
+    import transformers
 
     from train.build import build_model
     from train.live_bytes import LiveBytes
@@ -81,13 +82,15 @@ def measured(values: dict) -> dict:
     from train.recipe import Recipe
     from train.recipe_values import build
     from train.step import ContrastiveStep
+    from train.trainer import training_arguments
 
     recipe = build(Recipe, values, where="")
     torch.nn.Linear(4, 4)(torch.zeros(1, 4)).sum().backward()  # what autograd loads is no part of the model
     before = restart_resident_peak()
     model = build_model(recipe).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(training_arguments(recipe), model)
+    optimizer = kind(trained, **options)
     batches = [first_batch(recipe, model.processing, 1) for _ in range(2)]
     step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
 
