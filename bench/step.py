@@ -34,7 +34,7 @@ from bench import encode_models
 from bench.encode import timed
 from bench.plan import resident, restart_resident_peak
 
-BUDGET = 4096  # tokens of a chunk, where an arm takes a budget
+BUDGET = 3072  # tokens of a chunk, where an arm takes a budget
 TRAINED = ("all", "vision-frozen")
 POSITIONS = {"sequential": ("ours", "ours-retained", "reference", "gradcache", "one-batch"), "mrope": ("ours-mrope", "st-tokens", "st-fixed")}
 # (trained, ours, other, aim): how many times the other's samples per second.
