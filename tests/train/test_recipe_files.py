@@ -116,4 +116,10 @@ def test_a_source_of_another_format_is_refused(tables):
 def test_a_committed_plan_is_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(FOLDER.parents[1])
     assert main(["train/recipes/bench-100m-lora.yaml", "--gpu", "rtx3090-24"]) == 0
-    assert capsys.readouterr().out == (FOLDER / "bench-100m-lora.plan.md").read_text(encoding="utf-8")
+    # Bytes moved, and so times, hang on which operators a release of torch is made of; memory and FLOPs do not.
+    times = ("| seconds", "| pairs a second", "| hours", "What dominates")
+    printed, committed = (
+        [line for line in text.splitlines() if not line.startswith(times)]
+        for text in (capsys.readouterr().out, (FOLDER / "bench-100m-lora.plan.md").read_text(encoding="utf-8"))
+    )
+    assert printed == committed and len(printed) > 20
