@@ -1,14 +1,13 @@
 """Images of a step, decoded chunk by chunk under a bound on host memory.
 
 A batch carries image files by name, with token counts taken from their headers. Threads decode the images of the coming
-chunk to 8-bit patches while the model runs on the one before; what was decoded is kept until it is released, as long as it
+chunk to 8-bit pixels while the model runs on the one before; what was decoded is kept until it is released, as long as it
 fits, and decoded again beyond that. Samples that were processed whole pass through unchanged.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +81,7 @@ class Media:
         parts = pixels if isinstance(pixels, list) else [pixels]
         if parts[0] is None or parts[0].dtype != torch.uint8:
             return packed
-        values = [self.processing.normalised(part).to(dtype) for part in parts]
+        values = [self.processing.normalised(part, packed.vision).to(dtype) for part in parts]
         return replace(packed, vision={**packed.vision, "pixel_values": torch.cat(values) if len(values) > 1 else values[0]})
 
     def close(self) -> None:
@@ -142,7 +141,7 @@ class Side:
         pixels = features.vision.get("pixel_values")
         if pixels is None or pixels.dtype != torch.uint8:
             return features
-        return replace(features, vision={**features.vision, "pixel_values": self._media.processing.normalised(pixels)})
+        return replace(features, vision={**features.vision, "pixel_values": self._media.processing.normalised(pixels, features.vision)})
 
     def _one(self, row: int) -> Features:
         features = to_features(self._samples[row])
@@ -186,9 +185,7 @@ class Side:
 
     def _grey(self, features: Features) -> dict[str, torch.Tensor]:
         """Stands in for pixels that cannot be had; the row is left out of the loss."""
-        patch = self._media.processing.patch
-        patches = sum(math.prod(grid) for grid in features.vision["grid_thw"].tolist())
-        return {"pixel_values": torch.full((patches, 3 * patch**2), _GREY, dtype=torch.uint8)}
+        return {"pixel_values": torch.full(self._media.processing.decoded_shape(features), _GREY, dtype=torch.uint8)}
 
     def close(self) -> None:
         """Forgets what the step left: rows whose second use never came."""

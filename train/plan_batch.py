@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -90,12 +91,6 @@ def _picture(processing: Any, size: list[int]) -> Any:
     return Image.new("RGB", tuple(size), (128, 128, 128))
 
 
-def decoded_bytes(processing: Any, features: Features) -> tuple[int, int]:
-    """Shape of the 8-bit patches that decoding a measured sample gives."""
-    shown = processing.temporal if any(len(frames) > 1 for frames in features.pending) else 1
-    return int(features.vision["grid_thw"].prod(dim=1).sum()), 3 * shown * processing.patch**2
-
-
 def longest(batch: dict[str, Any]) -> int:
     """Tokens of the longest sample."""
     return max(len(sample["input_ids"]) for name in ("query", "target", "negatives") for sample in batch[name])
@@ -119,8 +114,7 @@ def decoded_total(processing: Any, batch: dict[str, Any]) -> tuple[int, int]:
             key = id(sample) if grid is None else (grid.tobytes(), len(sample["pending"]))
             if key not in known:
                 if sample["pending"]:
-                    height, width = decoded_bytes(processing, to_features(sample))
-                    known[key] = height * width
+                    known[key] = math.prod(processing.decoded_shape(to_features(sample)))
                 else:
                     known[key] = sum(v.nbytes for v in sample["vision"].values() if hasattr(v, "nbytes"))
             sizes.append(known[key])

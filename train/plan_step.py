@@ -176,9 +176,7 @@ class PlannedMedia(Media):
         self._pool = _AtOnce()
 
     def _decode(self, features):
-        from train.plan_batch import decoded_bytes
-
-        shape = decoded_bytes(self.processing, features)
+        shape = self.processing.decoded_shape(features)
         with _disable_current_modes(), self.mode:  # host memory: no meter counts it
             tensors = {"pixel_values": torch.empty(shape, dtype=torch.uint8)}
         self.decoded += 1
@@ -187,9 +185,8 @@ class PlannedMedia(Media):
     def release(self, tensors) -> None:
         pass
 
-    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        processing = self.processing
-        return torch.empty(len(pixels), 3 * processing.temporal * processing.patch**2)
+    def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
+        return torch.empty(self.processing.normalised_shape(pixels.shape, vision))
 
 
 class _AtOnce:
@@ -268,7 +265,7 @@ class PlannedStep(ContrastiveStep):
         if parts[0] is not None and parts[0].dtype == torch.uint8:
             for part in parts:
                 self.meter.track(part)
-            values = [self.media.normalised(part).to(model.dtype) for part in parts]
+            values = [self.media.normalised(part, packed.vision).to(model.dtype) for part in parts]
             packed = replace(packed, vision={**packed.vision, "pixel_values": torch.cat(values) if len(values) > 1 else values[0]})
         return packed.to(self.device, model.dtype)
 

@@ -9,7 +9,7 @@ RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}  # th
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit: beyond it a small file may unpack to gigabytes
 
 
-def _name(x) -> str:
+def image_name(x) -> str:
     if isinstance(x, (bytes, bytearray)):
         return f"{len(x)} bytes"
     if isinstance(x, (str, os.PathLike)):
@@ -79,7 +79,7 @@ def open_image(x, *, max_pixels: int = MAX_PIXELS):
         ValueError: names the image when it is missing, truncated, not an image, of zero size or over the limit.
     """
     image, opened = _open(x, max_pixels)
-    name = _name(x)
+    name = image_name(x)
     try:
         image.load()
         return _to_rgb(image, name)
@@ -94,7 +94,7 @@ def _open(x, max_pixels: int):
     """The image, its pixels not loaded, and whether it was opened here."""
     from PIL import Image, UnidentifiedImageError
 
-    name = _name(x)
+    name = image_name(x)
     if isinstance(x, (str, os.PathLike)) and not os.path.isfile(x):
         raise ValueError(f"image {name}: no such file; check the path or the image folder")
     if isinstance(x, str) or isinstance(x, os.PathLike) or isinstance(x, (bytes, bytearray)):
@@ -156,6 +156,26 @@ def pixel_table(scale: float, mean: tuple, std: tuple):
 
     value = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)[:, None]
     return (value - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+
+
+def look_up(pixels, table, out):
+    """Normalised values of 8-bit pixels, on the device they are on: out[:, c] = table[pixels[:, c], c], broadcast.
+
+    Args:
+        pixels: (N, 3, ...) uint8 tensor.
+        table: (256, 3) float32 array, as `pixel_table` makes it.
+        out: (N, 3, ...) float32 tensor, written to and returned.
+    """
+    import numpy as np
+    import torch
+
+    for c in range(3):
+        row = np.ascontiguousarray(table[:, c])
+        if pixels.device.type == "cpu":
+            out.numpy()[:, c] = np.take(row, pixels[:, c].numpy())
+        else:
+            out[:, c] = torch.from_numpy(row).to(pixels.device)[pixels[:, c].int()]
+    return out
 
 
 def patchify(frames, *, patch: int, merge: int, temporal: int):

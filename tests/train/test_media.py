@@ -8,13 +8,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from streaming import Whole, assert_same, damage, failing_step, run_step, without_row
 from tiny import first_batch, gradients, write_recipe
 
 from contrastive_kernels import info_nce
 from train.build import build_model
 from train.data import to_features
 from train.recipe import load_recipe
-from train.step import ContrastiveStep
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +32,6 @@ def prepared(root):
         return recipe, build_model(recipe).train()
 
     return make
-
-
-class Whole:
-    """A processing that decodes at once, as families do that cannot measure images by their headers."""
-
-    def __init__(self, processing):
-        self.measure, self.options = processing, processing.options
-
-
-def run_step(recipe, model, batch):
-    model.zero_grad(set_to_none=True)
-    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
-    result, _ = step(batch)
-    return step, result.loss.item(), gradients(model)
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys() and got
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +116,6 @@ def test_a_frozen_towers_images_are_decoded_again_only_where_nothing_is_kept(pre
     assert_same(got, run_step(recipe, model, batch)[2])
 
 
-def damage(root, row):
-    """Cuts a JPEG behind its header: its size can be read, its pixels cannot."""
-    path = root / "images" / f"{row}.jpg"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 3])
-    return path, whole
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_an_image_damaged_behind_its_header_costs_its_row(prepared, root, symmetric):
     recipe, model = prepared(loss={"symmetric": symmetric}, media_mib=0.0)
@@ -157,41 +129,10 @@ def test_an_image_damaged_behind_its_header_costs_its_row(prepared, root, symmet
         path.write_bytes(whole)
     assert batch["errors"] == [next(e for e in batch["errors"] if f"Pictures, row {row}: image" in e and "truncated" in e)]
     assert batch["kept"].tolist() == [i != spoiled for i in range(8)]
-    # The same step had the row never been in the batch.
-    others = [i for i in range(8) if i != spoiled]
-    without = {name: [value[i] for i in others] for name, value in batch.items() if name in ("query", "target", "rows")}
-    without |= {name: batch[name][others] for name in ("query_ids", "target_ids", "kept")}
-    without |= {"negatives": [], "hard_offsets": np.zeros(8, dtype=np.int64), "hard_ids": np.zeros(0, dtype=np.int64), "errors": []}
+    without = without_row(batch, spoiled)
     _, expected_loss, expected = run_step(recipe, model, without)
     assert loss == pytest.approx(expected_loss, abs=1e-12)
     assert_same(got, expected)
-
-
-class Failing:
-    """A model's processing whose `decode` of one file fails from the given time on; other members are the model's own."""
-
-    def __init__(self, processing, name, error, from_time=1):
-        self._processing, self._name, self._error, self._from_time, self._times = processing, name, error, from_time, 0
-
-    def __getattr__(self, name):
-        return getattr(self._processing, name)
-
-    def decode(self, features):
-        if self._name in str(features.pending):
-            self._times += 1
-            if self._times >= self._from_time:
-                raise self._error
-        return self._processing.decode(features)
-
-
-def failing_step(recipe, model, error, from_time):
-    """A step in which one query's image cannot be decoded from the given time on. Returns (batch, its row, step, call)."""
-    batch = first_batch(recipe, model)
-    spoiled = next(i for i, sample in enumerate(batch["query"]) if sample["pending"])
-    model.zero_grad(set_to_none=True)
-    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
-    step.media.processing = Failing(model.processing, f"{batch['rows'][spoiled][1]}.jpg", error, from_time)
-    return batch, spoiled, step, lambda: step(batch)
 
 
 ERRORS = [struct.error("unpack requires 4 bytes"), zlib.error("Error -3"), EOFError("no more"), KeyError("tRNS"), IndexError("out of range"),

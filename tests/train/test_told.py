@@ -67,7 +67,7 @@ def test_figures_of_the_first_step_are_those_of_its_embeddings(told):
     for side in sides:
         for features in side:
             if features.pending:
-                features.vision |= {"pixel_values": model.processing.normalised(model.processing.decode(features)["pixel_values"]).double()}
+                features.vision |= {"pixel_values": model.processing.normalised(model.processing.decode(features)["pixel_values"], features.vision).double()}
                 features.pending = []
     query, target = (torch.nn.functional.normalize(model(model.pack(side)), dim=-1) for side in sides)
     cosines = query @ target.T

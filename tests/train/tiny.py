@@ -1,4 +1,4 @@
-"""A tiny Qwen2-VL, rows in MMEB's layout with JPEGs of several sizes, and recipes over them."""
+"""A tiny model, a Qwen2-VL unless another family is asked for, rows in MMEB's layout with JPEGs of several sizes, and recipes over them."""
 
 import sys
 from pathlib import Path
@@ -41,11 +41,11 @@ def write_data(root: Path, rows: int = 24) -> dict:
     return {"root": str(root / "train"), "images": str(images), "sources": [{"name": "Pictures", "weight": 2.0}, {"name": "Texts"}]}
 
 
-def write_recipe(root: Path, **changes) -> Path:
+def write_recipe(root: Path, family: str = "qwen2_vl", **changes) -> Path:
     """Model and data below `root` (made once) and a recipe that trains four steps on them."""
     if not (root / "model").is_dir():
         (root / "model").mkdir(parents=True)
-        tiny_models.qwen2_vl(root / "model")
+        tiny_models.BUILDERS[family](root / "model")
         (root / "data.yaml").write_text(yaml.safe_dump(write_data(root)))
     recipe = {
         "model": str(root / "model"),

@@ -200,8 +200,8 @@ def test_unusual_image_modes(model, phi):
     rgb = Image.open(phi[0] / "images" / "img_20x17_tiny.png")
     for mode in ("P", "L", "CMYK"):
         image = rgb.convert(mode)
-        first = model.processing({"image": image}).vision["crops"]
-        second = model.processing({"image": image.convert("RGB")}).vision["crops"]
+        first = model.processing({"image": image}).vision["pixel_values"]
+        second = model.processing({"image": image.convert("RGB")}).vision["pixel_values"]
         assert torch.equal(first, second)
 
 

@@ -13,7 +13,9 @@ from vlm2vec.backbones.phi3_v_images import (
     CLIP_STD,
     hd_transform,
     image_crops,
+    image_tiles,
     image_tokens,
+    normalised_views,
     padded_size,
 )
 
@@ -116,6 +118,28 @@ def test_crops_are_the_global_view_then_raster_order():
         for x in range(0, width, 336):
             torch.testing.assert_close(crops[at], pixels[:, y : y + 336, x : x + 336], atol=1e-6, rtol=0)
             at += 1
+
+
+def cut_from_floats(image, num_crops, crop, mean=CLIP_MEAN, std=CLIP_STD):
+    """The reference's order: the whole picture normalised in float32, its global view resized from it, then cut."""
+    pixels = torch.from_numpy(np.array(hd_transform(image, num_crops, crop))).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    pixels.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
+    whole = torch.nn.functional.interpolate(pixels[None], size=(crop, crop), mode="bicubic", align_corners=False)
+    _, height, width = pixels.shape
+    tiles = pixels.view(3, height // crop, crop, width // crop, crop).permute(1, 3, 0, 2, 4).reshape(-1, 3, crop, crop)
+    return torch.cat([whole, tiles])
+
+
+@pytest.mark.parametrize("num_crops", [1, 4, 16])
+def test_views_made_of_bytes_are_those_of_floats_to_the_bit(num_crops):
+    """Bytes are cut first and normalised later, for several pictures at once."""
+    for crop, mean, std in ((336, CLIP_MEAN, CLIP_STD), (28, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))):
+        images = [noise(*size) for size in [*SIZES, (50, 20), (400, 190)]]
+        tiles = [image_tiles(image, num_crops, crop) for image in images]
+        sizes = [padded_size(*image.size, num_crops, crop) for image in images]
+        together = normalised_views(torch.cat(tiles), [(h // crop, w // crop) for w, h in sizes], mean, std)
+        expected = torch.cat([cut_from_floats(image, num_crops, crop, mean, std) for image in images])
+        assert torch.equal(together, expected) and all(t.dtype == torch.uint8 for t in tiles)
 
 
 def test_other_crop_sizes_follow_the_same_rules():

@@ -9,12 +9,13 @@ of any sizes share a chunk, which the reference cannot do.
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.base import Backbone, Processing, Visual
-from vlm2vec.images import plain_size
+from vlm2vec.images import Undecoded, look_up, plain_size
 from vlm2vec.inputs import MARKER, Item, as_item
 
 LONGEST_SIDE = 1344
@@ -85,18 +86,29 @@ class LlavaNextProcessing(Processing):
             chat_template=getattr(self.tokenizer, "chat_template", None),
         )
 
+    @property
+    def from_headers(self) -> bool:
+        """Where the image processor cuts the tiles that config.json says; torchvision's pixels come as floats."""
+        ip, side = self.image_processor, {"height": self.tile, "width": self.tile}
+        whole = all(edge % self.tile == 0 for pinpoint in self.pinpoints for edge in pinpoint)
+        same = [list(p) for p in ip.image_grid_pinpoints] == self.pinpoints and all(ip.crop_size[k] == v for k, v in side.items())
+        return self.options["pixels"] == "pil" and whole and same and bool(ip.do_center_crop)
+
     def __call__(self, x):
-        item = as_item(x)
-        return super().__call__(self._frames_as_images(item) if item.videos else item)
+        return super().__call__(self._frames_as_images(as_item(x)))
+
+    def measure(self, x):
+        return super().measure(self._frames_as_images(as_item(x)))
 
     def _frames_as_images(self, item: Item) -> Item:
         """A video is its frames, each an `<image>`."""
+        if not item.videos:
+            return item
         images, videos = iter(item.images), iter(item.videos)
         shown = []
 
         def spell(match):
-            frames = self._next(images, "image") if match.group(1) == "image" else self.frames(self._next(videos, "video"))
-            frames = frames if isinstance(frames, list) else [frames]
+            frames = [self._next(images, "image")] if match.group(1) == "image" else self.frames(self._next(videos, "video"), lambda frame: frame)
             shown.extend(frames)
             return self.image_marker * len(frames)
 
@@ -113,25 +125,54 @@ class LlavaNextProcessing(Processing):
             raise ValueError(f"input has more {kind} markers than {kind}s; give the missing one or take the marker out")
         return found
 
+    def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that `resize` makes of an image of this size."""
+        if self.resized is not None:
+            return self.resized
+        giant = self.options["resolution"] is None and max(size) > LONGEST_SIDE
+        return (LONGEST_SIDE, LONGEST_SIDE) if giant else size
+
     def resize(self, image):
         """The reference's resize before the processor sees the image (PIL's default filter, bicubic)."""
-        if self.resized is not None:
-            return image.resize(self.resized)
-        giant = self.options["resolution"] is None and max(image.size) > LONGEST_SIDE
-        return image.resize((LONGEST_SIDE, LONGEST_SIDE)) if giant else image
+        size = self._resized_size(image.size)
+        return image if size == image.size else image.resize(size)
 
     def process_image(self, image):
-        image = self.resize(image)
-        pixels = self.image_processor(image, return_tensors="pt", do_pad=False)["pixel_values"][0]
-        width, height = image.size
+        width, height = self._resized_size(image.size)
+        down, across = self._grid(width, height)
+        if isinstance(image, Undecoded):
+            count, pixels = 1 + down * across, {}
+        else:
+            pixels = self.image_processor(self.resize(image), return_tensors="pt", do_pad=False)["pixel_values"][0]
+            count, pixels = len(pixels), {"pixel_values": pixels}
         tokens = (self.tile // self.patch) ** 2 + self.class_token
-        patches = len(pixels) * (self.tile // self.patch) ** 2
-        if len(pixels) > 1:
-            lines, columns = image_tokens(width, height, self._grid(width, height), self.tile // self.patch)
+        if count > 1:
+            lines, columns = image_tokens(width, height, (down, across), self.tile // self.patch)
             tokens += lines * (columns + self.newline)
         else:
             tokens += self.newline
-        return Visual(tokens, {"pixel_values": pixels, "image_sizes": [(height, width)], "tiles": [len(pixels)]}, patches)
+        patches = count * (self.tile // self.patch) ** 2
+        return Visual(tokens, {"image_sizes": [(height, width)], "tiles": [count], **pixels}, patches)
+
+    def decode(self, features):
+        parts = []
+        for (source,), (height, width) in zip(features.pending, features.vision["image_sizes"], strict=True):
+            image = self.resize(self.open(source))
+            if image.size != (width, height):
+                raise self.not_as_measured(source)
+            tiles = self.image_processor(image, return_tensors="pt", do_pad=False, do_rescale=False, do_normalize=False)
+            parts.append(tiles["pixel_values"][0])
+        return {"pixel_values": torch.cat(parts)}
+
+    def decoded_shape(self, features):
+        return sum(features.vision["tiles"]), 3, self.tile, self.tile
+
+    def normalised(self, pixels, vision):
+        ip = self.image_processor
+        table = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # a picture of every value goes the way of all pictures
+        table = ip.rescale(table, ip.rescale_factor) if ip.do_rescale else table
+        table = ip.normalize(table, ip.image_mean, ip.image_std) if ip.do_normalize else table
+        return look_up(pixels, table[:, 0].T.astype(np.float32), torch.empty_like(pixels, dtype=torch.float32))
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """(down, across) in tiles."""

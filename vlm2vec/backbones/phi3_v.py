@@ -8,10 +8,13 @@ before AND behind an image; the public weights were trained that way. Samples ar
 import json
 import os
 
+import torch
+
 from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
-from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_crops, image_tokens
+from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_tiles, image_tokens, normalised_views, padded_size
 from vlm2vec.backbones.phi3_v_model import Phi3VModel
+from vlm2vec.images import Undecoded
 
 IMAGE_PLACE = -1  # what the tokenised text holds for an image; never a token of the vocabulary
 PREPROCESSOR = "preprocessor_config.json"
@@ -29,6 +32,7 @@ class Phi3VProcessing(Processing):
     """
 
     image_marker = "<|image_1|>"
+    from_headers = True
     defaults = {"num_crops": 4}
 
     def __init__(self, tokenizer, image_processor, config, options=None):
@@ -79,12 +83,32 @@ class Phi3VProcessing(Processing):
         return ids
 
     def process_image(self, image):
+        width, height = padded_size(*image.size, self.options["num_crops"], self.crop)
+        vision = {"grids": [(height // self.crop, width // self.crop)]}
+        if not isinstance(image, Undecoded):
+            vision["pixel_values"] = self.normalised(image_tiles(image, self.options["num_crops"], self.crop), vision)
+        crops = 1 + (height // self.crop) * (width // self.crop)
+        return Visual(image_tokens(width, height, self.crop, self.grid), vision, crops * self.crop_patches, self.filler)
+
+    def decode(self, features):
+        parts = []
+        for (source,), (down, across) in zip(features.pending, features.vision["grids"], strict=True):
+            image = self.open(source)
+            if padded_size(*image.size, self.options["num_crops"], self.crop) != (across * self.crop, down * self.crop):
+                raise self.not_as_measured(source)
+            parts.append(image_tiles(image, self.options["num_crops"], self.crop))
+        return {"pixel_values": torch.cat(parts)}
+
+    def decoded_shape(self, features):
+        return sum(down * across for down, across in features.vision["grids"]), 3, self.crop, self.crop
+
+    def normalised_shape(self, shape, vision):
+        return shape[0] + len(vision["grids"]), *shape[1:]
+
+    def normalised(self, pixels, vision):
         mean = tuple(self.image_processor.get("image_mean", CLIP_MEAN))
         std = tuple(self.image_processor.get("image_std", CLIP_STD))
-        crops, (height, width) = image_crops(image, self.options["num_crops"], self.crop, mean, std)
-        grid = (height // self.crop, width // self.crop)
-        tokens = image_tokens(width, height, self.crop, self.grid)
-        return Visual(tokens, {"crops": crops, "grids": [grid]}, len(crops) * self.crop_patches, self.filler)
+        return normalised_views(pixels, vision["grids"], mean, std)
 
 
 class Phi3V(Backbone):
@@ -113,7 +137,7 @@ class Phi3V(Backbone):
     def vision(self, model, packed):
         if not packed.vision:
             return None
-        return model.get_image_features(packed.vision["crops"], packed.vision["grids"])
+        return model.get_image_features(packed.vision["pixel_values"], packed.vision["grids"])
 
     def no_mask(self, text):
         return None

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm2vec.images import look_up
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -73,6 +75,45 @@ def hd_transform(image: Image.Image, num_crops: int, crop: int = 336) -> Image.I
     return canvas.transpose(Image.Transpose.TRANSPOSE) if portrait else canvas
 
 
+def image_tiles(image: Image.Image, num_crops: int, crop: int = 336) -> torch.Tensor:
+    """(h*w, 3, crop, crop) uint8: the scaled and padded picture, row by row. All that its views are made of."""
+    pixels = torch.from_numpy(np.array(hd_transform(image, num_crops, crop)))
+    height, width, _ = pixels.shape
+    tiles = pixels.view(height // crop, crop, width // crop, crop, 3).permute(0, 2, 4, 1, 3)
+    return tiles.reshape(-1, 3, crop, crop)
+
+
+def normalised_views(
+    tiles: torch.Tensor,
+    grids: list[tuple[int, int]],
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> torch.Tensor:
+    """What the vision tower sees of some pictures, made on the device that the tiles are on.
+
+    Args:
+        tiles: uint8 as `image_tiles` gives them, one picture behind the other.
+        grids: (h, w) in tiles of each picture.
+        mean, std: per channel, in [0, 1] units.
+
+    Returns:
+        (sum of 1 + h*w, 3, crop, crop) float32: of each picture its global view and then its tiles.
+
+    Numerics: on a CPU the reference's values to the bit. Elsewhere the tiles are, and the global view to float32 rounding.
+    """
+    crop = tiles.shape[-1]
+    table = torch.arange(256).to(torch.float32).div(255)[:, None].sub(torch.tensor(mean)).div(torch.tensor(std)).numpy()
+    views = torch.empty(len(tiles) + len(grids), 3, crop, crop, dtype=torch.float32, device=tiles.device)
+    at, first = 0, 0
+    for down, across in grids:
+        count = down * across
+        parts = look_up(tiles[first : first + count], table, views[at + 1 : at + 1 + count])
+        picture = parts.view(down, across, 3, crop, crop).permute(2, 0, 3, 1, 4).reshape(1, 3, down * crop, across * crop)
+        views[at] = torch.nn.functional.interpolate(picture, size=(crop, crop), mode="bicubic", align_corners=False)[0]
+        at, first = at + 1 + count, first + count
+    return views
+
+
 def image_crops(
     image: Image.Image,
     num_crops: int,
@@ -80,23 +121,7 @@ def image_crops(
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Normalised views of one picture.
-
-    Args:
-        image: RGB picture.
-        num_crops: most crops beside the global view.
-        crop: side of a crop in pixels.
-        mean, std: per channel, in [0, 1] units.
-
-    Returns:
-        crops: (1 + h*w, 3, crop, crop) float32, the global view first, then row by row.
-        size: padded (height, width) in pixels.
-    """
-    padded = hd_transform(image, num_crops, crop)
-    pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-    pixels.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
-    whole = torch.nn.functional.interpolate(pixels[None], size=(crop, crop), mode="bicubic", align_corners=False)
-    _, height, width = pixels.shape
-    down, across = height // crop, width // crop
-    tiles = pixels.view(3, down, crop, across, crop).permute(1, 3, 0, 2, 4).reshape(-1, 3, crop, crop)
-    return torch.cat([whole, tiles]), (height, width)
+    """Normalised views of one RGB picture, and its padded (height, width) in pixels. Arguments as in the functions above."""
+    width, height = padded_size(*image.size, num_crops, crop)
+    tiles = image_tiles(image, num_crops, crop)
+    return normalised_views(tiles, [(height // crop, width // crop)], mean, std), (height, width)

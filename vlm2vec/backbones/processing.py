@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlm2vec.images import Undecoded, measure_image, open_image
+from vlm2vec.images import Undecoded, image_name, measure_image, open_image
 from vlm2vec.inputs import MARKER, Item, as_item
 from vlm2vec.packing import Features, concat_vision
 from vlm2vec.prompts import LAYOUTS, layout
@@ -64,7 +64,8 @@ class Processing:
 
     Class attributes of a family:
         image_marker, video_marker: the text that stands for a visual in this family's vocabulary (None: not supported).
-        from_headers: `process_image` and `process_video` also take `vlm2vec.images.Undecoded`, and `decode` is there.
+        from_headers: `process_image` and `process_video` also take `vlm2vec.images.Undecoded`, and the four methods are there
+            by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
     """
 
@@ -206,12 +207,36 @@ class Processing:
         return self(item)
 
     def decode(self, features: Features) -> dict:
-        """The vision inputs that `features`, which `measure` gave, still lack: pixels as 8-bit integers, on the CPU."""
-        raise ValueError(f"{type(self).__name__} does not measure images by their headers; call it instead of measure")
+        """`{"pixel_values": ...}`, which `features` that `measure` gave still lack: 8-bit pixels of `decoded_shape`, on the CPU.
 
-    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels that `decode` gave as the vision tower takes them, float32, on the device they are on."""
-        raise ValueError(f"{type(self).__name__} does not measure images by their headers; call it instead of measure")
+        Raises:
+            ValueError: an image is damaged, or not what its header said.
+        """
+        raise self._not_measured()
+
+    def decoded_shape(self, features: Features) -> tuple[int, ...]:
+        """Shape of the pixels that `decode` gives for measured features."""
+        raise self._not_measured()
+
+    def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
+        """Pixels that `decode` gave as the vision tower takes them, float32, on the device they are on.
+
+        Args:
+            pixels: of one sample, or of several joined along the first dimension.
+            vision: the other vision inputs of the same samples, joined alike.
+        """
+        raise self._not_measured()
+
+    def normalised_shape(self, shape: tuple[int, ...], vision: dict) -> tuple[int, ...]:
+        """Shape of what `normalised` makes of pixels of the given shape."""
+        return tuple(shape)
+
+    def not_as_measured(self, source) -> ValueError:
+        """The error of `decode` for an image that fills other tokens than its header promised; the batch is laid out by then."""
+        return ValueError(f"image {image_name(source)}: decoded it has another size than its header says; save it anew")
+
+    def _not_measured(self) -> ValueError:
+        return ValueError(f"{type(self).__name__} does not measure images by their headers; call it instead of measure")
 
     def _features(self, item: Item, open_one) -> tuple[Features, list[list]]:
         """The features of an input and the frames of each of its visuals, as `open_one` gave them."""

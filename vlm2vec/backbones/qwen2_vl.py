@@ -11,7 +11,7 @@ import torch
 
 from vlm2vec.attention import Segments
 from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patches_as_linear
-from vlm2vec.images import Undecoded, patchify, pixel_table, plain_size, smart_resize
+from vlm2vec.images import Undecoded, look_up, patchify, pixel_table, plain_size, smart_resize
 
 
 
@@ -84,7 +84,7 @@ class Qwen2VLProcessing(Processing):
         if self.options["pixels"] == "torchvision":
             return self._patches_torchvision([self._first_resize(f) for f in frames], size)
         patches, grid = self._bytes(frames, size)
-        return self.normalised(torch.from_numpy(patches)), grid
+        return self.normalised(torch.from_numpy(patches), {}), grid
 
     def _bytes(self, frames: list, size: tuple[int, int]):
         """Frames resized to (width, height) and cut into 8-bit patches; a single frame once, whatever the time step holds."""
@@ -103,19 +103,20 @@ class Qwen2VLProcessing(Processing):
         parts = [p if p.shape[2] == shown else np.repeat(p, shown, axis=2) for p in parts]
         return {"pixel_values": torch.from_numpy(np.concatenate(parts).reshape(-1, 3 * shown * self.patch**2))}
 
-    def normalised(self, pixels):
+    def decoded_shape(self, features):
+        shown = self.temporal if any(len(frames) > 1 for frames in features.pending) else 1
+        return int(features.vision["grid_thw"].prod(dim=1).sum()), 3 * shown * self.patch**2
+
+    def normalised_shape(self, shape, vision):
+        return shape[0], 3 * self.temporal * self.patch**2
+
+    def normalised(self, pixels, vision):
         """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
         ip = self.image_processor
         table = pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std))
         channels = pixels.view(len(pixels), 3, -1, self.patch**2)
         values = torch.empty(len(pixels), 3, self.temporal, self.patch**2, dtype=torch.float32, device=pixels.device)
-        for c in range(3):  # one frame is broadcast to all places of its time step
-            if pixels.device.type == "cpu":
-                values.numpy()[:, c, :] = np.take(table[:, c], channels[:, c].numpy())
-            else:
-                row = torch.from_numpy(table[:, c].copy()).to(pixels.device)
-                values[:, c, :] = row[channels[:, c].int()]
-        return values.view(len(pixels), -1)
+        return look_up(channels, table, values).view(len(pixels), -1)  # one frame is broadcast to all places of its time step
 
     def _patches_torchvision(self, frames: list, size: tuple[int, int]):
         from torchvision.transforms.v2 import InterpolationMode
