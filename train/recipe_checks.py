@@ -145,6 +145,12 @@ def _check_memory(recipe: Recipe) -> None:
         raise ValueError(f'retain must be a number of chunks, "all" or "auto", got {recipe.retain!r}')
     if recipe.retain == "auto" and recipe.retain_mib is None and recipe.cpu:
         raise ValueError("retain: auto measures free GPU memory, and cpu is true; give retain_mib, or a number of chunks to retain")
+    if recipe.retain == "auto" and recipe.retain_mib is None and recipe.offload_activations:
+        raise ValueError(
+            "retain: auto and offload_activations contradict each other: auto keeps as many graphs as free GPU memory holds, but offloaded "
+            "ones wait in host memory, which it does not measure; give retain_mib (MiB of host memory for them), a number of chunks to "
+            "retain, or drop offload_activations"
+        )
 
 
 def _check_optimizer(recipe: Recipe) -> None:

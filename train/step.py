@@ -54,11 +54,6 @@ class ContrastiveStep:
         scaler: torch.amp.GradScaler | None = None,
         world_size: int = 1,
     ):
-        if recipe.retain == "auto" and recipe.offload_activations and recipe.retain_mib is None:
-            raise ValueError(
-                'retain: "auto" measures free GPU memory, and with offload_activations kept graphs wait in host memory; '
-                "give retain_mib (MiB of host memory for them), or a number of chunks as retain"
-            )
         self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
         self.device, self.autocast, self.world_size = device, autocast, world_size
         self.media = Media(

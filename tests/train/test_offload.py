@@ -119,10 +119,3 @@ def test_auto_keeps_as_many_graphs_with_offload_as_without(root, monkeypatch):
     assert abs(moved - kept) <= 1, "views that share a storage are copied one by one"
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
-
-
-def test_auto_with_offload_needs_a_bound_of_its_own(root):
-    recipe = load_recipe(write_recipe(root, retain="auto", offload_activations=True, cpu=False))
-    model = build_model(recipe)
-    with pytest.raises(ValueError, match="offload_activations.*retain_mib"):
-        ContrastiveStep(recipe, model, model, device=torch.device("cpu"))

@@ -92,6 +92,7 @@ def test_reference_command_line(recipe):
         ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "rows": 0}]}}, "source a: rows must be at least 1"),
         ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "from_step": 2}]}}, "the first step has no rows"),
         (["--retain", "auto", "--cpu"], {}, "retain: auto measures free GPU memory.*give retain_mib"),
+        (["--retain", "auto", "--offload_activations", "true"], {}, "retain: auto and offload_activations contradict each other: .*give retain_mib .*drop offload_activations"),
         (["--fp16", "--distributed", "fsdp"], {}, "autocast: float16 .* choose autocast: bfloat16, or distributed: ddp"),
         (["--fp16", "--cpu"], {}, "autocast: float16 needs a GPU"),
         (["--fp16", "--dtype", "float16"], {}, "choose dtype: float32"),
@@ -140,4 +141,5 @@ def test_every_schedule_that_is_let_through_can_be_made(recipe):
 
 def test_retain_auto_is_taken_with_a_bound(recipe):
     assert recipe(["--retain", "auto", "--retain_mib", "64", "--cpu"]).retain == "auto"
+    assert recipe(["--retain", "auto", "--retain_mib", "64", "--offload_activations", "true"]).retain == "auto"
     assert recipe(["--retain", "auto"]).retain == "auto", "a recipe for a GPU can be read and planned anywhere"
