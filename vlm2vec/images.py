@@ -163,18 +163,17 @@ def look_up(pixels, table, out):
 
     Args:
         pixels: (N, 3, ...) uint8 tensor.
-        table: (256, 3) float32 array, as `pixel_table` makes it.
+        table: (256, 3) float32 tensor, values as `pixel_table` makes them; on the pixels' device, or it is moved there.
         out: (N, 3, ...) float32 tensor, written to and returned.
     """
     import numpy as np
-    import torch
 
+    table = table.to(pixels.device)
     for c in range(3):
-        row = np.ascontiguousarray(table[:, c])
-        if pixels.device.type == "cpu":
-            out.numpy()[:, c] = np.take(row, pixels[:, c].numpy())
+        if pixels.device.type == "cpu":  # numpy takes bytes as indices, torch would make them eight times as large
+            out.numpy()[:, c] = np.take(table[:, c].numpy(), pixels[:, c].numpy())
         else:
-            out[:, c] = torch.from_numpy(row).to(pixels.device)[pixels[:, c].int()]
+            out[:, c] = table[:, c][pixels[:, c].int()]
     return out
 
 

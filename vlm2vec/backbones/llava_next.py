@@ -91,7 +91,7 @@ class LlavaNextProcessing(Processing):
         """Where the image processor cuts the tiles that config.json says; torchvision's pixels come as floats."""
         ip, side = self.image_processor, {"height": self.tile, "width": self.tile}
         whole = all(edge % self.tile == 0 for pinpoint in self.pinpoints for edge in pinpoint)
-        same = [list(p) for p in ip.image_grid_pinpoints] == self.pinpoints and all(ip.crop_size[k] == v for k, v in side.items())
+        same = [list(p) for p in ip.image_grid_pinpoints] == self.pinpoints and dict(ip.crop_size or {}) == side
         return self.options["pixels"] == "pil" and whole and same and bool(ip.do_center_crop)
 
     def __call__(self, x):
@@ -172,7 +172,7 @@ class LlavaNextProcessing(Processing):
         table = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # a picture of every value goes the way of all pictures
         table = ip.rescale(table, ip.rescale_factor) if ip.do_rescale else table
         table = ip.normalize(table, ip.image_mean, ip.image_std) if ip.do_normalize else table
-        return look_up(pixels, table[:, 0].T.astype(np.float32), torch.empty_like(pixels, dtype=torch.float32))
+        return look_up(pixels, torch.from_numpy(table[:, 0].T.astype(np.float32)), torch.empty_like(pixels, dtype=torch.float32))
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """(down, across) in tiles."""

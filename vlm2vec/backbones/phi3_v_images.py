@@ -102,7 +102,7 @@ def normalised_views(
     Numerics: on a CPU the reference's values to the bit. Elsewhere the tiles are, and the global view to float32 rounding.
     """
     crop = tiles.shape[-1]
-    table = torch.arange(256).to(torch.float32).div(255)[:, None].sub(torch.tensor(mean)).div(torch.tensor(std)).numpy()
+    table = torch.arange(256).to(torch.float32).div(255)[:, None].sub(torch.tensor(mean)).div(torch.tensor(std)).to(tiles.device)
     views = torch.empty(len(tiles) + len(grids), 3, crop, crop, dtype=torch.float32, device=tiles.device)
     at, first = 0, 0
     for down, across in grids:

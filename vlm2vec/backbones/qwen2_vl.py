@@ -113,7 +113,7 @@ class Qwen2VLProcessing(Processing):
     def normalised(self, pixels, vision):
         """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
         ip = self.image_processor
-        table = pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std))
+        table = torch.from_numpy(pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std)))
         channels = pixels.view(len(pixels), 3, -1, self.patch**2)
         values = torch.empty(len(pixels), 3, self.temporal, self.patch**2, dtype=torch.float32, device=pixels.device)
         return look_up(channels, table, values).view(len(pixels), -1)  # one frame is broadcast to all places of its time step
