@@ -33,7 +33,6 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         current: bytes alive now.
         peak: most bytes alive at one time so far.
-        high: the same since whoever last set it.
         part: name under which new storages count.
         by_part: bytes alive now by part.
         at_peak: the same when `peak` was reached.
@@ -41,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.current = self.peak = self.high = 0
+        self.current = self.peak = 0
         self.part = "weights"
         self.by_part: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
@@ -85,8 +84,11 @@ class LiveBytes(TorchDispatchMode):
         known = self._known[key]
         change, known.size = size - known.size, size
         self.current += change
-        self.high = max(self.high, self.current)
         self.by_part[known.part] = self.by_part.get(known.part, 0) + change
+        if change > 0:
+            self._risen()
+
+    def _risen(self) -> None:
         if self.current > self.peak:
             self.peak = self.current
             self.at_peak = dict(self.by_part)

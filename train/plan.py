@@ -2,6 +2,8 @@
 
 The recipe's own step runs under fake tensors (`train.plan_simulate`); nothing is downloaded where the model's config is a
 file here, no weight is read or allocated. Everything printed is predicted; the page ends with what cannot be known.
+
+torch's FSDPMemTracker is not used: it raises on frozen parameters, which adapters leave, and on a second forward, which GradCache makes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from train.plan import CONTEXT_GIB, FRAGMENTATION, MEMORY_EFFICIENCY, Plan
 _GIB = 2**30
 _ORDER = (
     "weights", "gathered weights", "gradients", "optimizer", "activations", "kept graphs", "frozen features", "embeddings", "loss scratch",
-    "all-reduce bucket",
+    "all-reduce buckets",
 )  # fmt: skip
 _WORDS = {
     "activations": "activations of a chunk",
@@ -17,7 +17,7 @@ _WORDS = {
     "frozen features": "features of the frozen vision tower (`keep_mib`)",
     "embeddings": "embeddings and their gradients",
     "gathered weights": "weights gathered from other ranks",
-    "all-reduce bucket": "bucket of the gradients' all-reduce",
+    "all-reduce buckets": "buckets of the gradients, DDP's own and those of the one all-reduce",
 }
 
 

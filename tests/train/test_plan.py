@@ -3,12 +3,14 @@
 import pytest
 import torch
 from tiny import write_recipe
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from train.build import build_model
+from train.build import build_model, trained_parameters
 from train.gpus import GPUS, parse_gpu
 from train.live_bytes import LiveBytes
 from train.plan import make_plan
 from train.plan_batch import _counts, first_batch
+from train.plan_model import fake_model
 from train.plan_report import report
 from train.plan_simulate import simulate
 from train.recipe import load_recipe
@@ -52,21 +54,9 @@ def measured(recipe) -> int:
 @pytest.mark.parametrize("kind,retain", [(kind, 0) for kind in KINDS] + [("full", "all"), ("full", 2), ("lora", "all"), ("qlora", "all")])
 def test_predicted_peak_is_the_measured_one(root, kind, retain):
     recipe = load_recipe(write_recipe(root, output=str(root / "o"), retain=retain, **KINDS[kind]))
-    plan = simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), flash=False)
+    plan = simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), flash=False, most_chunks=1000)
     assert 1.0 <= plan.peak / measured(recipe) <= 1.02
     assert sum(plan.parts.values()) == plan.peak
-
-
-def test_chunks_that_stand_for_others_predict_what_all_of_them_do(root):
-    """Sixteen pairs in chunks of one or two rows: with few of them run, memory stays and FLOPs come near."""
-    recipe = load_recipe(write_recipe(root, output=str(root / "o"), global_batch=16, chunk_tokens=60, freeze_vision=True, retain=3))
-    def run(most):
-        return simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), most_chunks=most)
-
-    every, some = run(1000), run(6)
-    assert every.chunks == some.chunks > 10
-    assert some.work.flops == pytest.approx(every.work.flops, rel=0.15)
-    assert some.peak == pytest.approx(every.peak, rel=0.05)
 
 
 def test_live_bytes_follow_storages_not_tensors():
@@ -125,5 +115,25 @@ def test_a_chunk_budget_below_the_longest_sample_is_refused(root):
 
 
 def test_shares_add_up_to_the_batch():
-    assert _counts([0.55, 0.25, 0.2], 10) == [6, 2, 2] or sum(_counts([0.55, 0.25, 0.2], 10)) == 10
-    assert _counts([1, 1, 1], 100) in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
+    assert _counts([0.55, 0.25, 0.2], 10) == [6, 2, 2]
+    assert _counts([1, 1, 1], 100) == [34, 33, 33]
+
+
+@pytest.mark.parametrize(
+    "name,published,head_is_tied",
+    [
+        ("Qwen/Qwen2-VL-2B-Instruct", 2_208_985_600, True),
+        ("Qwen/Qwen2-VL-7B-Instruct", 8_291_375_616, False),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696, False),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648, False),
+        ("microsoft/Phi-3.5-vision-instruct", 4_146_621_440, False),
+    ],
+)
+def test_models_have_the_published_number_of_weights(root, name, published, head_is_tied):
+    """The published models end in a head over the vocabulary, which embeddings do without."""
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), model=name))
+    model = fake_model(recipe, FakeTensorMode())
+    text = model.config.get_text_config()
+    head = 0 if head_is_tied else text.vocab_size * text.hidden_size
+    assert trained_parameters(model)[1] + head == published
+    assert model.config.tie_word_embeddings is head_is_tied
