@@ -13,6 +13,7 @@ TABLES = {
     "encode": "embedding mixed texts and images: packed, next to padded ways and sentence-transformers",
     "eval": "an evaluation from disk to score files, and ranking alone, next to the reference's way",
     "step": "one GradCache training step next to other ways to the same gradients",
+    "plan": "the planned peak of memory next to runs: bytes of live tensors, and resident memory",
 }
 
 
