@@ -17,7 +17,6 @@ from train.plan_meter import Meter, Span
 
 _FEWEST = 6  # layers of a stack that is worth it
 _FIRST = 2  # layers that are run: the very first one's input may need no gradient, or be held by others
-_LAST = {False: 1, True: 2}  # where the backward pass begins; reductions of another layer are under way from the second one on
 
 
 class NotAlike(Exception):
@@ -30,9 +29,12 @@ class LikeLayers:
     Args:
         model: its weights are fake. Stand-ins take the places of layers, so what is to be known of all weights is asked before.
         sharded: whether FSDP2 holds the weights.
+        outer: which layer from the end tells what the backward pass of one takes: the last, or the one before it where a model
+            looks at the last but one's output (vision towers of CLIP). Where weights are sharded it is one further inside:
+            reductions of another layer are under way from the second one on.
     """
 
-    def __init__(self, model: nn.Module, meter: Meter, sharded: bool):
+    def __init__(self, model: nn.Module, meter: Meter, sharded: bool, outer: int = 1):
         self.stacks: list[_Stack] = []
         inside: set[int] = set()
         for module in [*model.modules()]:
@@ -40,7 +42,7 @@ class LikeLayers:
                 continue
             inside.update(id(m) for m in module.modules())
             if len(module) >= _FEWEST and len({_signature(layer) for layer in module}) == 1:
-                self.stacks.append(_Stack(module, meter, sharded))
+                self.stacks.append(_Stack(module, meter, sharded, outer))
 
     def label_gradients(self) -> None:
         """Whole gradients that FSDP2 holds between chunks count as gradients."""
@@ -100,8 +102,8 @@ class _Pass:
 
 
 class _Stack:
-    def __init__(self, layers: nn.ModuleList, meter: Meter, sharded: bool):
-        last = len(layers) - _LAST[sharded]
+    def __init__(self, layers: nn.ModuleList, meter: Meter, sharded: bool, outer: int):
+        last = len(layers) - outer - sharded
         self.places = [_Place(layer, meter, sharded) for layer in layers[_FIRST:last]]
         self.at = _Pass()
         for index, layer in enumerate([*layers]):

@@ -57,13 +57,15 @@ def simulate(
         every_layer: also run layers that are alike, of which a few tell what the others take.
         flash: attention as on a GPU; False: as the CPU does it, to compare with a run there.
     """
-    try:
-        return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, every_layer)
-    except plan_alike.NotAlike:
-        return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, True)
+    for outer in () if every_layer else (1, 2):
+        try:
+            return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, outer)
+        except plan_alike.NotAlike:
+            pass
+    return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, None)
 
 
-def _simulated(recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, every_layer: bool) -> Simulation:
+def _simulated(recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, outer: int | None) -> Simulation:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = plan_model.fake_model(recipe, mode).train()
     batch = make_batch(model.processing) if batch is None else batch
@@ -80,7 +82,7 @@ def _simulated(recipe, batch, ranks: int, rates: tuple[float, float], flash: boo
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.relabel(p.grad, "gradients"))
         optimizer = plan_model.optimizer(recipe, own, on_gpu=flash)
-        alike = None if every_layer else plan_alike.LikeLayers(model, meter, is_sharded)
+        alike = None if outer is None else plan_alike.LikeLayers(model, meter, is_sharded, outer)
         with mode, meter, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # what is returned is not written to
             buckets = _reducer(trained, meter) if ranks > 1 and not is_sharded else None  # noqa: F841  keeps them alive
