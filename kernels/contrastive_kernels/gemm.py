@@ -16,6 +16,7 @@ import re
 import torch
 
 LEAST_FLOP = 1 << 23  # below it the call costs more than the product
+_BLOCK = 256
 
 
 @functools.cache
@@ -58,6 +59,19 @@ def transposed(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.T
 
 
+def operand_of(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x^T as an operand that meets `rows` rows, of some columns of a wider matrix: memory of its own for either library."""
+    if 2 * x.numel() * rows >= LEAST_FLOP and prefers_onednn(x.dtype, x.device):
+        return x.T.contiguous()
+    return x.contiguous().T
+
+
+def transpose_into(out: torch.Tensor, x: torch.Tensor) -> None:
+    """out (m, n) = x (n, m)^T, block by block: at once it takes torch three times as long."""
+    for start in range(0, len(x), _BLOCK):
+        out[:, start : start + _BLOCK].copy_(x[start : start + _BLOCK].T)
+
+
 def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float | torch.Tensor = 1.0) -> None:
     """out (m, n) = scale * a (m, k) @ b (n, k)^T."""
     if _worthwhile(a, b):
@@ -88,11 +102,11 @@ class RowSum:
     """A sum over tiles of E (rows, c) @ B (c, width), held the way that the library at hand adds fastest.
 
     oneDNN makes (width, rows), of which both operands are contiguous along c where E is stored transposed; torch.mm adds in place
-    to (rows, width), which took it 8 % less time than the transpose.
+    to (rows, width), which took it 8 % less time than the transpose; stretches of 128 columns took twice as much as `transposed`.
     """
 
-    def __init__(self, rows: int, width: int, like: torch.Tensor):
-        self.rows, self.transposed = rows, prefers_onednn(like.dtype, like.device)
+    def __init__(self, rows: int, width: int, like: torch.Tensor, transposed: bool = False):
+        self.rows, self.transposed = rows, transposed or prefers_onednn(like.dtype, like.device)
         self.held = like.new_zeros(width, rows) if self.transposed else like.new_empty(rows, width)
         self._begun: set[int] = set()
 
@@ -108,6 +122,13 @@ class RowSum:
             first = columns.start or 0
             self.held[:, columns].addmm_(part, operand, beta=1 if first in self._begun else 0)
             self._begun.add(first)
+
+    def copy_to(self, out: torch.Tensor) -> None:
+        """out (rows, width) = the sum."""
+        if self.transposed:
+            transpose_into(out, self.held)
+        else:
+            out.copy_(self.held)
 
     def result(self) -> torch.Tensor:
         """(rows, width), contiguous; the sum's own memory where that is its layout."""

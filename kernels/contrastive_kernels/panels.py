@@ -25,6 +25,7 @@ from contrastive_kernels.softmax import SAFE_LOGIT, RowSums, cut_negligible, fin
 
 TILE_COLUMNS = 1024  # with 3,000 rows 12 MiB: near the cache, and large enough for oneDNN's products
 PRODUCT_COLUMNS = 4096  # of one product where the library takes operands as they lie
+ALIGNED = 16  # rows: a cache line of float32
 MIB = 1 << 20
 
 
@@ -74,7 +75,8 @@ def panel_rows(rows: int, each: int, fixed: int, workspace: int) -> int:
             f"got {workspace / MIB:.2f} MiB; raise workspace_mib"
         )
     count = min(rows, room // each)
-    return -(-rows // -(-rows // count))  # equal panels
+    equal = -(-rows // -(-rows // count))
+    return min(-(-equal // ALIGNED) * ALIGNED, count)
 
 
 def logits_are_safe(problem: Problem, direction: Direction) -> bool:

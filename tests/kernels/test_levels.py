@@ -1,10 +1,12 @@
 """Matryoshka levels from one sweep of plain torch: what takes that way, against the dense definition in float64."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 from sampling import Case
 from test_options import close, equals_the_definition
 
-from contrastive_kernels import info_nce, levels, panels
+from contrastive_kernels import info_nce, info_nce_value_and_grad, levels, panels
 from contrastive_kernels.reference import info_nce_reference
 
 TOGETHER = [
@@ -41,3 +43,43 @@ def test_a_prefix_of_zeros_goes_level_by_level(calls):
     result = [f(case.query, case.target, temperature=0.2, matryoshka_dims=(3, 8)) for f in (info_nce, info_nce_reference)]
     assert not calls
     close(*result, "loss")
+
+
+@pytest.mark.parametrize("names", [(), ("positives", "target_ids"), ("small_workspace", "query_mask", "target_mask", "learnt_temperature")])
+def test_either_library_for_products(names, calls, monkeypatch):
+    """The rule goes by processor; oneDNN takes candidates tile by tile, the other library all of them at once."""
+    case = Case(8, 11, 22)
+    options = {**case.options(names), **DIMS[1]}
+    if "small_workspace" in names:
+        options["workspace_mib"] = 0.02
+    for taken in (True, False):
+        monkeypatch.setattr(levels, "prefers_onednn", lambda dtype, device, taken=taken: taken)
+        equals_the_definition(case, options, 1e-10)
+    assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "crowded", "long tail"])
+def test_float32_is_no_further_from_the_truth_than_autograd(kind):
+    dims, generator = (16, 32, 64, 128), torch.Generator().manual_seed(3)
+    errors = []
+    for seed in range(6):
+        query, target = (torch.randn(300, 128, generator=generator.manual_seed(10 * seed + side)) for side in (0, 1))
+        if kind == "crowded":
+            query, target = query + 1.7, target + 1.7
+        elif kind == "long tail":
+            query, target = (x * torch.logspace(0, -4, 128) for x in (query, target))
+        target = 0.5 * query + 0.7 * target
+
+        def ways(dtype):
+            at = torch.tensor(0.05, dtype=dtype, requires_grad=True)
+            given = [x.to(dtype).requires_grad_() for x in (query, target)]
+            naive = sum(
+                F.cross_entropy(F.normalize(given[0][:, :d], dim=1) @ F.normalize(given[1][:, :d], dim=1).T / at, torch.arange(300)) for d in dims
+            )
+            ours = info_nce_value_and_grad(*given, temperature=at, matryoshka_dims=dims)
+            return (ours.loss, ours.d_query, ours.d_target, ours.d_temperature), (naive.detach(), *torch.autograd.grad(naive, (*given, at)))
+
+        truth, (ours, naive) = ways(torch.float64)[1], ways(torch.float32)
+        errors.append([[float((x - y).norm() / y.norm()) for x, y in zip(found, truth)] for found in (ours, naive)])
+    ours, naive = torch.tensor(errors).clamp(min=1e-8).log().mean(0).exp()
+    assert (ours <= 2 * naive + torch.finfo(torch.float32).eps).all(), (ours, naive)
