@@ -60,7 +60,7 @@ def transposed(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def operand_of(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """x^T as an operand that meets `rows` rows, of some columns of a wider matrix: memory of its own for either library."""
+    """x^T as an operand that meets `rows` rows, of some columns of a wider matrix: contiguous memory for either library."""
     if 2 * x.numel() * rows >= LEAST_FLOP and prefers_onednn(x.dtype, x.device):
         return x.T.contiguous()
     return x.contiguous().T

@@ -8,7 +8,8 @@ normalisation's own term is A_l,i = sum of W_l cos_l over a row (a column) times
     d q_i[segment s] = sum over l >= s of ( sum_j W_l,ij t_j / (|q_i:l| |t_j:l|)  -  q_i A_l,i / |q_i:l|^2 )
 
 Of the narrower levels A is summed pair by pair, from the logits and their exponentials; all levels' together is the product of row and
-gradient, which gives the widest level's. Legend: r rows of a panel, c columns of a tile.
+gradient, which gives the widest level's, to the rounding of all of them: a widest level that has nothing to learn leaves its own columns
+with rounding of the others' size, 1e-7 of the row's gradient in float32. Legend: r rows of a panel, c columns of a tile.
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ class Sweep:
             transpose_into(self.across[:, start:stop], self.candidates.tile(start, stop))
         self.stretches = [(0, self.columns)] if whole else [(tile.start, tile.stop) for tile in self.tiles]
         held = self.columns if wanted else 0
-        # a row: its planes or their sum, masks of a tile, copies of its anchors and their gradients
-        row = (held * len(levels) + (0 if wanted else tallest) + 6 * width) * item + 2 * tallest
-        spare = SPARE * torch.get_num_threads()
+        # a row: its planes or their sum, a product that oneDNN makes anew, masks of a tile, copies of its anchors and their gradients
+        tall = (not wanted) + prefers_onednn(self.dtype, query.device)
+        row = (held * len(levels) + tall * tallest + 6 * width) * item + 2 * tallest
+        spare = min(SPARE * torch.get_num_threads(), workspace // (8 * item))
         fixed = (spare + (self.columns * width if whole else 3 * tallest * width)) * item
         self.size = panel_rows(self.rows, row, fixed, workspace)
         self.planes = [scratch(self.size * held, self.dtype, query.device) for _ in levels]
@@ -120,8 +122,13 @@ class Sweep:
         edges = [0, *(level.dim for level in levels)]
         self.segments = [slice(a, b) for a, b in zip(edges, edges[1:])]
         self.d_query = torch.empty(self.rows, width, dtype=self.dtype) if "query" in wanted or "temperature" in wanted else None
-        # by segment: torch.mm takes twice as long to write few columns of a wider matrix
-        self.d_target = [torch.empty(self.columns, s.stop - s.start, dtype=self.dtype) for s in self.segments] if "target" in wanted else None
+        self.d_target, self.whole = None, None
+        if "target" in wanted and self.columns * width * item <= workspace:
+            # by segment, joined in the end: torch.mm takes twice as long to write few columns of a wider matrix
+            self.d_target = [torch.empty(self.columns, s.stop - s.start, dtype=self.dtype) for s in self.segments]
+        elif "target" in wanted:
+            self.whole = torch.empty(self.columns, width, dtype=self.dtype)
+            self.d_target = [self.whole[:, segment] for segment in self.segments]
         # sums of W cos over each row's columns, and over each column's rows of all but the widest level
         self.along_rows = [torch.zeros(self.rows, dtype=self.dtype) for _ in levels]
         self.along_columns = [torch.zeros(self.columns, dtype=self.dtype) for _ in levels[:-1]]
@@ -258,8 +265,9 @@ def compute(query, target, levels: list[Level], wanted: frozenset[str], workspac
             d_temperature = -sum(along.sum() for along in sweep.along_rows) * levels[0].problem.inverse_temperature
         d_query = _padded(sweep.d_query, query) if "query" in wanted else None
     if sweep.d_target is not None:
-        d_target = torch.empty(sweep.columns, levels[-1].dim, dtype=sweep.dtype)
+        d_target = torch.empty(sweep.columns, levels[-1].dim, dtype=sweep.dtype) if sweep.whole is None else sweep.whole
         _project(sweep.d_target, d_target, sweep.target, sweep.target_norm, [level.target_norm for level in levels], sweep.along_columns)
+        sweep.d_target = None
         d_target = _padded(d_target, target)
     return loss, d_query, d_target, d_temperature, stats
 
@@ -306,8 +314,8 @@ def _project(parts, out, operand: Operand, own_norm, norms: list[torch.Tensor], 
     Takes off, of each prefix, what its normalisation takes off: A / |x|^2 times the prefix. `own_norm` is 1 / |x| over the
     widest level, `norms` what the other inverse norms are beside it; `along` may lack the widest level's A.
     """
-    for start in range(0, operand.rows, ROWS):
-        rows = slice(start, min(start + ROWS, operand.rows))
+    for first in range(0, operand.rows, ROWS):
+        rows = slice(first, min(first + ROWS, operand.rows))
         own, stop, slices = own_norm[rows], 0, []
         xs = operand.tile(rows.start, rows.stop)
         for part in parts:

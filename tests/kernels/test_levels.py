@@ -7,7 +7,10 @@ from sampling import Case
 from test_options import close, equals_the_definition
 
 from contrastive_kernels import info_nce, info_nce_value_and_grad, levels, panels
+from contrastive_kernels.compute import compute
+from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.reference import info_nce_reference
+from train.live_bytes import LiveBytes
 
 TOGETHER = [
     (), ("positives",), ("target_ids",), ("query_mask", "target_mask"), ("own_negatives_only",), ("margin",), ("hardness",), ("learnt_temperature",),
@@ -19,8 +22,20 @@ DIMS = [{"matryoshka_dims": (3, 8), "matryoshka_weights": (0.7, 1.3)}, {"matryos
 
 @pytest.fixture
 def calls(monkeypatch):
-    monkeypatch.setattr(panels, "TILE_COLUMNS", 5)
-    made, real = [], levels.compute
+    """Tiles of five columns, and stretches of a few: every seam is there."""
+    for module, name in ((panels, "TILE_COLUMNS"), (levels, "TILE_COLUMNS"), (levels, "PRODUCT_COLUMNS")):
+        monkeypatch.setattr(module, name, 5)
+    monkeypatch.setattr(levels, "SPARE", 16)
+    made, real, sweep = [], levels.compute, levels.Sweep
+
+    class Seams(sweep):
+        def cut(self, tile, rows):
+            assert len(self.tiles) == -(-self.columns // 5)
+            cuts = super().cut(tile, rows)
+            assert len(cuts) > 1 or rows < 8 or tile.width < 5
+            return cuts
+
+    monkeypatch.setattr(levels, "Sweep", Seams)
     monkeypatch.setattr(levels, "compute", lambda *arguments: made.append(1) or real(*arguments))
     return made
 
@@ -83,3 +98,20 @@ def test_float32_is_no_further_from_the_truth_than_autograd(kind):
         errors.append([[float((x - y).norm() / y.norm()) for x, y in zip(found, truth)] for found in (ours, naive)])
     ours, naive = torch.tensor(errors).clamp(min=1e-8).log().mean(0).exp()
     assert (ours <= 2 * naive + torch.finfo(torch.float32).eps).all(), (ours, naive)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("workspace", [8, 64])
+def test_scratch_stays_within_the_workspace(workspace, threads):
+    """What is alive beyond inputs and gradients, storage by storage; with 8 MiB the target's gradient finds no second place."""
+    query, target = torch.randn(700, 512), torch.randn(9000, 512)
+    options = InfoNCEOptions(workspace_mib=workspace, matryoshka_dims=(64, 128, 512), normalize=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with LiveBytes([query, target]) as live:
+            result = compute(query, target, options, frozenset({"query", "target", "temperature"}))
+    finally:
+        torch.set_num_threads(before)
+    others = sum(x.nbytes for x in (query, target, result.d_query, result.d_target))
+    assert 0.4 * workspace * 2**20 < live.peak - others <= (workspace + 2) * 2**20
