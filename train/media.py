@@ -73,6 +73,10 @@ class Media:
         with self._lock:
             self._held -= _bytes(tensors)
 
+    def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
+        """8-bit pixels of one or several samples as floats, where they lie."""
+        return self.processing.normalised(pixels, vision)
+
     def to_device(self, packed: PackedBatch, device: torch.device, dtype: torch.dtype) -> PackedBatch:
         """Moves a chunk; 8-bit pixels become what the vision tower takes once they are there."""
         packed = packed.to(device, dtype)
@@ -81,7 +85,7 @@ class Media:
         parts = pixels if isinstance(pixels, list) else [pixels]
         if parts[0] is None or parts[0].dtype != torch.uint8:
             return packed
-        values = [self.processing.normalised(part, packed.vision).to(dtype) for part in parts]
+        values = [self.normalised(part, packed.vision).to(dtype) for part in parts]
         return replace(packed, vision={**packed.vision, "pixel_values": torch.cat(values) if len(values) > 1 else values[0]})
 
     def close(self) -> None:
@@ -141,7 +145,7 @@ class Side:
         pixels = features.vision.get("pixel_values")
         if pixels is None or pixels.dtype != torch.uint8:
             return features
-        return replace(features, vision={**features.vision, "pixel_values": self._media.processing.normalised(pixels, features.vision)})
+        return replace(features, vision={**features.vision, "pixel_values": self._media.normalised(pixels, features.vision)})
 
     def _one(self, row: int) -> Features:
         features = to_features(self._samples[row])

@@ -6,6 +6,7 @@ of FSDP2 included; gradients, optimizer and all that is counted are those of eve
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ def _signature(layer: nn.Module) -> tuple:
     """What makes a layer take what it takes: its modules, their settings and weights."""
     found = []
     for name, module in layer.named_modules():
-        settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "layer_idx"}
+        settings = {k: repr(v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and k != "layer_idx"}
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = [(k, t.shape, t.dtype, t.requires_grad) for k, t in tensors if t is not None]
         found.append((name, type(module).__qualname__, tuple(sorted(settings.items())), tuple(shapes)))
@@ -74,7 +75,7 @@ class _Pass:
     """One pass through a stack.
 
     Attributes:
-        like: what the layers were handed: shapes, and which objects beside the hidden states.
+        like: shape and type of the hidden states that the layers were handed; `beside`: the other objects, weakly where that can be.
         forward, backward: spans of the layers that are run.
         out: size, stride and dtype of what a layer gives.
         kept: bytes that a layer's graph keeps, by part.
@@ -82,6 +83,7 @@ class _Pass:
     """
 
     like: tuple = ()
+    beside: list = field(default_factory=list)
     forward: Span | None = None
     backward: Span | None = None
     out: tuple = ()
@@ -91,7 +93,9 @@ class _Pass:
 
     def replayed(self, meter: Meter, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """What a layer gives; what its graph keeps is left to the caller."""
-        if self.forward is None or self.like != _like(hidden, args, kwargs) or (any(self.kept.values()) and not hidden.requires_grad):
+        if self.forward is None or self.like != _like(hidden) or (any(self.kept.values()) and not hidden.requires_grad):
+            raise NotAlike
+        if not _same(self.beside, [*_flat((args, kwargs))]):
             raise NotAlike
         if self.saves_input is None:
             self.saves_input = self.input() is not None
@@ -132,20 +136,24 @@ class _Watched(_Inside):
         self._modules["layer"] = layer
         self.__dict__.update(_meter=meter, _index=index, _is_model_of_backward=is_model_of_backward)
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs):
+    def forward(self, *args, **kwargs):
+        hidden, args = _hidden(args)
         run, meter = self._layer, self._meter
         if self._index == 0:
             self._stack.at = _Pass()
         at = self._stack.at
         if self._index == _FIRST - 1:
-            at.like, at.input = _like(hidden, args, kwargs), meter.reference(hidden)
+            at.like, at.beside, at.input = _like(hidden), [*map(_weakly, _flat((args, kwargs)))], meter.reference(hidden)
             span = meter.begin()
             out = run(hidden, *args, **kwargs)
             meter.end(span)
             if not isinstance(out, torch.Tensor) or meter.reference(out) is at.input:
                 raise NotAlike
             at.forward, at.out, at.kept = span, (out.size(), out.stride(), out.dtype), dict(span.left)
-            at.kept[meter.part_of(out)] -= out.untyped_storage().nbytes()
+            part = meter.part_of(out)
+            at.kept[part] = at.kept.get(part, 0) - out.untyped_storage().nbytes()
+            if min(at.kept.values()) < 0:  # it lets go of what was there before
+                raise NotAlike
             return out
         if self._index >= _FIRST and not torch.is_grad_enabled():
             return at.replayed(meter, hidden, args, kwargs)
@@ -161,16 +169,48 @@ class _StandIn(_Inside):
         super().__init__(layer, stack)
         self.__dict__.update(_place=place)
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        hidden, args = _hidden(args)
         at = self._stack.at
         if torch.is_grad_enabled() and hidden.requires_grad:
             return _Replayed.apply(hidden, self._place, at, args, kwargs)
         return at.replayed(self._place.meter, hidden, args, kwargs)
 
 
-def _like(hidden: torch.Tensor, args: tuple, kwargs: dict) -> tuple:
-    others = tuple(id(v) for v in args) + tuple((name, id(v)) for name, v in kwargs.items())
-    return hidden.size(), hidden.stride(), hidden.dtype, hidden.requires_grad, torch.is_grad_enabled(), others
+def _hidden(args: tuple) -> tuple[torch.Tensor, tuple]:
+    """The hidden states, and what was handed beside them."""
+    if not args or not isinstance(args[0], torch.Tensor):
+        raise NotAlike
+    return args[0], args[1:]
+
+
+def _like(hidden: torch.Tensor) -> tuple:
+    return hidden.size(), hidden.stride(), hidden.dtype, hidden.requires_grad, torch.is_grad_enabled()
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield name
+            yield from _flat(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _flat(entry)
+    else:
+        yield value
+
+
+def _weakly(value: Any) -> Any:
+    """A reference that keeps nothing alive; what cannot be referred to so (numbers, words, None) stands for itself."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value
+
+
+def _same(references: list, values: list) -> bool:
+    pairs = zip(references, values, strict=False)
+    return len(references) == len(values) and all(r() is v if isinstance(r, weakref.ref) else r is v or r == v for r, v in pairs)
 
 
 class _Place:

@@ -46,7 +46,9 @@ class PlannedMedia(Media):
         pass
 
     def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
-        return torch.empty(self.processing.normalised_shape(pixels.shape, vision))
+        """Of a sample in host memory, in a chunk where others come as floats."""
+        with _disable_current_modes(), self.mode:
+            return torch.empty(self.processing.normalised_shape(pixels.shape, vision))
 
 
 class _AtOnce:
@@ -121,12 +123,16 @@ class PlannedStep(ContrastiveStep):
         packed = _map(packed, self._fake)
         pixels = packed.vision.get("pixel_values") if packed.vision else None
         parts = pixels if isinstance(pixels, list) else [pixels]  # images and videos differ in the width of a patch
-        if parts[0] is not None and parts[0].dtype == torch.uint8:
+        if parts[0] is not None and parts[0].dtype != torch.uint8:
+            for part in parts:
+                self.meter.track(part)
+        elif parts[0] is not None:
             if self.flash:
                 parts = [torch.empty_like(part) for part in parts]  # copies on the device: what waits in host memory is no part of it
             for part in parts:
                 self.meter.track(part)
-            values = [self.media.normalised(part, packed.vision).to(model.dtype) for part in parts]
+            shapes = [model.processing.normalised_shape(part.shape, packed.vision) for part in parts]
+            values = [torch.empty(shape).to(model.dtype) for shape in shapes]
             packed = replace(packed, vision={**packed.vision, "pixel_values": torch.cat(values) if len(values) > 1 else values[0]})
         return packed.to(self.device, model.dtype)
 

@@ -201,3 +201,11 @@ def test_a_plan_of_assumed_rows_has_their_tokens_and_bytes(root, prepared):
     assert [len(sample["visual_index"]) for sample in assumed["query"]] == [len(real.visual_index)] * 2
     assert [sample["vision_patches"] for sample in assumed["query"]] == [real.vision_patches] * 2
     assert is_measured(assumed) and decoded_total(model.processing, assumed) == (2 * pixel_bytes(assumed)[0], pixel_bytes(assumed)[0])
+
+
+def test_a_chunk_of_bytes_and_floats_is_planned(root, prepared):
+    recipe, model = prepared(chunk_tokens=10**6, media_mib=0.0)
+    batch = company(root, model.processing)
+    plan = simulate(recipe, batch)
+    alone = simulate(recipe, company(root, Whole(model.processing)))
+    assert plan.peak == pytest.approx(alone.peak, rel=0.02) and plan.work.flops == alone.work.flops

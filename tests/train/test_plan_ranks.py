@@ -3,6 +3,7 @@
 Both ranks take the same rows, as the plan has it.
 """
 
+import gc
 import shutil
 import traceback
 
@@ -47,6 +48,7 @@ def rank_main(rank, port, root, queue):
         import accelerate
 
         accelerate.PartialState(cpu=True)
+        measured(root / f"rank{rank}", "ddp")  # what libraries keep from their first use on
         for name in CASES:
             queue.put((rank, name, *measured(root / f"rank{rank}", name)))
         torch.distributed.barrier()
@@ -74,6 +76,7 @@ def measured(root, name) -> tuple[int, dict]:
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
         step = ContrastiveStep(recipe, wrapped, model, device=torch.device("cpu"), world_size=2)
         for batch in batches:
+            gc.collect()  # what stands in circles goes when Python pleases
             live.restart_peak()
             step(batch)
             if is_sharded:
