@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
 
     kept = recipe
     if recipe.retain == "auto":
-        kept = replace(recipe, retain=_automatic(recipe, gpu, run(replace(recipe, retain=0), 2)))
+        kept = replace(recipe, retain=_automatic(recipe, gpu, run(replace(recipe, retain=0), 8)))
     result = run(kept, 8)
     longest = plan_batch.longest(made["batch"])
     if recipe.chunk_rows is None and recipe.chunk_tokens < longest:
