@@ -86,7 +86,8 @@ def _settle(model) -> None:
         mappings = [line.split() for line in f if line.rstrip().endswith(".safetensors")]
     for first, last in (mapping[0].split("-") for mapping in mappings):
         start, end = int(first, 16), int(last, 16)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise: the pages of the weights' file stay, and would count")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.flatten()[:: 1024 // tensor.element_size()].clone()
 

@@ -63,6 +63,9 @@ class Media:
 
     def _decode(self, features: Features) -> dict[str, torch.Tensor]:
         tensors = self.processing.decode(features)
+        kind = tensors["pixel_values"].dtype
+        if kind != torch.uint8:  # floats would pass for values that are normalised already
+            raise ValueError(f"expected 8-bit pixels from decoding, got {kind}; the image processor is of a release that this code does not know")
         with self._lock:
             self.decoded += 1
             self._held += _bytes(tensors)

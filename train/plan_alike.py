@@ -91,6 +91,9 @@ class _Pass:
     input: Any = None
     saves_input: bool | None = None
 
+    def begin_backward(self, meter: Meter) -> None:
+        self.backward = meter.begin()
+
     def replayed(self, meter: Meter, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """What a layer gives; what its graph keeps is left to the caller."""
         if self.forward is None or self.like != _like(hidden) or (any(self.kept.values()) and not hidden.requires_grad):
@@ -158,7 +161,8 @@ class _Watched(_Inside):
         if self._index >= _FIRST and not torch.is_grad_enabled():
             return at.replayed(meter, hidden, args, kwargs)
         if self._is_model_of_backward and hidden.requires_grad and torch.is_grad_enabled():
-            return _Start.apply(run(_End.apply(hidden, at, meter), *args, **kwargs), at, meter)
+            out = run(_OnBackward.apply(hidden, lambda: meter.end(at.backward)), *args, **kwargs)
+            return _OnBackward.apply(out, lambda: at.begin_backward(meter))
         return run(hidden, *args, **kwargs)
 
 
@@ -274,29 +278,15 @@ class _Replayed(torch.autograd.Function):
         return out, None, None, None, None
 
 
-class _Start(torch.autograd.Function):
-    """Begins the span of a layer's backward pass; in the forward pass it does nothing."""
+class _OnBackward(torch.autograd.Function):
+    """Calls `then` when the backward pass comes by; in the forward pass it does nothing."""
 
     @staticmethod
-    def forward(ctx, out, at, meter):
-        ctx.at, ctx.meter = at, meter
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.at.backward = ctx.meter.begin()
-        return grad, None, None
-
-
-class _End(torch.autograd.Function):
-    """Ends it."""
-
-    @staticmethod
-    def forward(ctx, hidden, at, meter):
-        ctx.at, ctx.meter = at, meter
-        return hidden
+    def forward(ctx, x, then):
+        ctx.then = then
+        return x
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.meter.end(ctx.at.backward)
-        return grad, None, None
+        ctx.then()
+        return grad, None

@@ -30,7 +30,8 @@ class PlannedGradCache(GradCache):
         shapes: (tokens, image tokens, patches) of each sample by side, set before each step.
         count, kept: chunks of the whole step, and those of them whose graph is kept.
         graphs: bytes of the kept graphs, in order.
-        largest: (bytes, tokens) of the chunk whose second pass takes most beyond what stood before it.
+        largest: (bytes, tokens) of the chunk whose second pass takes most beyond what stood before it; not of the first one, which
+            makes the gradients, where there are others.
         after_chunk: called when a chunk's gradients are there.
     """
 

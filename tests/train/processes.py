@@ -1,8 +1,10 @@
 """Training processes for tests: forked from one server that has imported what all of them need, alone or as two gloo ranks."""
 
 import os
+import queue as queue_module
 import socket
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -35,3 +37,25 @@ def ended(processes, timeout=400):
     for process in processes:
         process.join(timeout)
     return [process.exitcode for process in processes]
+
+
+def collected(main, *arguments, each, ranks=2):
+    """{(name, rank): values} of what the ranks put into the queue they are handed last: (rank, name, *values), `each` times a rank.
+
+    A rank that fails puts (rank, "failed", traceback, ...); one that crashes shows by its exit code.
+    """
+    queue, found = context().Queue(), {}
+    processes = start(main, *arguments, queue, ranks=ranks)
+    try:
+        for _ in range(ranks * each):
+            rank, name, *values = queue.get(timeout=240)
+            if name == "failed":
+                pytest.fail(f"rank {rank}: {values[0]}\nexit codes {ended(processes, 5)}")
+            found[name, rank] = tuple(values)
+    except queue_module.Empty:
+        pytest.fail(f"a rank went quiet after {sorted(found)}: exit codes {[p.exitcode for p in processes]}")
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return found

@@ -1,6 +1,9 @@
 """Steps over streamed images, and what goes wrong with an image, for the tests of every family."""
 
+import copy
+
 import numpy as np
+import pytest
 import torch
 from tiny import first_batch, gradients
 
@@ -25,6 +28,42 @@ def assert_same(got, expected):
     assert got.keys() == expected.keys() and got
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def equals_images_decoded_at_once(recipe, model, streamed):
+    """Loss and gradients of a streamed batch, next to the same rows decoded before the step, in one chunk a side."""
+    _, loss, got = run_step(recipe, model, streamed)
+    plain = copy.copy(recipe)
+    plain.chunk_rows, plain.retain, plain.chunk_tokens = None, "all", 10**6  # one chunk a side, every graph kept
+    model.gradient_checkpointing_disable()
+    whole = first_batch(recipe, model, processing=Whole(model.processing))
+    assert not any(sample["pending"] for sample in whole["query"])
+    _, expected_loss, expected = run_step(plain, model, whole)
+    assert loss == pytest.approx(expected_loss, abs=1e-12)
+    assert_same(got, expected)
+
+
+def largest_chunk(step, batch, sizes):
+    """Bytes of the queries' chunk that holds most, of 24 pairs whose targets are texts."""
+    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
+    return max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
+
+
+def keeps_host_memory_within_its_bound(recipe, model, batch, sizes):
+    """24 pairs with a picture of `sizes` bytes in each query: all kept, a third kept, none."""
+    recipe.media_mib = 64.0
+    step, _, _ = run_step(recipe, model, batch)
+    assert (step.media.decoded, step.media.peak_bytes) == (24, sum(sizes))
+    assert (step.media.kept_bytes, step.media._held) == (0, 0), "nothing is left after the step"
+    bound = sum(sizes) // 3
+    recipe.media_mib = bound / 2**20
+    step, _, _ = run_step(recipe, model, batch)
+    assert 24 < step.media.decoded < 48
+    largest = largest_chunk(step, batch, sizes)
+    assert step.media.peak_bytes <= bound + 2 * largest < sum(sizes)
+    recipe.media_mib = 0.0
+    step, _, _ = run_step(recipe, model, batch)
+    assert step.media.decoded == 48 and step.media.peak_bytes <= 2 * largest
 
 
 def damage(root, row):

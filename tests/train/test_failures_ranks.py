@@ -4,12 +4,11 @@ All cases share one pair of processes: starting them costs more than the cases d
 """
 
 import logging
-import queue as queue_module
 import traceback
 
 import pytest
 import torch
-from processes import context, join, start
+from processes import collected, join
 from tiny import first_batch, gradients, write_recipe
 
 from train.build import build_model
@@ -111,21 +110,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(root):
-    queue = context().Queue()
-    processes = start(rank_main, root, queue)
-    found = {}
-    try:
-        for _ in range(2 * len(CASES)):
-            rank, name, *values = queue.get(timeout=240)
-            assert name != "failed", f"rank {rank}: {values[0]}"
-            found[name, rank] = values
-    except queue_module.Empty:
-        pytest.fail(f"a rank went quiet after {sorted(found)}: exit codes {[p.exitcode for p in processes]}")
-    finally:
-        for process in processes:
-            process.join(5)
-            process.kill()
-    return found
+    return collected(rank_main, root, each=len(CASES))
 
 
 @pytest.mark.parametrize("name", CASES)

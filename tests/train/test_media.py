@@ -1,6 +1,5 @@
 """Images streamed by the chunk: the same gradients as decoded at once, host memory within its bound, bad images left out."""
 
-import copy
 import logging
 import struct
 import zlib
@@ -8,7 +7,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from streaming import Whole, assert_same, damage, failing_step, run_step, without_row
+from streaming import Whole, assert_same, damage, equals_images_decoded_at_once, failing_step, keeps_host_memory_within_its_bound
+from streaming import largest_chunk, run_step, without_row
 from tiny import first_batch, gradients, write_recipe
 
 from contrastive_kernels import info_nce
@@ -53,15 +53,7 @@ def test_gradients_are_those_of_images_decoded_at_once(prepared, changes):
     recipe, model = prepared(**changes)
     streamed = first_batch(recipe, model)
     assert sum(bool(sample["pending"]) for sample in streamed["query"]) >= 4
-    _, loss, got = run_step(recipe, model, streamed)
-    plain = copy.copy(recipe)
-    plain.chunk_rows, plain.retain, plain.chunk_tokens = None, "all", 10**6  # one chunk a side, every graph kept
-    model.gradient_checkpointing_disable()
-    whole = first_batch(recipe, model, processing=Whole(model.processing))
-    assert not any(sample["pending"] for sample in whole["query"])
-    _, expected_loss, expected = run_step(plain, model, whole)
-    assert loss == pytest.approx(expected_loss, abs=1e-12)
-    assert_same(got, expected)
+    equals_images_decoded_at_once(recipe, model, streamed)
 
 
 def test_host_memory_is_bounded_and_what_fits_is_decoded_once(prepared):
@@ -69,17 +61,7 @@ def test_host_memory_is_bounded_and_what_fits_is_decoded_once(prepared):
     batch = first_batch(recipe, model, step=1)
     sizes = [3 * 14**2 * int(np.prod(sample["vision"]["grid_thw"])) for sample in batch["query"] if sample["pending"]]
     assert len(sizes) == 24, "the block of this step is the source with pictures"
-    recipe.media_mib = 64.0
-    step, _, _ = run_step(recipe, model, batch)
-    assert (step.media.decoded, step.media.peak_bytes) == (24, sum(sizes))
-    assert (step.media.kept_bytes, step.media._held) == (0, 0), "nothing is left after the step"
-    bound = sum(sizes) // 3
-    recipe.media_mib = bound / 2**20
-    step, _, _ = run_step(recipe, model, batch)
-    assert 24 < step.media.decoded < 48
-    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
-    largest = max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
-    assert step.media.peak_bytes <= bound + 2 * largest < sum(sizes)
+    keeps_host_memory_within_its_bound(recipe, model, batch, sizes)
 
 
 # What is kept between the passes: features and pixels within their bounds; "half" of all features.
@@ -106,8 +88,7 @@ def test_a_frozen_towers_images_are_decoded_again_only_where_nothing_is_kept(pre
         assert step.media.decoded == (24 if retain == "all" else 24 * decodes)
     else:
         assert 24 < step.media.decoded < 48
-    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
-    largest = max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
+    largest = largest_chunk(step, batch, sizes)
     kept = {"all": 0, "half": sum(sizes) / 2 + largest, "none": sum(sizes)}[keep] if media_mib else 0
     assert step.media.peak_bytes <= kept + 2 * largest, "the chunk in use, the next one, and what the second pass will ask for"
     assert keep == "none" or 2 * largest < sum(sizes) / 2

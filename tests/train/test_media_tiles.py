@@ -1,12 +1,13 @@
 """Images streamed by the chunk in families that cut them into tiles (LLaVA-Next) and crops (Phi-3.5-V): what `test_media` asks of patches."""
 
-import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from streaming import Whole, assert_same, damage, failing_step, run_step, without_row
+from streaming import Whole, assert_same, damage, equals_images_decoded_at_once, failing_step, keeps_host_memory_within_its_bound
+from streaming import run_step, without_row
 from test_plan import measured
 from tiny import first_batch, gradients, write_recipe
 
@@ -63,15 +64,7 @@ def test_gradients_are_those_of_images_decoded_at_once(prepared, changes):
     streamed = first_batch(recipe, model)
     assert sum(bool(sample["pending"]) for sample in streamed["query"]) >= 4
     assert not any("pixel_values" in sample["vision"] for sample in streamed["query"]), "the batch carries no pixels"
-    _, loss, got = run_step(recipe, model, streamed)
-    plain = copy.copy(recipe)
-    plain.chunk_rows, plain.retain, plain.chunk_tokens = None, "all", 10**6  # one chunk a side, every graph kept
-    model.gradient_checkpointing_disable()
-    whole = first_batch(recipe, model, processing=Whole(model.processing))
-    assert not any(sample["pending"] for sample in whole["query"])
-    _, expected_loss, expected = run_step(plain, model, whole)
-    assert loss == pytest.approx(expected_loss, abs=1e-12)
-    assert_same(got, expected)
+    equals_images_decoded_at_once(recipe, model, streamed)
 
 
 def test_embeddings_are_those_of_images_decoded_at_once(prepared):
@@ -91,20 +84,7 @@ def test_host_memory_is_bounded_and_what_fits_is_decoded_once(prepared):
     batch = first_batch(recipe, model, step=1)
     sizes = pixel_bytes(batch)
     assert len(sizes) == 24 and min(sizes) > 0 and len(set(sizes)) > 1, "the block of this step is the source with pictures"
-    recipe.media_mib = 64.0
-    step, _, _ = run_step(recipe, model, batch)
-    assert (step.media.decoded, step.media.peak_bytes) == (24, sum(sizes))
-    assert (step.media.kept_bytes, step.media._held) == (0, 0), "nothing is left after the step"
-    bound = sum(sizes) // 3
-    recipe.media_mib = bound / 2**20
-    step, _, _ = run_step(recipe, model, batch)
-    assert 24 < step.media.decoded < 48
-    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
-    largest = max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
-    assert step.media.peak_bytes <= bound + 2 * largest < sum(sizes)
-    recipe.media_mib = 0.0
-    step, _, _ = run_step(recipe, model, batch)
-    assert step.media.decoded == 48 and step.media.peak_bytes <= 2 * largest
+    keeps_host_memory_within_its_bound(recipe, model, batch, sizes)
 
 
 @pytest.mark.parametrize("keep,decodes", [("all", 24), ("none", 48)])
@@ -209,3 +189,14 @@ def test_a_chunk_of_bytes_and_floats_is_planned(root, prepared):
     plan = simulate(recipe, batch)
     alone = simulate(recipe, company(root, Whole(model.processing)))
     assert plan.peak == pytest.approx(alone.peak, rel=0.02) and plan.work.flops == alone.work.flops
+
+
+def test_floats_from_decoding_do_not_pass_for_normalised_pixels(prepared):
+    recipe, model = prepared()
+    batch = first_batch(recipe, model)
+    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
+    decode = model.processing.decode
+    step.media.processing = SimpleNamespace(decode=lambda features: {"pixel_values": decode(features)["pixel_values"].float()})
+    sample = next(sample for sample in batch["query"] if sample["pending"])
+    with pytest.raises(ValueError, match="expected 8-bit pixels"):
+        step.media.submit(to_features(sample)).result()

@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 import torch
-from processes import context, join, start
+from processes import collected, join
 from tiny import write_recipe
 
 from contrastive_kernels import gradient_sync
@@ -101,19 +101,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def peaks(root):
-    queue = context().Queue()
-    processes = start(rank_main, root, queue)
-    found = {}
-    try:
-        for _ in range(2 * len(CASES)):
-            rank, name, *values = queue.get(timeout=240)
-            assert name != "failed", f"rank {rank}: {values[0]}"
-            found[name, rank] = values
-    finally:
-        for process in processes:
-            process.join(5)
-            process.kill()
-    return found
+    return collected(rank_main, root, each=len(CASES))
 
 
 @pytest.mark.parametrize("name", CASES)
