@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from golden_files import read
+from phi3_v_crops import image_crops
 from PIL import Image
 
 from vlm2vec.backbones.phi3_v_images import (
     CLIP_MEAN,
     CLIP_STD,
     hd_transform,
-    image_crops,
     image_tiles,
     image_tokens,
     normalised_views,

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from golden_files import read
+from phi3_v_crops import image_crops
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vlm2vec.attention import TEXT_ATTENTION, Segments, register
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
-from vlm2vec.backbones.phi3_v_images import image_crops
 from vlm2vec.backbones.phi3_v_model import Phi3VForCausalLM, Phi3VModel, Phi3VRotary
 
 CLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)

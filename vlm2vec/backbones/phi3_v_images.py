@@ -112,16 +112,3 @@ def normalised_views(
         views[at] = torch.nn.functional.interpolate(picture, size=(crop, crop), mode="bicubic", align_corners=False)[0]
         at, first = at + 1 + count, first + count
     return views
-
-
-def image_crops(
-    image: Image.Image,
-    num_crops: int,
-    crop: int = 336,
-    mean: tuple[float, ...] = CLIP_MEAN,
-    std: tuple[float, ...] = CLIP_STD,
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Normalised views of one RGB picture, and its padded (height, width) in pixels. Arguments as in the functions above."""
-    width, height = padded_size(*image.size, num_crops, crop)
-    tiles = image_tiles(image, num_crops, crop)
-    return normalised_views(tiles, [(height // crop, width // crop)], mean, std), (height, width)
