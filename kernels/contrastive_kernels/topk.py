@@ -16,6 +16,7 @@ from contrastive_kernels.panels import MIB
 WORKSPACE_MIB = 256
 CHECKED_ROWS = 65_536  # looked at together
 PANEL_ROWS, PRODUCT_COLUMNS = 1024, 4096  # of a panel; of one product on a CPU, near the cache
+CACHED_BYTES, COLUMNS_FOR_EACH = 16 << 20, 400  # of a tile on a CPU; below as many columns for each of the k, merging costs more than it saves
 
 
 def stable_topk(values, k: int):
@@ -96,7 +97,10 @@ def _stream(query, target, k: int, exclude, workspace: int):
     dtype, device = compute_dtype(query, target), query.device
     n, m = len(query), len(target)
     rows = max(1, min(n, PANEL_ROWS))
-    columns = max(k, min(m, workspace // (rows * dtype.itemsize)))
+    columns = workspace // (rows * dtype.itemsize)
+    if device.type == "cpu":  # a tile that is still in the cache when it is looked through: 1.26 of the bare product, 1.47 in 256 MiB
+        columns = min(columns, max(CACHED_BYTES // (rows * dtype.itemsize), COLUMNS_FOR_EACH * k))
+    columns = max(k, min(m, columns))
     scores = torch.full((n, k), float("-inf"), dtype=dtype, device=device)
     indices = torch.full((n, k), -1, dtype=torch.int64, device=device)
     buffer = torch.empty(rows * columns, dtype=dtype, device=device)
