@@ -8,6 +8,7 @@ import logging
 import torch
 
 from contrastive_kernels import both_directions, panels
+from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.options import BACKENDS, one_of
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,7 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
 
 def sweep_for(problem, parts):
     """The sweep function for a problem's backend, dtype and device; `parts` are the directions it will be called with, in order."""
-    dtype = problem.query.source.dtype
-    if choose(problem.options.backend, dtype, problem.device) == "torch":
+    if choose(problem.options.backend, problem.product_dtype, problem.device) == "torch":
         return panels.sweep if len(parts) == 1 else both_directions.sweep_both(parts, panels.sweep)
     from contrastive_kernels.triton.sweep import sweep
 
@@ -73,7 +73,7 @@ def sweep_for(problem, parts):
 
 def shard_passes_for(problem, sums, gradients):
     """(sum_shard, differentiate_shard) of a ring for a problem's backend; `sums` and `gradients` are the passes in plain torch."""
-    if choose(problem.options.backend, problem.query.source.dtype, problem.device) == "torch":
+    if choose(problem.options.backend, problem.product_dtype, problem.device) == "torch":
         return sums, gradients
     from contrastive_kernels.triton.ring import differentiate_shard, sum_shard
 
@@ -82,7 +82,7 @@ def shard_passes_for(problem, sums, gradients):
 
 def row_dots(a, b, backend: str):
     """(n,) dot products of matching rows of two operands, the second of which has an index."""
-    if choose(backend, a.source.dtype, a.source.device) == "torch":
+    if choose(backend, product_dtype(a.source, b.source), a.source.device) == "torch":
         from contrastive_kernels.problem import row_dots as in_torch
 
         return in_torch(a, b)
@@ -93,7 +93,7 @@ def row_dots(a, b, backend: str):
 
 def levels_for(query, target, options, workspace: int):
     """What makes all Matryoshka levels from one sweep, called with (query, target, levels, wanted); None for a level at a time."""
-    if choose(options.backend, query.dtype, query.device) == "torch":
+    if choose(options.backend, product_dtype(query, target), query.device) == "torch":
         return None
     from contrastive_kernels.triton import levels
 

@@ -11,7 +11,7 @@ from contrastive_kernels import levels as torch_levels
 from contrastive_kernels.backends import choose, levels_for, sweep_for
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
-from contrastive_kernels.operands import project_out
+from contrastive_kernels.operands import product_dtype, project_out
 from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.panels import MIB
 from contrastive_kernels.problem import EPS, Direction, Problem, build, directions, own_columns
@@ -114,7 +114,7 @@ def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:
             return_stats=options.return_stats and dim == max(dims),
         )
         levels.append((dim, level))
-    if choose(options.backend, query.dtype, query.device) == "torch":
+    if choose(options.backend, product_dtype(query, target), query.device) == "torch":
         shared = torch_levels.together(query, target, options, levels)
         if shared is not None:
             loss, d_query, d_target, d_temperature, sums = torch_levels.compute(query, target, shared, wanted, workspace_bytes(options, query.device))

@@ -7,6 +7,7 @@ preparing them costs O(rows * D) a panel, next to the panel's O(R * rows * D) pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -16,6 +17,11 @@ TILE_BYTES = 16 << 20
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 when any input is float64, else float32: logits are never computed in less."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def product_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """What the kernels' products take: the inputs' type, the wider one where they differ (as under autocast they may)."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
 @dataclasses.dataclass

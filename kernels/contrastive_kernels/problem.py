@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from contrastive_kernels.operands import Operand, compute_dtype, inverse_norms, norms
+from contrastive_kernels.operands import Operand, compute_dtype, inverse_norms, norms, product_dtype
 from contrastive_kernels.options import InfoNCEOptions
 
 EPS = 1e-12
@@ -113,6 +113,10 @@ class Problem:
     def device(self) -> torch.device:
         return self.query.source.device
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return product_dtype(self.query.source, self.target.source)
+
     def own_rows(self, matrix: torch.Tensor) -> torch.Tensor:
         """(n, D) view of a target-shaped matrix: the rows of `own_targets`, which has no index."""
         rows = self.query.rows
@@ -158,7 +162,7 @@ def build(
         share = share / torch.where(total == 0, 1, total)
     own_query = operand(query, dtype, options.normalize, options.query_mask)
     own_target = operand(target, dtype, options.normalize, options.target_mask)
-    if options.positives is None and backends.choose(options.backend, query.dtype, device) == "torch":
+    if options.positives is None and backends.choose(options.backend, product_dtype(query, target), device) == "torch":
         own_targets = own_target.every(len(target) // n, n)
     else:
         own_targets = own_target.gathered(positives)

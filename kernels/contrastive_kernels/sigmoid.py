@@ -15,7 +15,7 @@ import torch.distributed as dist
 from contrastive_kernels.backends import sigmoid_columns_for
 from contrastive_kernels.distributed import _all_gather, _rotate
 from contrastive_kernels.gemm import add_product, product_into, transposed
-from contrastive_kernels.operands import Operand, compute_dtype, project_out
+from contrastive_kernels.operands import Operand, compute_dtype, product_dtype, project_out
 from contrastive_kernels.problem import EPS, default_positives, matchable, operand
 
 TILE_ROWS, TILE_COLUMNS = 2048, 1024
@@ -52,7 +52,7 @@ class Sums:
 
 def add_columns(pairs: Pairs, target: Operand, target_ids, offset: int, sums: Sums, d_target) -> None:
     """Add every pair of this rank's rows with `target`'s columns, whose first has the global number `offset`."""
-    with_kernels = sigmoid_columns_for(pairs.query.source.dtype, pairs.weight.device)
+    with_kernels = sigmoid_columns_for(product_dtype(pairs.query.source, target.source), pairs.weight.device)
     if with_kernels is not None:
         return with_kernels(pairs, target, target_ids, offset, sums, d_target)
     device, rows = pairs.weight.device, pairs.query.rows

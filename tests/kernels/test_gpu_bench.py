@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton")
 
@@ -38,7 +39,9 @@ def small(monkeypatch, tmp_path):
         return gpu.run(parser.parse_args(args), gpu.Host(), **{"n": 12, "m": 20, "d": 16, "dtypes": (torch.bfloat16,), "names": ("plain", "pairs, symmetric"), **gate})
 
     run.commands, run.folder = commands, tmp_path / "out"
-    return run
+    yield run
+    if dist.is_initialized():  # the ring of one's
+        dist.destroy_process_group()
 
 
 def test_gate_tables_and_files(small, capsys):

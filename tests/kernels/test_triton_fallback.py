@@ -92,3 +92,13 @@ def test_mixed_types_meet_in_the_wider():
     with torch.autocast("cpu"):
         got = info_nce(query, target, normalize=True, backend="triton")
     torch.testing.assert_close(got, info_nce(query.float(), target, normalize=True, backend="torch"))
+
+
+@pytest.mark.parametrize("wide", ["query", "target"])
+@pytest.mark.parametrize("call", [info_nce, lambda q, t, **k: info_nce(q, t, matryoshka_dims=(4, 8), **k), lambda q, t, **k: topk_similarity(q, t, 2, **k)], ids=["loss", "levels", "topk"])
+def test_the_wider_of_two_types_decides(call, wide, monkeypatch):
+    """Under autocast they may differ; the kernels' products are in the wider one, which may be one that they do not have."""
+    monkeypatch.setattr(backends, "obstacle", lambda dtype, device: f"asked for {dtype}")
+    query, target = (torch.randn(4, 8, dtype=torch.float64 if name == wide else torch.bfloat16) for name in ("query", "target"))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="asked for torch.float64"):
+        call(query, target, backend="triton")

@@ -73,6 +73,15 @@ def test_against_float64(dtype, width):
     assert not out[1].any() and not out[3].any() and not rows[1].any() and not rows[3].any()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nothing_comes_through_to_a_sample_without_a_token(normalize):
+    hidden, index = torch.full((3, 5), float("nan"), device=DEVICE), torch.tensor([-1, 1], device=DEVICE)
+    hidden[1] = torch.arange(5.0)
+    out, inverse = pool_forward(hidden, index, normalize=normalize)
+    rows = pool_backward(torch.tensor([[float("nan")] * 5, [1.0] * 5], device=DEVICE), hidden, index, inverse, normalize=normalize)
+    assert not out[0].any() and not rows[0].any() and rows[1].isfinite().all()
+
+
 def test_empty_batch():
     hidden = torch.randn(0, 4, device=DEVICE)
     out, _ = pool_forward(hidden, torch.empty(0, dtype=torch.int64, device=DEVICE))

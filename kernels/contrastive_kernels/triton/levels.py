@@ -15,6 +15,7 @@ import torch
 from contrastive_kernels import dispatch, roofline
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
+from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.problem import build, directions, own_columns
 from contrastive_kernels.softmax import RowSums, finish, row_factor
 from contrastive_kernels.stats import row_sums as stat_sums
@@ -41,7 +42,7 @@ def obstacle(query, target, options) -> str:
         return "the levels are not in ascending order"
     if any(dim % step for dim in dims[:-1]):
         return f"a level is no multiple of {step}"
-    return dispatch.obstacle("exp", str(torch.promote_types(query.dtype, target.dtype)).removeprefix("torch."), dims[-1], bool(options.label_smoothing), True, INTERPRET)
+    return dispatch.obstacle("exp", str(product_dtype(query, target)).removeprefix("torch."), dims[-1], bool(options.label_smoothing), True, INTERPRET)
 
 
 def plan(query, target, options, workspace: int) -> dispatch.Plan:
@@ -49,7 +50,7 @@ def plan(query, target, options, workspace: int) -> dispatch.Plan:
     gpu = roofline.for_arch(configs.architecture(query.device) or 90)
     rows, columns = len(query), len(target) + (len(query) if options.query_negatives else 0) + (len(target) if options.target_negatives else 0)
     return dispatch.plan_levels(
-        rows, columns, options.matryoshka_dims, torch.promote_types(query.dtype, target.dtype), workspace=workspace, gpu=gpu, smoothing=bool(options.label_smoothing),
+        rows, columns, options.matryoshka_dims, product_dtype(query, target), workspace=workspace, gpu=gpu, smoothing=bool(options.label_smoothing),
         interpreted=INTERPRET, reason=obstacle(query, target, options),
     )
 

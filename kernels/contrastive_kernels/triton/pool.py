@@ -69,7 +69,7 @@ def _pool_bwd_kernel(
         for first in range(0, D, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
             b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
-            b_along += tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < D, other=0.0).to(ACC) * b_h
+            b_along += tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < there, other=0.0).to(ACC) * b_h
     b_dot = tl.sum(b_along, 0) * b_inverse * b_inverse
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)

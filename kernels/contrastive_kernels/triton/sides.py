@@ -8,11 +8,6 @@ from contrastive_kernels.operands import Operand
 from contrastive_kernels.triton.panel import BlockView
 
 
-def product_dtype(problem) -> torch.dtype:
-    """What the products take: the inputs' type, the wider one where they differ (as under autocast they may)."""
-    return torch.promote_types(problem.query.source.dtype, problem.target.source.dtype)
-
-
 def stored(operand: Operand, dtype: torch.dtype) -> torch.Tensor:
     """An operand's rows in the type that the products take; rows that are no candidates come out as zeros.
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
@@ -137,7 +138,7 @@ def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive
 
 def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
     """What `contrastive_kernels.sigmoid.add_columns` does in plain torch."""
-    dtype = torch.promote_types(pairs.query.source.dtype, target.source.dtype)
+    dtype = product_dtype(pairs.query.source, target.source)
     query, columns, acc = Side(pairs.query, dtype), Side(target, dtype), pairs.query.dtype
     positives, own_ids, target_ids, keep = (tight(v) for v in (pairs.positives, pairs.ids, target_ids, target.keep))
     # G is at most 1: float16 gets 15 bits more below it, and the factors lose them again

@@ -19,7 +19,7 @@ from contrastive_kernels.triton import panel as panels
 from contrastive_kernels.triton.common import INTERPRET, check_dtype
 from contrastive_kernels.triton.panel import PanelSums
 from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.sides import Sides, product_dtype
+from contrastive_kernels.triton.sides import Sides
 from contrastive_kernels.triton.writer import Writer
 
 
@@ -28,7 +28,7 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
     source = problem.query.source
     wants = (lambda name: False) if gradients is None else gradients.wants
     return dispatch.plan(
-        problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, product_dtype(problem), workspace=workspace,
+        problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, problem.product_dtype, workspace=workspace,
         gpu=roofline.for_arch(configs.architecture(source.device) or 90), smoothing=bool(problem.options.label_smoothing),
         normalize=problem.query.inverse_norm is not None, interpreted=INTERPRET,
         d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
@@ -43,7 +43,7 @@ class Panels:
     """
 
     def __init__(self, problem, direction, gradients, workspace: int):
-        self.dtype = product_dtype(problem)
+        self.dtype = problem.product_dtype
         check_dtype("query", self.dtype)
         self.problem, self.direction, self.gradients = problem, direction, gradients
         self.plan = plan_for(problem, direction, gradients, workspace)

@@ -23,7 +23,7 @@ from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, 
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.panel import LARGEST_LOGIT, ROUNDING, SHIFT_BELOW_TOP
 from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.sides import Sides, product_dtype
+from contrastive_kernels.triton.sides import Sides
 from contrastive_kernels.triton.writer import Writer
 
 
@@ -85,7 +85,7 @@ def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
         return None
     source, wants = problem.query.source, (lambda name: False) if gradients is None else gradients.wants
     plan = dispatch.plan(
-        problem.query.rows, problem.target.rows, problem.query.width, product_dtype(problem), workspace=workspace, symmetric=True,
+        problem.query.rows, problem.target.rows, problem.query.width, problem.product_dtype, workspace=workspace, symmetric=True,
         gpu=roofline.for_arch(configs.architecture(source.device) or 90), normalize=problem.query.inverse_norm is not None,
         interpreted=INTERPRET, d_query=wants("query") or wants("temperature"), d_target=wants("target"),
     )
@@ -117,7 +117,7 @@ def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
     bound: on every |logit|, at most LARGEST_LOGIT.
     """
     forward, reverse = parts
-    sides = Sides(forward, product_dtype(problem))
+    sides = Sides(forward, problem.product_dtype)
     block, view, acc = forward.blocks[0], sides.views[0], problem.dtype
     everyone = slice(0, problem.query.rows)
     shift = torch.full((problem.query.rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, whole_blocks,
@@ -79,7 +80,7 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
     Raises: ValueError for a dtype, k or M that the kernel does not take. Numerics: sums in the scores' type; of equal scores the
     lowest index comes first; a NaN score is never among the best.
     """
-    dtype = torch.promote_types(query.dtype, target.dtype)
+    dtype = product_dtype(query, target)
     check_dtype("topk_similarity", dtype)
     check_columns("target", len(target))
     if not 1 <= k <= MAXIMUM_K:
