@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from contrastive_kernels.options import InfoNCEOptions
+from contrastive_kernels.options import InfoNCEOptions, check_temperature
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def waits_for_device(tensor: torch.Tensor) -> bool:
@@ -33,8 +36,10 @@ def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = Fals
         check_tensor(name, matrix, "(rows, D)")
         if matrix.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions (rows, D), got shape {tuple(matrix.shape)}; pool or flatten it first")
-        if not matrix.dtype.is_floating_point:
-            raise ValueError(f"{name}: expected a floating-point tensor, got {matrix.dtype}; call .float()")
+        if matrix.dtype not in FLOATS:
+            raise ValueError(f"{name}: expected a floating-point tensor of 16 bits or more, got {matrix.dtype}; call .float()")
+        if matrix.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {matrix.layout}; call .to_dense()")
         if matrix.numel() == 0 and not empty:
             raise ValueError(f"{name}: expected at least one row and column, got shape {tuple(matrix.shape)}; skip empty batches")
     if query.shape[1] != target.shape[1]:
@@ -121,6 +126,7 @@ def check_values(query, target, options: InfoNCEOptions) -> None:
     check_index("positives", o.positives, len(target), o.ignore_index)
     if isinstance(o.temperature, torch.Tensor):
         check_above_zero("temperature", o.temperature, "0.02 is usual")
+        check_temperature(float(o.temperature))
     check_finite_weight(o.weight)
     if o.hard_offsets is not None:
         steps, last = o.hard_offsets.diff(), int(o.hard_offsets[-1])

@@ -15,7 +15,7 @@ import torch
 
 from contrastive_kernels.checks import check_inputs
 from contrastive_kernels.info_nce_op import GRADIENTS, info_nce_op, pack
-from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions
+from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches
 from contrastive_kernels.stats import InfoNCEStats
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,7 @@ class InfoNCELoss(torch.nn.Module):
 
     def __init__(self, *, temperature: float = 0.02, learnable_temperature: bool = False, **options):
         super().__init__()
+        check_switches(learnable_temperature=learnable_temperature)
         InfoNCEOptions.make({"temperature": temperature, **options}, held=True)
         self.options = options
         if learnable_temperature:
@@ -149,4 +150,6 @@ class InfoNCELoss(torch.nn.Module):
         return info_nce(query, target, **{"temperature": self.temperature, **self.options, **batch})
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        learnt = hasattr(self, "log_temperature")
+        shown = {"temperature": float(torch.as_tensor(self.temperature).detach()), **({"learnable_temperature": True} if learnt else {}), **self.options}
+        return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in shown.items())

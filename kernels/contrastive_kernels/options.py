@@ -19,6 +19,7 @@ REDUCTIONS = ("mean", "sum", "none")
 EXCHANGES = ("gather", "ring")
 BACKENDS = ("auto", "torch", "triton")
 TEMPERATURE_RANGE = (0.001, 10.0)
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 SWITCHES = ("normalize", "query_negatives", "target_negatives", "symmetric", "return_stats", "validate")
 
 
@@ -104,9 +105,8 @@ class InfoNCEOptions:
     def _check(self) -> None:
         for name, allowed in (("hardness_scope", SCOPES), ("reduction", REDUCTIONS), ("exchange", EXCHANGES), ("backend", BACKENDS)):
             one_of(name, getattr(self, name), allowed)
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}; call bool()")
+        check_switches(**{name: getattr(self, name) for name in SWITCHES})
+        check_ignore_index(self.ignore_index)
         check_temperature(self.temperature)
         for name, mend in (
             ("mask_margin", "None turns it off"), ("mask_relative", "None turns it off"), ("hardness", "0 turns it off"),
@@ -167,6 +167,17 @@ def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}; {mend}")
 
 
+def check_switches(**values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False, got {value!r}; call bool()")
+
+
+def check_ignore_index(value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"ignore_index: expected an int, got {value!r}; -100 is the default")
+
+
 def is_finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -176,6 +187,8 @@ def check_temperature(temperature) -> None:
     if not isinstance(temperature, torch.Tensor):
         if not (is_finite(temperature) and temperature > 0):
             raise ValueError(f"temperature: expected a number above 0, got {temperature!r}; 0.02 is usual")
+        if temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature: expected one whose inverse float32 can hold, got {temperature!r}; 0.02 is usual")
     elif temperature.dim() != 0:
         raise ValueError(f"temperature: expected a 0-d tensor, got shape {tuple(temperature.shape)}; call .squeeze()")
     elif not temperature.dtype.is_floating_point:

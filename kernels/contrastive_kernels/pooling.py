@@ -12,7 +12,7 @@ import torch
 from contrastive_kernels.backends import choose
 from contrastive_kernels.checks import check_tensor, may_look
 from contrastive_kernels.cotangents import refuse_second_derivative
-from contrastive_kernels.options import is_finite
+from contrastive_kernels.options import check_switches, is_finite
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -66,11 +66,14 @@ def _rows(
             _check_offsets(name, cu_seqlens, tokens)
         ends = cu_seqlens[1:].to(torch.int64)
         return torch.where(ends > cu_seqlens[:-1], ends - 1, -1)
-    if attention_mask.dtype.is_floating_point and may_look(attention_mask, validate):
-        # a mask that is added to logits, 0 for tokens and -inf for padding, means the contrary
-        wrong = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if attention_mask.dtype != torch.bool and may_look(attention_mask, validate):
+        # a mask that is added to logits, 0 for tokens and -inf or -10000 for padding, means the contrary
+        off = attention_mask < 0
+        if attention_mask.dtype.is_floating_point:
+            off = (attention_mask != 0) & (attention_mask != 1)
+        wrong = attention_mask[off]
         if len(wrong):
-            raise ValueError(f"{name}: expected 1 for tokens and 0 for padding, got {float(wrong[0])}; pass (mask == 0) of an additive one")
+            raise ValueError(f"{name}: expected 1 for tokens and 0 for padding, got {wrong[0].item()}; pass (mask == 0) of an additive one")
     if backend == "triton":
         from contrastive_kernels.triton.pool import last_token_index
 
@@ -191,6 +194,7 @@ def last_token_pool(
     Raises:
         ValueError: shapes or offsets that do not fit, both or neither of attention_mask and cu_seqlens.
     """
+    check_switches(normalize=normalize, validate=validate)
     if not is_finite(eps) or eps <= 0:
         raise ValueError(f"eps: expected a number above 0, got {eps!r}; 1e-12 is the default")
     index = last_token_rows(hidden, attention_mask, cu_seqlens, backend=backend, validate=validate)

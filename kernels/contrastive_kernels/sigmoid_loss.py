@@ -12,7 +12,7 @@ from contrastive_kernels.checks import (
 from contrastive_kernels.cotangents import refuse_second_derivative, scaled
 from contrastive_kernels.distributed import check_equal_shards
 from contrastive_kernels.operands import compute_dtype
-from contrastive_kernels.options import EXCHANGES, REDUCTIONS, check_exchange, check_group, is_finite, one_of
+from contrastive_kernels.options import EXCHANGES, REDUCTIONS, check_exchange, check_group, check_ignore_index, check_switches, is_finite, one_of
 
 TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")
 SCHEMA = (
@@ -165,6 +165,8 @@ def sigmoid_loss(
         raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
     for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("exchange", exchange, EXCHANGES)):
         one_of(name, value, allowed)
+    check_switches(normalize=normalize, validate=validate)
+    check_ignore_index(ignore_index)
     check_group(group, reduction)
     check_exchange(exchange, group)
     if not isinstance(scale, torch.Tensor) and is_finite(scale) and not scale > 0:

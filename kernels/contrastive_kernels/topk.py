@@ -10,7 +10,7 @@ from contrastive_kernels.backends import _log_once, choose
 from contrastive_kernels.checks import check_matrices, check_tensor, may_look
 from contrastive_kernels.operands import Operand, compute_dtype, product_dtype
 from contrastive_kernels.gemm import product_into
-from contrastive_kernels.options import check_workspace
+from contrastive_kernels.options import check_switches, check_workspace
 from contrastive_kernels.panels import MIB
 
 WORKSPACE_MIB = 256
@@ -199,6 +199,7 @@ def topk_similarity(
         if exclude.device != query.device:
             raise ValueError(f"exclude: expected it on {query.device}, got {exclude.device}; move it there")
     check_workspace(workspace_mib)
+    check_switches(validate=validate)
     chosen = choose(backend, product_dtype(query, target), query.device)
     if chosen == "triton":
         from contrastive_kernels.triton.topk import MAXIMUM_K

@@ -3,6 +3,7 @@
 import functools
 import os
 
+import sampling
 import torch
 import torch.distributed as dist
 from sampling import Case, random_sets
@@ -10,6 +11,7 @@ from sampling import Case, random_sets
 from contrastive_kernels import checks, info_nce, info_nce_value_and_grad, sigmoid_loss
 
 PER_ROW = ("query_ids", "query_mask", "own_negatives_only", "weight")
+ALONE = {"sum", "none", "small_workspace"}  # refused over ranks, or taken by a call alone
 PER_TARGET = ("target_ids", "target_mask")
 NAMES = ("query", "target", "hard_negatives", "temperature")
 
@@ -73,9 +75,10 @@ def compare(seed, names, exchange, rank, world, group, backend="auto"):
 def compare_all(rank, world, group, count, seed):
     fixed = [
         (), ("symmetric",), ("query_negatives", "target_negatives"), ("symmetric", "positives", "target_ids", "query_ids"),
-        ("hardness", "hard"), ("hardness_hard", "packed_hard", "symmetric"), ("hardness_in_batch", "hard_with_ids", "learnt_temperature"),
+        ("target_mask", "query_mask"), ("hardness", "hard"), ("hardness_hard", "packed_hard", "symmetric"), ("hardness_in_batch", "hard_with_ids", "learnt_temperature"),
     ]
-    sets = fixed + [tuple(n for n in names if n not in ("sum", "none", "small_workspace")) for names in random_sets(count, seed)]
+    sets = fixed + [tuple(n for n in names if n not in ALONE) for names in random_sets(count, seed)]
+    sets += [(name,) for name in sampling.NAMES if name not in ALONE.union(*sets)]  # every option at least once
     for index, names in enumerate(sets):
         for exchange in ("gather", "ring"):
             try:

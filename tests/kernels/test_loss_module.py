@@ -35,3 +35,8 @@ def test_beyond_a_bound_only_what_leads_back_passes(bound, leads_back, beyond):
         module.log_temperature.grad = None
         module(*pairs(easy)).backward()
         assert bool(module.log_temperature.grad != 0) == (easy == leads_back), (easy, module.log_temperature.grad)
+
+
+def test_what_a_module_says_of_itself():
+    assert repr(InfoNCELoss(temperature=0.07, symmetric=True)) == "InfoNCELoss(temperature=0.07, symmetric=True)"
+    assert repr(InfoNCELoss(temperature=0.05, learnable_temperature=True)) == "InfoNCELoss(temperature=0.05, learnable_temperature=True)"

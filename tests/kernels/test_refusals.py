@@ -87,6 +87,11 @@ BAD = {
     "margin NaN": ({"mask_margin": float("nan")}, "mask_margin: expected a finite number"),
     "hardness of None": ({"hardness": None}, "hardness: expected a finite number, got None"),
     "a switch of words": ({"symmetric": "no"}, "symmetric: expected True or False, got 'no'"),
+    "ignore_index of None": ({"ignore_index": None}, "ignore_index: expected an int, got None"),
+    "queries in eight bits": ({"query": torch.zeros(N, D).to(torch.float8_e4m3fn)}, "query: expected a floating-point tensor of 16 bits or more.*float8"),
+    "sparse queries": ({"query": torch.ones(N, D).to_sparse()}, "query: expected a dense tensor"),
+    "a temperature without an inverse": ({"temperature": 1e-40}, "temperature: expected one whose inverse float32 can hold"),
+    "a tensor without an inverse": ({"temperature": torch.tensor(1e-40)}, "temperature: expected one whose inverse float32 can hold"),
     "queries as a list": ({"query": [[1.0, 2.0, 3.0]]}, "query: expected a tensor"),
     "hard negatives as a list": ({"hard_negatives": [torch.randn(2, D)] * N}, "hard_negatives: expected a tensor.*got list"),
     "hard ids as a list": ({"hard_negatives": torch.randn(N, 1, D), "hard_ids": [[0]] * N, "target_ids": torch.zeros(M).long()}, "hard_ids: expected a tensor"),
@@ -132,6 +137,8 @@ def test_options_that_a_module_holds_wait_for_those_of_the_batch():
         loss(**GOOD)
     with refused("matryoshka_dims beside"):
         InfoNCELoss(matryoshka_weights=(1.0,))
+    with refused("learnable_temperature: expected True or False"):
+        InfoNCELoss(learnable_temperature="no")
 
 
 def test_a_second_derivative_raises():
@@ -170,6 +177,9 @@ POOLING = {
     "offsets as a list": ({"hidden": HIDDEN[0], "cu_seqlens": [0, 5]}, "cu_seqlens: expected a tensor.*got list"),
     "hidden states as a list": ({"hidden": [HIDDEN[0]], "attention_mask": MASK}, "hidden: expected a tensor"),
     "no width": ({"hidden": HIDDEN[..., :0], "attention_mask": MASK}, "hidden: expected at least one column"),
+    "a switch of words": ({"attention_mask": MASK, "normalize": "no"}, "normalize: expected True or False"),
+    "an additive mask": ({"attention_mask": torch.tensor([[0.0, 0.0, 0.0, 0.0, float("-inf")]] * 2)}, "expected 1 for tokens.*additive"),
+    "an additive mask of integers": ({"attention_mask": torch.tensor([[0, 0, 0, 0, -10000]] * 2)}, "expected 1 for tokens.*additive"),
     "eps of zero": ({"attention_mask": MASK, "eps": 0.0}, "eps: expected a number above 0"),
 }
 
@@ -199,6 +209,7 @@ TOPK = {
     "NaN in exclude": ({"exclude": torch.full((N, 1), float("nan"))}, "exclude: expected"),
     "exclude as a list": ({"exclude": [[0]] * N}, "exclude: expected a tensor.*got list"),
     "workspace": ({"workspace_mib": 0}, "workspace_mib"),
+    "a switch of words": ({"validate": "x"}, "validate: expected True or False"),
     "NaN in targets": ({"target": NAN[:, None].expand(-1, D)}, "target: expected finite numbers.*row 2"),
     "NaN in queries": ({"query": NAN[:, None].expand(-1, D)}, "query: expected finite numbers.*row 2"),
     "NaN among many": ({"target": torch.where(torch.arange(900)[:, None] == 700, float("nan"), torch.randn(900, D))}, "target: .*row 700"),
@@ -236,6 +247,8 @@ SIGMOID = {
     "bias of two": ({"bias": torch.zeros(2)}, "bias"),
     "bias infinite": ({"bias": float("inf")}, "bias: expected a finite number"),
     "reduction": ({"reduction": "avg"}, "reduction"),
+    "a switch of words": ({"normalize": "no"}, "normalize: expected True or False"),
+    "ignore_index of words": ({"ignore_index": "a"}, "ignore_index: expected an int"),
     "query ids alone": ({"query_ids": torch.zeros(N, dtype=torch.int64)}, "query_ids: expected target_ids"),
     "ids and positives": ({"query_ids": torch.zeros(N).long(), "target_ids": torch.zeros(M).long(), "positives": ints(0, 1, 2, 3)}, "query_ids and positives"),
     "ids in float": ({"target_ids": torch.zeros(M)}, "NaN"),
