@@ -1,9 +1,10 @@
 """Errors of loss and gradients against float64: ours, eager PyTorch's and others' formulas, on the same inputs.
 
-    python -m bench accuracy [--rows 1024] [--width 768] [--dtypes float32 bfloat16] [--temperatures 0.01 0.02 0.05 0.1 1] [--csv FILE]
+    python -m bench accuracy [--rows 1024] [--width 768] [--dtypes float32 bfloat16] [--temperatures 0.01 0.02 0.05 0.1 1] [--seeds 4]
+                             [--csv FILE]
 
 Isotropic embeddings, and crowded ones (mean cosine 0.75). Truth takes 1 - p of the positive as Z_neg / Z: in float64 too,
-softmax - 1 cancels. Errors are relative, in norm. "eager" is cross_entropy(q @ t.T / temperature) with autograd in the inputs'
+softmax - 1 cancels. Errors are relative, in norm, and the root of their mean square over seeds: a single loss may be right by luck. "eager" is cross_entropy(q @ t.T / temperature) with autograd in the inputs'
 type, logits in float32 for bfloat16 only under "eager fp32 logits". Aims: in float32 our loss and gradients are within 1.25
 times eager's error plus one ulp in every row and below it in the geometric mean; from bfloat16 inputs with
 grad_dtype=torch.float32 our gradients have at most a tenth of eager bfloat16's error; extreme inputs give finite numbers.
@@ -105,27 +106,34 @@ def relative(got, expected) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
+def errors_of(query, target, temperature) -> dict[str, tuple | str]:
+    """Each formula's relative errors, one a part; or why it could not run."""
+    expected, out = truth(query, target, temperature), {}
+    for formula, run in formulas(query, target, temperature).items():
+        compared = expected
+        if formula == "sentence-transformers":  # its gradients go through the cosine's normalisation
+            q, t = query.double(), target.double()
+            compared = (expected[0], *(g - (g * x).sum(1, keepdim=True) * x for g, x in zip(expected[1:], (q, t))))
+        try:
+            out[formula] = tuple(relative(a, b) for a, b in zip(run(), compared))
+        except ImportError as error:
+            out[formula] = str(error).splitlines()[0]
+    return out
+
+
 def rows_of(args) -> list[dict]:
     rows = []
-    for name in args.dtypes:
-        dtype = getattr(torch, name)
-        for kind in ("isotropic", "crowded"):
-            query, target = embeddings(kind, args.rows, args.width, dtype)
-            for temperature in args.temperatures:
-                expected = truth(query, target, temperature)
-                for formula, run in formulas(query, target, temperature).items():
-                    row = {"name": formula, "inputs": kind, "dtype": name, "n": args.rows, "d": args.width, "temperature": temperature}
-                    compared = expected
-                    if formula == "sentence-transformers":  # its gradients go through the cosine's normalisation
-                        q, t = query.double(), target.double()
-                        compared = (expected[0], *(g - (g * x).sum(1, keepdim=True) * x for g, x in zip(expected[1:], (q, t))))
-                    try:
-                        found = run()
-                    except ImportError as error:
-                        rows.append(row | {"note": str(error).splitlines()[0]})
-                        continue
-                    rows.append(row | {f"{part}_error": relative(a, b) for part, a, b in zip(PARTS, found, compared)})
-                    show(rows[-1])
+    for name, kind, temperature in itertools.product(args.dtypes, ("isotropic", "crowded"), args.temperatures):
+        made = [embeddings(kind, args.rows, args.width, getattr(torch, name), seed) for seed in range(args.seeds)]
+        each = [errors_of(query, target, temperature) for query, target in made]
+        for formula in each[0]:
+            row = {"name": formula, "inputs": kind, "dtype": name, "n": args.rows, "d": args.width, "temperature": temperature}
+            found = [errors[formula] for errors in each]
+            if isinstance(found[0], str):
+                rows.append(row | {"note": found[0]})
+                continue
+            rows.append(row | {f"{part}_error": math.sqrt(sum(x * x for x in of_part) / len(each)) for part, of_part in zip(PARTS, zip(*found))})
+            show(rows[-1])
     return rows
 
 
@@ -183,12 +191,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 1.0])
+    parser.add_argument("--seeds", type=int, default=4, help="batches that errors are averaged over")
     parser.add_argument("--csv", type=Path, default=ROOT / "bench/results/accuracy.csv")
 
 
 def run(args) -> int:
     """Print errors and verdicts; exit code 1 when an aim is missed."""
-    print(f"relative errors of {', '.join(PARTS)}; N = M = {args.rows}, D = {args.width}")
+    print(f"relative errors of {', '.join(PARTS)}; N = M = {args.rows}, D = {args.width}, {args.seeds} seeds")
     rows = rows_of(args)
     judged = verdicts(rows) + extremes()
     print()

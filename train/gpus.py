@@ -43,6 +43,6 @@ def parse_gpu(word: str) -> Gpu:
         numbers = [float(part) for part in word.split(":")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (3, 4) or min(numbers) <= 0:
+    if len(numbers) not in (3, 4) or not all(0 < number < float("inf") for number in numbers):
         raise ValueError(f"--gpu {word}: expected one of {', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs such as 48:362:0.86")
     return Gpu(word, *numbers)

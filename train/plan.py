@@ -23,6 +23,7 @@ FRAGMENTATION = 0.04  # of the rest: rounding and gaps of the allocator
 MEMORY_EFFICIENCY = 0.75  # of the bandwidth
 _GIB = 2**30
 _STEP = 256  # chunk budgets are multiples of it
+_TRIALS, _NEAR = 4, 1.03  # of the search for the largest; a gain below it ends the search
 
 
 @dataclass
@@ -111,31 +112,32 @@ def _automatic(recipe: Recipe, gpu: Gpu, without: Simulation) -> int:
 
 
 def _largest_chunk(recipe: Recipe, gpu: Gpu, result: Simulation, longest: int, tokens: int, run) -> int:
-    """The largest chunk budget that is predicted to fit: from the bytes of a token, then tried and corrected."""
-    limit = usable(gpu)
-    size, in_chunk = result.largest
-    per_token = size / max(1, in_chunk)
-    fixed = result.peak - size
-    budget = int((limit - fixed) / per_token) // _STEP * _STEP
-    if budget < longest:
-        return 0
-    if budget >= tokens:
-        return tokens
-    trial = run(replace(recipe, chunk_tokens=budget), 2)
-    if trial.peak > limit:  # not quite in proportion
-        size, in_chunk = trial.largest
-        budget = int(budget - 1.05 * (trial.peak - limit) / (size / in_chunk)) // _STEP * _STEP
-    return budget if budget >= longest else 0
+    """The largest chunk budget that was tried and fits: guesses by the bytes of a token, then between what fits and what does not."""
+    limit, (size, in_chunk) = usable(gpu), result.largest
+    low = (min(recipe.chunk_tokens, tokens), result.peak) if result.peak <= limit else (0, result.peak - size)
+    high, slope = None, size / max(1, in_chunk)
+    for _ in range(_TRIALS):
+        budget = int(low[0] + (limit - low[1]) / slope) // _STEP * _STEP
+        budget = min(budget, tokens if high is None else high[0] - _STEP)
+        if budget < longest or budget <= low[0] * _NEAR:
+            break
+        trial = run(replace(recipe, chunk_tokens=budget), 2)
+        low, high = ((budget, trial.peak), high) if trial.peak <= limit else (low, (budget, trial.peak))
+        slope = trial.largest[0] / max(1, trial.largest[1]) if high is None else max(1.0, (high[1] - low[1]) / (high[0] - low[0]))
+    return low[0] if low[0] >= longest else 0
 
 
 def main(argv: list[str]) -> int:
     """Prints the plan; exit code 1 where the recipe is not predicted to fit."""
     from train.plan_report import report
 
-    parser = argparse.ArgumentParser(prog="python -m train plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train plan", description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog="Any other --key value overrides a key of the recipe, as in a run. RECIPE goes first.",
+    )  # fmt: skip
     parser.add_argument("recipe")
     parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs")
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this kind, all of them")
     parser.add_argument("--efficiency", type=float, default=0.5, help="share of the GPU's TFLOP/s that matrix products reach")
     known, overrides = parser.parse_known_args(argv)
     if known.ranks < 1 or not 0 < known.efficiency <= 1:

@@ -123,6 +123,8 @@ def _check_memory(recipe: Recipe) -> None:
         raise ValueError(f'distributed must be "ddp" or "fsdp", got {recipe.distributed!r}')
     if lora is not None and (lora.r < 1 or not 0 <= lora.dropout < 1):
         raise ValueError(f"lora.r must be at least 1 and lora.dropout in [0, 1), got {lora.r} and {lora.dropout}")
+    if lora is not None and not (lora.alpha > 0 and math.isfinite(lora.alpha)):
+        raise ValueError(f"lora.alpha must be a number above 0, got {lora.alpha}; twice lora.r is usual")
     if lora is not None and recipe.freeze_vision and lora.vision:
         raise ValueError("freeze_vision and lora.vision contradict each other: an adapted tower is trained; drop one of them")
     longest = recipe.model_options.get("max_length")

@@ -26,7 +26,7 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
 def build(cls: type, values: Any, where: str) -> Any:
     """A dataclass from a mapping; ValueError names an unknown key, with the nearest known one, or a missing key."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where or 'the recipe'} must be a mapping, got {values!r}")
+        raise ValueError(f"{where.rstrip('.') or 'the recipe'} must be a mapping, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -63,6 +63,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is list:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
+            value = [int(part) if arguments[0] is int and part.isdecimal() else part for part in value]
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
         return [_convert(arguments[0], entry, f"{where}[{i}]") for i, entry in enumerate(value)]

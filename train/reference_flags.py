@@ -80,7 +80,7 @@ def parse_overrides(words: list[str], *, ranks: int | None = None, has_lora: boo
     ranks = ranks if ranks is not None else int(os.environ.get("WORLD_SIZE", "1"))
     pairs: list[tuple[str, Any]] = []
     chunk_rows: list[int] = []
-    flags = [(key, values, _parsed(values)) for key, values in _flags(words)]
+    flags = [(key, values, _parsed(key, values)) for key, values in _flags(words)]
     switch = [value for key, _, value in flags if key == "lora"]
     lora = switch[-1] not in (False, None) if switch else has_lora
     for key, values, value in flags:
@@ -119,7 +119,7 @@ def parse_overrides(words: list[str], *, ranks: int | None = None, has_lora: boo
 def _flags(words: list[str]) -> list[tuple[str, list[str]]]:
     flags: list[tuple[str, list[str]]] = []
     for word in words:
-        if word.startswith("--"):
+        if word.startswith("--") and len(word) > 2:
             key, equals, value = word[2:].partition("=")
             flags.append((key, [value] if equals else []))
         elif not flags:
@@ -129,8 +129,12 @@ def _flags(words: list[str]) -> list[tuple[str, list[str]]]:
     return [(key, values or ["true"]) for key, values in flags]
 
 
-def _parsed(values: list[str]) -> Any:
-    return yaml.safe_load(values[0]) if len(values) == 1 else [yaml.safe_load(v) for v in values]
+def _parsed(key: str, values: list[str]) -> Any:
+    try:
+        parsed = [yaml.safe_load(value) for value in values]
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{key}: expected a number, a word or a list, got {' '.join(values)!r}: {error.problem or 'not YAML'}") from None
+    return parsed[0] if len(parsed) == 1 else parsed
 
 
 def _whole(key: str, value: Any) -> int:

@@ -28,6 +28,8 @@ _FREE_KEYS = {
     "workers", "decode_threads", "save_steps", "keep_checkpoints", "logging_steps", "report_to", "run_name", "keep_mib",
     "media_mib", "offload_activations", "output", "plan",
 }  # fmt: skip
+# Keys that a run which stopped is told to mend: its resumption may have other ones, and says so.
+_MENDS = {"learning_rate", "max_grad_norm", "chunk_tokens", "chunk_rows", "retain", "retain_mib", "gradient_checkpointing"}
 
 
 def run(argv: list[str]) -> int:
@@ -49,15 +51,17 @@ def run(argv: list[str]) -> int:
     checkpoint = found[-1] if found else None
     if fresh:
         _require_discardable(output)
+    mended = []
     if checkpoint is not None:
-        _require_same(recipe, output, checkpoint, inputs)
+        mended = _require_same(recipe, output, checkpoint, inputs)
         checkpoints.require_whole(checkpoint)
     preflight.check(recipe, ranks=ranks(), resumed=checkpoint is not None)
     if is_main:
         print(recipe.to_yaml(), end="")
         if (hint := idle_gpus()) and not recipe.cpu:
             print(hint)
-        print(f"resuming from {checkpoint}" if checkpoint else f"starting from {recipe.model}", flush=True)
+        other = f" with other {', '.join(mended)}" if mended else ""
+        print(f"resuming from {checkpoint}{other}" if checkpoint else f"starting from {recipe.model}", flush=True)
     transformers.set_seed(recipe.seed)
     model = build_model(recipe, checkpoint, device="cpu" if recipe.cpu else None)
     data = PairDataset(recipe.data, model.processing, recipe.held_out_rows)
@@ -139,11 +143,14 @@ def _is_finished(recipe: Recipe, output: Path, inputs: dict[str, str]) -> bool:
     return True
 
 
-def _require_same(recipe: Recipe, output: Path, checkpoint: Path, inputs: dict[str, str]) -> None:
+def _require_same(recipe: Recipe, output: Path, checkpoint: Path, inputs: dict[str, str]) -> list[str]:
+    """Refuses a resumption by another recipe. Returns the keys of `_MENDS` that it changes."""
     path = output / checkpoints.RECIPE
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {checkpoints.RECIPE} beside it; choose another output, or pass --fresh")
-    _refuse_changes(f"{checkpoint} was made", _changed_keys(checkpoints.read_mapping(path), recipe.to_dict()), output, inputs)
+    keys = _changed_keys(checkpoints.read_mapping(path), recipe.to_dict())
+    _refuse_changes(f"{checkpoint} was made", [key for key in keys if key not in _MENDS], output, inputs)
+    return sorted(_MENDS.intersection(keys))
 
 
 def _refuse_changes(what: str, keys: list[str], output: Path, inputs: dict[str, str]) -> None:

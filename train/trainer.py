@@ -157,9 +157,12 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # A gradient scaler expects overflows: it skips the step and lowers its scale.
-        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            self._stop(f"the gradient's norm is {float(norm)}", self._rows)
+        if not torch.isfinite(torch.as_tensor(norm)):
+            scaler = self.accelerator.scaler
+            # A gradient scaler expects overflows: it skips the step and halves its scale, until that cannot be the cause.
+            if scaler is None or scaler.get_scale() < 1:
+                at = "" if scaler is None else f" at a scale of {scaler.get_scale():g}"
+                self._stop(f"the gradient's norm is {float(norm)}{at}", self._rows)
         return norm
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -245,10 +248,22 @@ class ContrastiveTrainer(transformers.Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
+            self._take_learning_rate()
             return
         state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True)
         sharding.scatter_optimizer(self.model, self.optimizer.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        self._take_learning_rate()
+
+    def _take_learning_rate(self) -> None:
+        """The recipe's, where a run goes on with another one than its checkpoint's, at the same place of the schedule."""
+        scheduler, rate = self.lr_scheduler, self.args.learning_rate
+        if all(base == rate for base in scheduler.base_lrs):
+            return
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas):
+            group["initial_lr"], group["lr"] = rate, rate * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Nothing to do: the model was loaded from the checkpoint, so that its weights are in memory only once."""

@@ -1,9 +1,12 @@
 """What a run does when a step goes wrong: no finite numbers, or no memory."""
 
+import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import first_batch, gradients, write_recipe
 
@@ -12,6 +15,7 @@ from train.build import build_model
 from train.recipe import load_recipe
 from train.run import run
 from train.step import ContrastiveStep
+from train.trainer import ContrastiveTrainer
 from vlm2vec.model import VLM2Vec
 
 
@@ -182,3 +186,33 @@ def test_dropout_is_replayed_after_halving():
     expected = step(2)
     limit["rows"] = 2
     assert torch.equal(step(4), expected)
+
+
+def test_a_stopped_run_goes_on_with_what_its_message_advises(root, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "stopped"
+    recipe = str(write_recipe(root, output=str(output), save_steps=9))
+    with monkeypatch.context() as patch:
+        spoil(patch, 3, gradient=True)
+        with pytest.raises(FloatingPointError, match="lower learning_rate or max_grad_norm"):
+            run([recipe])
+    with pytest.raises(ValueError, match="checkpoint-2 was made with other seed"):
+        run([recipe, "--seed", "8", "--learning_rate", "1e-6"])
+    assert run([recipe, "--learning_rate", "1e-6", "--max_grad_norm", "0.5", "--chunk_tokens", "120"]) == 0
+    assert "checkpoint-2 with other chunk_tokens, learning_rate, max_grad_norm" in capsys.readouterr().out.replace("\n", " ")
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    rates = {entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
+    assert rates[2] > 1e-5 and 0 < rates[3] <= 1e-6, rates
+    with pytest.raises(ValueError, match="holds a model trained with other"):
+        run([recipe, "--learning_rate", "1e-5"])
+
+
+@pytest.mark.parametrize("scale, stops", [(None, True), (0.5, True), (1024.0, False)])
+def test_overflows_that_a_scale_cannot_be_the_cause_of_stop_the_run(monkeypatch, scale, stops):
+    monkeypatch.setattr(transformers.Trainer, "_get_grad_norm", lambda *args: torch.tensor(float("nan")))
+    trainer, said = ContrastiveTrainer.__new__(ContrastiveTrainer), []
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    if scaler is not None:
+        scaler.scale(torch.ones(()))  # makes the scale
+    trainer.accelerator, trainer._rows, trainer._stop = SimpleNamespace(scaler=scaler), [], lambda what, rows: said.append(what)
+    trainer._get_grad_norm(None)
+    assert bool(said) == stops and all("the gradient's norm is nan" in what for what in said)

@@ -1,5 +1,7 @@
 """The plan against runs: live bytes predicted under fake tensors, next to those of the same step on real ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import write_recipe
@@ -8,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from train.build import build_model, trained_parameters
 from train.gpus import GPUS, parse_gpu
 from train.live_bytes import LiveBytes
-from train.plan import make_plan
+from train.plan import _largest_chunk, make_plan, usable
 from train.plan_batch import _counts, first_batch
 from train.plan_model import fake_model
 from train.plan_report import report
@@ -101,7 +103,7 @@ def test_a_plan_says_what_fits_and_how_to_mend_what_does_not(root):
     assert not small.fits and "NOT predicted to fit" in report(small) and "gradient_checkpointing: true" in report(small)
 
 
-@pytest.mark.parametrize("word", ["h100", "80:989", "80:x:1", "0:1:1"])
+@pytest.mark.parametrize("word", ["h100", "80:989", "80:x:1", "0:1:1", "48:inf:1", "nan:1:1"])
 def test_an_unknown_gpu_is_refused(word):
     with pytest.raises(ValueError, match="SIZE_GiB:TFLOPS:TBs"):
         parse_gpu(word)
@@ -137,3 +139,27 @@ def test_models_have_the_published_number_of_weights(root, name, published, head
     head = 0 if head_is_tied else text.vocab_size * text.hidden_size
     assert trained_parameters(model)[1] + head == published
     assert model.config.tie_word_embeddings is head_is_tied
+
+
+@pytest.mark.parametrize("kink", [0, 30_000, 90_000])
+@pytest.mark.parametrize("start", [1024, 8192, 40_000, 70_000])
+def test_the_largest_chunk_is_found_from_wherever_the_search_starts(root, kink, start):
+    """Peaks that stand still and then rise, as where the optimizer's step needs more than small chunks do."""
+    gpu, tried = parse_gpu("10:100:1"), []
+
+    def peak_of(tokens):
+        return int(2.0**30 * (4 + max(0, tokens - kink) / 10_000))
+
+    def simulated(tokens):
+        return SimpleNamespace(peak=peak_of(tokens), largest=(int(2.0**30 * tokens / 10_000), tokens))
+
+    def run(recipe, most):
+        tried.append(recipe.chunk_tokens)
+        return simulated(recipe.chunk_tokens)
+
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), chunk_tokens=start))
+    limit = next(tokens for tokens in range(256, 10**6, 256) if peak_of(tokens) > usable(gpu)) - 256
+    found = _largest_chunk(recipe, gpu, simulated(start), 100, 500_000, run)
+    assert 0.9 * limit <= found <= limit and len(tried) <= 4
+    assert _largest_chunk(recipe, gpu, simulated(start), 100, start, run) == (start if start <= limit else found)
+    assert _largest_chunk(recipe, gpu, simulated(start), limit + 1000, 500_000, run) == 0
