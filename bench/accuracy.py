@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench import emulated
 from bench.loss import ROOT, about
 
 FIELDS = (
@@ -95,6 +96,9 @@ def formulas(query, target, temperature) -> dict:
         "eager fp32 logits": lambda: _through(lambda q, t: F.cross_entropy((q @ t.T).float() / temperature, labels), query, target),
         "F.linear_cross_entropy": lambda: _through(lambda q, t: F.linear_cross_entropy(q / temperature, t, labels, options=options), query, target),
         "memeff (emulated)": lambda: _through(fixed_maximum, query, target),
+        "Inf-CL (emulated)": lambda: emulated.inf_cl(query, target, temperature),
+        "cce_exact (emulated)": lambda: emulated.cce_exact(query, target, temperature),
+        "Liger (emulated)": lambda: emulated.liger(query, target, temperature),
         "sentence-transformers": st,
     }
     if query.dtype == torch.float32:

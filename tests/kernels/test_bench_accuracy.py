@@ -2,7 +2,10 @@
 
 import argparse
 
-from bench import accuracy
+import pytest
+import torch
+
+from bench import accuracy, emulated
 
 
 def arguments(tmp_path, *words):
@@ -23,3 +26,11 @@ def test_a_loss_that_is_worse_is_seen(tmp_path, monkeypatch):
     assert all(good for good, _ in accuracy.verdicts(rows))
     worse = [row | {"loss_error": 2e-6} if row["name"] == "ours" else row for row in rows]
     assert not all(good for good, _ in accuracy.verdicts(worse))
+
+
+@pytest.mark.parametrize("peer", [emulated.inf_cl, emulated.cce_exact, emulated.liger])
+def test_peers_are_emulated_up_to_what_they_round(peer):
+    for dtype, allowed in ((torch.float32, 2e-3 if peer is emulated.inf_cl else 2e-6), (torch.bfloat16, 0.1)):
+        query, target = accuracy.embeddings("isotropic", 64, 32, dtype)
+        errors = [accuracy.relative(a, b) for a, b in zip(peer(query, target, 0.1), accuracy.truth(query, target, 0.1))]
+        assert 0 < max(errors) < allowed, errors
