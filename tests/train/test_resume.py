@@ -88,6 +88,49 @@ def assert_same_weights(folder, expected):
     assert not torch.equal(value, load_file(folder.parent / "model" / "model.safetensors")[name]), "nothing was trained"
 
 
+class Killed(BaseException):
+    """Nothing may catch it: what follows finds the disk as kill -9 would have left it."""
+
+
+@pytest.fixture
+def one_thread():
+    """As many as the run that nobody disturbed has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3, "all"])
+def test_killed_while_the_model_is_published(root, uninterrupted, one_thread, monkeypatch, moves):
+    output, replace, moved = root / f"publishing-{moves}", os.replace, []
+    recipe = make(root, output.name)
+
+    def killing(source, place):
+        if Path(source).parent.name == checkpoints.STAGING and Path(place).parent == output and not Path(place).name.startswith("checkpoint-"):
+            if len(moved) == moves:
+                raise Killed
+            moved.append(place)
+        replace(source, place)
+
+    def write_text(path, text):
+        if Path(path).name == checkpoints.RESULT:
+            raise Killed
+        written(path, text)
+
+    written = checkpoints.write_text
+    with monkeypatch.context() as patch:
+        patch.setattr("train.run.os.replace", killing)
+        if moves == "all":
+            patch.setattr(checkpoints, "write_text", write_text)
+        with pytest.raises(Killed):
+            run([str(recipe)])
+    assert not (output / checkpoints.RESULT).exists(), "the folder is not said to hold a model before it does"
+    assert len(moved) > 3 if moves == "all" else len(moved) == moves
+    assert run([str(recipe)]) == 0
+    assert_same_weights(output, uninterrupted)
+
+
 def test_interrupted_from_the_keyboard(root, uninterrupted):
     recipe = make(root, "interrupted")
     process = start(recipe)
