@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import write_recipe
 
 STEPS = 60  # more than five kills let pass on a fast machine
-KILLS = 5
+KILLS, EARLY = 5, (0, 2)  # early ones besides
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,14 @@ def test_killed_five_times_a_run_ends_in_the_same_weights(root, ranks):
     moments = random.Random(ranks)
     reached = []
     for kill in range(KILLS):
+        if kill in EARLY:  # on its way to the first step: libraries, model, checkpoint
+            processes = start(train_main, recipe, ranks, ranks=ranks)
+            time.sleep(moments.random() * 4)
+            for process in processes:
+                process.kill()
+            ended(processes)
+            for checkpoint in output.glob("checkpoint-*"):
+                assert_whole(checkpoint, ranks)
         processes = start(train_main, recipe, ranks, ranks=ranks)
         target = reached[-1] + 1 if reached else 1
         deadline = time.monotonic() + 250  # a busy machine starts processes slowly
