@@ -1,7 +1,8 @@
 """What peers' GPU kernels round, emulated on a CPU: (query, target, temperature) -> loss and gradients in the inputs' dtype.
 
-Each follows what its project documents of its products and of what is stored between them; the order of sums inside a tile is not
-emulated. cut-cross-entropy and Liger are losses of a linear layer: queries are divided by the temperature before they are handed over.
+Read from inf_cl/flash.py (DAMO-NLP-SG/Inf-CLIP), cce_backward.py (apple/ml-cross-entropy) and fused_linear_cross_entropy.py
+(linkedin/Liger-Kernel): the types of their products and of what lies between them, not the order of sums inside a tile. All three
+are handed queries that are divided by the temperature.
 """
 
 from __future__ import annotations
@@ -14,36 +15,33 @@ def _tf32(x: torch.Tensor) -> torch.Tensor:
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def _softmax_minus_one(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss, and its gradient with respect to the logits, as `softmax - 1` at the positive."""
-    lse, positive = logits.logsumexp(1), logits.diagonal()
+def inf_cl(query, target, temperature):
+    """Inf-CL: casts to float32, TF32 products in the sum over candidates, the positive and its gradient apart in float32."""
+    n, q, t = len(query), query.float() / temperature, target.float()
+    low_q, low_t = _tf32(q), _tf32(t)
+    logits = low_q @ low_t.T
+    lse = logits.logsumexp(1)
+    p = _tf32((logits - lse[:, None]).exp() / n)
+    loss = (lse - torch.linalg.vecdot(q, t)).mean()
+    return loss, ((p @ low_t - t / n) / temperature).to(query.dtype), (p.T @ low_q - q / n).to(target.dtype)
+
+
+def _linear(query, target, temperature, logits_dtype: torch.dtype):
+    """A linear layer's cross entropy: softmax - 1 in float32, rounded to the inputs' dtype for the two products."""
+    scaled = query / temperature
+    logits = (scaled.to(logits_dtype) @ target.to(logits_dtype).T).float()
+    lse = logits.logsumexp(1)
     gradient = (logits - lse[:, None]).exp()
     gradient.diagonal().sub_(1)
-    return (lse - positive).mean(), gradient / len(logits)
-
-
-def inf_cl(query, target, temperature):
-    """Inf-CL: TF32 products, running sums in float32."""
-    q, t = _tf32(query.float()), _tf32(target.float())
-    loss, gradient = _softmax_minus_one(q @ t.T / temperature)
-    gradient = _tf32(gradient / temperature)
-    return loss, (gradient @ t).to(query.dtype), (gradient.T @ q).to(target.dtype)
-
-
-def _linear(query, target, temperature, rounds_logits: bool):
-    dtype = query.dtype
-    scaled = query / temperature
-    logits = (scaled @ target.T).float() if rounds_logits else scaled.float() @ target.float().T
-    loss, gradient = _softmax_minus_one(logits)
-    gradient = gradient.to(dtype)
-    return loss, (gradient @ target) / temperature, gradient.T @ scaled
+    gradient = (gradient / len(query)).to(query.dtype)
+    return (lse - logits.diagonal()).mean(), (gradient @ target) / temperature, gradient.T @ scaled
 
 
 def cce_exact(query, target, temperature):
-    """cut-cross-entropy without its filter: logits stay in float32, their gradient is rounded to the inputs' dtype."""
-    return _linear(query, target, temperature, rounds_logits=False)
+    """cut-cross-entropy without its filter, which takes 16-bit inputs alone: logits stay in float32."""
+    return _linear(query, target, temperature, torch.float32)
 
 
 def liger(query, target, temperature):
-    """Liger's fused linear cross entropy: logits and their gradient are stored in the inputs' dtype."""
-    return _linear(query, target, temperature, rounds_logits=True)
+    """Liger's fused linear cross entropy: logits are stored in the inputs' dtype."""
+    return _linear(query, target, temperature, query.dtype)

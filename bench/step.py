@@ -190,8 +190,8 @@ def verdicts(trained: str, rows: list[dict]) -> list[str]:
 
 def unmeasured(trained: str, names: set[str]) -> list[str]:
     """Aims for which an arm was left out."""
-    pairs = [(arm, other) for which, arm, other, _ in AIMS if which == trained] + [("ours-retained", "ours-retained")]
-    return [f"{trained}: {' against '.join(dict.fromkeys(pair))} was not measured" for pair in pairs if not names.issuperset(pair)]
+    needed = [(arm, other) for which, arm, other, _ in AIMS if which == trained] + [("ours-retained",)]
+    return [f"{trained}: {' against '.join(arms)} was not measured" for arms in needed if not names.issuperset(arms)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,13 +208,13 @@ def run(args) -> int:
     import torch
     import transformers
 
-    every, missed, open_ = [], [], []
+    every, missed, left = [], [], []
     for trained in args.trained:
         rows = compare(args.arms, args.pairs, trained, args.repeat)
         show(trained, rows)
         every += [{**r, "torch": torch.__version__, "transformers": transformers.__version__, "device": "cpu"} for r in rows]
         missed += verdicts(trained, rows)
-        open_ += unmeasured(trained, {r["arm"] for r in rows})
+        left += unmeasured(trained, {r["arm"] for r in rows})
     if args.csv:
         keys = list(dict.fromkeys(k for r in every for k in r))
         with open(args.csv + ".part", "w", newline="", encoding="utf-8") as f:
@@ -222,7 +222,7 @@ def run(args) -> int:
             writer.writeheader()
             writer.writerows(every)
         os.replace(args.csv + ".part", args.csv)
-    print("\n" + "\n".join(missed + open_ or ["every aim is met"]))
+    print("\n" + "\n".join(missed + left or ["every aim is met"]))
     return 1 if missed else 0
 
 

@@ -118,7 +118,7 @@ def _largest_chunk(recipe: Recipe, gpu: Gpu, result: Simulation, longest: int, t
     high, slope = None, size / max(1, in_chunk)
     for _ in range(_TRIALS):
         budget = int(low[0] + (limit - low[1]) / slope) // _STEP * _STEP
-        budget = min(budget, tokens if high is None else high[0] - _STEP)
+        budget = min(max(budget, longest), tokens if high is None else high[0] - _STEP)
         if budget < longest or budget <= low[0] * _NEAR:
             break
         trial = run(replace(recipe, chunk_tokens=budget), 2)

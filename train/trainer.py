@@ -248,12 +248,12 @@ class ContrastiveTrainer(transformers.Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True)
+            sharding.scatter_optimizer(self.model, self.optimizer.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        if checkpoint is not None:
             self._take_learning_rate()
-            return
-        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True)
-        sharding.scatter_optimizer(self.model, self.optimizer.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
-        self._take_learning_rate()
 
     def _take_learning_rate(self) -> None:
         """The recipe's, where a run goes on with another one than its checkpoint's, at the same place of the schedule."""

@@ -11,7 +11,6 @@ import torch
 
 from contrastive_kernels.options import InfoNCEOptions, check_temperature
 
-
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -125,7 +124,6 @@ def check_values(query, target, options: InfoNCEOptions) -> None:
         return
     check_index("positives", o.positives, len(target), o.ignore_index)
     if isinstance(o.temperature, torch.Tensor):
-        check_above_zero("temperature", o.temperature, "0.02 is usual")
         check_temperature(float(o.temperature))
     check_finite_weight(o.weight)
     if o.hard_offsets is not None:

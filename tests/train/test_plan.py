@@ -163,3 +163,4 @@ def test_the_largest_chunk_is_found_from_wherever_the_search_starts(root, kink, 
     assert 0.9 * limit <= found <= limit and len(tried) <= 4
     assert _largest_chunk(recipe, gpu, simulated(start), 100, start, run) == (start if start <= limit else found)
     assert _largest_chunk(recipe, gpu, simulated(start), limit + 1000, 500_000, run) == 0
+    assert limit - 512 <= _largest_chunk(recipe, gpu, simulated(limit + 8000), limit - 512, 500_000, run) <= limit
