@@ -11,7 +11,7 @@ bench/scratch/gpu, gets results.json and results.csv, written anew after every c
     loss       value and gradients at 16,384 x 1,536 next to its three products, eager and torch.compile
     profile    kernels of one call by name, count and time; what a Triton product reaches of the library's
     gate       every option on every path and type against float64, by what the kernels are known to reach
-    train      two real training steps of a 100M and a 7B model from random weights, against the plans in bench/gpu/plans
+    train      two real training steps of a 100M and a 7B model from random weights, against the plans in bench/gpu/planned
     sizes      the loss at other sizes, each option's cost, a large search
     peers      others' kernels, where they are installed
     attention  providers of packed attention against float32

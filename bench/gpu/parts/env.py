@@ -80,7 +80,8 @@ def launches(machine) -> list[dict]:
         return {"name": name, "value": median(machine.clock, run, 5) / count * 1e3, "unit": "us", **more}
 
     torch_op = repeated(lambda: f.add_(1.0))
-    rows = [row("launch, torch operation", torch_op, predicted=roofline.LAUNCH * 1e6), row("launch, Triton kernel", repeated(lambda: combine(x, f, f)))]
+    rows = [row("launch, torch operation", torch_op, predicted=model(machine).launch * 1e6)]
+    rows.append(row("launch, Triton kernel", repeated(lambda: combine(x, f, f))))
     if machine.device == "cuda":
         from bench.gpu.losses import captured
 

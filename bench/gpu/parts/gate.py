@@ -47,7 +47,7 @@ def judged(case: cases.Case, device: str) -> list[dict]:
     eager = {name: relative(eager[name].nan_to_num(), right) for name, right in truth.items()}
     rows = []
     for path in case.paths:
-        row = {"name": f"{case.name}, {path}", "dtype": case.type_name, "n": case.n, "m": case.m, "d": case.d}
+        row = {"name": f"{case.name}, {case.type_name}, {path}", "dtype": case.type_name, "n": case.n, "m": case.m, "d": case.d}
         try:
             first, second = (call(case, path, query, target, options) for _ in range(2))
             if first is None:

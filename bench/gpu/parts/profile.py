@@ -8,7 +8,6 @@ from bench.gpu import losses, timing
 from bench.gpu.check import Check
 from bench.gpu.clock import median
 from bench.gpu.parts.env import model
-from contrastive_kernels import roofline
 
 CALLS = {"plain": {}, "normalize": {"normalize": True}, "symmetric, normalize": {"symmetric": True, "normalize": True}}
 TOP = 12  # kernels told by name
@@ -89,7 +88,7 @@ def triton_share(machine) -> list[dict]:
     ]
     rows[-2]["predicted"] = model(machine).achieved / 1e12
     rows += [
-        {"name": "Triton share of the library's rate", "value": slope["library"] / slope["triton"], "unit": "", "predicted": roofline.TRITON_SHARE, **shape},
+        {"name": "Triton share of the library's rate", "value": slope["library"] / slope["triton"], "unit": "", "predicted": model(machine).triton_share, **shape},
         {"name": "epilogue of the exponential panel", "value": epilogue, "unit": "ms", **shape},
     ]
     return rows

@@ -113,7 +113,7 @@ def hard(machine) -> dict:
 def sigmoid(machine) -> dict:
     query, target = _pair(machine)
     leaves = [x.detach().requires_grad_() for x in (query, target)]
-    value = sigmoid_loss(*leaves, scale=losses.SCALE, bias=losses.BIAS, backend="triton")
+    value = sigmoid_loss(*leaves, scale=losses.SCALE, bias=losses.BIAS)
     gradients = torch.autograd.grad(value, leaves)
     right = dict(zip(("loss", "d_query", "d_target"), losses.truth(query, target, TEMPERATURE, "sigmoid"), strict=True))
     return compared({"loss": value.detach(), "d_query": gradients[0], "d_target": gradients[1]}, right)
