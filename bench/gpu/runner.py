@@ -34,6 +34,10 @@ def child_environment(dry: bool) -> dict:
     return environment
 
 
+def processes_of(part: str, dry: bool) -> int:
+    return 1 if dry else PROCESSES.get(part, 1)
+
+
 class Child:
     """A part's process: started early, so that its imports overlap with the part before, and told to go later."""
 
@@ -177,7 +181,7 @@ def run(args, command: list[str] = CHILD) -> int:
             if ends - time.monotonic() < NEEDS:
                 report.note(name, "the whole part", "skipped: no time left")
                 continue
-            processes = 1 if args.dry else PROCESSES.get(name, 1)
+            processes = processes_of(name, args.dry)
             runs = [PartRun(name, f"{i}/{processes}", args, command, report, ends) for i in range(processes)]
             first, ready = ready or runs[0].start(), None
             threads = [threading.Thread(target=one.run, daemon=True) for one in runs[1:]]
@@ -185,7 +189,7 @@ def run(args, command: list[str] = CHILD) -> int:
                 thread.start()
             if number + 1 < len(names):
                 following = names[number + 1]
-                ready = Child(command, following, f"0/{1 if args.dry else PROCESSES.get(following, 1)}", args)
+                ready = Child(command, following, f"0/{processes_of(following, args.dry)}", args)
             runs[0].run(first)
             for thread in threads:
                 thread.join()
