@@ -128,7 +128,7 @@ def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", ti
 # Instructions a thread issues after the main loop, per element of the tile: upper bounds held by tests/kernels/test_aot.py.
 EPILOGUE_INSTRUCTIONS = {80: 15.0, 90: 12.0, 100: 20.0}
 JOINT_INSTRUCTIONS = {80: 25.0, 90: 22.0, 100: 37.0}  # with column sums and without the greatest cosine, on its own tile
-JOINT_TILE = (128, 128)
+JOINT_TILE = {80: (128, 256), 90: (256, 128), 100: (128, 128)}
 LEVEL_INSTRUCTIONS = {80: 24.0, 90: 18.0, 100: 25.0}  # of every prefix's epilogue
 LEVEL_TILE = {80: (128, 64), 90: (128, 64), 100: (128, 128)}
 TILE = {80: (128, 256), 90: (256, 128), 100: (128, 256)}
@@ -144,7 +144,7 @@ def exp_panel(
     nothing of it hid behind another block's main loop. row_parts: numbers a tile leaves for a row, sum and greatest cosine.
     """
     flops = 2 * rows * columns * width
-    tile_r, tile_c = tile or (JOINT_TILE if column_sums else TILE.get(gpu.arch, (128, 256)))
+    tile_r, tile_c = tile or (JOINT_TILE.get(gpu.arch, (128, 128)) if column_sums else TILE.get(gpu.arch, (128, 256)))
     read = itemsize * width * (rows + columns)
     written = levels * ((itemsize * rows * columns if store else 0) + 4 * row_parts * rows * -(-columns // tile_c))
     written += 4 * columns * -(-rows // tile_r) if column_sums else 0

@@ -39,8 +39,7 @@ class Tile:
         return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
 
 
-# (architecture, element size, rich epilogue) -> tile. Rich: ids, thresholds, column masks, column
-# sums, norms, a ragged number of columns, several prefixes, or a second launch over unsafe rows.
+# (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
     (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
@@ -99,6 +98,35 @@ def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> T
     if prefixes and itemsize <= 2 and tuned_as(arch) in PREFIXES:
         return PREFIXES[tuned_as(arch)]
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+
+
+# The panel of warp_specialised.py; num_warps is that of a group, of which the compiler makes two on sm_90 and none if given 8.
+WARP_SPECIALISED = {90: Tile(128, 256, 64, 4, 3), 100: Tile(128, 256, 64, 8, 3)}
+# Architectures on which it was measured to beat EXP_PANEL's: there panel="auto" takes it. None has been measured.
+WARP_SPECIALISED_FASTER = frozenset()
+
+
+def warp_specialised(arch: int) -> Tile:
+    return INTERPRETED if INTERPRET else WARP_SPECIALISED[tuned_as(arch)]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def exp_panel_is_rich(arch: int, masks, scale, row_max, col_sum, redo, odd) -> bool:
+    """Whether an epilogue spills in the wide tile, or nearly: registers as compiled by triton 3.6, 3.8 and 3.9.
+
+    Args: what it holds. masks: ids, thresholds or column masks. scale: norms. row_max, col_sum: beside the rows' sums. redo: the
+    second launch over unsafe rows. odd: columns that 256 does not divide.
+    """
+    if redo or odd:
+        return True  # sm_90: 255 registers and up to 70 spills; sm_80 up to 40, sm_100 up to 62
+    if tuned_as(arch) == 100:
+        return bool(masks or col_sum or scale and row_max)  # norms alone: 255; all others spill with some triton
+    # sm_90 without a maximum: everything at once takes 234 registers; norms with a maximum 255; masks with one spill. sm_80: 255, 255
+    return bool(row_max and (masks or col_sum))
 
 
 # (architecture, element size) -> tile: a dozen values of a pair are alive at once, so slices are narrow.

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.roofline import REDO_PROGRAMS
-from contrastive_kernels.triton import configs, work
+from contrastive_kernels.triton import configs, warp_specialised, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_columns, check_dtype,
     dot_precision, on_its_device, scalar, whole_blocks,
@@ -26,6 +26,7 @@ from contrastive_kernels.triton.common import (
 
 # A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
 PLAIN_COLUMNS = 256
+PANELS = ("auto", "plain", "warp_specialised")
 
 
 @triton.jit
@@ -190,10 +191,22 @@ class ExpPanel:
         return None if self.col_part is None else self.col_part.sum(1)
 
 
+def _takes(panel: str, arch: int, dtype: torch.dtype, plain: bool, columns: int) -> bool:
+    """Whether the launch goes to the warp-specialised panel."""
+    if panel not in PANELS:
+        raise ValueError(f"panel: expected one of {', '.join(PANELS)}, got {panel!r}")
+    if panel == "plain" or panel == "auto" and configs.tuned_as(arch) not in configs.WARP_SPECIALISED_FASTER:
+        return False
+    reason = warp_specialised.obstacle(arch, dtype, plain=plain, columns=columns)
+    if reason and panel != "auto":
+        raise ValueError(f"panel='warp_specialised': expected a launch that it can take, got one that it cannot: {reason}; use panel='auto'")
+    return not reason
+
+
 @on_its_device
 def exp_panel(
     x, y, *, scale, shift, out=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
-    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, store=True, tile=None,
+    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, store=True, tile=None, panel="auto",
 ) -> ExpPanel:
     """E = exp(scale * cos - shift) of one panel of rows against all columns, with its sums.
 
@@ -214,8 +227,9 @@ def exp_panel(
         store: False leaves E unwritten, for the sums alone.
         redo: (row tiles,) int32; tiles whose entry is 0 are left as they are.
         tile: a `configs.Tile` instead of the table's.
+        panel: "plain", "warp_specialised" (warp_specialised.py), or "auto": the latter where it was measured to be faster and can be had.
 
-    Raises: ValueError for a dtype or a number of columns the kernels do not take. Numerics: products and sums in float32 (float64 for float64).
+    Raises: ValueError for a dtype or a number of columns the kernels do not take, or a `panel` that cannot take the launch. Numerics: products and sums in float32 (float64 for float64).
     """
     check_dtype("exp_panel", x.dtype)
     check_columns("exp_panel", column_offset + len(y))
@@ -223,9 +237,16 @@ def exp_panel(
     acc = accumulator(x.dtype)
     device = x.device
     number = 1 if levels is None else len(levels)
-    rich = bool(ids) or threshold is not None or keep is not None or col_sum or levels is not None or row_scale is not None
-    rich = rich or redo is not None or columns % PLAIN_COLUMNS != 0
-    tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich, levels is not None)
+    arch = configs.architecture(device)
+    masks = bool(ids) or threshold is not None or keep is not None
+    plain = not (masks or row_max or col_sum or levels is not None or redo is not None)
+    special = _takes(panel, arch, x.dtype, plain, columns)
+    if tile is None and special:
+        tile = configs.warp_specialised(arch)
+    elif tile is None:
+        odd = columns % PLAIN_COLUMNS != 0
+        rich = levels is not None or configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
+        tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     width = x.shape[1]
@@ -235,7 +256,12 @@ def exp_panel(
     row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
     col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
-    if rows and columns:
+    if rows and columns and special:
+        warp_specialised.launch(
+            x, y, out[0] if store else None, exponent, shift.to(acc), row_scale, col_scale, positive, row_part[0, 0], column_offset, tile,
+            configs.processors(device),
+        )
+    elif rows and columns:
         _exp_panel_kernel[(tiles_r * (REDO_PROGRAMS if redo is not None else tiles_c),)](
             x, y, out if store else x, exponent, shift if shift.dtype == acc else shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
             x if positive is None else positive, row_id, col_id, row_id2, col_id2, x if threshold is None else threshold,
@@ -251,7 +277,7 @@ def exp_panel(
         work.note("exp_panel_redo", tiles_r * REDO_PROGRAMS, 0, 0, 0)
     else:
         work.note(
-            "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
+            "exp_panel_warp_specialised" if special else "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
             work.size(x, y), work.size(out if store else None, row_part) + (work.size(col_part) if col_sum else 0),
         )
     return ExpPanel(out, row_part, col_part if col_sum else None)
