@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from contrastive_kernels import roofline
+from contrastive_kernels.triton import configs
 
 ARCHITECTURES = (80, 90, 100)
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,8 @@ def predictions(rows: list[dict]) -> str:
 
 def predicted(gpu, n: int, d: int, instructions: float):
     """Pieces of one direction at N = M = n, and the seconds of the three library products."""
-    pieces = roofline.panels(gpu, n, n, d, n if n <= 16_384 else 4096, itemsize=2, instructions=instructions)
+    tile = configs.exp_panel_tile(gpu.arch, 2, n, row_max=True)
+    pieces = roofline.panels(gpu, n, n, d, n if n <= 16_384 else 4096, itemsize=2, tile=tile, instructions=instructions)
     return pieces, roofline.three_gemms(gpu, n, n, d, itemsize=2)
 
 

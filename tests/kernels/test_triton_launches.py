@@ -32,7 +32,7 @@ def launches(monkeypatch, path="exp", rows=None, backward=False, **options) -> l
     (dict(normalize=True, backward=True), 19),
     (dict(path="chunk"), 14),
     (dict(path="chunk", normalize=True), 18),
-    (dict(path="fused"), 15),
+    (dict(path="fused"), 16),
     (dict(rows=32), 15 + 2 * 9),  # three panels
     (dict(rows=24), 15 + 3 * 9),  # four
     (dict(temperature=torch.tensor(0.05)), 23),  # and its gradient

@@ -5,14 +5,12 @@ Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.
 """
 
 import functools
-import os
 
 import torch
 import triton
 import triton.language as tl
 
-# Read when a function is decorated, so it is a constant of this process.
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 LOG2E = 1.4426950408889634
 MAXIMUM_COLUMNS = 2**31 - 129  # less the 128 numbers that stand for top-k's empty slots

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive_kernels.triton.common import INTERPRET
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -53,6 +53,8 @@ EXP_PANEL = {
     (0, 4, True): Tile(128, 64, 32, 8, 3, 2),
 }
 INTERPRETED = Tile(64, 64, 64, 4, 1, 2)
+# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
+PLAIN_COLUMNS = 256
 
 # Memory-bound passes: a few rows a program so that 2,048 columns of each are 16-byte loads for every thread.
 CHUNK_REDUCE = Tile(2, 2048, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
@@ -90,6 +92,16 @@ def choose(table: dict, arch: int, *key) -> Tile:
 # The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
 # tensor memory.
 PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4)}
+
+
+def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
+    """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
+    if levels and itemsize <= 2 and tuned_as(arch) in PREFIXES:
+        tile = PREFIXES[tuned_as(arch)]
+    else:
+        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, columns % PLAIN_COLUMNS != 0)
+        tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+    return tile.block_r, tile.block_c
 
 
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
