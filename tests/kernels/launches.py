@@ -48,4 +48,5 @@ def counted(monkeypatch):
         patch.setattr(GridExecutor, "__call__", called)
         # a mode that watches sends calls through the dispatcher, and is not asked about what an operator of our own does inside
         patch.setattr(info_nce_direct, "_get_current_dispatch_mode", lambda: None)
+        patch.setattr(info_nce_direct, "check_values", lambda *args: None)  # a GPU's numbers are not looked at
         yield names

@@ -118,7 +118,7 @@ def test_small_losses_are_the_hosts():
         made = plan(rows, rows, plain=True)
         eager = next(way for way in made.ways if way.path == "eager")
         assert (made.path == "eager") == (rows <= 2048), made.text()
-        assert made.chosen.seconds <= 1.5 * made.rival and made.chosen.seconds <= 1.05 * eager.seconds
+        assert made.chosen.seconds <= 1.6 * made.rival and made.chosen.seconds <= 1.05 * eager.seconds
         assert rows < 4096 or made.chosen.seconds <= 0.65 * made.rival
     assert plan(256, 256, plain=True, interpreted=True).path != "eager"  # which is there to run the kernels
 
