@@ -27,10 +27,8 @@ def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: what torch would do for its own float32 products, IEEE unless the user allowed tf32."""
     if dtype != torch.float32:
         return "ieee"
-    settings = torch.backends.cuda.matmul
-    # torch 2.9 and newer; there the older switch cannot be read any more once a program has set this one
-    precision = getattr(settings, "fp32_precision", None)
-    return "tf32" if (settings.allow_tf32 if precision is None else precision == "tf32") else "ieee"
+    # the older switch, allow_tf32, sets this one too, but cannot be read any more once a program has set this one
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
