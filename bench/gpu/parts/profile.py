@@ -14,7 +14,7 @@ TOP = 12  # kernels told by name
 
 
 def checks(machine):
-    for name, options in CALLS.items():
+    for name, options in list(CALLS.items())[: 1 if machine.dry else None]:
         yield Check(f"kernels: {name}", lambda name=name, options=options: kernels(machine, name, options))
     yield Check("logits product by width", lambda: triton_share(machine))
 

@@ -150,4 +150,4 @@ def tiny_recipe():
 def dry(machine) -> list[dict]:
     """A tiny recipe, planned here and then run."""
     with tiny_recipe() as recipe:
-        return compared(machine, "tiny", lambda: recipe, plans.numbers(recipe, "tiny"))
+        return compared(machine, "tiny", lambda: recipe, plans.numbers(recipe, "tiny", plans.GPUS[:1]))
