@@ -18,7 +18,8 @@ def dry_case(name, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("name, paths", [
-    ("plain", {"exp", "chunk", "fused"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}), ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
+    ("plain", {"exp", "chunk", "fused"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
+    ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
 ])  # fmt: skip
 def test_gate_takes_every_path(name, paths):
     case = dry_case(name)
@@ -50,7 +51,8 @@ def test_a_lost_factor_of_ten_is_above_what_is_allowed_anywhere():
             scalar = name in ("loss", "d_temperature")  # by luck nearly exact: judged by units of float32
             bound = 2 * error + errors.UNITS * 2**-23
             assert 10 * max(error, 5e-8 if scalar else 0.0) > bound, (at, name)
-            assert bound < (1e-5 if scalar else 2**-7), (at, name)
+            # far below the 2^-7 of bfloat16; a gradient of the temperature is a sum that nearly cancels
+            assert bound < {"loss": 1e-6, "d_temperature": 1e-4}.get(name, 2**-8), (at, name)
 
 
 def test_gate_sees_a_lost_factor_of_ten(monkeypatch):
@@ -169,5 +171,5 @@ def test_triton_share_is_the_ratio_of_slopes(monkeypatch):
     times = iter([2.0, 5.0, 5.0, 11.0])
     monkeypatch.setattr(profile, "median", lambda *args: next(times))
     rows = {row["name"]: row["value"] for row in profile.triton_share(DRY)}
-    assert rows["Triton share of the library's rate"] == pytest.approx(0.5) and rows["epilogue of the exponential panel"] == pytest.approx(3.0)
+    assert rows[profile.SHARE] == pytest.approx(0.5) and rows["epilogue of the exponential panel"] == pytest.approx(3.0)
     assert rows["main loop, library"] == pytest.approx(2 * 64 * 64 * 48 / 3 / 1e9)

@@ -19,9 +19,14 @@ def test_the_batch_and_the_weights_are_those_of_the_plan(name):
 @pytest.mark.slow
 def test_the_plan_is_what_is_planned_now():
     """Else: python -m bench.gpu.plans"""
-    plan = plans.read("100m")
     now = plans.numbers(plans.PLANNED["100m"].loaded(), "100m")
-    assert {key: now[key] for key in ("peak", "chunks", "tokens", "flops", "seconds")} == {key: plan[key] for key in ("peak", "chunks", "tokens", "flops", "seconds")}
+    plan = plans.read("100m")
+    for key in ("chunks", "tokens", "trained", "weights"):
+        assert now[key] == plan[key], key
+    # 2 %: releases of torch differ in what an operator keeps
+    for key in ("peak", "flops"):
+        assert now[key] == pytest.approx(plan[key], rel=0.02), key
+    assert now["seconds"] == pytest.approx(plan["seconds"], rel=0.02)
 
 
 def test_random_weights_are_made_where_they_are_asked_for():
