@@ -11,7 +11,7 @@ from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roo
 from contrastive_kernels.reference import info_nce_reference  # noqa: E402
 from contrastive_kernels.triton import configs, levels, work  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu_gate.py checks a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu checks a GPU")
 N, M, DIMS = 19, 45, (16, 32, 40)
 
 

@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
 TIGHT = dict(rtol=1e-9, atol=1e-10) if TRUTH == torch.float64 else dict(rtol=1e-4, atol=1e-5)
 N, D = 70, 24  # more than a tile, no multiple of one
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU one panel is for bfloat16; bench/gpu_gate.py checks it there")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU one panel is for bfloat16; bench/gpu checks it there")
 
 
 def unit(*shape, dtype=TRUTH):
