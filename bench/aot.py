@@ -24,7 +24,7 @@ WIDTHS = (768, 1536, 2048, 3072, 3584, 4096)
 SIZES = (16_384, 65_536)
 
 
-CACHE = ROOT / "bench/results"
+CACHE = ROOT / "bench/scratch"
 
 
 def fingerprint() -> str:
@@ -114,7 +114,7 @@ def seconds(row: dict) -> tuple[float, float]:
         tiles = row["flops"] / (2 * row["block"] * row.get("block_d", 1) * row["grid"]) if fused else 1
         instructions = threads * (row["loop_instructions"] * max(1, tiles / 2) if fused else row["epilogue"])
         rate = gpu.achieved if row["dot"] else gpu.achieved_fp32
-        busy = max(row["flops"] / (rate * roofline.TRITON_SHARE), row["bytes"] / gpu.bandwidth) + instructions / (gpu.issue * roofline.ISSUE_SHARE)
+        busy = max(row["flops"] / (rate * gpu.triton_share), row["bytes"] / gpu.bandwidth) + instructions / (gpu.issue * roofline.ISSUE_SHARE)
         peak = gpu.peak if row["dot"] else gpu.achieved_fp32
     else:
         busy, peak = max(row["bytes"] / gpu.bandwidth, threads * row["instructions"] / (gpu.issue * roofline.ISSUE_SHARE)), gpu.peak
@@ -236,7 +236,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities times ten")
-    parser.add_argument("--csv", type=Path, default=ROOT / "bench/results/aot.csv", help="where the table is written")
+    parser.add_argument("--csv", type=Path, default=ROOT / "bench/scratch/aot.csv", help="where the table is written")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also compile the kernels of peers that are installed")
 

@@ -150,7 +150,7 @@ def _differentiate(ctx, grad, *_):
         given.update(reduction="sum", weight=weight, return_stats=False)
         made, wanted = _cotangent_op(*given.values()), given["wanted"]
     else:
-        made, wanted = scaled(ctx.saved_tensors, grad), ctx.wanted
+        made, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.wanted
     for i in map(int, wanted):
         out[FIELDS.index(GRADIENTS[i])] = made[i].to(ctx.dtypes[i])
     return tuple(out)

@@ -1,8 +1,8 @@
 """What a GPU needs for the pieces of the loss: primitives of the cost model in `dispatch.py`, and of `python -m bench aot`.
 
 Every time here is PREDICTED: floating point operations over an achieved rate, bytes over an achieved bandwidth, instructions of an
-epilogue over the issue rate. Nothing in this file needs a GPU, torch or Triton. Rates of a `Gpu` may be replaced by measured ones
-(`dataclasses.replace`). Units: seconds, bytes, FLOP (a multiply-add is two).
+epilogue over the issue rate. Nothing in this file needs a GPU, torch or Triton. Rates that were measured (`measured.py`) take the place
+of assumed ones. Units: seconds, bytes, FLOP (a multiply-add is two).
 
     three bare GEMMs     3 * 2NMD / achieved
     ours                 logits product with epilogue  +  E target  +  E^T query  +  accumulation of panels  +  row vectors
@@ -15,6 +15,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from contrastive_kernels.measured import RATES
+
+# Assumptions that compilation cannot tell; `python -m bench gpu` measures the first and the third on the device at hand.
+TRITON_SHARE = 0.85  # main loop of a Triton product against the library's
+ISSUE_SHARE = 0.6  # instructions issued while an epilogue waits on shared memory and stores
+LAUNCH = 5e-6  # one kernel after another
+PROGRAM_START = 1e-6  # a program that leaves at once, of a kernel that has a multiprocessor to itself
+REDO_PROGRAMS = 8  # for every tile of rows; a program walks every eighth tile of columns where it has work
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -25,6 +34,7 @@ class Gpu:
         peak: dense bf16/fp16 FLOP/s of the data sheet. achieved: what the library's large GEMMs reach.
         achieved_fp32: the same for float32 products (IEEE, no tensor cores). bandwidth: achieved bytes/s of memory.
         l2_bandwidth: bytes/s from L2 to all multiprocessors. memory: bytes.
+        triton_share: main loop of a Triton product over the library's. launch: seconds from one kernel to the next.
         registers, shared, threads, blocks: limits of one multiprocessor. shared_block: shared memory one block may take.
     """
 
@@ -40,6 +50,8 @@ class Gpu:
     memory: float
     shared: int
     shared_block: int
+    triton_share: float = TRITON_SHARE
+    launch: float = LAUNCH
     registers: int = 65536
     threads: int = 2048
     blocks: int = 32
@@ -50,20 +62,19 @@ class Gpu:
         return self.sms * self.clock * 128
 
 
+def measured(gpu: Gpu) -> Gpu:
+    """`gpu` with those of its rates that were measured."""
+    return dataclasses.replace(gpu, **RATES.get(gpu.name, {}))
+
+
 GIB = 1 << 30
 A100 = Gpu("a100", 80, 108, 1.30e9, 312e12, 250e12, 16e12, 1.8e12, 4.5e12, 80 * GIB, 167_936, 166_912)
 H100 = Gpu("h100", 90, 132, 1.60e9, 989e12, 700e12, 45e12, 3.0e12, 7.0e12, 80 * GIB, 233_472, 232_448)
 H200 = dataclasses.replace(H100, name="h200", bandwidth=4.3e12, memory=141 * GIB)
 B200 = Gpu("b200", 100, 148, 1.85e9, 2250e12, 1500e12, 60e12, 7.0e12, 12e12, 180 * GIB, 233_472, 232_448)
+ASSUMED = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
+A100, H100, H200, B200 = map(measured, ASSUMED.values())
 GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
-
-# Assumptions that compilation cannot tell; `python -m bench gpu` prints what they are on the device at hand.
-TRITON_SHARE = 0.85  # main loop of a Triton product against the library's
-ISSUE_SHARE = 0.6  # instructions issued while an epilogue waits on shared memory and stores
-LAUNCH = 5e-6  # one kernel after another
-PROGRAM_START = 1e-6  # a program that leaves at once, of a kernel that has a multiprocessor to itself
-REDO_PROGRAMS = 8  # for every tile of rows; a program walks every eighth tile of columns where it has work
-
 
 def for_arch(arch: int) -> Gpu:
     """The GPU a compute capability (times ten) stands for; H100 where it is unknown and newer than sm_80."""
@@ -107,11 +118,11 @@ def gemm(gpu: Gpu, m: int, n: int, k: int, *, itemsize: int, out_itemsize: int |
     read = itemsize * (m * k + k * n) + (out if accumulate else 0)
     flops = 2 * m * n * k
     seconds = max(flops / rate(gpu, itemsize), (read + out) / gpu.bandwidth)
-    return Piece(name, flops, read, out, seconds + LAUNCH, times)
+    return Piece(name, flops, read, out, seconds + gpu.launch, times)
 
 
 def elementwise(gpu: Gpu, read: float, written: float, *, name="elementwise", times=1) -> Piece:
-    return Piece(name, 0, read, written, (read + written) / gpu.bandwidth + LAUNCH, times)
+    return Piece(name, 0, read, written, (read + written) / gpu.bandwidth + gpu.launch, times)
 
 
 # Instructions a thread issues after the main loop, per element of the tile: upper bounds held by tests/kernels/test_aot.py.
@@ -129,7 +140,7 @@ def exp_panel(
 ) -> Piece:
     """Logits product with exponential epilogue: (rows, width) @ (width, columns), E written in the operands' type.
 
-    Main loop at TRITON_SHARE of the library's rate, or as fast as L2 feeds its tiles; the epilogue is added in full, as if
+    Main loop at `triton_share` of the library's rate, or as fast as L2 feeds its tiles; the epilogue is added in full, as if
     nothing of it hid behind another block's main loop. row_parts: numbers a tile leaves for a row, sum and greatest cosine.
     """
     flops = 2 * rows * columns * width
@@ -139,10 +150,10 @@ def exp_panel(
     written += 4 * columns * -(-rows // tile_r) if column_sums else 0
     tiles = rows / tile_r * columns / tile_c
     from_l2 = tiles * (tile_r + tile_c) * width * itemsize
-    loop = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
+    loop = max(flops / (rate(gpu, itemsize) * gpu.triton_share), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
     per_element = EPILOGUE_INSTRUCTIONS.get(gpu.arch, 28.0) if instructions is None else instructions
     epilogue = rows * columns * per_element / (gpu.issue * ISSUE_SHARE)
-    return Piece("logits product, exp epilogue", flops, read, written, loop + epilogue + LAUNCH, times)
+    return Piece("logits product, exp epilogue", flops, read, written, loop + epilogue + gpu.launch, times)
 
 
 def chunk_panel(gpu: Gpu, rows: int, columns: int, *, itemsize: int, write=True, times=1) -> Piece:
@@ -236,7 +247,7 @@ def positive_scatter(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize:
 def redo_check(gpu: Gpu, rows: int, *, times=1) -> Piece:
     """The second launch over rows whose shift was unsafe: every program reads one number and leaves."""
     programs = REDO_PROGRAMS * -(-rows // 128)
-    return Piece("unsafe rows: none", 0, 0, 0, LAUNCH + programs / gpu.sms * PROGRAM_START, times)
+    return Piece("unsafe rows: none", 0, 0, 0, gpu.launch + programs / gpu.sms * PROGRAM_START, times)
 
 
 # Instructions a thread issues per element of a tile in a fused kernel's loop: upper bounds, held by tests/kernels/test_aot.py.
@@ -252,9 +263,9 @@ def fused(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, backw
     read = itemsize * width * (rows + columns) + (8 * rows if backward else 0)
     # sums and gradient rows of the anchors, or gradient rows of the candidates
     written = 4 * columns * width if backward else 4 * rows * (3 + (width if products > 1 else 0))
-    loop = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), (read + written) / gpu.bandwidth)
+    loop = max(flops / (rate(gpu, itemsize) * gpu.triton_share), (read + written) / gpu.bandwidth)
     epilogue = rows * columns * FUSED_INSTRUCTIONS.get(gpu.arch, 22.0) / (gpu.issue * ISSUE_SHARE)
-    return Piece("fused d_target" if backward else "fused sums and d_query", flops, read, written, loop + epilogue + LAUNCH)
+    return Piece("fused d_target" if backward else "fused sums and d_query", flops, read, written, loop + epilogue + gpu.launch)
 
 
 def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d_query=True, d_target=True) -> list[Piece]:

@@ -49,7 +49,7 @@ def check_columns(name: str, columns: int) -> None:
 def scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A 0-d tensor on the device, filled there: torch.as_tensor would copy a number from the host and wait for the copy."""
     if isinstance(value, torch.Tensor):
-        return value.to(device=device, dtype=dtype)
+        return value if value.dtype == dtype and value.device == device else value.to(device=device, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 

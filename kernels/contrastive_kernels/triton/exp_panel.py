@@ -161,15 +161,34 @@ class ExpPanel:
 
     Args:
         e: (L, R, C) exponentials in the operands' dtype, the positive and everything dropped 0; None where not stored.
-        row_sum: (L, R) sums of a row of E before rounding, accumulator type.
-        row_max: (L, R) greatest kept cosine, -inf where there is none; None unless asked for.
-        col_sum: (L, C) sums of a column of E; None unless asked for.
+        row_part: (1 or 2, L, column tiles, R) sums of a row's E before rounding, and, where asked for, greatest kept cosines, -1e30 for none.
+        col_part: (L, row tiles, C) sums of a column of E; None unless asked for.
     """
 
     e: torch.Tensor | None
-    row_sum: torch.Tensor
-    row_max: torch.Tensor | None
-    col_sum: torch.Tensor | None
+    row_part: torch.Tensor
+    col_part: torch.Tensor | None
+
+    @property
+    def row_sum(self) -> torch.Tensor:
+        """(L, R) sums of a row of E."""
+        return self.row_part[0].sum(1)
+
+    @property
+    def row_max(self) -> torch.Tensor | None:
+        """(L, R) greatest kept cosine, -inf where there is none; None unless asked for."""
+        if len(self.row_part) == 1:
+            return None
+        levels, tiles, rows = self.row_part.shape[1:]
+        if not tiles:
+            return self.row_part.new_full((levels, rows), float("-inf"))
+        best = self.row_part[1].amax(1)
+        return torch.where(best <= -1e29, float("-inf"), best)
+
+    @property
+    def col_sum(self) -> torch.Tensor | None:
+        """(L, C) sums of a column of E."""
+        return None if self.col_part is None else self.col_part.sum(1)
 
 
 def _takes(panel: str, arch: int, dtype: torch.dtype, plain: bool, columns: int) -> bool:
@@ -244,7 +263,7 @@ def exp_panel(
         )
     elif rows and columns:
         _exp_panel_kernel[(tiles_r * (REDO_PROGRAMS if redo is not None else tiles_c),)](
-            x, y, out if store else x, exponent, shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
+            x, y, out if store else x, exponent, shift if shift.dtype == acc else shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
             x if positive is None else positive, row_id, col_id, row_id2, col_id2, x if threshold is None else threshold,
             x if keep is None else keep.view(torch.uint8), row_part, col_part, x if levels is None else levels, x if redo is None else redo,
             rows, columns, width, x.stride(0), y.stride(0), out.stride(-2) if store else 0, column_offset, number,
@@ -253,8 +272,6 @@ def exp_panel(
             EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
             UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices, **tile.constants, **tile.options,
         )
-    else:
-        row_part.zero_() if not columns else None
     if redo is not None:
         # what it does is known to the device alone; nothing, in a batch without unsafe rows
         work.note("exp_panel_redo", tiles_r * REDO_PROGRAMS, 0, 0, 0)
@@ -263,8 +280,4 @@ def exp_panel(
             "exp_panel_warp_specialised" if special else "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
             work.size(x, y), work.size(out if store else None, row_part) + (work.size(col_part) if col_sum else 0),
         )
-    best = None
-    if row_max:
-        best = row_part[1].amax(1) if columns else torch.full((number, rows), -1e30, dtype=acc, device=device)
-        best = torch.where(best <= -1e29, float("-inf"), best)
-    return ExpPanel(out, row_part[0].sum(1), best, col_part.sum(1) if col_sum else None)
+    return ExpPanel(out, row_part, col_part if col_sum else None)
