@@ -100,8 +100,10 @@ def verdict(row: dict) -> list[str]:
     # a fused kernel's loop also fetches the vectors of its rows and columns, which are narrow; that the operands are not is the next rule
     if row["narrow_loads"] and not row["kernel"].startswith("_fused"):
         wrong.append(f"{len(row['narrow_loads'])} copies of less than 16 bytes in the hot loop")
-    if row["wide_bytes"] < row["operand_bytes"]:
+    if row["wide_bytes"] < row["operand_bytes"] and not row["copies_by_descriptor"]:
         wrong.append(f"{row['wide_bytes']} of {row['operand_bytes']} bytes of the operands copied 16 bytes a thread")
+    if row["kernel"].startswith("_warp_specialised") and not (row["copies_by_descriptor"] and row["register_hand_overs"]):
+        wrong.append("warps were not specialised")
     if row["blocks_per_sm"] < 1:
         wrong.append("no block fits on a multiprocessor")
     return wrong

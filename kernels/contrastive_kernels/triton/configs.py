@@ -26,6 +26,7 @@ class Tile:
     stages: int
     slices: int = 1
     group: int = 8
+    resident: bool = False  # top-k: the queries' tile is read once, the whole width of it
 
     @property
     def constants(self) -> dict:
@@ -112,14 +113,18 @@ def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> T
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
 
 
-# The panel of warp_specialised.py; num_warps is that of a group, of which the compiler makes two on sm_90 and none if given 8.
-WARP_SPECIALISED = {90: Tile(128, 256, 64, 4, 3), 100: Tile(128, 256, 64, 8, 3)}
+# The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,
+# and none if given 8. On sm_100 the wide tile spills with norms.
+WARP_SPECIALISED = {
+    (90, False): Tile(128, 256, 64, 4, 3), (90, True): Tile(128, 256, 64, 4, 3),
+    (100, False): Tile(128, 256, 64, 8, 3), (100, True): Tile(128, 128, 64, 8, 4),
+}  # fmt: skip
 # Architectures on which it was measured to beat EXP_PANEL's: there panel="auto" takes it. None has been measured.
 WARP_SPECIALISED_FASTER = frozenset()
 
 
-def warp_specialised(arch: int) -> Tile:
-    return INTERPRETED if INTERPRET else WARP_SPECIALISED[tuned_as(arch)]
+def warp_specialised(arch: int, scale: bool) -> Tile:
+    return INTERPRETED if INTERPRET else WARP_SPECIALISED[tuned_as(arch), scale]
 
 
 def processors(device: torch.device) -> int:
@@ -172,8 +177,21 @@ TOPK = {
 }
 
 
-def topk(arch: int, itemsize: int, kept: int) -> Tile:
-    return INTERPRETED if INTERPRET else choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
+# (architecture, more than 32 kept) -> tile for queries that stay on the chip.
+TOPK_RESIDENT = {
+    (80, False): Tile(64, 128, 64, 4, 2, resident=True),
+    (90, False): Tile(128, 128, 128, 8, 2, resident=True),
+    (90, True): Tile(64, 128, 128, 8, 2, resident=True),
+    (100, False): Tile(128, 128, 128, 8, 2, resident=True),
+}
+RESIDENT_WIDTH = 256
+
+
+def topk(arch: int, itemsize: int, kept: int, width: int) -> Tile:
+    if INTERPRET:
+        return INTERPRETED
+    held = TOPK_RESIDENT.get((tuned_as(arch), kept > 32)) if itemsize == 2 and width <= RESIDENT_WIDTH else None
+    return held or choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
 
 
 def topk_shares(device: torch.device, tiles_r: int) -> int:

@@ -240,7 +240,7 @@ def exp_panel(
     plain = not (masks or row_max or col_sum or levels is not None or redo is not None)
     special = _takes(panel, arch, x.dtype, plain, columns)
     if tile is None and special:
-        tile = configs.warp_specialised(arch)
+        tile = configs.warp_specialised(arch, row_scale is not None)
     elif tile is None:
         odd = columns % configs.PLAIN_COLUMNS != 0
         rich = levels is not None or configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)

@@ -53,8 +53,9 @@ def _warp_specialised_kernel(
             b_power = b_acc * b_row[:, None] * b_col[None, :] - b_shift[:, None]
         else:
             b_power = b_acc * b_k - b_shift[:, None]
-        if not EVEN_C:
-            b_power += tl.where(m_c, 0.0, float("-inf")).to(ACC)[None, :]  # what was read there is 0; a NaN elsewhere stays one
+        if HAS_SCALE or not EVEN_C:
+            # with norms always: triton 3.9 spills without this select, which keeps the columns' factors from waiting in registers
+            b_power = tl.where(m_c[None, :], b_power, -1e30)
         if HAS_POSITIVE:
             b_positive = tl.load(p_positive + o_r, mask=m_r, other=-1).to(tl.int32)
             b_power = tl.where(b_positive[:, None] == (o_c + column_offset)[None, :], -1e30, b_power)
