@@ -1,6 +1,10 @@
 """Every kernel in every configuration the launchers can choose, compiled for sm_80, sm_90 and sm_100 without a GPU."""
 
 import functools
+import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,43 +30,33 @@ def test_no_kernel_has_a_fault(arch):
     assert not {row["case"]: aot.verdict(row) for row in compiled(arch) if aot.verdict(row)}
 
 
-ELSEWHERE = {  # kernels that other types than bfloat16 reach, by family
-    "pool": ["forward", "backward", "forward, rows as they are", "backward, rows as they are"], "rows": ["update, store", "dots", "scatter, add"],
-    "chunk": ["write"], "symmetric": ["combine"],
-}
-KEPT = (2, 4, 8, 16, 32, 64, 128)
-SEARCHES = [f"k {kept}" for kept in KEPT] + [f"k {kept}, exclude" for kept in KEPT if kept not in (4, 8)]
-CONFIGURATIONS = {
-    "bfloat16": ELSEWHERE | {
-        "exp panel": [
-            "plain", "stats", "sums alone", "redo", "redo, normalize", "redo, all", "redo, all, sums alone", "odd", "symmetric", "joint", "joint, sums alone",
-            "joint, all", "normalize", "ids", "threshold", "keep", "all", "all, odd", "prefixes", "prefixes, sums alone", "prefixes, ids", "prefixes, all",
-            "prefixes, all, sums alone", "prefixes, all, odd",
-        ],
-        "sigmoid": ["plain", "all", "loss alone"], "topk": SEARCHES,
-        "pool": [*ELSEWHERE["pool"], "last token, int64 mask", "last token, bool mask"],
-        "rows": [
-            *ELSEWHERE["rows"], "update, add, dot", "update, dot alone", "update, positives alone", "update, no factor", "scatter, both, store",
-            "scatter, targets alone, add",
-        ],
-        "chunk": ["write", "write, all", "reduce", "reduce, smoothing", "reduce, all"],
-        "fused": [
-            *(f"{which} D={width}{more}" for width in (32, 64, 128) for which in ("forward", "backward") for more in ("", ", all")),
-            "sums alone", "sums alone, all", "forward, odd", "backward, odd",
-        ],
-    },
-    "float16": ELSEWHERE | {
-        "sigmoid": ["plain", "all", "loss alone"], "topk": ["k 16", "k 128"],
-        "fused": ["forward D=128", "forward D=128, all", "backward D=128", "backward D=128, all", "sums alone"],
-    },
-    "float32": ELSEWHERE | {"topk": SEARCHES},
-}  # fmt: skip
+SWITCHES = """
+import collections, json, sys
+from bench.aot_launches import launches
+
+seen = collections.defaultdict(lambda: collections.defaultdict(set))
+for _, launch, _ in launches(int(sys.argv[1])):
+    for parameter in launch.function.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr and isinstance(value, bool):
+            seen[launch.function.fn.__name__][parameter.name].add(value)
+print(json.dumps({kernel: {name: sorted(values) for name, values in switches.items()} for kernel, switches in seen.items()}))
+"""
+# switches that no launch of a GPU turns the other way: the interpreter's widening, and candidates without a positive among them
+FIXED = {"UPCAST": [False], "HAS_POSITIVE": [True]}
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_every_configuration_is_compiled(arch):
-    expected = {f"{family}, {case}, {dtype}" for dtype, families in CONFIGURATIONS.items() for family, cases in families.items() for case in cases}
-    assert {row["case"] for row in compiled(arch)} == expected
+def test_every_kernel_is_compiled_with_every_switch_both_ways(arch):
+    """As the sources have them, so that neither a new kernel nor a new switch is left out."""
+    folder = aot.ROOT / "kernels/contrastive_kernels/triton"
+    kernels = {name for path in folder.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
+    child = subprocess.run([sys.executable, "-c", SWITCHES, str(arch)], capture_output=True, text=True, check=True, env=aot._environment(), cwd=aot.ROOT)
+    seen = json.loads(child.stdout)
+    if arch == 80:
+        kernels.remove("_warp_specialised_kernel")  # which needs tiles copied by the hardware
+    assert set(seen) == kernels
+    assert not {(kernel, name): values for kernel, switches in seen.items() for name, values in switches.items() if values != FIXED.get(name, [False, True])}
 
 
 def test_tiles_of_sm_80_fit_where_they_are_lent():
@@ -87,14 +81,6 @@ def test_tensor_cores_of_the_architecture(arch, name):
     for row in compiled(arch):
         if row["dot"]:
             assert row["tensor"].get(name), row["case"]
-
-
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_every_family_is_compiled(arch):
-    assert {row["kernel"] for row in compiled(arch)} >= {
-        "_exp_panel_kernel", "_chunk_reduce_kernel", "_chunk_write_kernel", "_topk_kernel", "_fused_fwd_kernel", "_fused_bwd_kernel",
-        "_update_kernel", "_scatter_kernel", "_dots_kernel", "_sigmoid_kernel", "_combine_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel", "_last_token_kernel",
-    }
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
