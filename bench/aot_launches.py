@@ -6,6 +6,7 @@ once and all together once, since together is where registers run out. float16 h
 
 from __future__ import annotations
 
+import itertools
 from unittest import mock
 
 import torch
@@ -61,6 +62,62 @@ def _exp_panel(dtype):
     yield "prefixes, all, odd", lambda: run(
         ODD_R, ODD_C, D, **prefixes | dict(positive=positive[:ODD_R], row_scale=torch.ones(3, ODD_R), col_scale=torch.ones(3, ODD_C)), **masks
     )
+
+
+# what an epilogue of `exp_panel` may hold besides the positive, as options of the launch
+def _epilogues(rows=R, columns=C) -> dict[str, dict]:
+    ids = (torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64))
+    return {
+        "normalize": dict(row_scale=torch.ones(rows), col_scale=torch.ones(columns)), "ids": dict(ids=(ids,)),
+        "threshold": dict(threshold=torch.zeros(rows)), "keep": dict(keep=torch.ones(columns, dtype=torch.bool)),
+    }  # fmt: skip
+
+
+def _combinations(dtype):
+    """Every set of features that `configs.exp_panel_is_rich` tells apart, masks alone and all together."""
+    from contrastive_kernels.triton.exp_panel import exp_panel
+
+    if dtype != torch.bfloat16:
+        return
+    positive = torch.zeros(R, dtype=torch.int64)
+
+    def run(columns=C, **options):
+        exp_panel(matrix(R, D, dtype), matrix(columns, D, dtype), scale=50.0, shift=torch.zeros(R), positive=positive, **options)
+
+    for odd in (False, True):
+        columns = 1000 if odd else C  # rows of E 16 bytes apart, so that a whole number of columns is not what is looked at
+        parts = _epilogues(R, columns)
+        masks = parts["ids"] | parts["threshold"] | parts["keep"]
+        two = masks | dict(ids=masks["ids"] * 2)
+        sets = {"": {}, "ids": parts["ids"], "two ids": dict(ids=two["ids"]), "threshold": parts["threshold"], "keep": parts["keep"], "masks": two}
+        for (name, mask), norms, row_max, col_sum in itertools.product(sets.items(), (False, True), (False, True), (False, True)):
+            if odd and name not in ("", "ids", "masks"):
+                continue  # one tile for all of them
+            words = [w for w, on in ((name, name), ("normalize", norms), ("maximum", row_max), ("columns", col_sum), ("odd", odd)) if on]
+            options = mask | (parts["normalize"] if norms else {}) | dict(row_max=row_max, col_sum=col_sum)
+            yield ", ".join(words) or "nothing", lambda columns=columns, options=options: run(columns, **options)
+
+
+def _warp_specialised(dtype):
+    from contrastive_kernels.triton import configs, warp_specialised
+    from contrastive_kernels.triton.exp_panel import exp_panel
+
+    arch = configs.architecture(None)
+    if dtype != torch.bfloat16 or warp_specialised.obstacle(arch, dtype, plain=True, columns=C):
+        return
+    positive, norms = torch.zeros(R, dtype=torch.int64), _epilogues()["normalize"]
+
+    def run(columns=C, **options):
+        exp_panel(
+            matrix(R, D, dtype), matrix(columns, D, dtype), scale=50.0, shift=torch.zeros(R), positive=positive, panel="warp_specialised", **options
+        )
+
+    yield "plain", lambda: run()
+    yield "normalize", lambda: run(**norms)
+    yield "sums alone", lambda: run(store=False)
+    yield "normalize, sums alone", lambda: run(store=False, **norms)
+    yield "odd", lambda: run(1000)
+    yield "normalize, odd", lambda: run(1000, row_scale=norms["row_scale"], col_scale=torch.ones(1000))
 
 
 def _pool(dtype):
@@ -169,7 +226,9 @@ def _fused(dtype):
     yield "forward, odd", lambda: fused_forward(matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2)
 
 
-FAMILIES = {"exp panel": _exp_panel, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "chunk": _chunk, "topk": _topk, "fused": _fused}
+FAMILIES = {
+    "exp panel": _exp_panel, "epilogue": _combinations, "warp-specialised": _warp_specialised, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "chunk": _chunk, "topk": _topk, "fused": _fused,
+}  # fmt: skip
 
 
 def _families():
@@ -187,7 +246,7 @@ def launches(arch: int) -> list[tuple[str, Caught, bool]]:
                 with caught_launches() as caught, work.record() as noted:
                     make()
                 for launch, note in zip(caught, noted) if len(caught) == len(noted) else ():
-                    launch.flops, launch.bytes = note.flops, note.bytes
+                    launch.flops, launch.bytes, launch.tiles = note.flops, note.bytes, note.grid
                 for launch in caught:
                     key = (launch.function.fn.__name__, *(
                         (k, str(v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive_kernels.triton.common import INTERPRET
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -26,6 +26,7 @@ class Tile:
     stages: int
     slices: int = 1
     group: int = 8
+    resident: bool = False  # top-k: the queries' tile is read once, the whole width of it
 
     @property
     def constants(self) -> dict:
@@ -39,8 +40,7 @@ class Tile:
         return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
 
 
-# (architecture, element size, rich epilogue) -> tile. Rich: ids, thresholds, column masks, column
-# sums, norms, a ragged number of columns, several prefixes, or a second launch over unsafe rows.
+# (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
     (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
@@ -54,6 +54,8 @@ EXP_PANEL = {
     (0, 4, True): Tile(128, 64, 32, 8, 3, 2),
 }
 INTERPRETED = Tile(64, 64, 64, 4, 1, 2)
+# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
+PLAIN_COLUMNS = 256
 
 # Memory-bound passes: a few rows a program so that 2,048 columns of each are 16-byte loads for every thread.
 CHUNK_REDUCE = Tile(2, 2048, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
@@ -93,12 +95,55 @@ def choose(table: dict, arch: int, *key) -> Tile:
 PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4)}
 
 
+def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
+    """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
+    if levels and itemsize <= 2 and tuned_as(arch) in PREFIXES:
+        tile = PREFIXES[tuned_as(arch)]
+    else:
+        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, columns % PLAIN_COLUMNS != 0)
+        tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+    return tile.block_r, tile.block_c
+
+
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
     if INTERPRET:
         return INTERPRETED
     if prefixes and itemsize <= 2 and tuned_as(arch) in PREFIXES:
         return PREFIXES[tuned_as(arch)]
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+
+
+# The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,
+# and none if given 8. On sm_100 the wide tile spills with norms.
+WARP_SPECIALISED = {
+    (90, False): Tile(128, 256, 64, 4, 3), (90, True): Tile(128, 256, 64, 4, 3),
+    (100, False): Tile(128, 256, 64, 8, 3), (100, True): Tile(128, 128, 64, 8, 4),
+}  # fmt: skip
+# Architectures on which it was measured to beat EXP_PANEL's: there panel="auto" takes it. None has been measured.
+WARP_SPECIALISED_FASTER = frozenset()
+
+
+def warp_specialised(arch: int, scale: bool) -> Tile:
+    return INTERPRETED if INTERPRET else WARP_SPECIALISED[tuned_as(arch), scale]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def exp_panel_is_rich(arch: int, masks, scale, row_max, col_sum, redo, odd) -> bool:
+    """Whether an epilogue spills in the wide tile, or nearly: registers as compiled by triton 3.6, 3.8 and 3.9.
+
+    Args: what it holds. masks: ids, thresholds or column masks. scale: norms. row_max, col_sum: beside the rows' sums. redo: the
+    second launch over unsafe rows. odd: columns that 256 does not divide.
+    """
+    if redo or odd:
+        return True  # sm_90: 255 registers and up to 70 spills; sm_80 up to 40, sm_100 up to 62
+    if tuned_as(arch) == 100:
+        return bool(masks or col_sum or scale and row_max)  # norms alone: 255; all others spill with some triton
+    # sm_90 without a maximum: everything at once takes 234 registers; norms with a maximum 255; masks with one spill. sm_80: 255, 255
+    return bool(row_max and (masks or col_sum))
 
 
 # (architecture, element size) -> tile: a dozen values of a pair are alive at once, so slices are narrow.
@@ -132,8 +177,21 @@ TOPK = {
 }
 
 
-def topk(arch: int, itemsize: int, kept: int) -> Tile:
-    return INTERPRETED if INTERPRET else choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
+# (architecture, more than 32 kept) -> tile for queries that stay on the chip.
+TOPK_RESIDENT = {
+    (80, False): Tile(64, 128, 64, 4, 2, resident=True),
+    (90, False): Tile(128, 128, 128, 8, 2, resident=True),
+    (90, True): Tile(64, 128, 128, 8, 2, resident=True),
+    (100, False): Tile(128, 128, 128, 8, 2, resident=True),
+}
+RESIDENT_WIDTH = 256
+
+
+def topk(arch: int, itemsize: int, kept: int, width: int) -> Tile:
+    if INTERPRET:
+        return INTERPRETED
+    held = TOPK_RESIDENT.get((tuned_as(arch), kept > 32)) if itemsize == 2 and width <= RESIDENT_WIDTH else None
+    return held or choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
 
 
 def topk_shares(device: torch.device, tiles_r: int) -> int:
@@ -144,16 +202,17 @@ def topk_shares(device: torch.device, tiles_r: int) -> int:
 
 FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it
 # (architecture, width of a row on the chip, pass, rich) -> tile; block_k is not used, the whole width is there. The forward owns
-# BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows.
+# BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows. Rich ones are as narrow as triton 3.6 needs: in
+# 128 x 64 it spills where 3.8 takes 215 to 255 registers.
 FUSED = {
     (80, 64, "forward", False): Tile(128, 64, 0, 8, 3),
-    (80, 64, "forward", True): Tile(128, 64, 0, 8, 3),
+    (80, 64, "forward", True): Tile(128, 32, 0, 8, 3),
     (80, 64, "backward", False): Tile(64, 128, 0, 8, 3),
     (80, 64, "backward", True): Tile(64, 128, 0, 8, 3),
     (80, 128, "forward", False): Tile(128, 64, 0, 8, 3),
     (80, 128, "forward", True): Tile(128, 32, 0, 8, 3),
     (80, 128, "backward", False): Tile(64, 128, 0, 8, 3),
-    (80, 128, "backward", True): Tile(64, 128, 0, 8, 3),
+    (80, 128, "backward", True): Tile(64, 64, 0, 8, 3),
     (90, 64, "forward", False): Tile(128, 128, 0, 8, 3),
     (90, 64, "forward", True): Tile(128, 64, 0, 8, 3),
     (90, 64, "backward", False): Tile(128, 128, 0, 8, 3),
@@ -169,7 +228,7 @@ FUSED = {
     (100, 128, "forward", False): Tile(128, 64, 0, 8, 2),
     (100, 128, "forward", True): Tile(128, 32, 0, 8, 2),
     (100, 128, "backward", False): Tile(64, 128, 0, 8, 2),
-    (100, 128, "backward", True): Tile(64, 128, 0, 8, 2),
+    (100, 128, "backward", True): Tile(64, 64, 0, 8, 2),
 } | {
     (0, width, which, rich): Tile(64, 64, 0, 8, 2)
     for width in (64, 128) for which in ("forward", "backward") for rich in (False, True)
