@@ -18,7 +18,7 @@ def dry_case(name, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("name, paths", [
-    ("plain", {"exp", "chunk", "fused"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
+    ("plain", {"exp", "chunk", "fused", "eager"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
     ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
 ])  # fmt: skip
 def test_gate_takes_every_path(name, paths):
@@ -92,7 +92,7 @@ def test_one_path_that_raises_does_not_end_the_others(monkeypatch):
     monkeypatch.setattr(gate, "call", raising)
     rows = {row["name"]: row for row in gate.judged(dry_case("plain"), "cpu")}
     assert rows["plain, bfloat16, exp"]["wrong"] == "RuntimeError: out of resource: shared memory, Required: 300000"
-    assert "wrong" not in rows["plain, bfloat16, chunk"] and len(rows) == 3
+    assert "wrong" not in rows["plain, bfloat16, chunk"] and len(rows) == 4
 
 
 def test_results_that_differ_from_run_to_run_are_wrong(monkeypatch):
