@@ -19,7 +19,7 @@ RATES = {
     ("env", "library product, bfloat16"): ("achieved", 1e12),
     ("env", "library product, float32"): ("achieved_fp32", 1e12),
     ("env", "memory, read and written"): ("bandwidth", 1e12),
-    ("profile", "Triton share of the library's rate"): ("triton_share", 1.0),
+    ("profile", "plain panel: Triton share of the library's rate"): ("triton_share", 1.0),
     ("env", "launch, in a CUDA graph"): ("launch", 1e-6),
 }
 # what docs/performance.md compares: row of the table of times -> options of `dispatch.plan`

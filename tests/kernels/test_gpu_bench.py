@@ -170,6 +170,6 @@ def test_triton_share_is_the_ratio_of_slopes(monkeypatch):
     """Library: 1 ms and 1 ms a width of 16; Triton: 3 ms and 2 ms a width of 16, of which 3 are its epilogue."""
     times = iter([2.0, 5.0, 5.0, 11.0])
     monkeypatch.setattr(profile, "median", lambda *args: next(times))
-    rows = {row["name"]: row["value"] for row in profile.triton_share(DRY)}
-    assert rows[profile.SHARE] == pytest.approx(0.5) and rows["epilogue of the exponential panel"] == pytest.approx(3.0)
-    assert rows["main loop, library"] == pytest.approx(2 * 64 * 64 * 48 / 3 / 1e9)
+    rows = {row["name"]: row["value"] for row in profile.triton_share(DRY, "plain")}
+    assert rows[f"plain panel: {profile.SHARE}"] == pytest.approx(0.5) and rows["plain panel: epilogue"] == pytest.approx(3.0)
+    assert rows["plain panel: main loop, library"] == pytest.approx(2 * 64 * 64 * 48 / 3 / 1e9)

@@ -19,7 +19,7 @@ ROWS = [
     {"part": "env", "name": "library product, bfloat16", "value": 771.0, "unit": "TFLOP/s", "predicted": 700.0},
     {"part": "env", "name": "memory, read and written", "value": 2.91, "unit": "TB/s", "predicted": 3.0},
     {"part": "env", "name": "launch, in a CUDA graph", "value": 1.5, "unit": "us", "predicted": 2.2},
-    {"part": "profile", "name": "Triton share of the library's rate", "value": 0.81, "unit": "", "predicted": 0.85},
+    {"part": "profile", "name": "plain panel: Triton share of the library's rate", "value": 0.81, "unit": "", "predicted": 0.85},
     {"part": "loss", "name": "ours", **SHAPE, "ms_p50": 4.25, "times_three_gemms": 1.316},
     {"part": "loss", "name": "eager", **SHAPE, "ms_p50": 9.5, "times_three_gemms": 2.94},
     {"part": "train", "name": "7b, peak of memory", "value": 31.5, "unit": "GiB", "predicted": 30.8, "measured_over_predicted": 1.023},

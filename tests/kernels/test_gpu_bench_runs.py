@@ -78,7 +78,7 @@ def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
         ("smoke", "pooled_info_nce"): "hangs",
         ("smoke", "packed attention, attn='auto'"): "TypeError: planted: varlen_attn() got an unexpected keyword argument",
         ("loss", "ours, through autograd"): "d_query_error 2.0",  # and the loss, and d_target
-        ("profile", "logits product by width"): "planted in profile",
+        ("profile", "plain panel by width"): "planted in profile",
         ("gate", "plain, bfloat16, exp"): "d_query: error",
         ("gate", "plain, bfloat16, chunk"): "d_query: error",
         ("gate", "plain, bfloat16, fused"): "d_query: error",
@@ -94,7 +94,7 @@ def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
     after = {
         ("env", "launch, torch operation"), ("smoke", "topk_similarity"), ("smoke", "torch.compile of info_nce"),
         ("smoke", "one rank, NCCL and a ring"),
-        ("loss", "eager"), ("profile", "kernels: plain"), ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
+        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"), ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
         ("sizes", "search: top-10, triton"), ("peers", "eager, both directions"), ("attention", "sdpa 2/1x8 causal"),
     }  # fmt: skip
     assert after <= ran, after - ran
