@@ -50,7 +50,8 @@ def loss():
 def profile():
     from bench.gpu.parts import profile
 
-    profile.triton_share = raising("planted in profile")
+    made = profile.triton_share
+    profile.triton_share = lambda machine, panel: raising("planted in profile")() if panel == "plain" else made(machine, panel)
 
 
 def gate():
