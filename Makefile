@@ -1,18 +1,21 @@
 # make quickstart: train and evaluate a small model on real pictures.   make test: the whole test suite.
 # Each does its own set-up: a virtual environment in .venv, made once and again when pyproject.toml changes.
+# make test-old: the suite on the oldest versions, in .venv-old.   make aot TRITON=3.9.0: kernels compiled by that triton.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS :=
+TRITON :=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: help setup quickstart test bench clean
+.PHONY: help setup quickstart test test-old aot bench clean
 
 help:  ## List the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## Make .venv and install everything into it
 
@@ -25,11 +28,11 @@ $(PY):
 define install
 @$(PY) -m pip --version >/dev/null 2>&1 || { echo "== making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 @echo "== installing (several minutes the first time: torch alone is some GB)"
-@$(PY) -m pip install --disable-pip-version-check --progress-bar off -e '.[$(1)]' 2>&1 | tee $(VENV)/install.log | sed -un -E 's/^Collecting ([^ ;<>=!~[]+).*/   \1/p; s/^(Installing collected packages).*/== installing the packages (a few minutes)/p' \
+@$(PY) -m pip install --disable-pip-version-check --progress-bar off $(addprefix -c ,$(CONSTRAINTS)) -e '.[$(1)]' 2>&1 | tee $(VENV)/install.log | sed -un -E 's/^Collecting ([^ ;<>=!~[]+).*/   \1/p; s/^(Installing collected packages).*/== installing the packages (a few minutes)/p' \
 	|| { tail -n 5 $(VENV)/install.log; echo "make: the installation failed; the lines above and $(VENV)/install.log say why"; exit 1; }
 endef
 
-$(STAMP): pyproject.toml | $(PY)
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(PY)
 	$(call install,dev)
 	@touch $(STAMP) $(STAMP)-quickstart
 
@@ -47,8 +50,19 @@ quickstart: $(STAMP)-quickstart  ## Draw a benchmark, train a small model on it,
 test: $(STAMP)  ## Run the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
+test-old:  ## The same on the oldest versions that pyproject.toml allows (tests/oldest.txt), in .venv-old; Python 3.11 or 3.12
+	@$(MAKE) --no-print-directory test VENV=.venv-old CONSTRAINTS=tests/oldest.txt
+
+# another triton lies in a folder of its own before the installed one; torch on a CPU does not mind which it is
+.triton/%/.installed: | $(STAMP)
+	@$(PY) -m pip install --disable-pip-version-check --progress-bar off -q --no-deps --upgrade --target .triton/$* triton==$*
+	@touch $@
+
+aot: $(STAMP) $(TRITON:%=.triton/%/.installed)  ## Compile every kernel for sm_80, 90 and 100 and judge it; TRITON=3.9.0 takes that version
+	@PYTHONPATH=$(TRITON:%=$(CURDIR)/.triton/%:)$${PYTHONPATH:-} $(PY) -m bench aot
+
 bench: $(STAMP)  ## Short benchmarks
 	@$(PY) -m pytest bench --benchmark-only
 
-clean:  ## Remove .venv and everything the quickstart wrote
-	rm -rf $(VENV) quickstart build dist *.egg-info
+clean:  ## Remove the environments and everything the quickstart wrote
+	rm -rf $(VENV) .venv-old .triton quickstart build dist *.egg-info

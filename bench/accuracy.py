@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from bench import emulated
 from bench.loss import ROOT, about
+from bench.loss_arms import torch_linear_cross_entropy
 
 FIELDS = (
     "name", "inputs", "dtype", "n", "d", "temperature", "loss_error", "d_query_error", "d_target_error", "note", "threads", "device", "torch",
@@ -75,7 +76,7 @@ def formulas(query, target, temperature) -> dict:
     """Everyone's formula, as its project writes it. Those that need a GPU are emulated and marked so."""
     from contrastive_kernels import info_nce_value_and_grad
 
-    labels, options = torch.arange(len(query)), torch.nn.LinearCrossEntropyOptions()
+    labels = torch.arange(len(query))
 
     def ours():
         out = info_nce_value_and_grad(query, target, temperature=temperature, grad_dtype=torch.promote_types(query.dtype, torch.float32))
@@ -86,6 +87,10 @@ def formulas(query, target, temperature) -> dict:
         shifted = (q @ t.T).float() / temperature - 1 / temperature
         return (shifted.exp().sum(1).log() - shifted.diagonal()).mean()
 
+    def linear_cross_entropy():
+        loss = torch_linear_cross_entropy()
+        return _through(lambda q, t: loss(q / temperature, t, labels), query, target)
+
     def st():
         from bench.loss_arms import sentence_transformers
 
@@ -95,7 +100,7 @@ def formulas(query, target, temperature) -> dict:
         "ours": ours,
         "eager": lambda: _through(lambda q, t: F.cross_entropy(q @ t.T / temperature, labels), query, target),
         "eager fp32 logits": lambda: _through(lambda q, t: F.cross_entropy((q @ t.T).float() / temperature, labels), query, target),
-        "F.linear_cross_entropy": lambda: _through(lambda q, t: F.linear_cross_entropy(q / temperature, t, labels, options=options), query, target),
+        "F.linear_cross_entropy": linear_cross_entropy,
         "memeff (emulated)": lambda: _through(fixed_maximum, query, target),
         "Inf-CL (emulated)": lambda: emulated.inf_cl(query, target, temperature),
         "cce_exact (emulated)": lambda: emulated.cce_exact(query, target, temperature),

@@ -46,6 +46,8 @@ def rows(arch: int, processes: int = 2) -> list[dict]:
         if before["key"] == key:
             return before["rows"]
     made = compile_all(arch, processes)
+    if any("error" in row for row in made):  # perhaps the machine's and not the kernel's: tried again next time
+        return made
     CACHE.mkdir(parents=True, exist_ok=True)
     part = held.with_suffix(".part")
     part.write_text(json.dumps({"key": key, "rows": made}))
@@ -85,7 +87,9 @@ def compile_all(arch: int, processes: int = 2) -> list[dict]:
 
 
 def verdict(row: dict) -> list[str]:
-    """What is wrong with a compiled kernel; empty when nothing is."""
+    """What is wrong with a kernel; empty when nothing is."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
     wrong = []
     if row["spills"]:
         wrong.append(f"{row['spills']} spills")
@@ -133,6 +137,9 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|---|",
     ]
     for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['arch']} | {row['case']} |" + " |" * 11 + f" {' '.join(verdict(row)[0].split()).replace('|', '/')} |")
+            continue
         loop = " ".join(f"{v} {k}" for k, v in list(row["loop"].items())[:4])
         busy, least = seconds(row)
         lines.append(
@@ -202,7 +209,8 @@ def predictions(rows: list[dict]) -> str:
 
 def predicted(gpu, n: int, d: int, instructions: float):
     """Pieces of one direction at N = M = n, and the seconds of the three library products."""
-    pieces = roofline.panels(gpu, n, n, d, n if n <= 16_384 else 4096, itemsize=2, instructions=instructions)
+    tile = configs.exp_panel_tile(gpu.arch, 2, n, row_max=True)
+    pieces = roofline.panels(gpu, n, n, d, n if n <= 16_384 else 4096, itemsize=2, tile=tile, instructions=instructions)
     return pieces, roofline.three_gemms(gpu, n, n, d, itemsize=2)
 
 

@@ -180,7 +180,10 @@ def rows(arch: int, first: int = 0, step: int = 1):
 
     for number, (name, launch, has_dot) in enumerate(launches(arch)):
         if number % step == first:
-            yield description(name, launch, arch, has_dot)
+            try:
+                yield description(name, launch, arch, has_dot)
+            except Exception as error:  # of the compiler, whose own passes raise RuntimeError: the row is a fault, and the others are still built
+                yield {"case": name, "kernel": launch.function.fn.__name__, "arch": arch, "error": f"{type(error).__name__}: {error}"[:400]}
 
 
 def main() -> int:

@@ -35,9 +35,20 @@ def compiled(query, target, temperature):
     return _autograd(torch.compile(lambda q, t: F.cross_entropy(q @ t.T / temperature, labels)), query, target)
 
 
+def torch_linear_cross_entropy():
+    """torch's own `F.linear_cross_entropy`, chunked by its default options: (input, weight, labels) -> loss.
+
+    Raises: ImportError where torch is older than 2.13, which brought it.
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"F.linear_cross_entropy needs torch 2.13 or newer, got torch {torch.__version__}")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda x, weight, labels: F.linear_cross_entropy(x, weight, labels, options=options)
+
+
 def linear_cross_entropy(query, target, temperature):
-    labels, options = _labels(query), torch.nn.LinearCrossEntropyOptions()
-    return _autograd(lambda q, t: F.linear_cross_entropy(q / temperature, t, labels, options=options), query, target)
+    labels, loss = _labels(query), torch_linear_cross_entropy()
+    return _autograd(lambda q, t: loss(q / temperature, t, labels), query, target)
 
 
 def sentence_transformers(query, target, temperature, mini_batch_size=32):

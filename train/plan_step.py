@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from contrastive_kernels.gradient_sync import GradientSync
+from train.flops import attention_backward_flops, attention_flops
 from train.media import Media, Side
 from train.plan_gradcache import PlannedGradCache
 from train.plan_meter import Meter
@@ -221,14 +221,13 @@ class _FlashFunction(torch.autograd.Function):
         out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.lengths, ctx.meter = lengths, meter
-        meter.count_flops(sum(times * sdpa_flop_count(*_shapes(q, k, v, n)) for n, times in lengths.items()))
+        meter.count_flops(sum(times * attention_flops(*_shapes(q, k, v, n)) for n, times in lengths.items()))
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, _, _ = ctx.saved_tensors
-        shapes = {n: _shapes(q, k, v, n) for n in ctx.lengths}
-        ctx.meter.count_flops(sum(times * sdpa_backward_flop_count(shapes[n][0], *shapes[n]) for n, times in ctx.lengths.items()))
+        ctx.meter.count_flops(sum(times * attention_backward_flops(*_shapes(q, k, v, n)) for n, times in ctx.lengths.items()))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 

@@ -15,7 +15,9 @@ hands over its `Segments` as the keyword argument `segments`. A name with "flash
 the packed sequence whole instead of cutting it themselves. Calls without `segments` are ordinary SDPA calls.
 """
 
+import inspect
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -183,10 +185,17 @@ def varlen_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0
     if dropout:
         raise ValueError(f"attn='varlen' has no attention dropout (got {dropout}); use attn='flash_attn' or 'sdpa'")
     left = -1 if window is None else window - 1
+    # torch 2.11 has no such argument: its kernels share key heads among query heads without being told
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _parameters(varlen_attn) else {}
     return varlen_attn(
         q, k, v, segments.cu_seqlens, segments.cu_seqlens, segments.max_length, segments.max_length,
-        scale=scale, window_size=(left, 0 if segments.causal else left), enable_gqa=q.shape[1] != k.shape[1],
+        scale=scale, window_size=(left, 0 if segments.causal else left), **grouped,
     )  # fmt: skip
+
+
+@cache
+def _parameters(function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 _PROVIDER_FUNCTIONS = {"sdpa": sdpa_packed, "flash_attn": flash_attn_packed, "varlen": varlen_packed}
@@ -215,7 +224,7 @@ def choose_provider(attn: str | None, device: torch.device, dtype: torch.dtype) 
     if attn == "flash_attn" and not _has_flash_attn():
         raise ValueError("attn='flash_attn' needs the flash-attn package; pip install flash-attn, or use attn='varlen'")
     if attn == "varlen" and not _has_varlen():
-        raise ValueError("attn='varlen' needs torch 2.10 or newer; use attn='sdpa'")
+        raise ValueError(f"attn='varlen' needs torch 2.11 or newer, got torch {torch.__version__}; use attn='sdpa'")
     return attn
 
 
@@ -226,11 +235,12 @@ def _has_flash_attn() -> bool:
 
 
 def _has_varlen() -> bool:
+    """Whether torch's varlen attention is one that `varlen_packed` can call: torch 2.10's has no window."""
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return True
+    return {"scale", "window_size"} <= _parameters(varlen_attn)
 
 
 def _attention_interface(module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, **kwargs):

@@ -20,7 +20,9 @@ from bench.gpu.check import Check, Machine, NotHere
 POISONED, TOLD = 3, 4  # exit codes: the device is lost; the part ends early, and it was said why
 TRACE = 1500  # characters of a traceback, from its end
 # errors after which every later call of the process fails; running out of memory is none
-_POISON = re.compile(r"CUDA error: (?!out of memory)|illegal memory access|device-side assert|misaligned address|unspecified launch failure")
+_POISON = re.compile(
+    r"CUDA error: (?!out of memory)|illegal memory access|device-side assert|misaligned address|unspecified launch failure"
+)
 
 
 def poisoned(error: BaseException) -> bool:

@@ -34,8 +34,8 @@ class Cuda:
         return torch.cuda.get_device_name()
 
     def room_for_truth(self, n: int, m: int) -> bool:
-        """Whether float64 logits, their softmax and gradient fit beside the rest."""
-        return 4 * 8 * n * m < torch.cuda.mem_get_info()[0]
+        """Whether float64 logits and what autograd makes of them fit beside the rest."""
+        return 6 * 8 * n * m < torch.cuda.mem_get_info()[0]
 
 
 class Host:

@@ -51,7 +51,10 @@ def graphed(make):
 
 
 def captured(run):
-    """(CUDA graph of one call, what the call returned: tensors that every replay fills). Warmed up on a stream of its own, as torch asks."""
+    """(CUDA graph of one call, what the call returned: tensors that every replay fills).
+
+    The call is first warmed up on a stream of its own, as torch asks.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -134,7 +137,8 @@ def eager_symmetric(query, target, temperature):
 
 def three_gemms(query, target, temperature):
     """The limit: the products alone, into memory that is there already, no loss."""
-    logits, d_query, d_target = torch.empty(len(query), len(target), dtype=query.dtype, device=query.device), torch.empty_like(query), torch.empty_like(target)
+    logits = torch.empty(len(query), len(target), dtype=query.dtype, device=query.device)
+    d_query, d_target = torch.empty_like(query), torch.empty_like(target)
 
     def run():
         torch.mm(query, target.T, out=logits)

@@ -38,17 +38,18 @@ PLANNED = {
 }
 
 
-def numbers(recipe, name: str) -> dict:
+def numbers(recipe, name: str, gpus=GPUS) -> dict:
     """What is predicted of a step: bytes, chunks, tokens, FLOPs, and seconds by GPU."""
     from train.gpus import parse_gpu
     from train.plan import make_plan
 
-    plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name, efficiency=EFFICIENCY) for gpu in GPUS}
+    plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name, efficiency=EFFICIENCY) for gpu in gpus}
     one = next(iter(plans.values()))
     step = one.simulation
     return {
-        "peak": step.peak, "parts": step.parts, "chunks": step.chunks, "tokens": one.tokens, "trained": step.trained, "weights": step.weights,
-        "flops": step.work.flops, "seconds": {gpu: float(f"{plan.step_seconds:.4g}") for gpu, plan in plans.items()},
+        "peak": step.peak, "parts": step.parts, "chunks": step.chunks, "tokens": one.tokens,
+        "trained": step.trained, "weights": step.weights, "flops": step.work.flops,
+        "seconds": {gpu: float(f"{plan.step_seconds:.4g}") for gpu, plan in plans.items()},
     }  # fmt: skip
 
 

@@ -72,7 +72,8 @@ class Report:
             lines += ["", f"{'N':>6} {'M':>8} {'D':>5} {'':<46} {'p50 ms':>9} {'x limit':>8} {'MiB':>9} {'predicted':>9}"]
         for row in timed:
             ratio, peak, predicted = (row.get(key, "") for key in ("times_three_gemms", "peak_mib", "predicted_ms"))
-            lines.append(f"{row['n']:>6} {row['m']:>8} {row['d']:>5} {row['name']:<46} {row['ms_p50']:>9.3f} {ratio:>8} {peak:>9} {predicted:>9}")
+            shape = f"{row['n']:>6} {row['m']:>8} {row['d']:>5}"
+            lines.append(f"{shape} {row['name']:<46} {row['ms_p50']:>9.3f} {ratio:>8} {peak:>9} {predicted:>9}")
         return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ The loss is a set of softmaxes. One `Direction` is one softmax a row: `Block`s o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -81,11 +82,16 @@ class Direction:
     """One softmax a row; all (n,). `weight` multiplies row losses, and is 0 for rows left out."""
 
     blocks: list[Block]
-    positive: torch.Tensor  # cosine of each row's positive
+    problem: Problem
     weight: torch.Tensor
     threshold: torch.Tensor | None  # cosine above which a negative is dropped
     active: torch.Tensor | None  # bool: rows that see the blocks at all (not own_negatives_only)
     forward: bool
+
+    @property
+    def positive(self) -> torch.Tensor:
+        """Cosine of each row's positive."""
+        return self.problem.positive
 
 
 @dataclasses.dataclass
@@ -107,14 +113,19 @@ class Problem:
     step: int | None
     kept_rows: torch.Tensor | None
     share: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not kept
-    positive: torch.Tensor  # (n,) cosines
-    threshold: torch.Tensor | None
     first_row: int = 0  # global numbers of this rank's first row and target
     first_target: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.query.source.device
+
+    @functools.cached_property
+    def positive(self) -> torch.Tensor:
+        """(n,) cosines of the positives, worked out where somebody asks."""
+        from contrastive_kernels import backends
+
+        return backends.row_dots(self.query, self.own_targets, self.backend)
 
     @property
     def kept(self) -> torch.Tensor:
@@ -174,10 +185,9 @@ def build(
         own_targets = own_target.every(step, n)
     else:
         own_targets = own_target.gathered(positives)
-    positive = backends.row_dots(own_query, own_targets, backend)
     return Problem(
         options, backend, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, own_targets, positives, step,
-        kept, _share(options, kept, n, dtype, device, all_sum), positive, _threshold(options, positive), rank * n, rank * len(target),
+        kept, _share(options, kept, n, dtype, device, all_sum), rank * n, rank * len(target),
     )
 
 
@@ -239,12 +249,12 @@ def row_dots(a: Operand, b: Operand) -> torch.Tensor:
     return out
 
 
-def _threshold(options: InfoNCEOptions, positive: torch.Tensor) -> torch.Tensor | None:
-    bounds = []
+def _threshold(problem: Problem) -> torch.Tensor | None:
+    options, bounds = problem.options, []
     if options.mask_margin is not None:
-        bounds.append(positive + options.mask_margin)
+        bounds.append(problem.positive + options.mask_margin)
     if options.mask_relative is not None:
-        bounds.append(positive + options.mask_relative * positive.abs())
+        bounds.append(problem.positive + options.mask_relative * problem.positive.abs())
     if not bounds:
         return None
     return bounds[0] if len(bounds) == 1 else torch.minimum(*bounds)
@@ -275,11 +285,12 @@ def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Dir
     if o.target_negatives:
         blocks.append(Block(own_targets, "positive", targets, my_positive, scale, target_ids))
     weight = problem.share * 0.5 if o.symmetric else problem.share
-    out = [Direction(blocks, problem.positive, weight, problem.threshold, active, forward=True)]
+    threshold = _threshold(problem)
+    out = [Direction(blocks, problem, weight, threshold, active, forward=True)]
     if o.symmetric:
         ids = query_ids
         if queries.owners is not None:
             ids += ((_identity(problem), queries.owners),)
         reverse = Block(own_targets, "positive", queries, myself, scale, ids)
-        out.append(Direction([reverse], problem.positive, weight, problem.threshold, active, forward=False))
+        out.append(Direction([reverse], problem, weight, threshold, active, forward=False))
     return out

@@ -103,5 +103,9 @@ def attention():
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     made = check.Check.__init__
-    check.Check.__init__ = lambda self, *args, **kwargs: made(self, *args, **kwargs | ({"seconds": 5.0} if args[0] == "pooled_info_nce" else {}))
+
+    def impatient(self, name, *args, **kwargs):
+        made(self, name, *args, **kwargs | ({"seconds": 5.0} if name == "pooled_info_nce" else {}))
+
+    check.Check.__init__ = impatient
     sys.exit(child.main())

@@ -108,9 +108,9 @@ def test_the_cost_model_prices_the_tiles_that_are_launched(arch):
     for row in compiled(arch):
         if row["kernel"] == "_exp_panel_kernel":
             shapes[row["case"].split(", ", 1)[1].removesuffix(", bfloat16")] = row["block_r"], row["block_c"]
-    assert shapes["plain"] == shapes["stats"] == roofline.TILE[arch]
-    assert shapes["prefixes"] == shapes["prefixes, all"] == roofline.LEVEL_TILE[arch]
-    assert shapes["joint"] == roofline.JOINT_TILE[arch]
+    assert shapes["plain"] == configs.exp_panel_tile(arch, 2, 4096) and shapes["stats"] == configs.exp_panel_tile(arch, 2, 4096, row_max=True)
+    assert shapes["prefixes"] == shapes["prefixes, all"] == configs.exp_panel_tile(arch, 2, 4096, levels=True)
+    assert shapes["joint"] == configs.exp_panel_tile(arch, 2, 4096, col_sum=True)
 
 
 @pytest.mark.parametrize("arch, name", [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
@@ -147,16 +147,18 @@ def test_predicted_time_stays_near_three_products(arch, n, d):
 
 
 GROUPS = {  # what launchers note, by the piece of the cost model that stands for it
-    "exp_panel": ("logits product",), "gemm": ("logits, float32", "d_query = ", "d_target +="), "row_scaled": ("scaled query",),
-    "rows_update": ("row factors",), "rows_scatter": ("positives of",), "chunk": ("softmax over",), "fused_": ("fused ",),
-    "exp_panel_redo": ("unsafe rows",), "row_dots": ("cosines of",),
+    "exp_panel": ("logits product",), "gemm": ("logits, float32", "d_query = ", "d_target +="), "row_scaled": ("scaled query", "unit targets"),
+    "rows_update": ("row factors",), "rows_scatter": ("positives of",), "chunk": ("softmax ",), "fused_": ("fused ",),
+    "exp_panel_redo": ("unsafe rows",), "row_dots": ("cosines of",), "mark_rows": ("rows to look",), "finish_rows": ("rows worked",),
+    "inverse_norms": ("inverse norms",), "project_out": ("projection",),
 }
 
 
 # 64: three panels; 96: two panels of a tile and a half each; 192: one panel, which stores where the others add
 @pytest.mark.parametrize("wrt", [("query", "target"), ("query",), ("target",)])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("path, panel", [("exp", 64), ("exp", 192), ("chunk", 96), ("chunk", 192), ("fused", 192)])
-def test_launched_work_equals_the_cost_model(path, panel, wrt, monkeypatch):
+def test_launched_work_equals_the_cost_model(path, panel, normalize, wrt, monkeypatch):
     """FLOPs of grids times tiles, and bytes of the tensors that the launches touch, against the pieces that dispatch prices."""
     from contrastive_kernels import info_nce_value_and_grad
     from contrastive_kernels.triton import configs, work
@@ -168,15 +170,14 @@ def test_launched_work_equals_the_cost_model(path, panel, wrt, monkeypatch):
     force(monkeypatch, path, rows=panel)
     tile = configs.Tile(32, 64, 64, 4, 1, 2)
     monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
-    monkeypatch.setitem(roofline.TILE, 90, (tile.block_r, tile.block_c))
     query = torch.nn.functional.normalize(torch.randn(n, d), dim=1).bfloat16()
     with work.record() as launches:
-        info_nce_value_and_grad(query, query.roll(1, 0), backend="triton", wrt=wrt)
-    wants = dict(d_query="query" in wrt, d_target="target" in wrt)
+        info_nce_value_and_grad(query, query.roll(1, 0), backend="triton", wrt=wrt, normalize=normalize)
+    wants = dict(d_query="query" in wrt, d_target="target" in wrt, normalize=normalize)
     if path == "fused":
         pieces = roofline.fused_passes(roofline.H100, n, n, d, itemsize=2, **wants)
     else:
-        pieces = roofline.panels(roofline.H100, n, n, d, panel, itemsize=2, path=path, **wants)
+        pieces = roofline.panels(roofline.H100, n, n, d, panel, itemsize=2, path=path, tile=(32, 64), bounded=normalize, **wants)
     matched = 0
     for start, names in GROUPS.items():
         ours = [x for x in launches if x.name.startswith(start) and (start != "exp_panel" or x.name == start)]

@@ -120,7 +120,8 @@ def test_missing_packages_of_peers_are_notes_and_of_ours_failures():
     def run():
         raise ModuleNotFoundError("No module named 'memeff'")
 
-    assert attempted(run, ours=False)[1] | {"trace": ""} == {"kind": "note", "name": "it", "text": "not installed: No module named 'memeff'", "trace": ""}
+    said = attempted(run, ours=False)[1]
+    assert (said["kind"], said["text"]) == ("note", "not installed: No module named 'memeff'")
     assert attempted(run)[1]["kind"] == "failed"
 
 

@@ -170,8 +170,6 @@ def test_columns_beyond_32_bits_are_refused(offset, columns):
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
 def test_float32_products_follow_the_setting_of_torch(setting, monkeypatch):
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("torch before 2.9 has the older switch alone")
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting  # from here on torch refuses to say what the older switch is

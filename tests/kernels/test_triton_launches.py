@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 import contrastive_kernels as ck  # noqa: E402
+from contrastive_kernels.compute import compute  # noqa: E402
+from contrastive_kernels.options import InfoNCEOptions  # noqa: E402
 from tests.kernels.launches import counted  # noqa: E402
 from tests.kernels.paths import force  # noqa: E402
 
@@ -32,13 +34,13 @@ def launches(monkeypatch, path="exp", rows=None, backward=False, **options) -> l
     (dict(normalize=True, backward=True), 19),
     (dict(path="chunk"), 14),
     (dict(path="chunk", normalize=True), 18),
-    (dict(path="fused"), 15),
+    (dict(path="fused"), 16),
     (dict(rows=32), 15 + 2 * 9),  # three panels
     (dict(rows=24), 15 + 3 * 9),  # four
-    (dict(temperature=torch.tensor(0.05)), 23),  # and its gradient
-    (dict(weight=torch.rand(N)), 19),
+    (dict(temperature=torch.tensor(0.05)), 24),  # and its gradient; of a temperature on the host, read there
+    (dict(weight=torch.arange(1.0, N + 1)), 19),
     (dict(target_ids=torch.arange(N) // 2), 20),
-], ids=str)  # fmt: skip
+], ids=lambda x: ",".join(x) or "plain" if isinstance(x, dict) else str(x))  # fmt: skip
 def test_launches_of_a_call(monkeypatch, options, most):
     names = launches(monkeypatch, **options)
     assert len(names) <= most, names
@@ -57,3 +59,25 @@ def test_low_precision_gradients_are_cast_with_their_cotangent(monkeypatch):
         (ck.info_nce(query, target, backend="triton") * 3).backward()
     after = names[names.index("ones_like") :]
     assert after.count("mul") == 3 and not {"mul_", "_to_copy"} & set(after)  # the factor 3, and a gradient each
+
+
+# what reads a tensor's numbers to go on, and so waits for the device; it cannot stand in a CUDA graph either
+WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2", "allclose", "bincount"}
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(normalize=True), dict(symmetric=True, normalize=True), dict(weight=torch.rand(N)),
+    dict(positives=torch.randperm(N)), dict(target_ids=torch.arange(N) // 2), dict(query_mask=torch.rand(N) > 0.2, target_mask=torch.rand(N) > 0.2),
+    dict(mask_margin=0.1, return_stats=True), dict(own_negatives_only=torch.rand(N) > 0.5, hard_negatives=torch.randn(N, 2, D)),
+    dict(label_smoothing=0.1), dict(matryoshka_dims=(32, 64)), dict(query_negatives=True, target_negatives=True), dict(temperature=0.001),
+], ids=lambda options: ",".join(options) or "plain")  # fmt: skip
+def test_nothing_waits_and_nothing_depends_on_values(monkeypatch, options):
+    """The same launches whatever the numbers, and none of their numbers read by the host: what a CUDA graph can hold."""
+    made = InfoNCEOptions.make({**options, "backend": "triton"})
+    runs = []
+    for scale in (1.0, 3.0):  # of the second, rows are done again
+        query, target = (scale * torch.nn.functional.normalize(torch.randn(N, D), dim=1) for _ in range(2))
+        with counted(monkeypatch) as names:
+            compute(query, target, made, frozenset(("query", "target")))
+        runs.append(names)
+    assert runs[0] == runs[1] and not WAITS & set(runs[0])

@@ -98,10 +98,10 @@ FLASH_ATTN = (
 
 class Recorder:
     def __init__(self, signature):
-        self.signature, self.arguments = signature, None
+        self.__signature__, self.arguments = signature, None  # what inspect.signature says of it
 
     def __call__(self, *args, **kwargs):
-        self.arguments = self.signature.bind(*args, **kwargs).arguments
+        self.arguments = self.__signature__.bind(*args, **kwargs).arguments
         return args[0]
 
 
@@ -126,19 +126,42 @@ def test_flash_attn_is_called_by_its_signature(monkeypatch, causal, window, flas
     assert (got["max_seqlen_q"], got["softmax_scale"], got["causal"], got["window_size"]) == (5, 0.5, causal, flash_window)
 
 
-def test_torch_varlen_is_called_by_its_installed_signature(monkeypatch):
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)): ...
+def varlen_2_14(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+    seqused_k=None, block_table=None, num_splits=None,
+): ...  # fmt: skip
+
+
+@pytest.mark.parametrize("torch_version", ["2.11", "2.14", "installed"])
+@pytest.mark.parametrize(("key_heads", "window", "varlen_window"), [(2, None, (-1, 0)), (4, None, (-1, 0)), (2, 3, (2, 0))])
+def test_torch_varlen_is_called_by_its_signature(monkeypatch, torch_version, key_heads, window, varlen_window):
     from torch.nn.attention import varlen
 
-    record = Recorder(inspect.signature(varlen.varlen_attn))
+    function = {"2.11": varlen_2_11, "2.14": varlen_2_14, "installed": varlen.varlen_attn}[torch_version]
+    record = Recorder(inspect.signature(function))
     monkeypatch.setattr(varlen, "varlen_attn", record)
-    segments = Segments.from_lengths([3, 5], causal=True)
-    q, k = torch.randn(8, 4, 8), torch.randn(8, 2, 8)
-    attention.varlen_packed(q, k, k, segments, scale=0.5)
+    segments = Segments.from_lengths([3, 5], causal=True, provider=choose_provider("varlen", torch.device("cuda"), torch.bfloat16))
+    q, k = torch.randn(8, 4, 8), torch.randn(8, key_heads, 8)
+    attention.packed_attention(q, k, k, segments, scale=0.5, window=window)
     got = record.arguments
-    assert (got["max_q"], got["max_k"], got["scale"], got["window_size"], got["enable_gqa"]) == (5, 5, 0.5, (-1, 0), True)
+    assert (got["max_q"], got["max_k"], got["scale"], got["window_size"]) == (5, 5, 0.5, varlen_window)
+    assert got.get("enable_gqa") == (key_heads != 4 if "enable_gqa" in record.__signature__.parameters else None)
     assert got["cu_seq_q"].tolist() == got["cu_seq_k"].tolist() == [0, 3, 8]
     with pytest.raises(ValueError, match="dropout"):
         attention.varlen_packed(q, k, k, segments, dropout=0.1)
+
+
+def test_a_varlen_without_a_window_is_not_chosen(monkeypatch):
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_2_10)
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    cuda = torch.device("cuda")
+    assert choose_provider("auto", cuda, torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match="torch 2.11 or newer"):
+        choose_provider("varlen", cuda, torch.bfloat16)
 
 
 def test_choice_of_provider():

@@ -92,7 +92,7 @@ def _search_dense(query, target, temperature):
 
 def searches() -> list[Contestant]:
     return [
-        Contestant("search: its bare product", _search_product, "search"), Contestant("search: top-10, triton", _search("triton"), "search"),
-        Contestant("search: top-10, torch", _search("torch"), "search"),
+        Contestant("search: its bare product", _search_product, "search"),
+        Contestant("search: top-10, triton", _search("triton"), "search"), Contestant("search: top-10, torch", _search("torch"), "search"),
         Contestant("search: product, then topk", _search_dense, "search", ours=False),
     ]  # fmt: skip

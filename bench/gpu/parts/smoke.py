@@ -193,7 +193,8 @@ def graph(machine) -> str:
     expected = info_nce_value_and_grad(*held, **options)
     for name in ("loss", "d_query", "d_target"):
         if not torch.equal(getattr(result, name), getattr(expected, name)):
-            raise RuntimeError(f"{name} of a replayed graph differs from a call's by {losses.relative(getattr(result, name), getattr(expected, name)):.1e}")
+            error = losses.relative(getattr(result, name), getattr(expected, name).double())
+            raise RuntimeError(f"{name} of a replayed graph differs from a call's by {error:.1e}")
     return "replayed over new inputs, equal bit for bit"
 
 
@@ -210,7 +211,8 @@ def attention(machine) -> dict:
         leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
         segments = Segments.from_lengths(lengths, causal=True, provider=provider).to(machine.device)
         out = packed_attention(*leaves, segments)
-        return dict(zip(("output", "d_q", "d_k", "d_v"), (out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)), strict=True))
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        return dict(zip(("output", "d_q", "d_k", "d_v"), (out.detach(), *gradients), strict=True))
 
     got, right = run(torch.bfloat16, provider), run(torch.float32, "sdpa")
     row = judged({name: losses.relative(got[name], right[name].double()) for name in right}, dict.fromkeys(right, 0.03))
@@ -255,12 +257,13 @@ def one_rank(machine) -> dict:
 
     query, target = _pair(machine)
     if not dist.is_initialized():
-        seconds = datetime.timedelta(seconds=30)
-        dist.init_process_group("nccl" if machine.device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=seconds)
+        backend, limit = "nccl" if machine.device == "cuda" else "gloo", datetime.timedelta(seconds=30)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     options = {"temperature": TEMPERATURE, "backend": "triton", "grad_dtype": torch.float32}
     alone = info_nce_value_and_grad(query, target, **options)
     errors = {}
     for exchange in ("gather", "ring"):
         got = info_nce_value_and_grad(query, target, group=dist.group.WORLD, exchange=exchange, **options)
-        errors |= {f"{exchange}_{name}": losses.relative(getattr(got, name), getattr(alone, name).double()) for name in ("loss", "d_query", "d_target")}
+        for name in ("loss", "d_query", "d_target"):
+            errors[f"{exchange}_{name}"] = losses.relative(getattr(got, name), getattr(alone, name).double())
     return judged(errors, {name: 2 * (LOSS if name.endswith("loss") else GRADIENT) for name in errors})

@@ -78,8 +78,8 @@ def compared(machine, name: str, recipe_of, plan: dict) -> list[dict]:
     if peak > MOST_OVER_PLAN * plan["peak"]:
         wrong.append(f"peak {peak / 2**30:.2f} GiB, {peak / plan['peak']:.3f} of its plan")
     note = f"{facts['tokens']} tokens, {facts['chunks']} chunks, attention by {facts['provider']}, loss {last['loss']:.4f}"
-    rows = [{"name": f"{name}, seconds of a step", "value": last["seconds"], "unit": "s", "predicted": plan["seconds"][gpu_of(machine)], "note": note}]
-    rows[0] |= {"wrong": wrong} if wrong else {}
+    rows = [{"name": f"{name}, seconds of a step", "value": last["seconds"], "unit": "s", "predicted": plan["seconds"][gpu_of(machine)]}]
+    rows[0] |= {"note": note} | ({"wrong": wrong} if wrong else {})
     if machine.device == "cuda":
         rows.append({"name": f"{name}, peak of memory", "value": peak / 2**30, "unit": "GiB", "predicted": plan["peak"] / 2**30})
         rows[-1]["note"] = f"reserved {max(step['reserved'] for step in steps) / 2**30:.2f} GiB"
@@ -150,4 +150,4 @@ def tiny_recipe():
 def dry(machine) -> list[dict]:
     """A tiny recipe, planned here and then run."""
     with tiny_recipe() as recipe:
-        return compared(machine, "tiny", lambda: recipe, plans.numbers(recipe, "tiny"))
+        return compared(machine, "tiny", lambda: recipe, plans.numbers(recipe, "tiny", plans.GPUS[:1]))

@@ -5,14 +5,12 @@ Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.
 """
 
 import functools
-import os
 
 import torch
 import triton
 import triton.language as tl
 
-# Read when a function is decorated, so it is a constant of this process.
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 LOG2E = 1.4426950408889634
 MAXIMUM_COLUMNS = 2**31 - 129  # less the 128 numbers that stand for top-k's empty slots
@@ -29,10 +27,8 @@ def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: what torch would do for its own float32 products, IEEE unless the user allowed tf32."""
     if dtype != torch.float32:
         return "ieee"
-    settings = torch.backends.cuda.matmul
-    # torch 2.9 and newer; there the older switch cannot be read any more once a program has set this one
-    precision = getattr(settings, "fp32_precision", None)
-    return "tf32" if (settings.allow_tf32 if precision is None else precision == "tf32") else "ieee"
+    # the older switch, allow_tf32, sets this one too, but cannot be read any more once a program has set this one
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive_kernels.triton.common import INTERPRET
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -54,6 +54,8 @@ EXP_PANEL = {
     (0, 4, True): Tile(128, 64, 32, 8, 3, 2),
 }
 INTERPRETED = Tile(64, 64, 64, 4, 1, 2)
+# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
+PLAIN_COLUMNS = 256
 
 # Memory-bound passes: a few rows a program so that 2,048 columns of each are 16-byte loads for every thread.
 CHUNK_REDUCE = Tile(2, 2048, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
@@ -91,6 +93,16 @@ def choose(table: dict, arch: int, *key) -> Tile:
 # The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
 # tensor memory, in slices that triton 3.6 does not spill.
 PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4), 100: Tile(128, 128, 64, 8, 3, 4)}
+
+
+def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
+    """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
+    if levels and itemsize <= 2 and tuned_as(arch) in PREFIXES:
+        tile = PREFIXES[tuned_as(arch)]
+    else:
+        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, columns % PLAIN_COLUMNS != 0)
+        tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+    return tile.block_r, tile.block_c
 
 
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
@@ -195,16 +207,17 @@ def topk_shares(slots: int, tiles_r: int, tiles_c: int) -> int:
 
 FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it
 # (architecture, width of a row on the chip, pass, rich) -> tile; block_k is not used, the whole width is there. The forward owns
-# BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows.
+# BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows. Rich ones are as narrow as triton 3.6 needs: in
+# 128 x 64 it spills where 3.8 takes 215 to 255 registers.
 FUSED = {
     (80, 64, "forward", False): Tile(128, 64, 0, 8, 3),
-    (80, 64, "forward", True): Tile(128, 64, 0, 8, 3),
+    (80, 64, "forward", True): Tile(128, 32, 0, 8, 3),
     (80, 64, "backward", False): Tile(64, 128, 0, 8, 3),
     (80, 64, "backward", True): Tile(64, 128, 0, 8, 3),
     (80, 128, "forward", False): Tile(128, 64, 0, 8, 3),
     (80, 128, "forward", True): Tile(128, 32, 0, 8, 3),
     (80, 128, "backward", False): Tile(64, 128, 0, 8, 3),
-    (80, 128, "backward", True): Tile(64, 128, 0, 8, 3),
+    (80, 128, "backward", True): Tile(64, 64, 0, 8, 3),
     (90, 64, "forward", False): Tile(128, 128, 0, 8, 3),
     (90, 64, "forward", True): Tile(128, 64, 0, 8, 3),
     (90, 64, "backward", False): Tile(128, 128, 0, 8, 3),
@@ -220,7 +233,7 @@ FUSED = {
     (100, 128, "forward", False): Tile(128, 64, 0, 8, 2),
     (100, 128, "forward", True): Tile(128, 32, 0, 8, 2),
     (100, 128, "backward", False): Tile(64, 128, 0, 8, 2),
-    (100, 128, "backward", True): Tile(64, 128, 0, 8, 2),
+    (100, 128, "backward", True): Tile(64, 64, 0, 8, 2),
 } | {
     (0, width, which, rich): Tile(64, 64, 0, 8, 2)
     for width in (64, 128) for which in ("forward", "backward") for rich in (False, True)

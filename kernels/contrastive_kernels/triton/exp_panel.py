@@ -24,8 +24,6 @@ from contrastive_kernels.triton.common import (
     dot_precision, on_its_device, scalar, whole_blocks,
 )
 
-# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
-PLAIN_COLUMNS = 256
 PANELS = ("auto", "plain", "warp_specialised")
 
 
@@ -244,7 +242,7 @@ def exp_panel(
     if tile is None and special:
         tile = configs.warp_specialised(arch, row_scale is not None)
     elif tile is None:
-        odd = columns % PLAIN_COLUMNS != 0
+        odd = columns % configs.PLAIN_COLUMNS != 0
         rich = levels is not None or configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
         tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)

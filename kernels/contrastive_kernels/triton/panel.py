@@ -87,6 +87,8 @@ def exponentials(
     parts = Parts(joined(made, 0), shift, joined(made, 1) if need_best else None)
     if not bounded:
         redo(blocks, rows, outs, parts, exponent)
+    if not want_best:
+        parts.best = None
     return parts
 
 

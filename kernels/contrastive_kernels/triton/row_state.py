@@ -231,7 +231,7 @@ def mark(best: torch.Tensor, shift: torch.Tensor, exponent: torch.Tensor, block_
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
         _mark_kernel[(tiles,)](best, shift, exponent, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, BLOCK=block_r, num_warps=4)
-    work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own, marks))
+    work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own))
     return own, marks
 
 
@@ -268,4 +268,5 @@ def finish(
         FINISH=finishing, OWN_SHIFT=own_shift, SMOOTHING=float(state.smoothing), GAIN=float(gain), BLOCK=given.block_r, num_warps=4,
     )
     item = results.element_size()
-    work.note("finish_rows", programs, 0, work.size(given.total, given.shift, given.best) + count * item * (5 * prior + 2), count * item * (3 + RESULTS * finishing))
+    read = work.size(given.total, given.shift, given.best) + count * item * ((5 if prior else 0) + 2)
+    work.note("finish_rows", programs, 0, read, count * item * (3 + RESULTS * finishing))

@@ -11,11 +11,13 @@ the ways of `dispatch.py` is taken is decided there; "fused" has a file of its o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from contrastive_kernels import dispatch, roofline
 from contrastive_kernels.softmax import RowSums
-from contrastive_kernels.triton import configs, fused_sweep
+from contrastive_kernels.triton import configs, dense, fused_sweep
 from contrastive_kernels.triton import panel as panels
 from contrastive_kernels.triton.common import INTERPRET, check_dtype, scalar
 from contrastive_kernels.triton.products import matmul
@@ -28,13 +30,23 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
     """What `dispatch.plan` says about a direction on the device at hand; an H100 stands in for the interpreter's CPU."""
     source = problem.query.source
     wants = (lambda name: False) if gradients is None else gradients.wants
+    masks = direction.threshold is not None or any(block.ids or block.columns.keep is not None for block in direction.blocks)
     return dispatch.plan(
         problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, problem.product_dtype, workspace=workspace,
         gpu=roofline.for_arch(configs.architecture(source.device) or 90), smoothing=bool(problem.options.label_smoothing),
         normalize=problem.query.inverse_norm is not None, interpreted=INTERPRET,
         d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
         d_target=any(wants(block.columns.sink) for block in direction.blocks),
+        masks=masks, bounded=bounded(problem, direction), best=problem.options.return_stats and direction.forward,
+        plain=dense.plain(problem, direction, gradients),
     )
+
+
+def bounded(problem, direction) -> bool:
+    """Whether no |logit| can exceed LARGEST_LOGIT, known without a look at the device: rows normalised here, a temperature that is a number."""
+    scale = direction.blocks[0].scale
+    known = problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor)
+    return known and scale * panels.ROUNDING <= panels.LARGEST_LOGIT
 
 
 class Panels:
@@ -49,30 +61,43 @@ class Panels:
         self.problem, self.direction, self.gradients = problem, direction, gradients
         self.plan = plan_for(problem, direction, gradients, workspace)
         self.path, self.size = self.plan.path, self.plan.rows
-        self.sides = Sides(direction, self.dtype)
-        self.writer = None if gradients is None else Writer(problem, direction, gradients, self.sides)
-        self.views, self.rows = self.sides.views, problem.query.rows
+        self.rows = problem.query.rows
         self.smoothing = problem.options.label_smoothing
-        # every block of a direction has the same
-        self.scale = scale = direction.blocks[0].scale
-        inverse = problem.inverse_temperature
-        self.exponent = scalar(scale, problem.dtype, problem.device)
-        same = scale is inverse or (isinstance(scale, float) and scale == inverse)
-        self.inverse_temperature = self.exponent if same else scalar(inverse, problem.dtype, problem.device)
-        # known without a look at the device: cosines of rows that are normalised here, a temperature that is a number
-        known = problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor)
-        self.bounded = known and scale * panels.ROUNDING <= panels.LARGEST_LOGIT
-        self._buffers = self._fixed_shift = None
+        self.scale = direction.blocks[0].scale  # every block of a direction has the same
+        self.bounded = bounded(problem, direction)
+        self._buffers = None
 
     def __iter__(self):
         return (slice(a, min(a + self.size, self.rows)) for a in range(0, self.rows, self.size))
 
+    @functools.cached_property
+    def sides(self) -> Sides:
+        return Sides(self.direction, self.dtype)
+
+    @functools.cached_property
+    def writer(self) -> Writer | None:
+        return None if self.gradients is None else Writer(self.problem, self.direction, self.gradients, self.sides)
+
     @property
+    def views(self):
+        return self.sides.views
+
+    @functools.cached_property
+    def exponent(self) -> torch.Tensor:
+        """0-d: logit per cosine."""
+        return scalar(self.scale, self.problem.dtype, self.problem.device)
+
+    @functools.cached_property
+    def inverse_temperature(self) -> torch.Tensor:
+        """0-d: the positives' logit per cosine, `exponent` without hardness."""
+        inverse = self.problem.inverse_temperature
+        same = self.scale is inverse or (isinstance(self.scale, float) and self.scale == inverse)
+        return self.exponent if same else scalar(inverse, self.problem.dtype, self.problem.device)
+
+    @functools.cached_property
     def fixed_shift(self) -> torch.Tensor:
         """(n,) what the exponentials of the first launch are relative to."""
-        if self._fixed_shift is None:
-            self._fixed_shift = panels.fixed_shift(self.scale, self.rows, self.problem.dtype, self.problem.device, self.direction.active)
-        return self._fixed_shift
+        return panels.fixed_shift(self.scale, self.rows, self.problem.dtype, self.problem.device, self.direction.active)
 
     @property
     def gain(self) -> float:
@@ -130,6 +155,8 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
     Arguments are those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
     panel_sweep = Panels(problem, direction, gradients, workspace)
+    if panel_sweep.path == "eager":
+        return dense.sweep(problem, direction, gradients), None
     state, prior = panel_sweep.state(hard)
     if panel_sweep.path == "fused":
         fused_sweep.forward(panel_sweep, state, prior=prior, complete=True)

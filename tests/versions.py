@@ -1,0 +1,13 @@
+"""What only newer versions have, by version: tests of it are skipped on older ones, and run (and fail) where a newer one lost it."""
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+# A sharded rank that runs out of memory goes on with the others; without it the error is raised there, with the mend.
+LACKS_RESET_ITER_STATE = TORCH < (2, 14) and not hasattr(FSDPModule, "reset_iter_state")
+needs_reset_iter_state = pytest.mark.skipif(
+    LACKS_RESET_ITER_STATE, reason=f"FSDPModule.reset_iter_state: torch 2.14 has it, {torch.__version__} has not"
+)
