@@ -127,6 +127,8 @@ def analyse(kernel, arch: int, threads: int) -> dict:
         "narrow_loads": code.narrow_loads(*loop) if loop else [],
         "wide_bytes": code.wide_copies(*loop) * 16 * threads if loop else 0,
         "loop_instructions": sum(inside.values()),
+        # of the longest loop inside the hot one: of top-k, another look through its tile
+        "inner_instructions": max((b - a + 1 for a, b in code.loops() if loop and (a, b) != loop and loop[0] <= a and b <= loop[1]), default=0),
         "wide_stores": sum(i.name == "STG" and ".128" in i.full or i.name == "UTMASTG" for i in code.instructions),
         "instructions": sum(everything.values()),
         "epilogue": sum(after.values()),
@@ -168,7 +170,7 @@ def description(name: str, launch: Caught, arch: int, has_dot: bool) -> dict:
     row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]), flops=launch.flops, bytes=launch.bytes)
     row["grid"] = launch.tiles or row["grid"] * (int(launch.grid[1]) if len(launch.grid) > 1 else 1)
     row["operand_bytes"] = operand_bytes(constants | {"kernel": row["kernel"]}, 2) if has_dot else 0
-    row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK")}
+    row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK") or k == "RESIDENT"}
     return row | described(launch, arch, threads)
 
 

@@ -89,12 +89,11 @@ def _combinations(dtype):
         columns = 1000 if odd else C  # rows of E 16 bytes apart, so that a whole number of columns is not what is looked at
         parts = _epilogues(R, columns)
         masks = parts["ids"] | parts["threshold"] | parts["keep"]
-        two = masks | dict(ids=masks["ids"] * 2)
-        sets = {"": {}, "ids": parts["ids"], "two ids": dict(ids=two["ids"]), "threshold": parts["threshold"], "keep": parts["keep"], "masks": two}
+        sets = {"": {}, "ids": parts["ids"], "masks": masks | dict(ids=parts["ids"]["ids"] * 2)}
         for (name, mask), norms, row_max, col_sum in itertools.product(sets.items(), (False, True), (False, True), (False, True)):
-            if odd and name not in ("", "ids", "masks"):
-                continue  # one tile for all of them
-            words = [w for w, on in ((name, name), ("normalize", norms), ("maximum", row_max), ("columns", col_sum), ("odd", odd)) if on]
+            if odd and (name == "ids" or row_max):
+                continue  # one tile for all of them; "all, odd" above has the maximum too
+            words = [word for word, on in ((name, name), ("normalize", norms), ("maximum", row_max), ("columns", col_sum), ("odd", odd)) if on]
             options = mask | (parts["normalize"] if norms else {}) | dict(row_max=row_max, col_sum=col_sum)
             yield ", ".join(words) or "nothing", lambda columns=columns, options=options: run(columns, **options)
 
@@ -237,6 +236,12 @@ def _topk(dtype):
         yield f"k {kept}", lambda kept=kept: topk(query, target, kept)
         if dtype != torch.float16 and kept in (2, 16, 32, 64, 128):
             yield f"k {kept}, exclude", lambda kept=kept: topk(query, target, kept, exclude=exclude)
+    if dtype != torch.float32:  # whose queries never stay
+        far, away = matrix(R, D, dtype), matrix(C, D, dtype)
+        for kept in (16, 128) if dtype == torch.float16 else (16, 32, 128):
+            yield f"k {kept}, wide", lambda kept=kept: topk(far, away, kept)
+            if dtype == torch.bfloat16:
+                yield f"k {kept}, wide, exclude", lambda kept=kept: topk(far, away, kept, exclude=exclude)
 
 
 def _fused(dtype):

@@ -98,9 +98,8 @@ def test_what_it_has_not_is_refused(option):
     exp_panel(x, y, scale=1.0, shift=shift, panel="auto", **taken)
 
 
-def test_obstacles_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(warp_specialised, "INTERPRET", False)
-    asked = dict(plain=True, columns=1024)
+def test_obstacles_of_a_gpu():
+    asked = dict(plain=True, columns=1024, interpreted=False)
     assert not warp_specialised.obstacle(90, torch.bfloat16, version="3.6.0", **asked)
     assert not warp_specialised.obstacle(100, torch.float16, version="3.10.1", **asked)
     assert "3.6.0 cannot specialise" in warp_specialised.obstacle(100, torch.bfloat16, version="3.6.0", **asked)
@@ -143,8 +142,9 @@ def test_descriptors_memory_comes_from_torch_and_leaves_the_programs_setting(mon
     before = _allocation()
     try:
         triton.set_allocator(mine)
-        threads = [threading.Thread(target=exp_panel, args=(x, x), kwargs=dict(scale=1.0, shift=shift, panel="warp_specialised"))]
-        threads[0].start(), threads[0].join()
+        thread = threading.Thread(target=exp_panel, args=(x, x), kwargs=dict(scale=1.0, shift=shift, panel="warp_specialised"))
+        thread.start()
+        thread.join()
         exp_panel(x, x, scale=1.0, shift=shift, panel="warp_specialised")
         assert _allocation() is mine
     finally:

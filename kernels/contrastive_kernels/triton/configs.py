@@ -43,7 +43,7 @@ class Tile:
 # (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
-    (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
+    (80, 2, True): Tile(128, 64, 32, 8, 4, 4),
     (90, 2, False): Tile(256, 128, 64, 8, 3, 8),
     (90, 2, True): Tile(128, 128, 64, 8, 4, 8),
     (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
@@ -91,8 +91,8 @@ def choose(table: dict, arch: int, *key) -> Tile:
 
 
 # The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
-# tensor memory.
-PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4)}
+# tensor memory, in slices that triton 3.6 does not spill.
+PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4), 100: Tile(128, 128, 64, 8, 3, 4)}
 
 
 def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
@@ -138,19 +138,18 @@ def exp_panel_is_rich(arch: int, masks, scale, row_max, col_sum, redo, odd) -> b
     Args: what it holds. masks: ids, thresholds or column masks. scale: norms. row_max, col_sum: beside the rows' sums. redo: the
     second launch over unsafe rows. odd: columns that 256 does not divide.
     """
-    if redo or odd:
-        return True  # sm_90: 255 registers and up to 70 spills; sm_80 up to 40, sm_100 up to 62
     if tuned_as(arch) == 100:
-        return bool(masks or col_sum or scale and row_max)  # norms alone: 255; all others spill with some triton
-    # sm_90 without a maximum: everything at once takes 234 registers; norms with a maximum 255; masks with one spill. sm_80: 255, 255
-    return bool(row_max and (masks or col_sum))
+        return bool(masks or col_sum or redo or odd or scale and row_max)  # norms alone: 255; all others spill with some triton
+    # sm_90: without a maximum everything at once takes 234 registers, odd columns 255 alone; with one, norms 255 and masks spill
+    # sm_80: as much, but 2 spills where masks meet column sums
+    return bool(redo or row_max and (masks or col_sum or odd) or odd and (masks or scale or col_sum) or tuned_as(arch) == 80 and masks and col_sum)
 
 
 # (architecture, element size) -> tile: a dozen values of a pair are alive at once, so slices are narrow.
 SIGMOID = {
     (80, 2): Tile(128, 128, 32, 8, 4, 4),
     (90, 2): Tile(128, 128, 64, 8, 4, 8),
-    (100, 2): Tile(128, 128, 64, 8, 3, 8),
+    (100, 2): Tile(128, 128, 64, 8, 3, 4),
     (0, 2): Tile(128, 128, 32, 8, 3, 8),
     (0, 4): Tile(128, 64, 32, 8, 3, 4),
 }
@@ -169,20 +168,23 @@ TOPK = {
     (90, 2, True): Tile(64, 64, 64, 8, 4),
     (100, 2, False): Tile(128, 64, 64, 8, 3),
     (100, 2, True): Tile(128, 32, 64, 8, 3),
-    (100, 4, False): Tile(64, 64, 16, 8, 2),
     (0, 2, False): Tile(64, 128, 32, 4, 3),
     (0, 2, True): Tile(64, 64, 32, 8, 3),
-    (0, 4, False): Tile(64, 64, 32, 8, 3),
-    (0, 4, True): Tile(32, 64, 32, 8, 3),
+    (0, 4, False): Tile(64, 64, 16, 4, 2),
+    (0, 4, True): Tile(32, 64, 16, 4, 2),
 }
 
 
-# (architecture, more than 32 kept) -> tile for queries that stay on the chip.
+# (architecture, more than 32 kept) -> tile for queries that stay on the chip. On sm_80 and sm_90 two blocks of the first share a
+# multiprocessor, so that one multiplies while the other selects: no compiler here lets the products of a block run on beside its own
+# selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product, PREDICTED, where 64 take 1.6.
 TOPK_RESIDENT = {
-    (80, False): Tile(64, 128, 64, 4, 2, resident=True),
-    (90, False): Tile(128, 128, 128, 8, 2, resident=True),
+    (80, False): Tile(64, 64, 64, 4, 2, resident=True),
+    (80, True): Tile(64, 64, 64, 8, 2, resident=True),
+    (90, False): Tile(64, 64, 128, 4, 2, resident=True),
     (90, True): Tile(64, 128, 128, 8, 2, resident=True),
-    (100, False): Tile(128, 128, 128, 8, 2, resident=True),
+    (100, False): Tile(128, 64, 128, 8, 2, resident=True),
+    (100, True): Tile(64, 64, 128, 8, 2, resident=True),
 }
 RESIDENT_WIDTH = 256
 
@@ -194,10 +196,13 @@ def topk(arch: int, itemsize: int, kept: int, width: int) -> Tile:
     return held or choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
 
 
-def topk_shares(device: torch.device, tiles_r: int) -> int:
-    """Pieces of the targets, so that about four programs wait for each multiprocessor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, 4 * processors // max(tiles_r, 1))
+EMPTY_LIST = 64  # tiles that a share's first ones cost more, while its lists fill
+
+
+def topk_shares(slots: int, tiles_r: int, tiles_c: int) -> int:
+    """Pieces of the targets, so that programs fill whole waves of the `slots` blocks that run at a time."""
+    most = min(tiles_c, max(16, 2 * slots // tiles_r))
+    return min(range(1, most + 1), key=lambda shares: -(-tiles_r * shares // slots) * (-(-tiles_c // shares) + EMPTY_LIST))
 
 
 FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it

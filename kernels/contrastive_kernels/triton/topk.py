@@ -105,7 +105,9 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
     tile = tile or configs.topk(configs.architecture(device), query.element_size(), kept, query.shape[1])
     x, y = whole_blocks(query, tile.block_k), whole_blocks(target, tile.block_k)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
-    shares = min(tiles_c, shares or configs.topk_shares(device, tiles_r))
+    # of tiles whose queries stay two blocks fit on a multiprocessor, of the others about four
+    slots = configs.processors(device) * (2 if tile.resident else 4)
+    shares = min(tiles_c, shares or configs.topk_shares(slots, tiles_r, tiles_c))
     per_share = cdiv(tiles_c, shares) * tile.block_c
     shares = cdiv(columns, per_share)
     scores = torch.empty(shares, rows, kept, dtype=acc, device=device)

@@ -66,11 +66,11 @@ def _warp_specialised_kernel(
         tl.store(p_row_part + i_c.to(tl.int64) * R + o_r, tl.sum(b_e, 1), mask=m_r)
 
 
-def obstacle(arch: int, dtype: torch.dtype, *, plain: bool, columns: int, version: str = triton.__version__) -> str:
+def obstacle(arch: int, dtype: torch.dtype, *, plain: bool, columns: int, version: str = triton.__version__, interpreted: bool = INTERPRET) -> str:
     """Why this panel cannot stand for `exp_panel`'s, or "".
 
     Args:
-        arch: compute capability times ten, 0 for the interpreter, which takes any type. dtype: of the operands.
+        arch: compute capability times ten. dtype: of the operands. interpreted: by the interpreter, which takes any type.
         plain: nothing is asked for but E, row sums, scales and positives. columns: rows of E must be whole 16 bytes apart.
     """
     family = configs.tuned_as(arch)
@@ -78,7 +78,7 @@ def obstacle(arch: int, dtype: torch.dtype, *, plain: bool, columns: int, versio
         return "it has no ids, thresholds, masks, row maxima, column sums, Matryoshka levels or second launch"
     if columns * dtype.itemsize % 16:
         return f"{columns} columns of {dtype} are no multiple of 16 bytes, which a descriptor needs"
-    if INTERPRET:
+    if interpreted:
         return ""
     if family not in FIRST_TRITON:
         return f"compute capability {arch // 10}.{arch % 10} has no tensor memory accelerator that it was written for, 9.0 and 10.0 have"
