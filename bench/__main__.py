@@ -1,20 +1,34 @@
-"""python -m bench NAME [options]: one table each. `python -m bench --help` lists them, `python -m bench NAME --help` explains one."""
+"""python -m bench NAME [options]: one table each. `python -m bench --help` lists them, `python -m bench NAME --help` explains one.
+
+Runs from a bare checkout: this tree's own packages are measured, whatever else is installed.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 TABLES = {
     "loss": "time and memory of the loss with its gradients, and of top-k search, next to others and to the bare products",
     "accuracy": "errors of loss and gradients against float64, ours and others', over dtypes, temperatures and crowding",
     "aot": "kernels compiled for GPUs that are not there: registers, spills, hot loops, predicted times",
-    "gpu": "one command for a machine with CUDA: every kernel against float64, then the timings",
+    "gpu": "eight minutes on a machine with CUDA: is everything right there, how fast, and what do predictions miss",
     "encode": "embedding mixed texts and images: packed, next to padded ways and sentence-transformers",
     "eval": "an evaluation from disk to score files, and ranking alone, next to the reference's way",
     "step": "one GradCache training step next to other ways to the same gradients",
     "plan": "the planned peak of memory next to runs: bytes of live tensors, and resident memory",
 }
+
+
+def use_this_checkout() -> None:
+    """Put this tree's packages before all others, here and in children."""
+    places = [str(ROOT / "kernels"), str(ROOT)]
+    sys.path[:] = places + [place for place in sys.path if place not in places]
+    others = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place not in places]
+    os.environ["PYTHONPATH"] = os.pathsep.join(places + others)
 
 
 def usage() -> str:
@@ -31,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in TABLES:
         print(f"python -m bench: no table {name!r}; there are {', '.join(TABLES)}", file=sys.stderr)
         return 2
+    use_this_checkout()
     return importlib.import_module(f"bench.{name}").main(rest)
 
 

@@ -202,7 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 1.0])
     parser.add_argument("--seeds", type=int, default=4, help="batches that errors are averaged over")
-    parser.add_argument("--csv", type=Path, default=ROOT / "bench/results/accuracy.csv")
+    parser.add_argument("--csv", type=Path, default=ROOT / "bench/scratch/accuracy.csv")
 
 
 def run(args) -> int:

@@ -48,6 +48,7 @@ class Caught:
     grid: tuple
     flops: int = 0  # as its launcher notes them
     bytes: int = 0
+    tiles: int = 0  # 0: as many as programs
 
 
 @contextlib.contextmanager
@@ -107,8 +108,12 @@ def analyse(kernel, arch: int, threads: int) -> dict:
     everything = code.count()
     loop = code.hot_loop()
     inside = code.count(*loop) if loop else {}
-    after = code.count(loop[1] + 1) if loop else everything
-    blocks, share = roofline.occupancy(gpu, registers, kernel.metadata.shared, threads)
+    # of a warp-specialised kernel the exponentials' group may be another one than the products'
+    tiles = code.first_with("MUFU") if everything["USETMAXREG"] else code.around(loop) if loop else None
+    own = loop and tiles and tiles[0] <= loop[0] <= tiles[1]
+    after = code.count(loop[1] + 1 if own or not tiles else tiles[0], tiles[1] if tiles else 1 << 60) if loop else everything
+    # warp specialisation adds warps to those that were asked for
+    blocks, share = roofline.occupancy(gpu, registers, kernel.metadata.shared, max(threads, 32 * kernel.metadata.num_warps))
     return {
         "registers": registers,
         "spills": everything["LDL"] + everything["STL"],
@@ -122,10 +127,15 @@ def analyse(kernel, arch: int, threads: int) -> dict:
         "narrow_loads": code.narrow_loads(*loop) if loop else [],
         "wide_bytes": code.wide_copies(*loop) * 16 * threads if loop else 0,
         "loop_instructions": sum(inside.values()),
+        # of the longest loop inside the hot one: of top-k, another look through its tile
+        "inner_instructions": max((b - a + 1 for a, b in code.loops() if loop and (a, b) != loop and loop[0] <= a and b <= loop[1]), default=0),
         "wide_stores": sum(i.name == "STG" and ".128" in i.full or i.name == "UTMASTG" for i in code.instructions),
         "instructions": sum(everything.values()),
         "epilogue": sum(after.values()),
         "exponentials": everything["MUFU"],
+        "epilogue_exponentials": after["MUFU"],
+        "copies_by_descriptor": everything["UTMALDG"],
+        "register_hand_overs": everything["USETMAXREG"],
     }
 
 
@@ -147,6 +157,8 @@ def operand_bytes(constants: dict, itemsize: int) -> int:
     """Bytes of the matrices' tiles that one turn of the hot loop has to fetch."""
     if constants.get("BLOCK_D"):
         return constants["BLOCK_R" if "bwd" in constants["kernel"] else "BLOCK_C"] * constants["BLOCK_D"] * itemsize
+    if constants.get("RESIDENT"):
+        return constants["BLOCK_C"] * constants["BLOCK_K"] * constants["RESIDENT"] * itemsize
     return (constants["BLOCK_R"] + constants["BLOCK_C"]) * constants["BLOCK_K"] * itemsize
 
 
@@ -156,9 +168,9 @@ def description(name: str, launch: Caught, arch: int, has_dot: bool) -> dict:
     constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
     block = constants.get("BLOCK_R", 1) * constants.get("BLOCK_C", 1)
     row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]), flops=launch.flops, bytes=launch.bytes)
-    row["grid"] *= int(launch.grid[1]) if len(launch.grid) > 1 else 1
+    row["grid"] = launch.tiles or row["grid"] * (int(launch.grid[1]) if len(launch.grid) > 1 else 1)
     row["operand_bytes"] = operand_bytes(constants | {"kernel": row["kernel"]}, 2) if has_dot else 0
-    row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK")}
+    row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK") or k == "RESIDENT"}
     return row | described(launch, arch, threads)
 
 

@@ -35,7 +35,7 @@ def inf_cl():
 
 
 def cut_cross_entropy():
-    from bench.gpu_peers import cut_cross_entropy as make
+    from bench.gpu.losses import cut_cross_entropy as make
 
     query, target, _ = _leaves()
     make(query, target, TEMPERATURE)()
@@ -49,7 +49,7 @@ def liger():
 
 
 def memeff():
-    from bench.gpu_peers import memeff as make
+    from bench.gpu.losses import memeff as make
 
     query, target, _ = _leaves()
     make(query, target, TEMPERATURE)()

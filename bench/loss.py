@@ -225,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=LEAST_RUNS)
     parser.add_argument("--memory-shape", type=parse_shape, default=HEADLINE)
     parser.add_argument("--topk-shape", type=int, nargs=3, default=(10_000, 1_000_000, 256), metavar=("N", "M", "D"))
-    parser.add_argument("--csv", type=Path, default=ROOT / "bench/results/loss.csv")
+    parser.add_argument("--csv", type=Path, default=ROOT / "bench/scratch/loss.csv")
 
 
 def run(args) -> int:

@@ -1,6 +1,7 @@
 """Reads machine code of NVIDIA GPUs as nvdisasm prints it: loops, the hot loop, instructions by kind.
 
-The hot loop is the innermost loop that holds tensor-core instructions, or else memory loads; what runs after it is the epilogue.
+The hot loop is the innermost loop that holds tensor-core instructions, or else memory loads; what runs after it, to the end of the
+loop over tiles where there is one, is the epilogue.
 Static counts: an instruction counts once wherever it stands, a branch not taken counts too.
 """
 
@@ -45,15 +46,29 @@ class Code:
 
     def hot_loop(self) -> tuple[int, int] | None:
         """Innermost loop with the most tensor-core instructions; without any, with the most memory loads or FMAs."""
-        loops = self.loops()
-        inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] and self._heavy(b) for b in loops)]
-        inner = [loop for loop in inner if self._heavy(loop)]
+        loops = [loop for loop in self.loops() if self._heavy(loop)]
+        # a loop over loads, inside one that multiplies, does not take its place
+        multiply = [loop for loop in loops if self._tensor(loop)] or loops
+        inner = [a for a in multiply if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in multiply)]
         return max(inner, key=self._heavy, default=None)
+
+    def around(self, loop: tuple[int, int]) -> tuple[int, int] | None:
+        """The innermost loop that holds another: that over tiles, of a kernel whose programs walk several."""
+        return min((a for a in self.loops() if a != loop and a[0] <= loop[0] and loop[1] <= a[1]), key=lambda a: a[1] - a[0], default=None)
+
+    def first_with(self, name: str) -> tuple[int, int] | None:
+        """The first innermost loop that holds at least a third of a kernel's instructions of a kind."""
+        whole = self.count()[name]
+        busy = [loop for loop in self.loops() if 3 * self.count(*loop)[name] >= whole > 0]
+        return min((a for a in busy if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in busy)), default=None)
+
+    def _tensor(self, loop: tuple[int, int]) -> int:
+        counts = self.count(*loop)
+        return sum(counts[name] for name in TENSOR)
 
     def _heavy(self, loop: tuple[int, int]) -> int:
         counts = self.count(*loop)
-        tensor = sum(counts[name] for name in TENSOR)
-        return tensor * 1000 or counts["FFMA"] + counts["LDG"] + counts["LDGSTS"]
+        return self._tensor(loop) * 1000 or counts["FFMA"] + counts["LDG"] + counts["LDGSTS"]
 
     def wide_copies(self, first: int, last: int) -> int:
         """Copies from global to shared memory that move 16 bytes a thread."""

@@ -37,6 +37,24 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> VLM2Vec:
     Raises:
         ValueError: no config for the recipe's model, or the recipe asks for what the model does not have.
     """
+    # Made on the meta device, where no operation holds bytes, and brought to the CPU that the mode plays at the end.
+    model = model_of_config(recipe, torch.device("meta"))
+    with mode:
+        _to_cpu(model)
+    return model
+
+
+def model_of_config(recipe: Recipe, device: torch.device, attn: str | None = None) -> VLM2Vec:
+    """The model as `train.build.build_model` would load it, made on `device` from its config alone: weights are drawn at random.
+
+    Args:
+        device: four-bit weights are made on the meta device alone.
+
+    Raises:
+        ValueError: no config for the recipe's model, or the recipe asks for what the model does not have.
+    """
+    if recipe.quantization and device.type != "meta":
+        raise ValueError(f"quantization {recipe.quantization} of random weights: expected device meta, got {device}")
     source, folder = recipe.model, None
     path = known_config(source)
     if not os.path.isdir(source) and path is not None:
@@ -57,18 +75,15 @@ def fake_model(recipe: Recipe, mode: FakeTensorMode) -> VLM2Vec:
     if folder is not None:
         folder.cleanup()
     dtype = getattr(torch, recipe.dtype)
-    # Made on the meta device, where no operation holds bytes, and brought to the CPU that the mode plays at the end.
-    with torch.device("meta"), loading.quiet():
+    with device, loading.quiet():
         module = _made(backbone.model_class(config), config, dtype)
         if recipe.quantization:
             _quantize(module, backbone.unquantized, dtype)
-        model = VLM2Vec(module, backbone, processing, source=source)
+        model = VLM2Vec(module, backbone, processing, source=source, attn=attn)
         model.base_source = source
         prepare(model, recipe)
         if recipe.quantization:
             _clone_like_peft(model)
-    with mode:
-        _to_cpu(model)
     return model
 
 

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from contrastive_kernels import both_directions, panels
+from contrastive_kernels import both_directions, operands, panels
 from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.options import BACKENDS, one_of
 
@@ -60,7 +60,7 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
 
 def sweep_for(problem, parts):
     """The sweep function for a problem's backend, dtype and device; `parts` are the directions it will be called with, in order."""
-    if choose(problem.options.backend, problem.product_dtype, problem.device) == "torch":
+    if problem.backend == "torch":
         return panels.sweep if len(parts) == 1 else both_directions.sweep_both(parts, panels.sweep)
     from contrastive_kernels.triton.sweep import sweep
 
@@ -73,7 +73,7 @@ def sweep_for(problem, parts):
 
 def shard_passes_for(problem, sums, gradients):
     """(sum_shard, differentiate_shard) of a ring for a problem's backend; `sums` and `gradients` are the passes in plain torch."""
-    if choose(problem.options.backend, problem.product_dtype, problem.device) == "torch":
+    if problem.backend == "torch":
         return sums, gradients
     from contrastive_kernels.triton.ring import differentiate_shard, sum_shard
 
@@ -81,14 +81,35 @@ def shard_passes_for(problem, sums, gradients):
 
 
 def row_dots(a, b, backend: str):
-    """(n,) dot products of matching rows of two operands, the second of which has an index."""
-    if choose(backend, product_dtype(a.source, b.source), a.source.device) == "torch":
+    """(n,) dot products of matching rows of two operands; for "triton" the second has an index."""
+    if backend == "torch":
         from contrastive_kernels.problem import row_dots as in_torch
 
         return in_torch(a, b)
     from contrastive_kernels.triton.rows import operand_dots
 
     return operand_dots(a, b)
+
+
+def inverse_norms(matrix, dtype: torch.dtype, eps: float, keep, backend: str):
+    """(n,) 1 / max(|x|, eps) of every row, 1 where not `keep`."""
+    if backend == "torch":
+        return operands.inverse_norms(matrix, dtype, eps, keep)
+    from contrastive_kernels.triton.rows import inverse_norms as in_triton
+
+    return in_triton(matrix, dtype, eps, keep)
+
+
+def project_out(gradient, operand, eps: float, backend: str) -> None:
+    """Turn, in place, the gradient of an operand's normalised rows into that of its rows as passed."""
+    if operand.inverse_norm is None:
+        return
+    if backend == "torch":
+        operands.project_out(gradient, operand, eps)
+        return
+    from contrastive_kernels.triton.rows import project_out as in_triton
+
+    in_triton(gradient, operand, eps)
 
 
 def levels_for(query, target, options, workspace: int):

@@ -8,16 +8,14 @@ import torch
 
 from contrastive_kernels import distributed
 from contrastive_kernels import levels as torch_levels
-from contrastive_kernels.backends import choose, levels_for, sweep_for
+from contrastive_kernels.backends import choose, levels_for, project_out, sweep_for
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
-from contrastive_kernels.operands import product_dtype, project_out
+from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.options import InfoNCEOptions
-from contrastive_kernels.panels import MIB
 from contrastive_kernels.problem import EPS, Direction, Problem, build, directions, own_columns
 from contrastive_kernels.stats import row_sums
-
-DEFAULT_WORKSPACE_MIB = 256
+from contrastive_kernels.workspace import workspace_bytes
 
 
 @dataclasses.dataclass
@@ -32,16 +30,6 @@ class Computed:
     stat_sums: torch.Tensor | None = None
 
 
-def workspace_bytes(options: InfoNCEOptions, device: torch.device) -> int:
-    """Scratch in bytes: as asked, else 256 MiB, else on CUDA the larger of that and 10 % of the free memory."""
-    if options.workspace_mib is not None:
-        return int(options.workspace_mib * MIB)
-    bound = DEFAULT_WORKSPACE_MIB * MIB
-    if device.type == "cuda":
-        bound = max(bound, torch.cuda.mem_get_info(device)[0] // 10)
-    return bound
-
-
 def compute(query, target, options: InfoNCEOptions, wanted: frozenset[str]) -> Computed:
     """Loss and the gradients named in `wanted`: of "query", "target", "hard_negatives", "temperature".
 
@@ -54,11 +42,11 @@ def compute(query, target, options: InfoNCEOptions, wanted: frozenset[str]) -> C
 
 
 def _one_level(query, target, options, wanted) -> Computed:
+    workspace = workspace_bytes(options, query, target)
     if options.group is not None:
-        return distributed.one_level(query, target, options, wanted, workspace_bytes(options, query.device))
+        return distributed.one_level(query, target, options, wanted, workspace)
     problem = build(query, target, options)
     gradients = Gradients(problem, wanted) if wanted else None
-    workspace = workspace_bytes(options, problem.device)
     out = reduce_directions(problem, directions(problem, *own_columns(problem)), gradients, workspace)
     if gradients is not None:
         finish_gradients(problem, gradients, out)
@@ -70,27 +58,28 @@ def reduce_directions(problem: Problem, parts: list[Direction], gradients: Gradi
     options = problem.options
     hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
     sweep = sweep_for(problem, parts)
-    loss, stat_sums = torch.zeros_like(problem.share), None
+    losses, stat_sums = [], None
     for direction in parts:
         own = hard if direction.forward else None
         want_best = options.return_stats and direction.forward
         result, rows = sweep(problem, direction, own, gradients, workspace, want_best)
         if own is not None and gradients is not None:
             own.add_gradients(direction, result, gradients)
-        loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
+        losses.append(torch.where(direction.weight != 0, direction.weight * result.loss, 0) if result.weighted is None else result.weighted)
         if want_best:
             stat_sums = row_sums(problem.kept, result.lse, direction.positive, rows.best)
+    loss = losses[0] if len(losses) == 1 else sum(losses)
     return Computed(loss if options.reduction == "none" else loss.sum(), stat_sums=stat_sums)
 
 
 def finish_gradients(problem: Problem, gradients: Gradients, out: Computed) -> None:
     """Gradients of the matrices as passed, and the temperature's sign and factor."""
-    if gradients.wants("query"):
-        out.d_query = gradients.of("query", problem.query.rows)
-        project_out(out.d_query, problem.query, EPS)
-    if gradients.wants("target"):
-        out.d_target = gradients.of("target", problem.target.rows)
-        project_out(out.d_target, problem.target, EPS)
+    for name, operand in (("query", problem.query), ("target", problem.target)):
+        if gradients.wants(name):
+            gradient = gradients.of(name, operand.rows)
+            if name not in gradients.projected:
+                project_out(gradient, operand, EPS, problem.backend)
+            setattr(out, f"d_{name}", gradient)
     if gradients.wants("hard_negatives"):
         out.d_hard_negatives = gradients.held["hard_negatives"].view(problem.options.hard_negatives.shape)
     if gradients.wants("temperature"):
@@ -114,12 +103,13 @@ def _levels(query, target, options: InfoNCEOptions, wanted) -> Computed:
             return_stats=options.return_stats and dim == max(dims),
         )
         levels.append((dim, level))
+    workspace = workspace_bytes(options, query, target)
     if choose(options.backend, product_dtype(query, target), query.device) == "torch":
         shared = torch_levels.together(query, target, options, levels)
         if shared is not None:
-            loss, d_query, d_target, d_temperature, sums = torch_levels.compute(query, target, shared, wanted, workspace_bytes(options, query.device))
+            loss, d_query, d_target, d_temperature, sums = torch_levels.compute(query, target, shared, wanted, workspace)
             return Computed(loss, d_query, d_target, None, d_temperature, sums)
-    together = levels_for(query, target, options, workspace_bytes(options, query.device))
+    together = levels_for(query, target, options, workspace)
     if together is not None:
         made = together(query, target, levels, wanted)
     else:

@@ -7,9 +7,9 @@ Every way that can take the problem is priced with the cost model of `roofline.p
 5 %) the one with the least scratch. Prices are PREDICTED.
 
 * exp      panels of exponentials in the inputs' type from the product's own epilogue; bfloat16 without label smoothing
-* chunk    float32 logits by the library, then one kernel over them; takes everything
+* chunk    float32 logits by the library, then kernels over them; takes everything
 * fused    no panel at all, logits computed twice; 2-byte types, D up to 128, no label smoothing
-
+* eager    all logits and probabilities in memory, by torch's own operations: the fewest host seconds, for small plain losses
 * joint    both directions of `symmetric` from one kept panel; where each row's pair is its column and the panel fits (triton/symmetric.py)
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from contrastive_kernels import roofline
+from contrastive_kernels.triton import configs
 
 MIB = 1 << 20
 ROW_QUANTUM = 128  # rows of a panel come in whole tiles
@@ -31,7 +32,8 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 MEANING = {
     "exp": "exponentials from the logits product's own epilogue, then two products",
-    "chunk": "float32 logits by the library, one kernel over them, then two products",
+    "chunk": "float32 logits by the library, two kernels over them, then two products",
+    "eager": "all logits and probabilities in memory, by torch's own operations",
     "fused": "no panel in memory, logits computed twice",
     "joint": "both directions from one panel of exponentials",
     "levels": "logits of all Matryoshka levels in one sweep over the tiles",
@@ -41,7 +43,10 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute a direction: rows of a panel, predicted seconds and pieces, or the reason why it cannot be had."""
+    """One way to compute a direction: rows of a panel, predicted seconds and pieces, or the reason why it cannot be had.
+
+    tile: rows and columns of the logits product's tile, where it is a kernel of ours.
+    """
 
     path: str
     rows: int = 0
@@ -49,6 +54,16 @@ class Way:
     pieces: tuple[roofline.Piece, ...] = ()
     reason: str = ""
     scratch: int = 0
+    tile: tuple[int, int] | None = None
+
+    @classmethod
+    def priced(cls, path: str, rows: int, pieces, scratch: int, tile: tuple[int, int] | None = None) -> Way:
+        return cls(path, rows, roofline.predicted(pieces), tuple(pieces), scratch=scratch, tile=tile)
+
+    def figures(self) -> str:
+        """Where the seconds are: device, host and launches."""
+        device, host = roofline.seconds(self.pieces) * 1e3, roofline.host_seconds(self.pieces) * 1e3
+        return f"{self.seconds * 1e3:.3f} ms ({device:.3f} on the device, {host:.3f} of the host), {roofline.launches(self.pieces)} launches"
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Plan:
     ways: tuple[Way, ...]
     title: str
     limit: float  # seconds of three bare library products, for one direction or from one panel for both
+    rival: float = 0.0  # seconds of plain torch through autograd, 0 where it was not priced
 
     @property
     def path(self) -> str:
@@ -71,13 +87,19 @@ class Plan:
     def text(self) -> str:
         """For a person: the choice, its pieces with what each is bound by, and what the other ways would take."""
         chosen = self.chosen
-        lines = [self.title, f"  {chosen.path}: {MEANING[chosen.path]}", f"  {chosen.rows} rows at a time, {chosen.scratch / MIB:.1f} MiB of scratch", ""]
+        tile = f", tiles of {chosen.tile[0]} x {chosen.tile[1]}" if chosen.tile else ""
+        lines = [self.title, f"  {chosen.path}: {MEANING[chosen.path]}", f"  {chosen.rows} rows at a time{tile}, {chosen.scratch / MIB:.1f} MiB of scratch", ""]
         lines += ["    " + piece.line() for piece in chosen.pieces]
-        lines += [f"    {'together':<35}{chosen.seconds * 1e3:>58.3f} ms", f"    {'the bare products by the library':<35}{self.limit * 1e3:>58.3f} ms: {chosen.seconds / self.limit:.3f} times that", ""]
+        device, host = roofline.seconds(chosen.pieces), roofline.host_seconds(chosen.pieces)
+        lines += [f"    {'on the device, together':<35}{device * 1e3:>58.3f} ms"]
+        lines += [f"    {f'the host, {roofline.launches(chosen.pieces)} launches':<35}{host * 1e3:>58.3f} ms, beside it"]
+        lines += [f"    {'the bare products by the library':<35}{self.limit * 1e3:>58.3f} ms: {chosen.seconds / self.limit:.3f} times that", ""]
         for way in self.ways:
             if way is not chosen:
-                taken = f"{way.seconds * 1e3:.3f} ms, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
+                taken = f"{way.figures()}, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
                 lines.append(f"  not {way.path + ' ':<6}{taken}")
+        if self.rival:
+            lines.append(f"  plain torch through autograd, every logit in memory: {self.rival * 1e3:.3f} ms")
         return "\n".join(lines)
 
 
@@ -85,6 +107,8 @@ def row_bytes(path: str, columns: int, width: int, itemsize: int) -> float:
     """Scratch bytes of one row of a panel: E, float32 logits on the chunk path, partial sums, and the products' rows."""
     if path == "fused":
         return 8 * width + 16
+    if path == "eager":
+        return columns * (8 + itemsize)  # logits, their logarithms that become probabilities, and these in the inputs' type
     return columns * (itemsize + (4 if path == "chunk" else 4 / 64)) + width * (4 + 2 * itemsize)
 
 
@@ -96,10 +120,12 @@ def panel_rows(rows: int, columns: int, width: int, itemsize: int, path: str, wo
     return count if count < ROW_QUANTUM else count // ROW_QUANTUM * ROW_QUANTUM
 
 
-def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool, interpreted: bool) -> str:
-    """Why a way cannot take a problem, or ""."""
+def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool, interpreted: bool, plain: bool = False) -> str:
+    """Why a way cannot take a problem, or "". plain: no option but weights and the temperature's number."""
     if path == "chunk":
         return ""
+    if path == "eager":
+        return "" if plain and not smoothing and not normalize else "only a loss without options, of rows that are normalised already"
     if smoothing:
         return "label smoothing needs every logit next to its row's sum"
     if dtype in ("float32", "float64") and not interpreted:
@@ -114,27 +140,36 @@ def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, interpreted, d_query, d_target, symmetric) -> Plan:
+def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, interpreted, d_query, d_target, symmetric, masks, bounded, best, plain) -> Plan:
     itemsize, ways, directions = ITEMSIZE[dtype], [], 2 if symmetric else 1
     if symmetric:
-        ways.append(_joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target))
-    for path in ("exp", "chunk", "fused"):
-        reason = obstacle(path, dtype, width, smoothing, normalize, interpreted)
+        ways.append(_joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target, normalize))
+    for path in ("exp", "chunk", "fused", "eager"):
+        reason = obstacle(path, dtype, width, smoothing, normalize, interpreted, plain and not symmetric and d_query and d_target)
         count = panel_rows(rows, columns, width, itemsize, path, workspace)
+        if path == "eager" and not reason and count < rows:
+            reason = "the workspace has no room for every logit"
         if not reason and count < 1:
             reason = f"one row needs {row_bytes(path, columns, width, itemsize) / MIB:.2f} MiB of scratch"
         if reason:
             ways.append(Way(path, reason=reason))
             continue
-        priced = min(itemsize, 4)
+        priced, tile = dict(itemsize=min(itemsize, 4)), None
+        wanted = dict(d_query=d_query, d_target=d_target, normalize=normalize)
         if path == "fused":
-            pieces = roofline.fused_passes(gpu, rows, columns, width, itemsize=priced, d_query=d_query, d_target=d_target)
+            pieces = roofline.fused_passes(gpu, rows, columns, width, **priced, **wanted)
+        elif path == "eager":
+            pieces = roofline.dense(gpu, rows, columns, width, **priced)
         else:
-            pieces = roofline.panels(gpu, rows, columns, width, count, itemsize=priced, path=path, d_query=d_query, d_target=d_target)
+            if path == "exp":
+                tile = configs.exp_panel_tile(gpu.arch, itemsize, columns, masks=masks, scale=normalize, row_max=best or not bounded)
+            pieces = roofline.panels(
+                gpu, rows, columns, width, count, tile=tile or (128, 128), path=path, bounded=bounded, best=best, **priced, **wanted
+            )
         scratch = int(count * row_bytes(path, columns, width, itemsize))
-        pieces = tuple(pieces) * directions
-        ways.append(Way(path, count, roofline.seconds(pieces), pieces, scratch=scratch))
-    possible = [way for way in ways if not way.reason]
+        ways.append(Way.priced(path, count, tuple(pieces) * directions, scratch, tile))
+    # the interpreter is there to run the kernels
+    possible = [way for way in ways if not way.reason and not (interpreted and way.path == "eager")]
     if not possible:
         need = min(row_bytes(way.path, columns, width, itemsize) for way in ways if "scratch" in way.reason)
         raise ValueError(
@@ -148,10 +183,11 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
     limit = roofline.three_gemms(gpu, rows, columns, width, itemsize=min(itemsize, 4))
     # prices closer than the model can tell apart: the way with the least scratch
     near = [way for way in possible if way.seconds <= CLOSE * min(other.seconds for other in possible)]
-    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit)
+    rival = roofline.predicted(roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4)) * directions, roofline.EAGER_CALL)
+    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit, rival)
 
 
-def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target) -> Way:
+def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target, normalize) -> Way:
     """The way that keeps one panel for both directions."""
     reason = obstacle("exp", dtype, width, False, False, interpreted)
     scratch = int(rows * row_bytes("exp", columns, width, ITEMSIZE[dtype]))
@@ -159,14 +195,16 @@ def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_
         reason = f"the whole panel needs {scratch / MIB:.1f} MiB of scratch"
     if reason:
         return Way("joint", reason=reason)
-    pieces = tuple(roofline.joint(gpu, rows, width, itemsize=min(ITEMSIZE[dtype], 4), d_query=d_query, d_target=d_target))
-    return Way("joint", rows, roofline.seconds(pieces), pieces, scratch=scratch)
+    itemsize = min(ITEMSIZE[dtype], 4)
+    tile = configs.exp_panel_tile(gpu.arch, itemsize, columns, scale=normalize, col_sum=True)
+    pieces = roofline.joint(gpu, rows, width, itemsize=itemsize, tile=tile, d_query=d_query, d_target=d_target, normalize=normalize)
+    return Way.priced("joint", rows, pieces, scratch, tile)
 
 
 def plan(
     rows: int, columns: int, width: int, dtype, *, workspace: int, gpu: roofline.Gpu = roofline.H100, smoothing: bool = False,
     normalize: bool = False, interpreted: bool = False, d_query: bool = True, d_target: bool = True, symmetric: bool = False,
-    explain: Callable[[str], object] | None = None,
+    masks: bool = False, bounded: bool | None = None, best: bool = False, plain: bool = False, explain: Callable[[str], object] | None = None,
 ) -> Plan:
     """Choose a way for one direction, or with `symmetric` for both.
 
@@ -176,6 +214,8 @@ def plan(
         interpreted: the kernels run in the interpreter, which has no reason to avoid float32.
         d_query, d_target: gradients wanted.
         symmetric: price both directions, rows being pairs of columns: one panel for both against a sweep each.
+        masks: ids, thresholds or column masks. bounded: no row has to be looked at again, by default where rows are normalised here.
+        best: statistics are wanted. plain: the loss has no option but weights and a temperature that is a number.
         explain: called with the plan as text, `print` for instance.
 
     Returns: `Plan`; the same arguments give the same plan.
@@ -183,7 +223,7 @@ def plan(
     """
     made = _plan(
         rows, columns, width, str(dtype).removeprefix("torch."), int(workspace), gpu, bool(smoothing), bool(normalize), interpreted,
-        d_query, d_target, bool(symmetric),
+        d_query, d_target, bool(symmetric), bool(masks), bool(normalize if bounded is None else bounded), bool(best), bool(plain),
     )
     if explain is not None:
         explain(made.text())
@@ -213,9 +253,9 @@ def plan_levels(
     if reason:
         together = Way("levels", reason=reason)
     else:
-        pieces = tuple(roofline.levels(gpu, rows, columns, dims, count, itemsize=min(itemsize, 4)))
-        scratch = int(count * row_bytes("exp", columns * len(dims), max(dims), itemsize))
-        together = Way("levels", count, roofline.seconds(pieces), pieces, scratch=scratch)
+        tile = configs.exp_panel_tile(gpu.arch, itemsize, columns, levels=True)
+        pieces = roofline.levels(gpu, rows, columns, dims, count, itemsize=min(itemsize, 4), tile=tile)
+        together = Way.priced("levels", count, pieces, int(count * row_bytes("exp", columns * len(dims), max(dims), itemsize)), tile)
     title = f"{rows} rows x {columns} candidates x D={list(dims)} {name} on {gpu.name}, workspace {workspace / MIB:.1f} MiB; times are PREDICTED"
     limit = sum(roofline.three_gemms(gpu, rows, columns, dim, itemsize=min(itemsize, 4)) for dim in dims)
     made = Plan(min((together, apart), key=lambda way: way.seconds), (together, apart), title, limit)
@@ -232,6 +272,8 @@ def main(argv=None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(ITEMSIZE))
     parser.add_argument("--gpu", default="h100", choices=sorted(roofline.GPUS))
     parser.add_argument("--workspace-mib", type=float, default=8192, help="scratch; the default on a GPU is 10 %% of its free memory")
+    parser.add_argument("--normalize", action="store_true", help="rows are normalised on the fly, as the trainer does")
+    parser.add_argument("--masks", action="store_true", help="ids, margins or column masks")
     parser.add_argument("--smoothing", action="store_true", help="label smoothing is on")
     parser.add_argument("--symmetric", action="store_true", help="both directions")
     parser.add_argument("--dims", type=int, nargs="+", help="Matryoshka levels, ascending, in place of --width; one direction")
@@ -243,7 +285,8 @@ def main(argv=None) -> int:
         reason = obstacle("exp", args.dtype, args.dims[-1], args.smoothing, True, False)
         plan_levels(args.rows, args.columns, tuple(args.dims), args.dtype, reason=reason, **shared)
     else:
-        plan(args.rows, args.columns, args.width, args.dtype, symmetric=args.symmetric, **shared)
+        plain = not (args.normalize or args.masks or args.symmetric)
+        plan(args.rows, args.columns, args.width, args.dtype, symmetric=args.symmetric, normalize=args.normalize, masks=args.masks, plain=plain, **shared)
     return 0
 
 

@@ -61,7 +61,8 @@ def one_level(query, target, options, wanted, workspace: int):
     if gradients is not None:
         for held in gradients.held.values():
             held.mul_(dist.get_world_size(group))
-        gradients.temperature *= dist.get_world_size(group)
+        if gradients.wants("temperature"):
+            gradients.temperature *= dist.get_world_size(group)
         finish_gradients(problem, gradients, out)
     return out
 

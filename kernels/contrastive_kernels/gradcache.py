@@ -202,7 +202,7 @@ class GradCache:
                 self._release(sides, chunk)
             if embeddings[chunk.side] is None:
                 embeddings[chunk.side] = encoded.new_empty(len(lengths[chunk.side]), encoded.shape[1])
-            embeddings[chunk.side][torch.tensor(chunk.rows, device=encoded.device)] = encoded.detach()
+            embeddings[chunk.side][chunk.index(encoded.device)] = encoded.detach()
         return embeddings
 
     def _forward_chunk(self, sides, index: int, chunk: Chunk, features: FeatureStore, keep_graph: bool) -> torch.Tensor:
@@ -321,7 +321,7 @@ class GradCache:
         if chunk.is_dummy or gradient is None:
             rows = torch.zeros_like(encoded)
         else:
-            rows = gradient[torch.tensor(chunk.rows, device=gradient.device)]
+            rows = gradient[chunk.index(gradient.device)]
         if encoded.requires_grad:
             encoded.backward(scaled(self.scaler, rows).to(encoded.dtype))
 

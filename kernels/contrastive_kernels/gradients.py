@@ -20,8 +20,9 @@ class Gradients:
     def __init__(self, problem: Problem, wanted: frozenset[str]):
         self.problem, self.wanted = problem, wanted
         self.held: dict[str, torch.Tensor] = {}
-        # sum over pairs of (d loss / d logit) * s; the temperature's gradient is -1/temperature times this
-        self.temperature = torch.zeros((), dtype=problem.dtype, device=problem.device)
+        self.projected: set[str] = set()  # matrices whose gradient is that of the rows as passed already
+        # sum over pairs of (d loss / d logit) * s, where wanted; the temperature's gradient is -1/temperature times this
+        self.temperature = torch.zeros((), dtype=problem.dtype, device=problem.device) if "temperature" in wanted else None
 
     def wants(self, name: str) -> bool:
         return MATRIX.get(name, name) in self.wanted

@@ -13,8 +13,9 @@ import math
 
 import torch
 
+from contrastive_kernels import info_nce_direct
 from contrastive_kernels.checks import check_inputs
-from contrastive_kernels.info_nce_op import GRADIENTS, info_nce_op, pack
+from contrastive_kernels.info_nce_op import GRADIENTS, detached, info_nce_op, pack
 from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches
 from contrastive_kernels.stats import InfoNCEStats
 
@@ -51,7 +52,10 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
     check_inputs(query, target, made)
     tensors = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
     wanted = frozenset(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad) if torch.is_grad_enabled() else frozenset()
-    loss, sums, *_ = info_nce_op(*pack(query, target, made, wanted))
+    if info_nce_direct.direct(query, target, made):
+        loss, sums = info_nce_direct.info_nce(query, target, made, {name: tensors[name] for name in GRADIENTS if name in wanted})
+    else:
+        loss, sums, *_ = info_nce_op(*pack(query, target, made, wanted))
     return (loss, InfoNCEStats.unpack(sums)) if made.return_stats else loss
 
 
@@ -84,7 +88,11 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
             raise ValueError(f"wrt: expected names of {existing}, got {name!r}; leave wrt out for all of them")
     wanted = frozenset(existing if wrt is None else wrt)
     with torch.no_grad():
-        loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), made, wanted))
+        if info_nce_direct.direct(query, target, made):
+            out = info_nce_direct.value_and_grad(query.detach(), target.detach(), detached(made), wanted)
+            loss, sums, gradients = out.loss, out.stat_sums, [getattr(out, f"d_{name}") for name in GRADIENTS]
+        else:
+            loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), made, wanted))
     likes = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
     cast = {f"d_{name}": g.to(grad_dtype or likes[name].dtype) if name in wanted else None for name, g in zip(GRADIENTS, gradients)}
     return InfoNCEResult(loss=loss, stats=InfoNCEStats.unpack(sums) if made.return_stats else None, **cast)

@@ -1,7 +1,8 @@
-"""`contrastive_kernels::info_nce`, the operator that torch.compile, fake tensors and autograd see.
+"""`contrastive_kernels::info_nce`, the operator that torch.compile and fake tensors see.
 
 One call makes the loss and the gradients that are wanted; backward only scales them. reduction="none" has a gradient for every
-cotangent, so its backward computes once more. Options travel as the operator's arguments, which FIELDS lists in order.
+cotangent, so its backward computes once more. Options travel as the operator's arguments, which FIELDS lists in order. Plain
+tensors outside of any tracer go around the dispatcher (info_nce_direct.py).
 """
 
 from __future__ import annotations
@@ -74,12 +75,13 @@ def _unpack(values) -> tuple[torch.Tensor, torch.Tensor, InfoNCEOptions, frozens
 def _info_nce(*values):
     query, target, options, wanted = _unpack(values)
     check_values(query, target, options)
-    out = compute(query.detach(), target.detach(), _detached(options), frozenset() if options.reduction == "none" else wanted)
+    out = compute(query.detach(), target.detach(), detached(options), frozenset() if options.reduction == "none" else wanted)
     made = (out.loss, out.stat_sums, out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
     return tuple(out.loss.new_empty(0) if x is None else x for x in made)
 
 
-def _detached(options: InfoNCEOptions) -> InfoNCEOptions:
+def detached(options: InfoNCEOptions) -> InfoNCEOptions:
+    """The options, tensors that may carry a gradient taken out of their graphs."""
     changes = {name: getattr(options, name).detach() for name in ("hard_negatives", "temperature") if isinstance(getattr(options, name), torch.Tensor)}
     return options.replace(**changes)
 
@@ -103,7 +105,7 @@ def _(*values):
 def _cotangent(*values):
     """Gradients of sum(cotangent * loss) for reduction "none", whose weights already hold the cotangent."""
     query, target, options, wanted = _unpack(values)
-    out = compute(query.detach(), target.detach(), _detached(options), wanted)
+    out = compute(query.detach(), target.detach(), detached(options), wanted)
     made = (out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
     return tuple(out.loss.new_empty(0) if x is None else x for x in made)
 
@@ -150,7 +152,7 @@ def _differentiate(ctx, grad, *_):
         given.update(reduction="sum", weight=weight, return_stats=False)
         made, wanted = _cotangent_op(*given.values()), given["wanted"]
     else:
-        made, wanted = scaled(ctx.saved_tensors, grad), ctx.wanted
+        made, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.wanted
     for i in map(int, wanted):
         out[FIELDS.index(GRADIENTS[i])] = made[i].to(ctx.dtypes[i])
     return tuple(out)

@@ -21,7 +21,7 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def product_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """What the kernels' products take: the inputs' type, the wider one where they differ (as under autocast they may)."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return functools.reduce(torch.promote_types, {t.dtype for t in tensors})
 
 
 @dataclasses.dataclass

@@ -47,7 +47,7 @@ class InfoNCEOptions:
         matryoshka_dims, matryoshka_weights: sum over these widths of weight * loss of the re-normalised prefix.
         weight: (N,) per-query weights, constant. reduction: "mean" (weighted), "sum" or "none".
         group, exchange: a process group over which the batch is sharded, and how its targets travel ("ring" needs a group).
-        workspace_mib: bound on scratch memory in MiB; default 256, on CUDA at least 10 % of the free memory.
+        workspace_mib: bound on scratch memory in MiB; default 256, on CUDA a tenth of the card's memory if that is more.
         backend: "auto", "torch" or "triton".
         return_stats: also return an `InfoNCEStats`.
         validate: run the checks that would wait for a GPU (ranges of indices, NaN, temperature held in a tensor, equal shards).

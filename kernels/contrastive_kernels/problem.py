@@ -8,11 +8,12 @@ The loss is a set of softmaxes. One `Direction` is one softmax a row: `Block`s o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 
-from contrastive_kernels.operands import Operand, compute_dtype, inverse_norms, norms, product_dtype
+from contrastive_kernels.operands import Operand, compute_dtype, norms, product_dtype
 from contrastive_kernels.options import InfoNCEOptions
 
 EPS = 1e-12
@@ -81,37 +82,57 @@ class Direction:
     """One softmax a row; all (n,). `weight` multiplies row losses, and is 0 for rows left out."""
 
     blocks: list[Block]
-    positive: torch.Tensor  # cosine of each row's positive
+    problem: Problem
     weight: torch.Tensor
     threshold: torch.Tensor | None  # cosine above which a negative is dropped
     active: torch.Tensor | None  # bool: rows that see the blocks at all (not own_negatives_only)
     forward: bool
 
+    @property
+    def positive(self) -> torch.Tensor:
+        """Cosine of each row's positive."""
+        return self.problem.positive
+
 
 @dataclasses.dataclass
 class Problem:
-    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept` (n,) bool.
+    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept_rows` (n,) bool, None for all.
 
-    `own_targets`: (n, D) the rows' positives, without an index where they lie in a regular step.
+    `own_targets`: (n, D) the rows' positives, without an index where they lie in a regular step. `step`: of the default positives,
+    row i's being target i * step; None where the caller named them.
     """
 
     options: InfoNCEOptions
+    backend: str  # "torch" or "triton": chosen once, here
     dtype: torch.dtype
     inverse_temperature: float | torch.Tensor
     query: Operand  # (n, D)
     target: Operand  # (m, D), own targets
     own_targets: Operand
     positives: torch.Tensor
-    kept: torch.Tensor
+    step: int | None
+    kept_rows: torch.Tensor | None
     share: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not kept
-    positive: torch.Tensor  # (n,) cosines
-    threshold: torch.Tensor | None
     first_row: int = 0  # global numbers of this rank's first row and target
     first_target: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.query.source.device
+
+    @functools.cached_property
+    def positive(self) -> torch.Tensor:
+        """(n,) cosines of the positives, worked out where somebody asks."""
+        from contrastive_kernels import backends
+
+        return backends.row_dots(self.query, self.own_targets, self.backend)
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """(n,) bool: rows that count."""
+        if self.kept_rows is None:
+            return torch.ones(self.query.rows, dtype=torch.bool, device=self.device)
+        return self.kept_rows
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -131,7 +152,8 @@ class Problem:
 
 def default_positives(rows: int, targets: int, device) -> torch.Tensor:
     """Each positive followed by its own negatives, VLM2Vec's layout: i * (M // N)."""
-    return torch.arange(rows, device=device) * (targets // rows)
+    step = targets // rows
+    return torch.arange(0, rows * step, step, device=device)
 
 
 def build(
@@ -145,36 +167,46 @@ def build(
     from contrastive_kernels import backends
 
     device, n, dtype = query.device, len(query), compute_dtype(query, target)
+    backend = backends.choose(options.backend, product_dtype(query, target), device)
+    step = kept = None
     if options.positives is None:
-        positives, kept = default_positives(n, len(target), device), torch.ones(n, dtype=torch.bool, device=device)
+        positives, step = default_positives(n, len(target), device), len(target) // n
     else:
         kept = options.positives != options.ignore_index
         positives = torch.where(kept, options.positives, 0)
     if options.query_mask is not None:
-        kept = kept & options.query_mask
+        kept = options.query_mask if kept is None else kept & options.query_mask
     if options.target_mask is not None:
-        kept = kept & options.target_mask[positives]
-
-    weight = torch.ones(n, dtype=dtype, device=device) if options.weight is None else options.weight.to(dtype)
-    share = torch.where(kept, weight, 0)
-    if options.reduction == "mean":
-        total = all_sum(share.sum())
-        share = share / torch.where(total == 0, 1, total)
-    own_query = operand(query, dtype, options.normalize, options.query_mask)
-    own_target = operand(target, dtype, options.normalize, options.target_mask)
-    if options.positives is None and backends.choose(options.backend, product_dtype(query, target), device) == "torch":
-        own_targets = own_target.every(len(target) // n, n)
+        own = options.target_mask[positives]
+        kept = own if kept is None else kept & own
+    own_query = operand(query, dtype, options.normalize, options.query_mask, backend)
+    own_target = operand(target, dtype, options.normalize, options.target_mask, backend)
+    if step is not None and backend == "torch":
+        own_targets = own_target.every(step, n)
     else:
         own_targets = own_target.gathered(positives)
-    positive = backends.row_dots(own_query, own_targets, options.backend)
     return Problem(
-        options, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, own_targets, positives, kept,
-        share, positive, _threshold(options, positive), rank * n, rank * len(target),
+        options, backend, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, own_targets, positives, step,
+        kept, _share(options, kept, n, dtype, device, all_sum), rank * n, rank * len(target),
     )
 
 
-def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None) -> Operand:
-    return Operand(matrix, dtype, inverse_norms(matrix, dtype, EPS, mask) if normalize else None, mask)
+def _share(options: InfoNCEOptions, kept, n: int, dtype, device, all_sum) -> torch.Tensor:
+    """(n,) weights over the mean's denominator, 0 where not kept."""
+    if options.weight is None and kept is None and options.group is None:
+        return torch.full((n,), 1 / n if options.reduction == "mean" else 1.0, dtype=dtype, device=device)
+    share = torch.ones(n, dtype=dtype, device=device) if options.weight is None else options.weight.to(dtype).contiguous()
+    share = share if kept is None else torch.where(kept, share, 0)
+    if options.reduction == "mean":
+        total = all_sum(share.sum())
+        share = share / torch.where(total == 0, 1, total)
+    return share
+
+
+def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None, backend: str = "torch") -> Operand:
+    from contrastive_kernels import backends
+
+    return Operand(matrix, dtype, backends.inverse_norms(matrix, dtype, EPS, mask, backend) if normalize else None, mask)
 
 
 def own_columns(problem: Problem) -> tuple[Columns, Columns]:
@@ -217,12 +249,12 @@ def row_dots(a: Operand, b: Operand) -> torch.Tensor:
     return out
 
 
-def _threshold(options: InfoNCEOptions, positive: torch.Tensor) -> torch.Tensor | None:
-    bounds = []
+def _threshold(problem: Problem) -> torch.Tensor | None:
+    options, bounds = problem.options, []
     if options.mask_margin is not None:
-        bounds.append(positive + options.mask_margin)
+        bounds.append(problem.positive + options.mask_margin)
     if options.mask_relative is not None:
-        bounds.append(positive + options.mask_relative * positive.abs())
+        bounds.append(problem.positive + options.mask_relative * problem.positive.abs())
     if not bounds:
         return None
     return bounds[0] if len(bounds) == 1 else torch.minimum(*bounds)
@@ -240,8 +272,10 @@ def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Dir
     active = None if o.own_negatives_only is None else ~o.own_negatives_only
     scale = problem.inverse_temperature
     scale = scale + o.hardness if o.hardness_scope in ("all", "in_batch") else scale
-    myself = torch.arange(problem.first_row, problem.first_row + problem.query.rows, device=problem.device)
-    my_positive = positives + problem.first_target
+    myself = None
+    if o.symmetric or o.query_negatives:
+        myself = torch.arange(problem.first_row, problem.first_row + problem.query.rows, device=problem.device)
+    my_positive = positives + problem.first_target if problem.first_target else positives
     query_ids = () if o.query_ids is None else ((matchable(o.query_ids), queries.ids),)
     target_ids = () if o.target_ids is None else ((matchable(o.target_ids[positives]), targets.ids),)
 
@@ -250,12 +284,13 @@ def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Dir
         blocks.append(Block(problem.query, "query", queries, myself, scale, query_ids))
     if o.target_negatives:
         blocks.append(Block(own_targets, "positive", targets, my_positive, scale, target_ids))
-    weight = problem.share * (0.5 if o.symmetric else 1.0)
-    out = [Direction(blocks, problem.positive, weight, problem.threshold, active, forward=True)]
+    weight = problem.share * 0.5 if o.symmetric else problem.share
+    threshold = _threshold(problem)
+    out = [Direction(blocks, problem, weight, threshold, active, forward=True)]
     if o.symmetric:
         ids = query_ids
         if queries.owners is not None:
             ids += ((_identity(problem), queries.owners),)
         reverse = Block(own_targets, "positive", queries, myself, scale, ids)
-        out.append(Direction([reverse], problem.positive, weight, problem.threshold, active, forward=False))
+        out.append(Direction([reverse], problem, weight, threshold, active, forward=False))
     return out

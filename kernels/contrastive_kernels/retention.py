@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from contrastive_kernels.gradient_sync import GradientSync
+from contrastive_kernels.workspace import free_cuda_bytes
 
 _MIB = 2**20
 _SHARE_OF_FREE = 0.8
@@ -109,11 +110,6 @@ def fitting_chunks(sizes: Sequence[float], bound_mib: float | None, sync: Gradie
         kept += 1
     (most_negative,) = sync.largest([-kept])  # the fewest of any rank
     return retained_chunks(-most_negative, len(sizes))
-
-
-def free_cuda_bytes() -> int:
-    """What a CUDA allocation can get: free on the device, or held by torch's allocator without being used."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _differentiate(ctx, grad, *_):
         normalize, ignore_index, _, group, exchange, validate, wanted = ctx.rest
         made = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, validate, wanted)
     else:
-        made, wanted = scaled(ctx.saved_tensors, grad), ctx.rest[-1]
+        made, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.rest[-1]
     for i in map(int, wanted):
         out[i] = made[i].to(ctx.dtypes[i])
     return tuple(out)

@@ -28,15 +28,21 @@ class RowSums:
     best: torch.Tensor  # greatest cosine of a negative, -inf where there is none
     logits: torch.Tensor | None = None  # sum of the negatives' logits, for label smoothing
     count: torch.Tensor | None = None  # their number
+    matrix: torch.Tensor | None = None  # (5, n) where the fields above are its rows, as the kernels take them
 
     @classmethod
     def empty(cls, rows: int, dtype, device, smoothing: bool) -> RowSums:
-        def make(value):
-            return torch.full((rows,), value, dtype=dtype, device=device)
+        sums = cls.unfilled(rows, dtype, device, smoothing)
+        sums.matrix.zero_()
+        sums.shift.fill_(float("-inf"))
+        sums.best.fill_(float("-inf"))
+        return sums
 
-        return cls(
-            make(float("-inf")), make(0.0), make(float("-inf")), make(0.0) if smoothing else None, make(0.0) if smoothing else None
-        )
+    @classmethod
+    def unfilled(cls, rows: int, dtype, device, smoothing: bool) -> RowSums:
+        """Sums whose memory holds nothing yet."""
+        matrix = torch.empty(5, rows, dtype=dtype, device=device)
+        return cls(*matrix[:3], *(matrix[3:] if smoothing else (None, None)), matrix=matrix)
 
     def add(self, rows: slice, other: RowSums) -> None:
         """Merge another block's sums of the same rows."""
@@ -67,6 +73,7 @@ class RowResult:
     lse: torch.Tensor  # log-sum-exp over all candidates
     positive: torch.Tensor  # d loss / d s_positive
     smooth: torch.Tensor | None  # label smoothing's share of each candidate
+    weighted: torch.Tensor | None = None  # loss times the row's weight, 0 where that is 0, where it is known already
 
 
 def finish(sums: RowSums, positive_logit: torch.Tensor, smoothing: float) -> RowResult:

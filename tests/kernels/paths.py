@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-PATHS = ("exp", "chunk", "fused")
+PATHS = ("exp", "chunk", "fused", "eager")
 
 
 def force(monkeypatch, path: str, rows: int | None = None) -> None:

@@ -19,11 +19,11 @@ def saved(monkeypatch):
     """Where the gradients lie that each backward finds."""
     places = []
 
-    def watched(gradients, cotangent):
+    def watched(gradients, cotangent, dtypes):
         places.append([gradient.data_ptr() for gradient in gradients if gradient.numel()])
-        return cotangents.scaled(gradients, cotangent)
+        return cotangents.scaled(gradients, cotangent, dtypes)
 
-    for name in ("info_nce_op", "sigmoid_loss"):
+    for name in ("info_nce_op", "info_nce_direct", "sigmoid_loss"):
         monkeypatch.setattr(sys.modules[f"contrastive_kernels.{name}"], "scaled", watched)
     return places
 

@@ -6,7 +6,8 @@ from test_gradcache import Encoder, assert_same, batch, gradients
 from torch import nn
 
 from contrastive_kernels import GradCache
-from contrastive_kernels.retention import GraphSize, counting_saved, fitting_chunks, free_cuda_bytes
+from contrastive_kernels.retention import GraphSize, counting_saved, fitting_chunks
+from contrastive_kernels.workspace import free_cuda_bytes
 
 MIB = 2**20
 
@@ -161,9 +162,9 @@ def test_a_graph_that_does_not_fit_alone_is_not_kept():
 
 
 def test_free_memory_is_what_the_device_and_torchs_allocator_have(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 100))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 80)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 80)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
     assert free_cuda_bytes() == 60
     sync = GradCache(lambda: 0, chunk_size=1).sync
     assert fitting_chunks([16.0] * 9, None, sync) == {6, 7, 8}  # 80 % of 60 bytes

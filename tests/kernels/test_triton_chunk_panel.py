@@ -32,9 +32,12 @@ def test_reduce_and_write(rows, columns, scale):
     torch.testing.assert_close(got.logits, (cos * scale).masked_fill(~kept, 0).sum(1), rtol=1e-11, atol=1e-9)
     assert torch.equal(got.count, kept.sum(1).double())
     out = torch.full_like(cos, float("nan"))
-    a, b = torch.rand(rows, dtype=torch.float64, device=DEVICE), torch.rand(rows, dtype=torch.float64, device=DEVICE)
-    chunk_write(cos, scale=scale, shift=log_sum, out=out, a=a, b=b, tile=SMALL, **options)
-    truth = torch.where(kept, (cos * scale - log_sum[:, None]).exp() * a[:, None] - b[:, None], 0)
+    smooth = torch.rand(rows, dtype=torch.float64, device=DEVICE)
+    shift = log_sum.clone()
+    shift[-1] = float("inf")  # a row that takes no part
+    chunk_write(cos, scale=scale, shift=shift, out=out, gain=1024.0, smooth=smooth, tile=SMALL, **options)
+    truth = torch.where(kept, ((cos * scale - log_sum[:, None]).exp() - smooth[:, None]) * 1024, 0)
+    truth[-1] = 0
     torch.testing.assert_close(out, truth, rtol=1e-9, atol=1e-12)
 
 

@@ -21,12 +21,13 @@ def test_cheapest_way_within_the_workspace(gpu):
     for rows, width, dtype, workspace, symmetric in itertools.product((512, 5000, 65_536), WIDTHS, ("bfloat16", "float16", "float32"), (16, 256, 8192), (False, True)):
         made = plan(rows, rows, width, dtype, workspace, gpu=gpu, symmetric=symmetric)
         possible = [way for way in made.ways if not way.reason]
-        assert made.chosen in possible and {way.path for way in made.ways} == {"exp", "chunk", "fused"} | ({"joint"} if symmetric else set())
+        assert made.chosen in possible and {way.path for way in made.ways} == {"exp", "chunk", "fused", "eager"} | ({"joint"} if symmetric else set())
         assert made.chosen.seconds <= dispatch.CLOSE * min(way.seconds for way in possible)
         for way in possible:
             assert 0 < way.scratch <= workspace * MIB and 1 <= way.rows <= rows
             assert way.rows == rows or way.rows < 128 or way.rows % 128 == 0
-            assert way.seconds == pytest.approx(sum(piece.seconds * piece.times for piece in way.pieces))
+            device, host = (sum(getattr(piece, name) * piece.times for piece in way.pieces) for name in ("seconds", "host"))
+            assert way.seconds == pytest.approx(max(device, host + roofline.HOST_CALL))
         # of those that the model cannot tell apart, the one with the least scratch
         near = [way for way in possible if way.seconds <= dispatch.CLOSE * min(w.seconds for w in possible)]
         assert made.chosen.scratch == min(way.scratch for way in near)
@@ -36,6 +37,7 @@ def test_cheapest_way_within_the_workspace(gpu):
     ("exp", {}), ("chunk", dict(dtype="float16")), ("chunk", dict(dtype="float32")), ("chunk", dict(smoothing=True)),
     ("fused", dict(width=64)),  # nothing is written where writing is what takes time
     ("joint", dict(symmetric=True)), ("exp", dict(symmetric=True, workspace=64)),  # the whole panel has no room
+    ("eager", dict(rows=1024, columns=1024, plain=True)), ("exp", dict(rows=4096, columns=4096, plain=True)),
 ])  # fmt: skip
 def test_known_choices(expected, options):
     made = plan(**options)
@@ -69,11 +71,15 @@ def test_explanation_adds_up(capsys):
     text = capsys.readouterr().out
     assert "8192 rows x 16384 candidates x D=1536 bfloat16 on a100" in text and "PREDICTED" in text
     pieces = [float(found) for found in re.findall(r"ms each,\s+([\d.]+) ms", text)]
-    together = float(re.search(r"together\s+([\d.]+) ms", text)[1])
+    together = float(re.search(r"device, together\s+([\d.]+) ms", text)[1])
+    count, host = re.search(r"the host, (\d+) launches\s+([\d.]+) ms", text).groups()
+    times = [int(found) for found in re.findall(r"^ +(\d+) x ", text, re.M)]
+    assert int(count) == sum(times) and 0 < float(host) < together
     limit, ratio = re.search(r"by the library\s+([\d.]+) ms: ([\d.]+) times", text).groups()
     assert len(pieces) > 5 and sum(pieces) == pytest.approx(together, abs=0.01)
     assert together / float(limit) == pytest.approx(float(ratio), abs=0.002)
     assert "not chunk" in text and "not fused cannot: D=1536 is above 128" in text
+    assert "tiles of 128 x 256" in text and "plain torch through autograd" in text
     said = []
     made = plan(explain=said.append)
     assert said == [made.text()] and plan() == made  # the same arguments, the same plan
@@ -104,3 +110,23 @@ def test_measured_rates_change_the_choice():
 def test_occupancy(registers, shared, threads, blocks):
     got, share = roofline.occupancy(roofline.H100, registers, shared, threads)
     assert got == blocks and share == blocks * threads / 2048
+
+
+def test_small_losses_are_the_hosts():
+    """Launches are what a small loss takes: the fewest win, and never what is much slower than plain torch through autograd."""
+    for rows in (64, 256, 1024, 2048, 4096, 8192, 16_384):
+        made = plan(rows, rows, plain=True)
+        eager = next(way for way in made.ways if way.path == "eager")
+        assert (made.path == "eager") == (rows <= 2048), made.text()
+        assert made.chosen.seconds <= 1.6 * made.rival and made.chosen.seconds <= 1.05 * eager.seconds
+        assert rows < 4096 or made.chosen.seconds <= 0.65 * made.rival
+    assert plan(256, 256, plain=True, interpreted=True).path != "eager"  # which is there to run the kernels
+
+
+@pytest.mark.parametrize("gpu, plain, masked", [("h100", (256, 128), (128, 128)), ("a100", (128, 256), (128, 128)), ("b200", (128, 256), (128, 128))])
+def test_the_tile_that_is_taken_is_priced(gpu, plain, masked):
+    gpu = roofline.GPUS[gpu]
+    wide, narrow = (next(way for way in plan(gpu=gpu, masks=masks).ways if way.path == "exp") for masks in (False, True))
+    assert (wide.tile, narrow.tile) == (plain, masked) and narrow.seconds > wide.seconds
+    assert next(way for way in plan(gpu=gpu, normalize=True).ways if way.path == "exp").tile == plain
+    assert next(way for way in plan(columns=16_385, gpu=gpu).ways if way.path == "exp").tile == masked

@@ -15,7 +15,7 @@ from contrastive_kernels.triton.sigmoid_panel import sigmoid_panel  # noqa: E402
 from contrastive_kernels.triton.symmetric import combine  # noqa: E402
 from contrastive_kernels.triton.topk import topk  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is not sparse; bench/gpu_gate.py has its own check")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is not sparse; bench/gpu has its own check")
 
 STRIDE = 1 << 30
 ROWS, WIDTH = 4, 16  # the last row begins at 3 * 2^30, beyond what 32 bits hold with a sign

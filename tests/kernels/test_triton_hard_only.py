@@ -12,7 +12,7 @@ from contrastive_kernels.reference import info_nce_reference  # noqa: E402
 from contrastive_kernels.triton import configs, levels, symmetric  # noqa: E402
 from tests.kernels.paths import PATHS, force  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products of the interpreter; bench/gpu_gate.py checks a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products of the interpreter; bench/gpu checks a GPU")
 N, D = 9, 32
 ALONE = {
     "ids": lambda: dict(target_ids=torch.zeros(N, dtype=torch.int64)),  # every target bears every positive's id

@@ -13,7 +13,7 @@ from test_options import agree  # noqa: E402
 from contrastive_kernels import info_nce  # noqa: E402
 from contrastive_kernels.triton import levels, sweep, symmetric  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu_gate.py checks a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu checks a GPU")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contrastive_kernels import info_nce_value_and_grad, last_token_pool, sigmoi
 from contrastive_kernels.triton import pool, sigmoid_panel, topk  # noqa: E402
 from tests.kernels.paths import PATHS, force  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter; bench/gpu_gate.py repeats on a GPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter; bench/gpu repeats on a GPU")
 N, M, D = 37, 70, 24  # ragged tiles on both sides
 
 

@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
 TIGHT = dict(rtol=1e-9, atol=1e-10) if TRUTH == torch.float64 else dict(rtol=1e-4, atol=1e-5)
 N, D = 70, 24  # more than a tile, no multiple of one
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU one panel is for bfloat16; bench/gpu_gate.py checks it there")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU one panel is for bfloat16; bench/gpu checks it there")
 
 
 def unit(*shape, dtype=TRUTH):
@@ -133,11 +133,10 @@ def test_launched_work_equals_the_cost_model(wrt, joint_only, monkeypatch):
     n, d = 192, 64
     tile = configs.Tile(64, 64, 64, 4, 1, 2)
     monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
-    monkeypatch.setattr(roofline, "JOINT_TILE", (64, 64))
     query = unit(n, d, dtype=torch.bfloat16).detach()
     with work.record() as launches:
         info_nce_value_and_grad(query, query.roll(1, 0), symmetric=True, backend="triton", wrt=wrt, validate=True)  # lets a GPU look
-    pieces = roofline.joint(roofline.H100, n, d, itemsize=2, d_query="query" in wrt, d_target="target" in wrt)
+    pieces = roofline.joint(roofline.H100, n, d, itemsize=2, tile=(64, 64), d_query="query" in wrt, d_target="target" in wrt)
     for name in ("flops", "bytes"):
         assert sum(getattr(x, name) for x in launches) == sum(getattr(p, name) * p.times for p in pieces)
     assert joint_only and sum(x.flops for x in launches) == 2 * (1 + len(wrt)) * n * n * d

@@ -11,6 +11,7 @@ from contrastive_kernels.triton.topk import topk  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = configs.Tile(16, 16, 16, 4, 1)
+RESIDENT = configs.Tile(16, 16, 16, 4, 1, resident=True)
 
 
 def dense(query, target, k, exclude=None):
@@ -24,12 +25,13 @@ def dense(query, target, k, exclude=None):
 
 
 # one of each; k above M; k not a power of two; several tiles and shares, the last one ragged
+@pytest.mark.parametrize("tile", [SMALL, RESIDENT], ids=["read again", "resident"])
 @pytest.mark.parametrize("rows, columns, k, shares", [(1, 1, 1, 1), (3, 5, 9, 1), (17, 33, 3, 1), (5, 130, 5, 3), (20, 100, 16, 2), (2, 70, 40, 1)])
-def test_against_dense_with_ties(rows, columns, k, shares):
+def test_against_dense_with_ties(rows, columns, k, shares, tile):
     # small integers: exact in any precision, full of ties, negative scores and zeros of both signs
-    query = torch.randint(-2, 3, (rows, 7), device=DEVICE).float()
-    target = torch.randint(-2, 3, (columns, 7), device=DEVICE).float()
-    scores, indices = topk(query, target, k, tile=SMALL, shares=shares)
+    query = torch.randint(-2, 3, (rows, 37), device=DEVICE).float()  # three pieces of BLOCK_K, the last one ragged
+    target = torch.randint(-2, 3, (columns, 37), device=DEVICE).float()
+    scores, indices = topk(query, target, k, tile=tile, shares=shares)
     values, expected = dense(query, target, k)
     assert torch.equal(scores, values.float())
     assert torch.equal(indices, expected)
@@ -76,6 +78,47 @@ def test_exclude():
     values, expected = dense(query, target, 4, exclude)
     torch.testing.assert_close(scores, values.float())
     assert torch.equal(indices, expected)
+
+
+@pytest.mark.parametrize("tile", [SMALL, RESIDENT], ids=["read again", "resident"])
+def test_excluded_targets_give_way_wherever_they_stand(tile):
+    """They are looked up when they would enter: before, between and after those that stay, many in one tile, each of them the best."""
+    query, target = torch.ones(5, 1, device=DEVICE), torch.arange(64.0, 0.0, -1.0, device=DEVICE)[:, None]
+    exclude = torch.tensor([[0, 1, 2, 3], [63, 62, -1, -1], [1, 1, 3, 5], [-1] * 4, [0, 20, 40, 60]], device=DEVICE)
+    for order in (torch.arange(64), torch.arange(63, -1, -1), torch.randperm(64)):
+        place = torch.empty(64, dtype=torch.int64).scatter_(0, order, torch.arange(64)).to(DEVICE)
+        here = torch.where(exclude < 0, exclude, place[exclude.clamp_min(0)])
+        scores, indices = topk(query, target[order.to(DEVICE)], 3, exclude=here, tile=tile, shares=2)
+        values, expected = dense(query, target[order.to(DEVICE)], 3, here)
+        assert torch.equal(scores, values.float()) and torch.equal(indices, expected)
+
+
+def test_shares_fill_whole_waves():
+    # an H100: 132 multiprocessors, two blocks each; 157 tiles of rows, 15,625 of columns: 785 programs are 2.97 waves
+    assert configs.topk_shares(264, 157, 15_625) == 5
+    assert 250 <= configs.topk_shares(264, 1, 15_625) <= 264  # one query has the whole GPU
+    assert configs.topk_shares(264, 1, 3) <= 3 and configs.topk_shares(1, 7, 1) == 1
+    for tiles_r in (1, 40, 157, 1000):
+        programs = tiles_r * configs.topk_shares(264, tiles_r, 15_625)
+        assert -(-programs // 264) * 264 / programs < 1.1  # of the time, idle
+
+
+def test_expected_looks_are_those_of_random_targets():
+    """The cost model's expectation against counting: a tile is looked through as often as the row with the most newcomers has some."""
+    from contrastive_kernels.roofline_topk import looks
+
+    generator, rows, columns, kept, targets = torch.Generator().manual_seed(0), 16, 16, 4, 2048
+    counted = 0
+    for _ in range(3):
+        scores = torch.rand(rows, targets, generator=generator)
+        lists = torch.full((rows, kept), -1.0)
+        for start in range(0, targets, columns):
+            tile = scores[:, start : start + columns]
+            both = torch.cat([lists, tile], 1).topk(kept, 1)
+            # a newcomer may leave again within its tile: at most this many looks, at least those that stay
+            counted += int((both.indices >= kept).sum(1).max())
+            lists = both.values
+    assert 0.8 <= looks(rows, columns, kept, targets) * 3 / counted <= 1.6
 
 
 def test_everything_excluded_and_empty():

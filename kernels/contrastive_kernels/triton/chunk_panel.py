@@ -1,9 +1,9 @@
 """Softmax over a panel of cosines that a library product left in float32: for float16, unnormalised input, and label smoothing.
 
     pass 1   per row: running maximum m, sum exp(k cos - m), greatest cosine, sum and number of kept logits
-    pass 2   G_ij = a_i exp(k cos_ij - shift_i) - b_i over the kept candidates, 0 elsewhere, in the products' type
+    pass 2   G_ij = gain (exp(k cos_ij - shift_i) - smooth_i) over the kept candidates, 0 elsewhere, in the products' type
 
-With a = 1, b = 0 G is E of `exp_panel`; with smoothing a_i = exp(shift_i - lse_i) and b_i = smoothing / candidates, the derivative
+With smooth = 0 G is E of `exp_panel`; with label smoothing shift_i = lse_i and smooth_i = smoothing / candidates, the derivative
 with respect to the logit. Bytes an element: 4 written by the product, 4 read twice, 2 written here: 14; no exponent is ever out of
 range, since the shift is the row's own maximum. A row is reduced by one program, in order: deterministic.
 """
@@ -73,10 +73,10 @@ def _chunk_reduce_kernel(
 
 @triton.jit
 def _chunk_write_kernel(
-    p_cos, p_out, p_exponent, p_shift, p_a, p_b, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
+    p_cos, p_out, p_exponent, p_shift, p_smooth, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
     p_threshold, p_keep, R, C, stride, stride_out, column_offset,
     HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SMOOTH: tl.constexpr, GAIN: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = p_cos.dtype.element_ty
     tiles_c = tl.cdiv(C, BLOCK_C)
@@ -89,10 +89,11 @@ def _chunk_write_kernel(
                             HAS_SCALE, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP)
     b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634
     b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf")) * 1.4426950408889634
-    b_a = tl.load(p_a + o_r, mask=m_r, other=0.0)
-    b_b = tl.load(p_b + o_r, mask=m_r, other=0.0)
-    b_e = tl.exp2(b_cos * b_k - b_shift[:, None]) * b_a[:, None] - b_b[:, None]
-    b_e = tl.where(b_cos > -1e29, b_e, 0.0)
+    b_e = tl.exp2(b_cos * b_k - b_shift[:, None])
+    if SMOOTH:
+        b_smooth = tl.load(p_smooth + o_r, mask=m_r, other=0.0)
+        b_e -= tl.where(b_shift < float("inf"), b_smooth, 0.0)[:, None]  # nothing for a row that takes no part
+    b_e = tl.where(b_cos > -1e29, b_e * GAIN, 0.0)
     tl.store(p_out + o_r[:, None] * stride_out + o_c[None, :], _narrow(b_e, p_out.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
 
 
@@ -143,21 +144,19 @@ def chunk_reduce(cos, *, scale, smoothing=False, row_scale=None, col_scale=None,
 
 
 @on_its_device
-def chunk_write(cos, *, scale, shift, out, a=None, b=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None, column_offset=0, tile=None) -> None:
-    """Second pass: out (R, C) = a exp(scale cos - shift) - b over the kept candidates, 0 elsewhere; a, b, shift (R,).
+def chunk_write(cos, *, scale, shift, out, gain=1.0, smooth=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None, column_offset=0, tile=None) -> None:
+    """Second pass: out (R, C) = gain (exp(scale cos - shift) - smooth) over the kept candidates, 0 elsewhere.
 
-    a None is 1, b None is 0. A row with shift +inf and b 0 comes out as zeros.
+    shift: (R,); a row with +inf comes out as zeros. smooth: (R,) or None for 0. gain: a number.
     """
     rows, columns = cos.shape
     tile = tile or configs.CHUNK_WRITE
     pointers, flags = _masks(cos, row_scale, col_scale, positive, ids, threshold, keep)
-    a = torch.ones_like(shift) if a is None else a
-    b = torch.zeros_like(shift) if b is None else b
     grid = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
     if rows and columns:
         _chunk_write_kernel[(grid,)](
-            cos, out, scalar(scale, cos.dtype, cos.device), shift, a, b, *pointers,
+            cos, out, scalar(scale, cos.dtype, cos.device), shift, shift if smooth is None else smooth, *pointers,
             rows, columns, cos.stride(0), out.stride(0), column_offset,
-            UPCAST=INTERPRET, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
+            SMOOTH=smooth is not None, GAIN=float(gain), UPCAST=INTERPRET, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
         )
     work.note("chunk_write", grid, 0, work.size(cos), work.size(out))

@@ -5,14 +5,12 @@ Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.
 """
 
 import functools
-import os
 
 import torch
 import triton
 import triton.language as tl
 
-# Read when a function is decorated, so it is a constant of this process.
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 LOG2E = 1.4426950408889634
 MAXIMUM_COLUMNS = 2**31 - 129  # less the 128 numbers that stand for top-k's empty slots
@@ -47,7 +45,7 @@ def check_columns(name: str, columns: int) -> None:
 def scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A 0-d tensor on the device, filled there: torch.as_tensor would copy a number from the host and wait for the copy."""
     if isinstance(value, torch.Tensor):
-        return value.to(device=device, dtype=dtype)
+        return value if value.dtype == dtype and value.device == device else value.to(device=device, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive_kernels.triton.common import INTERPRET
+from contrastive_kernels.triton.interpreter import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -26,6 +26,7 @@ class Tile:
     stages: int
     slices: int = 1
     group: int = 8
+    resident: bool = False  # top-k: the queries' tile is read once, the whole width of it
 
     @property
     def constants(self) -> dict:
@@ -39,11 +40,10 @@ class Tile:
         return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
 
 
-# (architecture, element size, rich epilogue) -> tile. Rich: ids, thresholds, column masks, column
-# sums, norms, a ragged number of columns, several prefixes, or a second launch over unsafe rows.
+# (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
-    (80, 2, True): Tile(128, 128, 32, 8, 4, 4),
+    (80, 2, True): Tile(128, 64, 32, 8, 4, 4),
     (90, 2, False): Tile(256, 128, 64, 8, 3, 8),
     (90, 2, True): Tile(128, 128, 64, 8, 4, 8),
     (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
@@ -54,6 +54,8 @@ EXP_PANEL = {
     (0, 4, True): Tile(128, 64, 32, 8, 3, 2),
 }
 INTERPRETED = Tile(64, 64, 64, 4, 1, 2)
+# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
+PLAIN_COLUMNS = 256
 
 # Memory-bound passes: a few rows a program so that 2,048 columns of each are 16-byte loads for every thread.
 CHUNK_REDUCE = Tile(2, 2048, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
@@ -89,8 +91,18 @@ def choose(table: dict, arch: int, *key) -> Tile:
 
 
 # The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
-# tensor memory.
-PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4)}
+# tensor memory, in slices that triton 3.6 does not spill.
+PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4), 100: Tile(128, 128, 64, 8, 3, 4)}
+
+
+def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
+    """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
+    if levels and itemsize <= 2 and tuned_as(arch) in PREFIXES:
+        tile = PREFIXES[tuned_as(arch)]
+    else:
+        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, columns % PLAIN_COLUMNS != 0)
+        tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+    return tile.block_r, tile.block_c
 
 
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
@@ -101,11 +113,43 @@ def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> T
     return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
 
 
+# The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,
+# and none if given 8. On sm_100 the wide tile spills with norms.
+WARP_SPECIALISED = {
+    (90, False): Tile(128, 256, 64, 4, 3), (90, True): Tile(128, 256, 64, 4, 3),
+    (100, False): Tile(128, 256, 64, 8, 3), (100, True): Tile(128, 128, 64, 8, 4),
+}  # fmt: skip
+# Architectures on which it was measured to beat EXP_PANEL's: there panel="auto" takes it. None has been measured.
+WARP_SPECIALISED_FASTER = frozenset()
+
+
+def warp_specialised(arch: int, scale: bool) -> Tile:
+    return INTERPRETED if INTERPRET else WARP_SPECIALISED[tuned_as(arch), scale]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def exp_panel_is_rich(arch: int, masks, scale, row_max, col_sum, redo, odd) -> bool:
+    """Whether an epilogue spills in the wide tile, or nearly: registers as compiled by triton 3.6, 3.8 and 3.9.
+
+    Args: what it holds. masks: ids, thresholds or column masks. scale: norms. row_max, col_sum: beside the rows' sums. redo: the
+    second launch over unsafe rows. odd: columns that 256 does not divide.
+    """
+    if tuned_as(arch) == 100:
+        return bool(masks or col_sum or redo or odd or scale and row_max)  # norms alone: 255; all others spill with some triton
+    # sm_90: without a maximum everything at once takes 234 registers, odd columns 255 alone; with one, norms 255 and masks spill
+    # sm_80: as much, but 2 spills where masks meet column sums
+    return bool(redo or row_max and (masks or col_sum or odd) or odd and (masks or scale or col_sum) or tuned_as(arch) == 80 and masks and col_sum)
+
+
 # (architecture, element size) -> tile: a dozen values of a pair are alive at once, so slices are narrow.
 SIGMOID = {
     (80, 2): Tile(128, 128, 32, 8, 4, 4),
     (90, 2): Tile(128, 128, 64, 8, 4, 8),
-    (100, 2): Tile(128, 128, 64, 8, 3, 8),
+    (100, 2): Tile(128, 128, 64, 8, 3, 4),
     (0, 2): Tile(128, 128, 32, 8, 3, 8),
     (0, 4): Tile(128, 64, 32, 8, 3, 4),
 }
@@ -124,22 +168,41 @@ TOPK = {
     (90, 2, True): Tile(64, 64, 64, 8, 4),
     (100, 2, False): Tile(128, 64, 64, 8, 3),
     (100, 2, True): Tile(128, 32, 64, 8, 3),
-    (100, 4, False): Tile(64, 64, 16, 8, 2),
     (0, 2, False): Tile(64, 128, 32, 4, 3),
     (0, 2, True): Tile(64, 64, 32, 8, 3),
-    (0, 4, False): Tile(64, 64, 32, 8, 3),
-    (0, 4, True): Tile(32, 64, 32, 8, 3),
+    (0, 4, False): Tile(64, 64, 16, 4, 2),
+    (0, 4, True): Tile(32, 64, 16, 4, 2),
 }
 
 
-def topk(arch: int, itemsize: int, kept: int) -> Tile:
-    return INTERPRETED if INTERPRET else choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
+# (architecture, more than 32 kept) -> tile for queries that stay on the chip. On sm_80 and sm_90 two blocks of the first share a
+# multiprocessor, so that one multiplies while the other selects: no compiler here lets the products of a block run on beside its own
+# selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product, PREDICTED, where 64 take 1.6.
+TOPK_RESIDENT = {
+    (80, False): Tile(64, 64, 64, 4, 2, resident=True),
+    (80, True): Tile(64, 64, 64, 8, 2, resident=True),
+    (90, False): Tile(64, 64, 128, 4, 2, resident=True),
+    (90, True): Tile(64, 128, 128, 8, 2, resident=True),
+    (100, False): Tile(128, 64, 128, 8, 2, resident=True),
+    (100, True): Tile(64, 64, 128, 8, 2, resident=True),
+}
+RESIDENT_WIDTH = 256
 
 
-def topk_shares(device: torch.device, tiles_r: int) -> int:
-    """Pieces of the targets, so that about four programs wait for each multiprocessor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, 4 * processors // max(tiles_r, 1))
+def topk(arch: int, itemsize: int, kept: int, width: int) -> Tile:
+    if INTERPRET:
+        return INTERPRETED
+    held = TOPK_RESIDENT.get((tuned_as(arch), kept > 32)) if itemsize == 2 and width <= RESIDENT_WIDTH else None
+    return held or choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
+
+
+EMPTY_LIST = 64  # tiles that a share's first ones cost more, while its lists fill
+
+
+def topk_shares(slots: int, tiles_r: int, tiles_c: int) -> int:
+    """Pieces of the targets, so that programs fill whole waves of the `slots` blocks that run at a time."""
+    most = min(tiles_c, max(16, 2 * slots // tiles_r))
+    return min(range(1, most + 1), key=lambda shares: -(-tiles_r * shares // slots) * (-(-tiles_c // shares) + EMPTY_LIST))
 
 
 FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it

@@ -18,14 +18,13 @@ import triton
 import triton.language as tl
 
 from contrastive_kernels.roofline import REDO_PROGRAMS
-from contrastive_kernels.triton import configs, work
+from contrastive_kernels.triton import configs, warp_specialised, work
 from contrastive_kernels.triton.common import (
     INTERPRET, TRITON_DTYPE, _dot, _drop, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_columns, check_dtype,
     dot_precision, on_its_device, scalar, whole_blocks,
 )
 
-# A number of columns that every plain tile divides: others need a mask, which the plain tiles have no registers for.
-PLAIN_COLUMNS = 256
+PANELS = ("auto", "plain", "warp_specialised")
 
 
 @triton.jit
@@ -160,21 +159,52 @@ class ExpPanel:
 
     Args:
         e: (L, R, C) exponentials in the operands' dtype, the positive and everything dropped 0; None where not stored.
-        row_sum: (L, R) sums of a row of E before rounding, accumulator type.
-        row_max: (L, R) greatest kept cosine, -inf where there is none; None unless asked for.
-        col_sum: (L, C) sums of a column of E; None unless asked for.
+        row_part: (1 or 2, L, column tiles, R) sums of a row's E before rounding, and, where asked for, greatest kept cosines, -1e30 for none.
+        col_part: (L, row tiles, C) sums of a column of E; None unless asked for.
     """
 
     e: torch.Tensor | None
-    row_sum: torch.Tensor
-    row_max: torch.Tensor | None
-    col_sum: torch.Tensor | None
+    row_part: torch.Tensor
+    col_part: torch.Tensor | None
+
+    @property
+    def row_sum(self) -> torch.Tensor:
+        """(L, R) sums of a row of E."""
+        return self.row_part[0].sum(1)
+
+    @property
+    def row_max(self) -> torch.Tensor | None:
+        """(L, R) greatest kept cosine, -inf where there is none; None unless asked for."""
+        if len(self.row_part) == 1:
+            return None
+        levels, tiles, rows = self.row_part.shape[1:]
+        if not tiles:
+            return self.row_part.new_full((levels, rows), float("-inf"))
+        best = self.row_part[1].amax(1)
+        return torch.where(best <= -1e29, float("-inf"), best)
+
+    @property
+    def col_sum(self) -> torch.Tensor | None:
+        """(L, C) sums of a column of E."""
+        return None if self.col_part is None else self.col_part.sum(1)
+
+
+def _takes(panel: str, arch: int, dtype: torch.dtype, plain: bool, columns: int) -> bool:
+    """Whether the launch goes to the warp-specialised panel."""
+    if panel not in PANELS:
+        raise ValueError(f"panel: expected one of {', '.join(PANELS)}, got {panel!r}")
+    if panel == "plain" or panel == "auto" and configs.tuned_as(arch) not in configs.WARP_SPECIALISED_FASTER:
+        return False
+    reason = warp_specialised.obstacle(arch, dtype, plain=plain, columns=columns)
+    if reason and panel != "auto":
+        raise ValueError(f"panel='warp_specialised': expected a launch that it can take, got one that it cannot: {reason}; use panel='auto'")
+    return not reason
 
 
 @on_its_device
 def exp_panel(
     x, y, *, scale, shift, out=None, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
-    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, store=True, tile=None,
+    column_offset=0, row_max=False, col_sum=False, levels=None, redo=None, store=True, tile=None, panel="auto",
 ) -> ExpPanel:
     """E = exp(scale * cos - shift) of one panel of rows against all columns, with its sums.
 
@@ -195,8 +225,9 @@ def exp_panel(
         store: False leaves E unwritten, for the sums alone.
         redo: (row tiles,) int32; tiles whose entry is 0 are left as they are.
         tile: a `configs.Tile` instead of the table's.
+        panel: "plain", "warp_specialised" (warp_specialised.py), or "auto": the latter where it was measured to be faster and can be had.
 
-    Raises: ValueError for a dtype or a number of columns the kernels do not take. Numerics: products and sums in float32 (float64 for float64).
+    Raises: ValueError for a dtype or a number of columns the kernels do not take, or a `panel` that cannot take the launch. Numerics: products and sums in float32 (float64 for float64).
     """
     check_dtype("exp_panel", x.dtype)
     check_columns("exp_panel", column_offset + len(y))
@@ -204,9 +235,16 @@ def exp_panel(
     acc = accumulator(x.dtype)
     device = x.device
     number = 1 if levels is None else len(levels)
-    rich = bool(ids) or threshold is not None or keep is not None or col_sum or levels is not None or row_scale is not None
-    rich = rich or redo is not None or columns % PLAIN_COLUMNS != 0
-    tile = tile or configs.exp_panel(configs.architecture(device), x.element_size(), rich, levels is not None)
+    arch = configs.architecture(device)
+    masks = bool(ids) or threshold is not None or keep is not None
+    plain = not (masks or row_max or col_sum or levels is not None or redo is not None)
+    special = _takes(panel, arch, x.dtype, plain, columns)
+    if tile is None and special:
+        tile = configs.warp_specialised(arch, row_scale is not None)
+    elif tile is None:
+        odd = columns % configs.PLAIN_COLUMNS != 0
+        rich = levels is not None or configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
+        tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     width = x.shape[1]
@@ -216,9 +254,14 @@ def exp_panel(
     row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
     col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
-    if rows and columns:
+    if rows and columns and special:
+        warp_specialised.launch(
+            x, y, out[0] if store else None, exponent, shift.to(acc), row_scale, col_scale, positive, row_part[0, 0], column_offset, tile,
+            configs.processors(device),
+        )
+    elif rows and columns:
         _exp_panel_kernel[(tiles_r * (REDO_PROGRAMS if redo is not None else tiles_c),)](
-            x, y, out if store else x, exponent, shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
+            x, y, out if store else x, exponent, shift if shift.dtype == acc else shift.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
             x if positive is None else positive, row_id, col_id, row_id2, col_id2, x if threshold is None else threshold,
             x if keep is None else keep.view(torch.uint8), row_part, col_part, x if levels is None else levels, x if redo is None else redo,
             rows, columns, width, x.stride(0), y.stride(0), out.stride(-2) if store else 0, column_offset, number,
@@ -227,18 +270,12 @@ def exp_panel(
             EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype),
             UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices, **tile.constants, **tile.options,
         )
-    else:
-        row_part.zero_() if not columns else None
     if redo is not None:
         # what it does is known to the device alone; nothing, in a batch without unsafe rows
         work.note("exp_panel_redo", tiles_r * REDO_PROGRAMS, 0, 0, 0)
     else:
         work.note(
-            "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
+            "exp_panel_warp_specialised" if special else "exp_panel", tiles_r * tiles_c, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
             work.size(x, y), work.size(out if store else None, row_part) + (work.size(col_part) if col_sum else 0),
         )
-    best = None
-    if row_max:
-        best = row_part[1].amax(1) if columns else torch.full((number, rows), -1e30, dtype=acc, device=device)
-        best = torch.where(best <= -1e29, float("-inf"), best)
-    return ExpPanel(out, row_part[0].sum(1), best, col_part.sum(1) if col_sum else None)
+    return ExpPanel(out, row_part, col_part if col_sum else None)

@@ -8,67 +8,54 @@ from __future__ import annotations
 
 import torch
 
-from contrastive_kernels.softmax import RowSums, row_factor
 from contrastive_kernels.triton.fused import FusedSums, fused_backward, fused_forward
+from contrastive_kernels.triton.row_state import Parts, RowState
 
 
-def _sums(work, view, rows: slice, weighted: bool) -> FusedSums:
-    """One block's sums of some rows; rows that do not see the blocks come out empty."""
-    out = fused_forward(view.x[rows], view.y, scale=view.scale, weighted=weighted, **view.options(rows))
-    inactive = work.inactive(rows)
-    if inactive is not None:
-        out.shift, out.best = (torch.where(inactive, float("-inf"), x) for x in (out.shift, out.best))
-        out.total = torch.where(inactive, 0.0, out.total)
-    return out
+def _sums(panel_sweep, rows: slice, wants_anchors) -> list[FusedSums]:
+    """Every block's sums of some rows."""
+    blocks, views = panel_sweep.direction.blocks, panel_sweep.views
+    return [
+        fused_forward(view.x[rows], view.y, scale=panel_sweep.exponent, weighted=wants_anchors(block), **view.options(rows))
+        for block, view in zip(blocks, views)
+    ]
 
 
-def forward(work, sums: RowSums, *, finished: bool) -> None:
-    """Add every row's sums to `sums`; with `finished` these rows' sums are then complete, and their anchors' gradients are added."""
-    gradients = work.gradients if finished else None
-    for rows in work:
-        made = []
-        for block, view in zip(work.direction.blocks, work.views):
-            weighted = gradients is not None and work.writer.wants_anchors(block)
-            made.append(_sums(work, view, rows, weighted))
-            sums.add(rows, RowSums(made[-1].shift, made[-1].total, made[-1].best))
+def forward(panel_sweep, state: RowState, *, prior: bool, complete: bool) -> None:
+    """Add every row's sums to the state's; where they are then `complete`, the rows are worked out and their anchors' gradients added."""
+    gradients = panel_sweep.gradients if complete else None
+    for rows in panel_sweep:
+        made = _sums(panel_sweep, rows, (lambda block: False) if gradients is None else panel_sweep.writer.wants_anchors)
+        parts = [Parts(part.total[None], part.shift, part.best[None]) for part in made]
+        panel_sweep.add(state, rows, parts, prior=prior, complete=complete, own_shift=True)
         if gradients is not None:
-            _add_anchors(work, rows, made, sums, work.positive_term(rows, sums))
+            _add_anchors(panel_sweep, rows, made, state, state.positive[rows])
 
 
-def anchors(work, sums: RowSums) -> None:
+def anchors(panel_sweep, state: RowState) -> None:
     """The anchors' gradients alone, from sums that were completed elsewhere (a ring's)."""
-    for rows in work:
-        made = [_sums(work, view, rows, work.writer.wants_anchors(block)) for block, view in zip(work.direction.blocks, work.views)]
-        _add_anchors(work, rows, made, sums, None)
+    for rows in panel_sweep:
+        _add_anchors(panel_sweep, rows, _sums(panel_sweep, rows, panel_sweep.writer.wants_anchors), state, None)
 
 
-def _factor(work, sums: RowSums, rows: slice) -> torch.Tensor:
-    """What turns exp(logit - sums.shift) into the derivative with respect to a cosine."""
-    own = sums.rows(rows)
-    return row_factor(own, work.logit[rows], own.shift) * work.direction.weight[rows] * work.problem.inverse_temperature
-
-
-def _add_anchors(work, rows: slice, made: list[FusedSums], sums: RowSums, positive) -> None:
-    own, factor = sums.rows(rows), _factor(work, sums, rows)
-    for block, part in zip(work.direction.blocks, made):
+def _add_anchors(panel_sweep, rows: slice, made: list[FusedSums], state: RowState, positive) -> None:
+    for block, part in zip(panel_sweep.direction.blocks, made):
         if part.weighted is None:
             continue
-        relative = torch.where(part.total > 0, (part.shift - own.shift).exp(), 0.0)
-        work.writer.anchors(block, rows, part.weighted, factor * relative, positive)
+        # +inf where a row has no part: its factor becomes 0
+        relative = torch.where(part.total != 0, (part.shift - state.shift[rows]).exp(), 0.0)
+        panel_sweep.writer.anchors(block, rows, part.weighted, state.factor[rows] * relative, positive)
 
 
-def backward(work, sums: RowSums) -> None:
-    """Add the candidates' gradients; `sums` are complete."""
-    everyone = slice(0, work.rows)
-    factor = _factor(work, sums, everyone)
-    part = sums.total > 0
-    if work.direction.active is not None:
-        part = part & work.direction.active
-    shift = torch.where(part, sums.shift, float("inf"))
-    for block, view in zip(work.direction.blocks, work.views):
-        if not work.gradients.wants(block.columns.sink):
+def backward(panel_sweep, state: RowState) -> None:
+    """Add the candidates' gradients; the rows are worked out."""
+    everyone = slice(0, panel_sweep.rows)
+    for block, view in zip(panel_sweep.direction.blocks, panel_sweep.views):
+        if not panel_sweep.gradients.wants(block.columns.sink):
             continue
-        for start in range(0, len(view.y), work.size):
-            columns = slice(start, min(start + work.size, len(view.y)))
-            piece = fused_backward(view.x, view.y[columns], scale=view.scale, shift=shift, factor=factor, **view.options(everyone, columns))
-            work.writer.column_piece(block, columns, piece)
+        for start in range(0, len(view.y), panel_sweep.size):
+            columns = slice(start, min(start + panel_sweep.size, len(view.y)))
+            piece = fused_backward(
+                view.x, view.y[columns], scale=panel_sweep.exponent, shift=state.shift, factor=state.factor, **view.options(everyone, columns)
+            )
+            panel_sweep.writer.column_piece(block, columns, piece)

@@ -17,14 +17,13 @@ from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.problem import build, directions, own_columns
-from contrastive_kernels.softmax import RowSums, finish, row_factor
 from contrastive_kernels.stats import row_sums as stat_sums
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton import panel as panels
-from contrastive_kernels.triton.common import INTERPRET, scalar
+from contrastive_kernels.triton.common import INTERPRET
 from contrastive_kernels.triton.exp_panel import exp_panel
-from contrastive_kernels.triton.panel import PanelSums
-from contrastive_kernels.triton.sweep import Panels, row_sums
+from contrastive_kernels.triton.row_state import Parts
+from contrastive_kernels.triton.sweep import Panels
 
 
 def block_k(device, itemsize: int) -> int:
@@ -63,7 +62,7 @@ class Level:
     parts: list
     gradients: Gradients | None
     hard: object
-    loss: torch.Tensor
+    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     stat_sums: torch.Tensor | None = None
 
 
@@ -79,12 +78,13 @@ def compute(query, target, level_options, wanted, rows: int) -> list:
         problem = build(query[:, :dim], target[:, :dim], options)
         parts = directions(problem, *own_columns(problem))
         hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
-        levels.append(Level(problem, parts, Gradients(problem, wanted) if wanted else None, hard, torch.zeros_like(problem.share)))
+        levels.append(Level(problem, parts, Gradients(problem, wanted) if wanted else None, hard))
     for index in range(len(levels[0].parts)):
         _sweep(levels, index, rows)
     out = []
     for level in levels:
-        made = Computed(level.loss if level.problem.options.reduction == "none" else level.loss.sum(), stat_sums=level.stat_sums)
+        loss = sum(level.losses[1:], level.losses[0])
+        made = Computed(loss if level.problem.options.reduction == "none" else loss.sum(), stat_sums=level.stat_sums)
         if level.gradients is not None:
             finish_gradients(level.problem, level.gradients, made)
         out.append(made)
@@ -93,12 +93,10 @@ def compute(query, target, level_options, wanted, rows: int) -> list:
 
 def _sweep(levels: list[Level], index: int, size: int) -> None:
     """One direction of every level."""
-    works = [Panels(level.problem, level.parts[index], level.gradients, 1 << 62) for level in levels]
-    sums = [RowSums.empty(work.rows, work.problem.dtype, work.problem.device, False) for work in works]
-    for level, own in zip(levels, sums):
-        if level.hard is not None and level.parts[index].forward:
-            own.add(slice(0, works[0].rows), level.hard.sums)
-    widest, count = works[-1], len(levels)
+    sweeps = [Panels(level.problem, level.parts[index], level.gradients, 1 << 62) for level in levels]
+    forward = levels[0].parts[index].forward
+    states = [own.state(level.hard if forward else None) for level, own in zip(levels, sweeps)]
+    widest, count = sweeps[-1], len(levels)
     outs = None
     for start in range(0, widest.rows, size):
         rows = slice(start, min(start + size, widest.rows))
@@ -107,56 +105,43 @@ def _sweep(levels: list[Level], index: int, size: int) -> None:
         here = [None] * len(widest.views)
         if outs is not None:
             here = [out[: count * (rows.stop - start) * len(view.y)].view(count, rows.stop - start, len(view.y)) for out, view in zip(outs, widest.views)]
-        for number, (work, own, made) in enumerate(zip(works, sums, _exponentials(works, rows, here))):
-            own.add(rows, row_sums(made))
-            if work.gradients is not None:
-                factor = row_factor(own.rows(rows), work.logit[rows], made.shift) * work.direction.weight[rows]
-                work.products(rows, [e[number] for e in here], factor * work.problem.inverse_temperature, work.positive_term(rows, own))
-    for level, work, own in zip(levels, works, sums):
-        _finish(level, index, work, own)
+        for number, (own, (state, prior), made) in enumerate(zip(sweeps, states, _exponentials(sweeps, rows, here))):
+            own.add(state, rows, [made], prior=prior, complete=True)
+            if own.gradients is not None:
+                own.products(rows, [e[number] for e in here], state.factor[rows], state.positive[rows])
+    for level, own, (state, _) in zip(levels, sweeps, states):
+        direction, result = own.direction, state.result()
+        if level.gradients is not None:
+            own.writer.positives(state.positive)
+            if level.hard is not None and forward:
+                level.hard.add_gradients(direction, result, level.gradients)
+        level.losses.append(result.weighted)
+        if forward and level.problem.options.return_stats:
+            level.stat_sums = stat_sums(level.problem.kept, result.lse, direction.positive, state.sums.best)
 
 
-def _exponentials(works: list[Panels], rows: slice, outs) -> list[PanelSums]:
+def _exponentials(sweeps: list[Panels], rows: slice, outs) -> list[Parts]:
     """Fill outs[b] (L, R, C_b) and sum the rows of every level; unsafe rows are done again, a level at a time."""
-    widest, dims = works[-1], [work.problem.query.width for work in works]
-    acc, device, inactive = widest.problem.dtype, widest.problem.device, widest.inactive(rows)
-    levels = torch.stack([scalar(dim, torch.int32, device) for dim in dims])
-    scales = [scalar(view.scale, acc, device) for view in widest.views]
-    shift = (torch.stack(scales).amax() - panels.SHIFT_BELOW_TOP).expand(rows.stop - rows.start).contiguous()
-    if inactive is not None:
-        shift = torch.where(inactive, float("inf"), shift)
-    total, best, tops = 0.0, None, None
-    for number, (view, out, scale) in enumerate(zip(widest.views, outs, scales)):
-        views = [work.views[number] for work in works]
+    widest, dims = sweeps[-1], [own.problem.query.width for own in sweeps]
+    device, shift = widest.problem.device, widest.fixed_shift[rows]
+    levels = torch.stack([torch.full((), dim, dtype=torch.int32, device=device) for dim in dims])
+    bounded = all(own.bounded for own in sweeps)
+    want_best = not bounded or widest.problem.options.return_stats
+    made = []
+    for number, (view, out) in enumerate(zip(widest.views, outs)):
+        views = [own.views[number] for own in sweeps]
         masks = view.options(rows)
         masks |= dict(row_scale=torch.stack([v.row_scale[rows] for v in views]), col_scale=torch.stack([v.col_scale for v in views]))
         if view.threshold is not None:
             masks["threshold"] = torch.stack([v.threshold[rows] for v in views])
-        made = exp_panel(
-            view.x[rows], view.y, scale=view.scale, shift=shift.expand(len(works), -1).contiguous(), out=out, store=out is not None,
-            row_max=True, levels=levels, **masks,
-        )
-        total = total + made.row_sum
-        best = made.row_max if best is None else torch.maximum(best, made.row_max)
-        logit = made.row_max * scale
-        tops = logit if tops is None else torch.maximum(tops, logit)
-    out = []
-    for number, work in enumerate(works):
-        into = [None if e is None else e[number] for e in outs]
-        own, summed = panels.redo(work.views, rows, into, shift, total[number], tops[number])
-        if inactive is not None:
-            own, best[number] = torch.where(inactive, 0.0, own), torch.where(inactive, float("-inf"), best[number])
-        out.append(PanelSums(own, summed, best[number]))
-    return out
-
-
-def _finish(level: Level, index: int, work: Panels, sums: RowSums) -> None:
-    direction, problem = level.parts[index], level.problem
-    result = finish(sums, work.logit, 0.0)
-    if level.gradients is not None:
-        work.writer.positives(result.positive * direction.weight * problem.inverse_temperature)
-        if level.hard is not None and direction.forward:
-            level.hard.add_gradients(direction, result, level.gradients)
-    level.loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
-    if direction.forward and problem.options.return_stats:
-        level.stat_sums = stat_sums(problem.kept, result.lse, direction.positive, sums.best)
+        made.append(exp_panel(
+            view.x[rows], view.y, scale=widest.exponent, shift=shift.expand(len(sweeps), -1).contiguous(), out=out, store=out is not None,
+            row_max=want_best, levels=levels, **masks,
+        ).row_part)  # fmt: skip
+    parts = []
+    for number, own in enumerate(sweeps):
+        part = Parts(panels.joined(made, 0, number), shift, panels.joined(made, 1, number) if want_best else None)
+        if not own.bounded:
+            panels.redo(own.views, rows, [None if e is None else e[number] for e in outs], part, own.exponent)
+        parts.append(part)
+    return parts

@@ -11,12 +11,10 @@ import torch
 
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
-from contrastive_kernels.triton.common import accumulator, cdiv, scalar
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.products import matmul
+from contrastive_kernels.triton.row_state import Parts, mark
 
-# A row's greatest logit less the shift: e^65 * 2^25 columns is inside float32, e^-40 leaves 47 nats below the greatest.
-SAFE_ABOVE, SAFE_BELOW = 65.0, -40.0
 SHIFT_BELOW_TOP = 60.0
 # Where no |logit| can be greater, exponents lie between 60 - 2 * 73 and 60 whatever the row: float32's and bfloat16's normal numbers.
 LARGEST_LOGIT = 73.0
@@ -60,78 +58,69 @@ class BlockView:
         )
 
 
-@dataclass
-class PanelSums:
-    """(R,) each: logits are shift + log(total) when summed; best is the greatest cosine, or None when it was not needed."""
+def fixed_shift(scale: float | torch.Tensor, rows: int, dtype: torch.dtype, device, active: torch.Tensor | None) -> torch.Tensor:
+    """(n,) what is subtracted from every row's logits before their exponentials, +inf for rows that see no block.
 
-    shift: torch.Tensor
-    total: torch.Tensor
-    best: torch.Tensor | None
-    logits: torch.Tensor | None = None
-    count: torch.Tensor | None = None
+    Args: scale: logit per cosine, a number or a 0-d tensor. active: (n,) bool of rows that see the blocks, or None for all.
+    """
+    if isinstance(scale, torch.Tensor):
+        shift = (scale - SHIFT_BELOW_TOP).expand(rows).contiguous()
+    else:
+        shift = torch.full((rows,), scale - SHIFT_BELOW_TOP, dtype=dtype, device=device)
+    return shift if active is None else torch.where(active, shift, float("inf"))
 
 
-def exponentials(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor | None], active, *, want_best: bool, bounded: bool) -> PanelSums:
+def exponentials(
+    blocks: list[BlockView], rows: slice, outs: list[torch.Tensor | None], shift: torch.Tensor, exponent: torch.Tensor, *, want_best: bool, bounded: bool
+) -> Parts:
     """Fill outs[b] (R, C_b; None for the sums alone) with exp(logit - shift) of every block and sum the rows.
 
     Args:
-        active: (n,) bool of rows that see these blocks, or None for all.
+        shift: (n,) from `fixed_shift`. exponent: 0-d, logit per cosine, the same for all blocks.
         bounded: the caller knows that no |logit| exceeds LARGEST_LOGIT: nothing is checked and nothing done again.
     """
-    first = blocks[0]
-    acc, device = accumulator(first.x.dtype), first.x.device
-    count = rows.stop - rows.start
-    top = None
-    for block in blocks:
-        scale = scalar(block.scale, acc, device)
-        top = scale if top is None else torch.maximum(top, scale)
-    inactive = None if active is None else ~active[rows]
-    shift = (top - SHIFT_BELOW_TOP).expand(count).contiguous()
-    if inactive is not None:
-        shift = torch.where(inactive, float("inf"), shift)
-    need_max = want_best or not bounded
-    total, best, tops = 0.0, None, None
-    for block, out in zip(blocks, outs):
-        panel = exp_panel(block.x[rows], block.y, scale=block.scale, shift=shift, **_into(out), row_max=need_max, **block.options(rows))
-        total = total + panel.row_sum[0]
-        if need_max:
-            here = panel.row_max[0]
-            best = here if best is None else torch.maximum(best, here)
-            logit = here * scalar(block.scale, acc, device)
-            tops = logit if tops is None else torch.maximum(tops, logit)
+    need_best, shift = want_best or not bounded, shift[rows]
+    made = [
+        exp_panel(block.x[rows], block.y, scale=exponent, shift=shift, **_into(out), row_max=need_best, **block.options(rows)).row_part
+        for block, out in zip(blocks, outs)
+    ]
+    parts = Parts(joined(made, 0), shift, joined(made, 1) if need_best else None)
     if not bounded:
-        shift, total = redo(blocks, rows, outs, shift, total, tops)
-    if inactive is not None:
-        shift = torch.where(inactive, 0.0, shift)
-        best = best if best is None else torch.where(inactive, float("-inf"), best)
-    return PanelSums(shift, total, best)
+        redo(blocks, rows, outs, parts, exponent)
+    if not want_best:
+        parts.best = None
+    return parts
+
+
+def joined(made: list[torch.Tensor], statistic: int, level: int = 0) -> torch.Tensor:
+    """(T, R) one statistic of all blocks' partial sums."""
+    parts = [row_part[statistic, level] for row_part in made]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _into(out) -> dict:
     return dict(out=None if out is None else out[None], store=out is not None)
 
 
-def redo(blocks, rows, outs, shift, total, tops):
+def redo(blocks, rows, outs, parts: Parts, exponent: torch.Tensor) -> None:
     """Rows whose greatest logit is out of the window get it as their shift; their tiles are written again."""
-    above = tops - shift
-    unsafe = ((above > SAFE_ABOVE) | (above < SAFE_BELOW)) & (tops > float("-inf")) & (shift < float("inf"))
-    own = torch.where(unsafe, tops, shift)
-    again = 0.0
-    for block, out in zip(blocks, outs):
-        tile = configs.exp_panel(configs.architecture(block.x.device), block.x.element_size(), True)
-        tiles = cdiv(len(unsafe), tile.block_r)
-        padded = torch.nn.functional.pad(unsafe, (0, tiles * tile.block_r - len(unsafe)))
-        marked = padded.view(tiles, tile.block_r).any(1).to(torch.int32)
-        panel = exp_panel(block.x[rows], block.y, scale=block.scale, shift=own, **_into(out), redo=marked, tile=tile, **block.options(rows))
-        # sums of tiles that were not done again are unwritten memory: only unsafe rows are read
-        again = again + panel.row_sum[0]
-    return own, torch.where(unsafe, again, total)
+    tile = configs.exp_panel(configs.architecture(blocks[0].x.device), blocks[0].x.element_size(), True)
+    parts.block_r = tile.block_r
+    parts.own, parts.marks = mark(parts.best, parts.shift, exponent, tile.block_r)
+    # sums of tiles that were not done again are unwritten memory, which nobody reads
+    parts.again = joined(
+        [
+            exp_panel(block.x[rows], block.y, scale=exponent, shift=parts.own, **_into(out), redo=parts.marks, tile=tile, **block.options(rows)).row_part
+            for block, out in zip(blocks, outs)
+        ],
+        0,
+    )
 
 
-def exponentials_at(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor], shift: torch.Tensor) -> None:
+def exponentials_at(blocks: list[BlockView], rows: slice, outs: list[torch.Tensor], shift: torch.Tensor, exponent: torch.Tensor) -> None:
     """Fill outs[b] with exp(logit - shift), the rows' sums and so a safe shift (R,) being known; +inf takes a row out."""
     for block, out in zip(blocks, outs):
-        exp_panel(block.x[rows], block.y, scale=block.scale, shift=shift, out=out[None], **block.options(rows))
+        exp_panel(block.x[rows], block.y, scale=exponent, shift=shift, out=out[None], **block.options(rows))
 
 
 def cosines(blocks: list[BlockView], rows: slice, acc: torch.dtype) -> list[torch.Tensor]:
@@ -139,32 +128,16 @@ def cosines(blocks: list[BlockView], rows: slice, acc: torch.dtype) -> list[torc
     return [matmul(block.x[rows], block.y.T, acc) for block in blocks]
 
 
-def reduce_cosines(blocks, rows: slice, cosine: list[torch.Tensor], active, *, smoothing: bool) -> PanelSums:
-    """Row sums of masked float32 logits, each row relative to its own maximum."""
-    merged = None
+def reduce_cosines(blocks, rows: slice, cosine: list[torch.Tensor], exponent: torch.Tensor, *, smoothing: bool) -> list[Parts]:
+    """Sums of masked float32 logits, a block's at a time, each row relative to its own maximum."""
+    out = []
     for block, cos in zip(blocks, cosine):
-        part = chunk_reduce(cos, scale=block.scale, smoothing=smoothing, **block.options(rows))
-        here = PanelSums(part.shift, part.total, part.best, part.logits, part.count)
-        merged = here if merged is None else _merge(merged, here)
-    if active is not None:
-        gone = ~active[rows]
-        for name, value in (("shift", float("-inf")), ("total", 0.0), ("best", float("-inf")), ("logits", 0.0), ("count", 0.0)):
-            held = getattr(merged, name)
-            if held is not None:
-                setattr(merged, name, torch.where(gone, value, held))
-    return merged
+        part = chunk_reduce(cos, scale=exponent, smoothing=smoothing, **block.options(rows))
+        out.append(Parts(part.total[None], part.shift, part.best[None], logits=part.logits, count=part.count))
+    return out
 
 
-def _merge(a: PanelSums, b: PanelSums) -> PanelSums:
-    shift = torch.maximum(a.shift, b.shift)
-    safe = torch.where(shift == float("-inf"), 0.0, shift)
-    total = a.total * (a.shift - safe).exp() + b.total * (b.shift - safe).exp()
-    logits = None if a.logits is None else a.logits + b.logits
-    count = None if a.count is None else a.count + b.count
-    return PanelSums(shift, total, torch.maximum(a.best, b.best), logits, count)
-
-
-def write_exponentials(blocks, rows: slice, cosine, outs, shift, *, a=None, b=None) -> None:
-    """outs[b] = a exp(logit - shift) - b from the cosines; arguments (R,) as `chunk_write` takes them."""
+def write_exponentials(blocks, rows: slice, cosine, outs, shift, exponent, *, gain: float = 1.0, smooth=None) -> None:
+    """outs[b] = gain (exp(logit - shift) - smooth) from the cosines; arguments as `chunk_write` takes them."""
     for block, cos, out in zip(blocks, cosine, outs):
-        chunk_write(cos, scale=block.scale, shift=shift, out=out, a=a, b=b, **block.options(rows))
+        chunk_write(cos, scale=exponent, shift=shift, out=out, gain=gain, smooth=smooth, **block.options(rows))

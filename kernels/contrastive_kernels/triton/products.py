@@ -6,6 +6,7 @@ E is in the operands' type, results are float32: on CUDA by `out_dtype`, which t
 import torch
 
 from contrastive_kernels.triton import work
+from contrastive_kernels.triton.rows import scaled
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
@@ -29,22 +30,18 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
-def row_scaled(x: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """diag(factor) x in the type of x, and what the product with it must still be multiplied by (None for 1).
+def row_scaled(x: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """diag(factor * scale) x in the type of x, and what the product with it must still be multiplied by (None for 1).
 
     bfloat16 and float32 hold a factor as small as w / Z. float16 does not: there the largest factor becomes 1 and comes back
     as a 0-d tensor, read on the device.
     """
-    top = None
-    if x.dtype == torch.float16:
-        top = factor.abs().amax()
-        top = torch.where(top > 0, top, torch.ones_like(top))
-        factor = factor / top
-    # into an output of the narrow type: multiplied in float32 and rounded in the same pass
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(x, factor[:, None], out=out)
-    work.note("row_scaled", 0, 0, work.size(x), work.size(out))
-    return out, top
+    if x.dtype != torch.float16:
+        return scaled(x, factor, scale), None
+    factor = factor if scale is None else factor * scale
+    top = factor.abs().amax()
+    top = torch.where(top > 0, top, torch.ones_like(top))
+    return scaled(x, factor / top), top
 
 
 def add_scaled_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | None) -> None:

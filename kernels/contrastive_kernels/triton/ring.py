@@ -6,47 +6,51 @@ stored, and 6 n M D for the gradients.
 
 from __future__ import annotations
 
-import torch
-
-from contrastive_kernels.softmax import RowSums, row_factor
+from contrastive_kernels.softmax import RowSums
 from contrastive_kernels.triton import fused_sweep
 from contrastive_kernels.triton import panel as panels
-from contrastive_kernels.triton.sweep import Panels, row_sums
+from contrastive_kernels.triton.row_state import RowState, finish
+from contrastive_kernels.triton.sweep import Panels
+
+
+def _state(panel_sweep: Panels, sums: RowSums) -> RowState:
+    return RowState.unfilled(panel_sweep.rows, panel_sweep.problem.dtype, panel_sweep.problem.device, panel_sweep.smoothing, sums)
 
 
 def sum_shard(problem, direction, workspace: int, sums: RowSums, want_best: bool) -> None:
     """Add one shard's sums of every row to `sums`."""
-    work = Panels(problem, direction, None, workspace)
-    if work.path == "fused":
-        fused_sweep.forward(work, sums, finished=False)
+    panel_sweep = Panels(problem, direction, None, workspace)
+    state = _state(panel_sweep, sums)
+    if panel_sweep.path == "fused":
+        fused_sweep.forward(panel_sweep, state, prior=True, complete=False)
         return
-    for rows in work:
-        if work.path == "exp":
-            here = panels.exponentials(work.views, rows, [None] * len(work.views), direction.active, want_best=want_best, bounded=work.bounded)
+    for rows in panel_sweep:
+        if panel_sweep.path == "exp":
+            parts = [panel_sweep.exponentials(rows, [None] * len(panel_sweep.views), want_best)]
         else:
-            cosine = panels.cosines(work.views, rows, problem.dtype)
-            here = panels.reduce_cosines(work.views, rows, cosine, direction.active, smoothing=bool(work.smoothing))
+            cosine = panels.cosines(panel_sweep.views, rows, problem.dtype)
+            parts = panel_sweep.reduced(rows, cosine)
             del cosine
-        sums.add(rows, row_sums(here))
+        panel_sweep.add(state, rows, parts, prior=True, complete=False)
 
 
 def differentiate_shard(problem, direction, workspace: int, sums: RowSums, result, logit, gradients) -> None:
     """Add the gradients of one shard of columns, the rows' sums being complete; the positives' own terms are the caller's."""
-    work = Panels(problem, direction, gradients, workspace)
-    if work.path == "fused":
-        fused_sweep.anchors(work, sums)
-        fused_sweep.backward(work, sums)
+    panel_sweep = Panels(problem, direction, gradients, workspace)
+    state = _state(panel_sweep, sums)
+    # relative to the greatest shift of all shards: none of this shard's exponentials is above what was safe for its sums
+    finish(
+        state, slice(0, panel_sweep.rows), None, direction, panel_sweep.inverse_temperature, prior=True, own_shift=True,
+        gain=panel_sweep.gain,
+    )
+    if panel_sweep.path == "fused":
+        fused_sweep.anchors(panel_sweep, state)
+        fused_sweep.backward(panel_sweep, state)
         return
-    for rows in work:
-        outs = work.outs(rows)
-        if work.path == "exp":
-            own, inactive = sums.rows(rows), work.inactive(rows)
-            # the greatest shift of all shards: none of this shard's exponentials is above what was safe for its sums
-            shift = torch.where(own.total > 0, own.shift, float("inf"))
-            if inactive is not None:
-                shift = torch.where(inactive, float("inf"), shift)
-            panels.exponentials_at(work.views, rows, outs, shift)
-            factor = row_factor(own, logit[rows], own.shift) * direction.weight[rows]
+    for rows in panel_sweep:
+        outs = panel_sweep.outs(rows)
+        if panel_sweep.path == "exp":
+            panels.exponentials_at(panel_sweep.views, rows, outs, state.shift[rows], panel_sweep.exponent)
         else:
-            factor = work.write(rows, panels.cosines(work.views, rows, problem.dtype), outs, sums)
-        work.products(rows, outs, factor * problem.inverse_temperature)
+            panel_sweep.write(rows, panels.cosines(panel_sweep.views, rows, problem.dtype), outs, state)
+        panel_sweep.products(rows, outs, state.factor[rows])

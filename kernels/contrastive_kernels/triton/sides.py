@@ -6,6 +6,7 @@ import torch
 
 from contrastive_kernels.operands import Operand
 from contrastive_kernels.triton.panel import BlockView
+from contrastive_kernels.triton.rows import scaled
 
 
 def stored(operand: Operand, dtype: torch.dtype) -> torch.Tensor:
@@ -43,7 +44,7 @@ class Side:
     @property
     def unit(self) -> torch.Tensor:
         if self._unit is None:
-            self._unit = self.raw if self.scale is None else (self.raw * self.scale[:, None]).to(self.raw.dtype)
+            self._unit = self.raw if self.scale is None else scaled(self.raw, self.scale)
         return self._unit
 
 

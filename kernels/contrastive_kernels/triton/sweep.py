@@ -1,6 +1,7 @@
 """The sweep over panels of rows with the Triton kernels: what `contrastive_kernels.panels.sweep` does in plain torch.
 
-    E = exp(s - shift) of a panel, its sums        one launch a block (and one that mends unsafe rows)
+    E = exp(s - shift) of a panel, its sums        one launch a block (and two that mend unsafe rows)
+    rows' sums, losses and factors f               one launch (row_state.py)
     d_anchors  = diag(f) (E Y)                      library
     d_candidates += E^T (diag(f) X)                 library              f = weight * p_negatives / sum(E) / temperature
 
@@ -10,15 +11,17 @@ the ways of `dispatch.py` is taken is decided there; "fused" has a file of its o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from contrastive_kernels import dispatch, roofline
-from contrastive_kernels.softmax import RowSums, finish, row_factor
-from contrastive_kernels.triton import configs, fused_sweep
+from contrastive_kernels.softmax import RowSums
+from contrastive_kernels.triton import configs, dense, fused_sweep
 from contrastive_kernels.triton import panel as panels
-from contrastive_kernels.triton.common import INTERPRET, check_dtype
-from contrastive_kernels.triton.panel import PanelSums
+from contrastive_kernels.triton.common import INTERPRET, check_dtype, scalar
 from contrastive_kernels.triton.products import matmul
+from contrastive_kernels.triton.row_state import Parts, RowState, finish
 from contrastive_kernels.triton.sides import Sides
 from contrastive_kernels.triton.writer import Writer
 
@@ -27,13 +30,23 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
     """What `dispatch.plan` says about a direction on the device at hand; an H100 stands in for the interpreter's CPU."""
     source = problem.query.source
     wants = (lambda name: False) if gradients is None else gradients.wants
+    masks = direction.threshold is not None or any(block.ids or block.columns.keep is not None for block in direction.blocks)
     return dispatch.plan(
         problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, problem.product_dtype, workspace=workspace,
         gpu=roofline.for_arch(configs.architecture(source.device) or 90), smoothing=bool(problem.options.label_smoothing),
         normalize=problem.query.inverse_norm is not None, interpreted=INTERPRET,
         d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
         d_target=any(wants(block.columns.sink) for block in direction.blocks),
+        masks=masks, bounded=bounded(problem, direction), best=problem.options.return_stats and direction.forward,
+        plain=dense.plain(problem, direction, gradients),
     )
+
+
+def bounded(problem, direction) -> bool:
+    """Whether no |logit| can exceed LARGEST_LOGIT, known without a look at the device: rows normalised here, a temperature that is a number."""
+    scale = direction.blocks[0].scale
+    known = problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor)
+    return known and scale * panels.ROUNDING <= panels.LARGEST_LOGIT
 
 
 class Panels:
@@ -48,19 +61,55 @@ class Panels:
         self.problem, self.direction, self.gradients = problem, direction, gradients
         self.plan = plan_for(problem, direction, gradients, workspace)
         self.path, self.size = self.plan.path, self.plan.rows
-        self.sides = Sides(direction, self.dtype)
-        self.writer = None if gradients is None else Writer(problem, direction, gradients, self.sides)
-        self.views, self.rows = self.sides.views, problem.query.rows
+        self.rows = problem.query.rows
         self.smoothing = problem.options.label_smoothing
-        self.logit = direction.positive * problem.inverse_temperature
-        # known without a look at the device: cosines of rows that are normalised here, a temperature that is a number
-        scales = [block.scale for block in direction.blocks]
-        known = problem.query.inverse_norm is not None and not any(isinstance(scale, torch.Tensor) for scale in scales)
-        self.bounded = known and max(scales) * panels.ROUNDING <= panels.LARGEST_LOGIT
+        self.scale = direction.blocks[0].scale  # every block of a direction has the same
+        self.bounded = bounded(problem, direction)
         self._buffers = None
 
     def __iter__(self):
         return (slice(a, min(a + self.size, self.rows)) for a in range(0, self.rows, self.size))
+
+    @functools.cached_property
+    def sides(self) -> Sides:
+        return Sides(self.direction, self.dtype)
+
+    @functools.cached_property
+    def writer(self) -> Writer | None:
+        return None if self.gradients is None else Writer(self.problem, self.direction, self.gradients, self.sides)
+
+    @property
+    def views(self):
+        return self.sides.views
+
+    @functools.cached_property
+    def exponent(self) -> torch.Tensor:
+        """0-d: logit per cosine."""
+        return scalar(self.scale, self.problem.dtype, self.problem.device)
+
+    @functools.cached_property
+    def inverse_temperature(self) -> torch.Tensor:
+        """0-d: the positives' logit per cosine, `exponent` without hardness."""
+        inverse = self.problem.inverse_temperature
+        same = self.scale is inverse or (isinstance(self.scale, float) and self.scale == inverse)
+        return self.exponent if same else scalar(inverse, self.problem.dtype, self.problem.device)
+
+    @functools.cached_property
+    def fixed_shift(self) -> torch.Tensor:
+        """(n,) what the exponentials of the first launch are relative to."""
+        return panels.fixed_shift(self.scale, self.rows, self.problem.dtype, self.problem.device, self.direction.active)
+
+    @property
+    def gain(self) -> float:
+        """How many times greater float16 exponentials are written than they are, relative to a row's own maximum."""
+        return panels.FLOAT16_GAIN if self.dtype == torch.float16 and self.path == "chunk" else 1.0
+
+    def state(self, hard) -> tuple[RowState, bool]:
+        """The rows' state, and whether it holds sums already: those of hard negatives."""
+        state = RowState.unfilled(self.rows, self.problem.dtype, self.problem.device, self.smoothing)
+        if hard is not None:
+            state.load(hard.sums)
+        return state, hard is not None
 
     def outs(self, rows: slice) -> list[torch.Tensor]:
         """(R, C_b) scratch for every block, the same memory for every panel."""
@@ -69,33 +118,25 @@ class Panels:
             self._buffers = [torch.empty(self.size * len(view.y), dtype=self.dtype, device=self.problem.device) for view in self.views]
         return [buffer[: count * len(view.y)].view(count, len(view.y)) for buffer, view in zip(self._buffers, self.views)]
 
-    def inactive(self, rows: slice) -> torch.Tensor | None:
-        return None if self.direction.active is None else ~self.direction.active[rows]
+    def add(self, state: RowState, rows: slice, parts: list[Parts], *, prior: bool, complete: bool, own_shift: bool = False) -> None:
+        """Take a panel's partial sums into the rows' state, one block's after another; `complete` works the rows out."""
+        for i, part in enumerate(parts):
+            last = complete and i == len(parts) - 1
+            finish(
+                state, rows, part, self.direction, self.inverse_temperature if last else None, prior=prior or i > 0, own_shift=own_shift,
+                gain=self.gain,
+            )
 
-    def write(self, rows: slice, cosine, outs, sums: RowSums) -> torch.Tensor:
-        """Write from float32 logits what the products need, the rows' sums being complete; returns the factors that belong to it."""
-        own, weight = sums.rows(rows), self.direction.weight[rows]
-        gain = panels.FLOAT16_GAIN if self.dtype == torch.float16 else 1.0
-        inactive = self.inactive(rows)
-        if not self.smoothing:
-            shift = torch.where(own.total > 0, own.shift, float("inf"))
-            factor = row_factor(own, self.logit[rows], own.shift) * weight / gain
-            a, b = torch.full_like(shift, gain), None
-        else:
-            # derivative with respect to the logit itself: exp(logit - lse) - smoothing / candidates
-            done = finish(own, self.logit[rows], self.smoothing)
-            shift, factor = done.lse, weight / gain
-            a, b = torch.full_like(shift, gain), done.smooth * gain
-            b = b if inactive is None else torch.where(inactive, 0.0, b)
-        if inactive is not None:
-            shift = torch.where(inactive, float("inf"), shift)
-        panels.write_exponentials(self.views, rows, cosine, outs, shift, a=a, b=b)
-        return factor
+    def exponentials(self, rows: slice, outs, want_best: bool) -> Parts:
+        return panels.exponentials(self.views, rows, outs, self.fixed_shift, self.exponent, want_best=want_best, bounded=self.bounded)
 
-    def positive_term(self, rows: slice, sums: RowSums) -> torch.Tensor:
-        """(r,) derivative with respect to the cosine of the rows' positives, their sums being complete."""
-        done = finish(sums.rows(rows), self.logit[rows], self.smoothing)
-        return done.positive * self.direction.weight[rows] * self.problem.inverse_temperature
+    def reduced(self, rows: slice, cosine) -> list[Parts]:
+        return panels.reduce_cosines(self.views, rows, cosine, self.exponent, smoothing=bool(self.smoothing))
+
+    def write(self, rows: slice, cosine, outs, state: RowState) -> None:
+        """Write from float32 logits what the products need, the rows being worked out with their own shift."""
+        smooth = state.smooth[rows] if self.smoothing else None
+        panels.write_exponentials(self.views, rows, cosine, outs, state.shift[rows], self.exponent, gain=self.gain, smooth=smooth)
 
     def products(self, rows: slice, outs, factor, positive=None) -> None:
         """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
@@ -108,49 +149,40 @@ class Panels:
                 self.writer.columns(block, rows, e, factor, positive)
 
 
-def row_sums(here: PanelSums) -> RowSums:
-    shift = torch.where(here.total > 0, here.shift, float("-inf"))
-    best = torch.full_like(shift, float("-inf")) if here.best is None else here.best
-    return RowSums(shift, here.total, best, here.logits, here.count)
-
-
 def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
     """Reduce every row of `direction` and add its gradients. Returns (RowResult, RowSums) of all rows, (n,) each.
 
     Arguments are those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
-    work = Panels(problem, direction, gradients, workspace)
-    sums = RowSums.empty(work.rows, problem.dtype, problem.device, bool(work.smoothing))
-    if hard is not None:
-        sums.add(slice(0, work.rows), hard.sums)
-    if work.path == "fused":
-        fused_sweep.forward(work, sums, finished=True)
+    panel_sweep = Panels(problem, direction, gradients, workspace)
+    if panel_sweep.path == "eager":
+        return dense.sweep(problem, direction, gradients), None
+    state, prior = panel_sweep.state(hard)
+    if panel_sweep.path == "fused":
+        fused_sweep.forward(panel_sweep, state, prior=prior, complete=True)
         if gradients is not None:
-            fused_sweep.backward(work, sums)
+            fused_sweep.backward(panel_sweep, state)
     else:
-        for rows in work:
-            _panel(work, rows, sums, want_best)
-    result = finish(sums, work.logit, work.smoothing)
+        for rows in panel_sweep:
+            _panel(panel_sweep, rows, state, prior, want_best)
     if gradients is not None:
-        work.writer.positives(result.positive * direction.weight * problem.inverse_temperature)
-    return result, sums
+        panel_sweep.writer.positives(state.positive)
+    return state.result(), state.sums
 
 
-def _panel(work: Panels, rows: slice, sums: RowSums, want_best: bool) -> None:
+def _panel(panel_sweep: Panels, rows: slice, state: RowState, prior: bool, want_best: bool) -> None:
     """One panel: its sums, and its gradients while its exponentials are there."""
-    problem, direction = work.problem, work.direction
-    if work.path == "exp":
-        outs = work.outs(rows) if work.gradients is not None else [None] * len(work.views)
-        here = panels.exponentials(work.views, rows, outs, direction.active, want_best=want_best, bounded=work.bounded)
-        sums.add(rows, row_sums(here))
-        factor = row_factor(sums.rows(rows), work.logit[rows], here.shift) * direction.weight[rows]
+    gradients = panel_sweep.gradients
+    if panel_sweep.path == "exp":
+        outs = panel_sweep.outs(rows) if gradients is not None else [None] * len(panel_sweep.views)
+        panel_sweep.add(state, rows, [panel_sweep.exponentials(rows, outs, want_best)], prior=prior, complete=True)
     else:
-        cosine = panels.cosines(work.views, rows, problem.dtype)
-        sums.add(rows, row_sums(panels.reduce_cosines(work.views, rows, cosine, direction.active, smoothing=bool(work.smoothing))))
-        if work.gradients is None:
+        cosine = panels.cosines(panel_sweep.views, rows, panel_sweep.problem.dtype)
+        panel_sweep.add(state, rows, panel_sweep.reduced(rows, cosine), prior=prior, complete=True, own_shift=True)
+        if gradients is None:
             return
-        outs = work.outs(rows)
-        factor = work.write(rows, cosine, outs, sums)
+        outs = panel_sweep.outs(rows)
+        panel_sweep.write(rows, cosine, outs, state)
         del cosine
-    if work.gradients is not None:
-        work.products(rows, outs, factor * problem.inverse_temperature, work.positive_term(rows, sums))
+    if gradients is not None:
+        panel_sweep.products(rows, outs, state.factor[rows], state.positive[rows])

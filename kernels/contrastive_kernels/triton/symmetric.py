@@ -17,12 +17,12 @@ import triton.language as tl
 
 from contrastive_kernels import dispatch, roofline
 from contrastive_kernels.operands import norms
-from contrastive_kernels.softmax import RowSums, finish, row_factor
 from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device
+from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device, scalar
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.panel import LARGEST_LOGIT, ROUNDING, SHIFT_BELOW_TOP
 from contrastive_kernels.triton.products import matmul
+from contrastive_kernels.triton.row_state import Parts, RowState, finish
 from contrastive_kernels.triton.sides import Sides
 from contrastive_kernels.triton.writer import Writer
 
@@ -119,27 +119,24 @@ def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
     forward, reverse = parts
     sides = Sides(forward, problem.product_dtype)
     block, view, acc = forward.blocks[0], sides.views[0], problem.dtype
-    everyone = slice(0, problem.query.rows)
-    shift = torch.full((problem.query.rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)
+    everyone, rows = slice(0, problem.query.rows), problem.query.rows
+    shift = torch.full((rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)
     panel = exp_panel(view.x, view.y, scale=view.scale, shift=shift, row_max=want_best, col_sum=True, store=gradients is not None, **view.options())
-    nothing = torch.full_like(shift, float("-inf"))
-    best = panel.row_max[0] if want_best else nothing
-    sums = [
-        RowSums(torch.where(total > 0, shift, nothing), total, top) for total, top in ((panel.row_sum[0], best.clone()), (panel.col_sum[0], nothing.clone()))
-    ]
+    inverse_temperature = scalar(problem.inverse_temperature, acc, problem.device)
+    states = [RowState.unfilled(rows, acc, problem.device, 0.0) for _ in parts]
     if hard is not None:
-        sums[0].add(everyone, hard.sums)
-    logit = forward.positive * problem.inverse_temperature
-    results = [finish(own, logit, 0.0) for own in sums]
+        states[0].load(hard.sums)
+    row_parts = Parts(panel.row_part[0, 0], shift, panel.row_part[1, 0] if want_best else None)
+    finish(states[0], everyone, row_parts, forward, inverse_temperature, prior=hard is not None)
+    finish(states[1], everyone, Parts(panel.col_part[0], shift), reverse, inverse_temperature, prior=False)
     if gradients is not None:
         writer = Writer(problem, forward, gradients, sides)
-        factors = [row_factor(own, logit, shift) * part.weight * problem.inverse_temperature for own, part in zip(sums, parts)]
-        positive = sum(result.positive * part.weight for result, part in zip(results, parts)) * problem.inverse_temperature
+        positive = states[0].positive + states[1].positive
         e = panel.e[0]
-        combine(e, *factors)
+        combine(e, *(state.factor for state in states))
         if writer.wants_anchors(block):
             writer.anchors(block, everyone, matmul(e, sides(block.columns.operand).unit, acc), None, positive)
         if gradients.wants(block.columns.sink):
             writer.columns(block, everyone, e, None, positive)
         writer.positives(positive)
-    return tuple(zip(results, sums))
+    return tuple((state.result(), state.sums) for state in states)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from contrastive_kernels.problem import EPS
 from contrastive_kernels.triton.products import add_scaled_matmul, matmul, row_scaled
 from contrastive_kernels.triton.rows import Segments, scatter, update
 
@@ -24,6 +25,10 @@ class Writer:
         self.both = {block.columns.sink for block in direction.blocks} & {block.anchor_sink for block in direction.blocks}
         self.written: dict[str, int] = {}  # rows [0, written) of a matrix hold numbers
         self.taken = {"query": 0, "target": 0}  # rows [0, taken) whose positive's term is in that gradient
+        # whether a query's gradient is complete once it is written: nothing else is added to it, and its projection goes along
+        o = problem.options
+        alone = not (o.symmetric or o.query_negatives or o.group is not None or o.hard_negatives is not None)
+        self.projects = alone and problem.query.inverse_norm is not None
 
     def wants_anchors(self, block) -> bool:
         return self.gradients.wants(block.anchor_sink) or self.gradients.wants("temperature")
@@ -35,15 +40,20 @@ class Writer:
         queries takes their own term along.
         """
         gradients, sink, side = self.gradients, block.anchor_sink, self.sides(block.anchors)
-        z = side.raw[rows] if gradients.wants("temperature") else None
+        want_dot = gradients.wants("temperature")
+        z = side.raw[rows] if want_dot else None
         if sink == "positive" or not gradients.wants(sink):
-            dot = None if z is None else update(None, x=d_anchors, a=factor, z=z, add=False)
+            dot = update(None, x=d_anchors, a=factor, z=z, dot=True, add=False) if want_dot else None
             if gradients.wants(sink):
                 self._scatter(rows, x=d_anchors, a=factor)
         else:
             own = self._own_term(rows, positive) if sink == "query" else {}
             out, add = self._rows(sink, rows, self.problem.query.rows, d_anchors)
-            dot = update(out, x=d_anchors, a=factor, z=z, add=add, **own)
+            if own and self.projects:
+                own |= dict(z_scale=side.scale[rows], eps=EPS)
+                z = side.raw[rows]
+                gradients.projected.add("query")
+            dot = update(out, x=d_anchors, a=factor, z=z, dot=want_dot, add=add, **own)
         if dot is not None:
             # sum_j E_ij cos_ij is x_i . (E Y)_i
             gradients.temperature += (dot if side.scale is None else dot * side.scale[rows]).sum()
@@ -54,9 +64,8 @@ class Writer:
         if positive is None or rows.stop <= self.taken["query"]:
             return {}
         self.taken["query"] = rows.stop
-        target, index = self.sides(problem.target), problem.positives[rows]
-        b = positive if target.scale is None else positive * target.scale[index]
-        return dict(y=target.raw, b=b, index=index)
+        target = self.sides(problem.target)
+        return dict(y=target.raw, b=positive, index=problem.positives[rows], y_scale=target.scale)
 
     def _rows(self, sink: str, rows: slice, count: int, offered: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
         """The accumulator's rows, and whether they hold something already; `offered` becomes the accumulator where it can."""
@@ -85,7 +94,7 @@ class Writer:
         if factor is None:
             scaled, rest = anchors.unit[rows], None
         else:
-            scaled, rest = row_scaled(anchors.raw[rows], factor if anchors.scale is None else factor * anchors.scale[rows])
+            scaled, rest = row_scaled(anchors.raw[rows], factor, None if anchors.scale is None else anchors.scale[rows])
         held = self._all(sink, block.columns.operand.rows)
         if held is not None:
             add_scaled_matmul(held, e.T, scaled, rest)
@@ -114,13 +123,17 @@ class Writer:
         if out is None:
             out, add = torch.empty(problem.target.rows, problem.query.width, dtype=problem.dtype, device=problem.device), False
             held["target"] = out
-        scatter(out, Segments.make(problem.positives[rows], problem.target.rows), add=add, **terms)
+        if problem.step is None:
+            segments = Segments.make(problem.positives[rows], problem.target.rows)
+        else:
+            segments = Segments(rows.stop - rows.start, problem.step, rows.start)
+        scatter(out, segments, add=add, **terms)
 
     def _targets_of(self, rows: slice, positive: torch.Tensor) -> None:
         """t += g q of the rows' positives."""
         query = self.sides(self.problem.query)
         self.taken["target"] = rows.stop
-        self._scatter(rows, y=query.raw[rows], b=positive if query.scale is None else positive * query.scale[rows])
+        self._scatter(rows, y=query.raw[rows], b=positive, y_scale=None if query.scale is None else query.scale[rows])
 
     def positives(self, coefficient: torch.Tensor) -> None:
         """The positives' own terms, as far as `anchors` and `columns` have not taken them: q += g t, t += g q, g (n,) with respect to the cosine."""

@@ -1,8 +1,9 @@
 """Value and gradients of InfoNCE by everyone who runs on a GPU: `make(query, target, temperature) -> callable`.
 
 A callable runs forward and backward once and returns (loss, d_query, d_target). A peer that is not installed, or that refuses the shape,
-raises, and the caller reports it with the reason; nothing here hides one. ONE has one direction, BOTH the mean of both, SIGMOID the
-sigmoid loss, SEARCH the ten best targets of every query (no gradients).
+raises, and the caller reports it with the reason; nothing here hides one. A group of them shares a definition, which `truth` computes in
+float64: "one" direction, the mean of "both", the "sigmoid" loss; nothing but time is compared of "search", the ten best targets of
+every query, and of a "limit".
 """
 
 from __future__ import annotations
@@ -31,6 +32,39 @@ def ours_autograd(query, target, temperature):
     from contrastive_kernels import info_nce
 
     return _step(lambda q, t: info_nce(q, t, temperature=temperature, backend="triton"), query, target)
+
+
+def graphed(make):
+    """`make`'s callable as one CUDA graph, replayed."""
+
+    def made(query, target, temperature):
+        run = make(query, target, temperature)
+        graph, results = captured(run)
+
+        def replay():
+            graph.replay()
+            return results
+
+        return replay
+
+    return made
+
+
+def captured(run):
+    """(CUDA graph of one call, what the call returned: tensors that every replay fills).
+
+    The call is first warmed up on a stream of its own, as torch asks.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
 
 
 def eager(query, target, temperature):
@@ -103,12 +137,29 @@ def eager_symmetric(query, target, temperature):
 
 def three_gemms(query, target, temperature):
     """The limit: the products alone, into memory that is there already, no loss."""
-    logits, d_query, d_target = torch.empty(len(query), len(target), dtype=query.dtype, device=query.device), torch.empty_like(query), torch.empty_like(target)
+    logits = torch.empty(len(query), len(target), dtype=query.dtype, device=query.device)
+    d_query, d_target = torch.empty_like(query), torch.empty_like(target)
 
     def run():
         torch.mm(query, target.T, out=logits)
         torch.mm(logits, target, out=d_query)
         torch.mm(logits.T, query, out=d_target)
+        return None
+
+    return run
+
+
+def three_gemms_float32(query, target, temperature):
+    """The same with gradients in float32, d_target added to what is there: what `contrastive_kernels` asks of the library."""
+    from contrastive_kernels.triton.products import add_matmul, matmul
+
+    logits = torch.empty(len(query), len(target), dtype=query.dtype, device=query.device)
+    d_target = torch.zeros(target.shape, device=query.device)
+
+    def run():
+        torch.mm(query, target.T, out=logits)
+        matmul(logits, target, torch.float32)
+        add_matmul(d_target, logits.T, query)
         return None
 
     return run
@@ -157,17 +208,21 @@ def search_dense(query, target, temperature):
     return run
 
 
-LIMIT = "three bare GEMMs (limit)"
-# peers come last: a kernel of theirs that dies takes the process's device with it
-ONE = {
-    LIMIT: three_gemms, "contrastive_kernels triton": ours(backend="triton"), "contrastive_kernels triton, autograd": ours_autograd,
-    "contrastive_kernels torch": ours(backend="torch"), "eager": eager, "torch.compile": compiled, "F.linear_cross_entropy": linear_cross_entropy,
-    "sentence-transformers cached": sentence_transformers, "cut-cross-entropy exact": cut_cross_entropy, "Liger FLCE": liger, "inf-cl": inf_cl,
-}
-BOTH = {
-    LIMIT: three_gemms, "contrastive_kernels triton, symmetric": ours(backend="triton", symmetric=True),
-    "contrastive_kernels triton, symmetric, normalize": ours(backend="triton", symmetric=True, normalize=True),
-    "eager, symmetric": eager_symmetric, "memeff CLIP": memeff,
-}
-SIGMOID = {LIMIT: three_gemms, "contrastive_kernels sigmoid": sigmoid_ours, "eager sigmoid": sigmoid_eager, "siglip-kernel": siglip_kernel}
-SEARCH = {"top-10, contrastive_kernels triton": _search("triton"), "top-10, contrastive_kernels torch": _search("torch"), "top-10, dense product and topk": search_dense}
+def truth(query, target, temperature, kind: str):
+    """Loss and gradients in float64, the diagonal being the positives. kind: "one" direction, the mean of "both", or "sigmoid"."""
+    q, t = query.double().requires_grad_(), target.double().requires_grad_()
+    cosine, labels = q @ t.T, _labels(query)
+    if kind == "sigmoid":
+        logits = cosine * SCALE + BIAS
+        loss = -F.logsigmoid(-logits).sum(1).mean() - logits.diagonal().mean()
+    else:
+        loss = F.cross_entropy(cosine / temperature, labels)
+        if kind == "both":
+            loss = (loss + F.cross_entropy(cosine.T / temperature, labels)) / 2
+    loss.backward()
+    return loss.detach(), q.grad, t.grad
+
+
+def relative(got, expected) -> float:
+    """|got - expected| / |expected|."""
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-300))

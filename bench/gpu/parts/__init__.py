@@ -1,0 +1,1 @@
+"""One file a part: `checks(machine)` yields `bench.gpu.check.Check`s."""

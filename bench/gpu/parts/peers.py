@@ -1,0 +1,31 @@
+"""Others' kernels and other ways to the same loss, where they are installed. What they fail at is a note.
+
+Each comes with a truth of its own definition: cut-cross-entropy and others in one direction, CLIP's mean of both, the sigmoid loss.
+A kernel of theirs that dies takes its process with it, and a new one goes on with the next.
+"""
+
+from __future__ import annotations
+
+from bench.gpu import losses, timing
+from bench.gpu.report import LIMIT
+from bench.gpu.timing import Contestant
+
+NEED_CUDA = ("cut-cross-entropy", "Liger", "inf-cl", "memeff", "siglip-kernel")
+
+
+def table() -> list[Contestant]:
+    one = {
+        "cut-cross-entropy, exact": losses.cut_cross_entropy, "Liger, fused linear CE": losses.liger, "inf-cl": losses.inf_cl,
+        "F.linear_cross_entropy": losses.linear_cross_entropy, "sentence-transformers, cached": losses.sentence_transformers,
+    }  # fmt: skip
+    both = {"memeff, both directions": losses.memeff, "eager, both directions": losses.eager_symmetric}
+    rows = [Contestant(LIMIT, losses.three_gemms), Contestant("ours", losses.ours(backend="triton"), "one", predict=timing.PLAIN)]
+    for group, kind in ((one, "one"), (both, "both"), ({"siglip-kernel": losses.siglip_kernel}, "sigmoid")):
+        rows += [Contestant(name, make, kind, ours=False) for name, make in group.items()]
+    return rows
+
+
+def checks(machine):
+    n, d, repeats = (16_384, 1536, 6) if not machine.dry else (24, 16, 2)
+    some = [one for one in table() if machine.device == "cuda" or not one.name.startswith(NEED_CUDA)]
+    yield from timing.checks(machine, some, n, n, d, repeats)
