@@ -94,7 +94,8 @@ def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
     after = {
         ("env", "launch, torch operation"), ("smoke", "topk_similarity"), ("smoke", "torch.compile of info_nce"),
         ("smoke", "one rank, NCCL and a ring"),
-        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"), ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
+        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"),
+        ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
         ("sizes", "search: top-10, triton"), ("peers", "eager, both directions"), ("attention", "sdpa 2/1x8 causal"),
     }  # fmt: skip
     assert after <= ran, after - ran
