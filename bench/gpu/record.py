@@ -23,7 +23,9 @@ RATES = {
     ("env", "launch, in a CUDA graph"): ("launch", 1e-6),
 }
 # what docs/performance.md compares: row of the table of times -> options of `dispatch.plan`
-COMPARED = {"ours": {"plain": True}, "ours, normalize": {"normalize": True}, "ours, symmetric, normalize": {"normalize": True, "symmetric": True}}
+COMPARED = {
+    "ours": {"plain": True}, "ours, normalize": {"normalize": True}, "ours, symmetric, normalize": {"normalize": True, "symmetric": True},
+}  # fmt: skip
 SHAPES = ((4096, 1536), (16_384, 768), (16_384, 1536), (16_384, 3584), (65_536, 1536))
 
 

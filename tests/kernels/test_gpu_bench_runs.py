@@ -26,7 +26,7 @@ def arguments(output, *more):
 
     parser = argparse.ArgumentParser()
     runner.add_arguments(parser)
-    return parser.parse_args([*more, "--output", str(output), "--minutes", "10"])
+    return parser.parse_args([*more, "--output", str(output), "--minutes", "30"])
 
 
 def results(folder) -> dict:
@@ -34,11 +34,11 @@ def results(folder) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_dry_run_shows_every_part(tmp_path):
     """From a bare checkout: nothing of it on the path, and no word about the interpreter, which the program sees to itself."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    command = [sys.executable, "-m", "bench", "gpu", "--dry", "--minutes", "10", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "gpu", "--dry", "--minutes", "30", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = results(tmp_path)
     assert done.returncode == 0, (found["complaints"], done.stderr[-2000:])
@@ -65,7 +65,7 @@ def test_a_dry_run_shows_every_part(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
     assert runner.run(arguments(tmp_path, "--dry"), FAULTS) == 1
     found = results(tmp_path)
@@ -94,7 +94,8 @@ def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
     after = {
         ("env", "launch, torch operation"), ("smoke", "topk_similarity"), ("smoke", "torch.compile of info_nce"),
         ("smoke", "one rank, NCCL and a ring"),
-        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"), ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
+        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"),
+        ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
         ("sizes", "search: top-10, triton"), ("peers", "eager, both directions"), ("attention", "sdpa 2/1x8 causal"),
     }  # fmt: skip
     assert after <= ran, after - ran
