@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from bench import sass
 from contrastive_kernels import roofline
 
-CACHE = Path(__file__).resolve().parent / "results/aot"
+CACHE = Path(__file__).resolve().parent / "scratch/aot"
 # what a description depends on besides the kernel: how machine code is read, and the limits it is held against
 READER = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (sass, roofline)) + Path(__file__).read_bytes()).hexdigest()
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -162,7 +162,8 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
             pieces = roofline.dense(gpu, rows, columns, width, **priced)
         else:
             if path == "exp":
-                tile = configs.exp_panel_tile(gpu.arch, itemsize, columns, masks=masks, scale=normalize, row_max=best or not bounded)
+                maximum = best or not (bounded or roofline.by_sums(count, columns, bounded, best))
+                tile = configs.exp_panel_tile(gpu.arch, itemsize, columns, masks=masks, scale=normalize, row_max=maximum)
             pieces = roofline.panels(
                 gpu, rows, columns, width, count, tile=tile or (128, 128), path=path, bounded=bounded, best=best, **priced, **wanted
             )

@@ -30,6 +30,8 @@ HOST_PANEL = 25e-6  # one of more than forty
 HOST_CALL = 120e-6  # checks and options of a call, whatever it launches
 EAGER_CALL = 60e-6  # autograd's own, of plain torch
 PROGRAM_START = 1e-6  # a program that leaves at once, of a kernel that has a multiprocessor to itself
+# Exponentials of a panel from which on unsafe rows are found by their sums: two launches more, and no maximum in the epilogue.
+SUMS_ALONE = 1 << 26
 REDO_PROGRAMS = 8  # for every tile of rows; a program walks every eighth tile of columns where it has work
 
 
@@ -176,6 +178,11 @@ def chunk_panel(gpu: Gpu, rows: int, columns: int, *, itemsize: int, write=True,
     return out + ([elementwise(gpu, 4 * cells, itemsize * cells, name="softmax written", times=times)] if write else [])
 
 
+def by_sums(rows: int, columns: int, bounded: bool, best: bool) -> bool:
+    """Whether a panel's unsafe rows are found by their sums: nobody wants their maxima, and the panel is large."""
+    return not bounded and not best and rows * columns >= SUMS_ALONE
+
+
 def panels(
     gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, itemsize: int, tile: tuple[int, int] = (128, 128), path: str = "exp",
     d_query=True, d_target=True, instructions: float | None = None, normalize=False, bounded=False, best=False,
@@ -193,8 +200,11 @@ def panels(
         if not times:
             continue
         if path == "exp":
-            parts, look = -(-columns // tile[1]), best or not bounded
+            parts, sums = -(-columns // tile[1]), by_sums(rows, columns, bounded, best)
+            look = best or not (bounded or sums)
             out.append(exp_panel(gpu, rows, columns, width, itemsize=itemsize, tile=tile, times=times, instructions=instructions, row_parts=1 + look))
+            if sums:
+                out += [mark_rows(gpu, rows, parts, own=False, times=times), redo_check(gpu, rows, times=times)]
             if not bounded:
                 out += [mark_rows(gpu, rows, parts, times=times), redo_check(gpu, rows, times=times)]
             out.append(finish_rows(gpu, rows, parts + 1 + parts * best, times=times))
@@ -237,9 +247,9 @@ def projection(gpu: Gpu, rows: int, width: int, *, itemsize: int) -> Piece:
     return elementwise(gpu, (4 + itemsize) * rows * width, 4 * rows * width, name="projection of a gradient")
 
 
-def mark_rows(gpu: Gpu, rows: int, parts: int, *, times=1) -> Piece:
-    """Rows whose greatest logit lies outside the fixed shift's window (triton/row_state.py)."""
-    return elementwise(gpu, 4 * rows * (parts + 1), 4 * rows, name="rows to look at again", times=times)
+def mark_rows(gpu: Gpu, rows: int, parts: int, *, own=True, times=1) -> Piece:
+    """Rows whose greatest logit, or without `own` whose sum, lies outside the fixed shift's window (triton/row_state.py)."""
+    return elementwise(gpu, 4 * rows * (parts + 1), 4 * rows * own, name="rows to look at again", times=times)
 
 
 def finish_rows(gpu: Gpu, rows: int, vectors: int, *, times=1) -> Piece:

@@ -2,18 +2,19 @@
 
 Two ways to the same result. "exp": one launch a block, fixed shift 1 / temperature - 60, after which rows whose greatest logit
 lies outside the safe window are done again with a shift of their own; the second launch is always made and leaves at once where
-nothing is unsafe, so nobody waits for the device. "chunk": cosines from a library product in float32, then two passes.
+nothing is unsafe, so nobody waits for the device. In a large panel the rows' sums tell which maxima have to be looked for. "chunk": cosines from a library product in float32, then two passes.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from contrastive_kernels import roofline
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
 from contrastive_kernels.triton.exp_panel import exp_panel
 from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.row_state import Parts, mark
+from contrastive_kernels.triton.row_state import Parts, mark, mark_by_sums
 
 SHIFT_BELOW_TOP = 60.0
 # Where no |logit| can be greater, exponents lie between 60 - 2 * 73 and 60 whatever the row: float32's and bfloat16's normal numbers.
@@ -79,7 +80,9 @@ def exponentials(
         shift: (n,) from `fixed_shift`. exponent: 0-d, logit per cosine, the same for all blocks.
         bounded: the caller knows that no |logit| exceeds LARGEST_LOGIT: nothing is checked and nothing done again.
     """
-    need_best, shift = want_best or not bounded, shift[rows]
+    columns = sum(len(block.y) for block in blocks)
+    by_sums = roofline.by_sums(rows.stop - rows.start, columns, bounded, want_best)
+    need_best, shift = want_best or not (bounded or by_sums), shift[rows]
     made = [
         exp_panel(block.x[rows], block.y, scale=exponent, shift=shift, **_into(out), row_max=need_best, **block.options(rows)).row_part
         for block, out in zip(blocks, outs)
@@ -106,7 +109,13 @@ def redo(blocks, rows, outs, parts: Parts, exponent: torch.Tensor) -> None:
     """Rows whose greatest logit is out of the window get it as their shift; their tiles are written again."""
     tile = configs.exp_panel(configs.architecture(blocks[0].x.device), blocks[0].x.element_size(), True)
     parts.block_r = tile.block_r
-    parts.own, parts.marks = mark(parts.best, parts.shift, exponent, tile.block_r)
+    within = None
+    if parts.best is None:
+        # maxima of tiles whose sums are suspicious, as a rule of none
+        within = mark_by_sums(parts.total, parts.shift, tile.block_r)
+        again = dict(scale=exponent, shift=parts.shift, redo=within, row_max=True, store=False, tile=tile)
+        parts.best = joined([exp_panel(block.x[rows], block.y, **again, **block.options(rows)).row_part for block in blocks], 1)
+    parts.own, parts.marks = mark(parts.best, parts.shift, exponent, tile.block_r, within)
     # sums of tiles that were not done again are unwritten memory, which nobody reads
     parts.again = joined(
         [

@@ -12,6 +12,7 @@ a row written.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from contrastive_kernels.triton.common import cdiv, on_its_device
 # A row's greatest logit less the shift: e^65 * 2^25 columns is inside float32, e^-40 leaves 47 nats below the greatest.
 SAFE_ABOVE, SAFE_BELOW = 65.0, -40.0
 BLOCK, PARTS = 32, 32  # rows of a program, and partial results of each that are on their way at a time
+MARK_PARTS = 8  # where a program has the rows of a whole tile
 RESULTS = 6
 
 
@@ -118,7 +120,19 @@ def _greatest_part(p_part, o_r, m_r, R, parts, ACC: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _mark_kernel(p_best, p_shift, p_exponent, p_own, p_marks, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _mark_sums_kernel(p_total, p_shift, p_marks, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_r = o_r < R
+    b_total = _sum_parts(p_total, o_r, m_r, R, parts, p_shift.dtype.element_ty, BLOCK, PARTS)
+    b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf"))
+    b_unsafe = ((b_total > above) | (b_total < below)) & (b_shift < float("inf"))
+    tl.store(p_marks + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
+
+
+@triton.jit
+def _mark_kernel(
+    p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts, above, below, HAS_WITHIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
     ACC: tl.constexpr = p_shift.dtype.element_ty
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
@@ -127,6 +141,9 @@ def _mark_kernel(p_best, p_shift, p_exponent, p_own, p_marks, R, parts, above, b
     b_top = b_best * tl.load(p_exponent).to(ACC)
     b_off = b_top - b_shift
     b_unsafe = ((b_off > above) | (b_off < below)) & (b_best > -1e29) & (b_shift < float("inf"))
+    if HAS_WITHIN:
+        # of other tiles there are no maxima: what was read is unwritten memory
+        b_unsafe = b_unsafe & (tl.load(p_within + tl.program_id(0)) != 0)
     tl.store(p_own + o_r, tl.where(b_unsafe, b_top, b_shift), mask=m_r)
     tl.store(p_marks + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
 
@@ -234,17 +251,42 @@ def _finish_kernel(
 
 
 @on_its_device
-def mark(best: torch.Tensor, shift: torch.Tensor, exponent: torch.Tensor, block_r: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mark_by_sums(total: torch.Tensor, shift: torch.Tensor, block_r: int) -> torch.Tensor:
+    """(row tiles,) int32, not 0 where a tile holds a row whose shift may be unsafe, told from sums of exp(logit - shift) alone.
+
+    A sum of at most e^65 has no greater term. One of at least e^-40 over 2^25 columns has a term of e^-57 or more, and what float32 and
+    bfloat16 lost below e^-87 is at most 2^25 e^-47 = 1e-13 of the sum. So a row that is not marked is right to rounding; one that is may
+    be, which its maximum then tells.
+
+    Args: total: (T, R) partial sums. shift: (R,), +inf where a row takes no part. block_r: rows of a tile of the launch to come.
+    """
+    parts, rows = total.shape
+    tiles = cdiv(rows, block_r)
+    marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
+    if rows:
+        _mark_sums_kernel[(tiles,)](total, shift, marks, rows, parts, math.exp(SAFE_ABOVE), math.exp(SAFE_BELOW), BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4)
+    work.note("mark_rows", tiles, 0, work.size(total, shift), 0)
+    return marks
+
+
+@on_its_device
+def mark(
+    best: torch.Tensor, shift: torch.Tensor, exponent: torch.Tensor, block_r: int, within: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """((R,) own shift of unsafe rows and `shift` of the others, (row tiles,) int32 that is 0 where a tile has no unsafe row).
 
     Args: best: (T, R) greatest cosines. shift: (R,). exponent: 0-d, logit per cosine. block_r: rows of a tile of the launch to come.
+        within: (row tiles,) int32 from `mark_by_sums`: other tiles have no unsafe row, and no maxima.
     """
     parts, rows = best.shape
     tiles = cdiv(rows, block_r)
     own = torch.empty(rows, dtype=shift.dtype, device=shift.device)
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
-        _mark_kernel[(tiles,)](best, shift, exponent, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, BLOCK=block_r, PARTS=8, num_warps=4)
+        _mark_kernel[(tiles,)](
+            best, shift, exponent, marks if within is None else within, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, HAS_WITHIN=within is not None,
+            BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4,
+        )
     work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own))
     return own, marks
 
