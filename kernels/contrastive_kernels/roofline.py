@@ -347,13 +347,12 @@ def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d
 
 
 def dense(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> list[Piece]:
-    """Every logit and probability in memory by torch's own operations, gradients with the value (triton/dense.py)."""
-    cells, host = n * m, HOST_OPERATION
-    passes = [("log softmax", 4, 4), ("probabilities", 4, 4), ("weighted, to the inputs' type", 4, itemsize)]
+    """Every logit in memory, and one kernel over them (triton/dense.py)."""
+    cells = n * m
     out = [gemm(gpu, n, m, d, itemsize=itemsize, out_itemsize=4, name="logits, float32")]
-    out += [elementwise(gpu, read * cells, written * cells, name=name, host=host) for name, read, written in passes]
-    out += [gemm(gpu, *shape, itemsize=itemsize, out_itemsize=4, name=name) for name, shape in (("d_query", (n, d, m)), ("d_target", (m, d, n)))]
-    return [*out, small_operations(gpu, 9)]
+    out.append(elementwise(gpu, 4 * cells, itemsize * cells + 4 * n, name="slopes of a row"))
+    out += [gemm(gpu, *shape, itemsize=itemsize, out_itemsize=4, name=name) for name, shape in (("d_query = G target", (n, d, m)), ("d_target = G^T query", (m, d, n)))]
+    return [*out, small_operations(gpu, 4)]
 
 
 def eager(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> list[Piece]:

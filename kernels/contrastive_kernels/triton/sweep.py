@@ -155,8 +155,8 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
     Arguments are those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
     panel_sweep = Panels(problem, direction, gradients, workspace)
-    if panel_sweep.path == "eager":
-        return dense.sweep(problem, direction, gradients), None
+    if panel_sweep.path == "dense":
+        return dense.sweep(problem, direction, gradients, panel_sweep.inverse_temperature), None
     state, prior = panel_sweep.state(hard)
     if panel_sweep.path == "fused":
         fused_sweep.forward(panel_sweep, state, prior=prior, complete=True)
