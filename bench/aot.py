@@ -1,6 +1,7 @@
 """Kernels compiled for GPUs that are not there: registers, spills, shared memory, occupancy, the hot loop, predicted times.
 
-    python -m bench aot [--arch 80 90 100] [--csv FILE] [--markdown FILE]
+    python -m bench aot [--arch 80 90 100] [--csv FILE]
+    make aot TRITON=3.6.0       the same by another version of triton, which lies in a folder of its own
 
 Nothing is executed, so times are predictions; how each comes about stands in contrastive_kernels/roofline.py.
 """
@@ -28,11 +29,15 @@ SIZES = (16_384, 65_536)
 CACHE = ROOT / "bench/scratch"
 
 
-def fingerprint() -> str:
-    """Of all that decides what is compiled: the kernels, their launchers, this harness and the compiler."""
+def triton_version() -> str:
     import triton
 
-    digest = hashlib.sha256(f"{triton.__version__} {sys.version}".encode())
+    return triton.__version__
+
+
+def fingerprint() -> str:
+    """Of all that decides what is compiled: the kernels, their launchers, this harness and the compiler."""
+    digest = hashlib.sha256(f"{triton_version()} {sys.version}".encode())
     for path in sorted([*(ROOT / "kernels/contrastive_kernels/triton").glob("*.py"), *ROOT.glob("bench/aot*.py"), ROOT / "bench/sass.py", *(ROOT / "kernels/contrastive_kernels").glob("roofline*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -285,12 +290,13 @@ def run(args) -> int:
         print("\nPeers' kernels, compiled the same way; of an autotuned one the first configuration it would try.\n")
         print(peer_table(peers))
         write_csv(args.csv.with_name(args.csv.stem + "-peers.csv"), peers)
-    print(predictions(made))
-    print(searches(made))
-    bad_times = too_slow(made)
+    built = [row for row in made if "error" not in row]
+    print(predictions(built))
+    print(searches(built))
+    bad_times = too_slow(built)
     bad = [row for row in made if verdict(row)]
     print(f"\nPREDICTED bound: at most 1.18 times the three products, 1.43 at D = 768, on sm_80 and sm_90: {'; '.join(bad_times) or 'held everywhere'}")
-    print(f"{len(made)} kernels compiled, {len(bad)} with a fault; written to {args.csv}")
+    print(f"triton {triton_version()}: {len(built)} of {len(made)} kernels compiled, {len(bad)} with a fault; written to {args.csv}")
     return 1 if bad or bad_times else 0
 
 

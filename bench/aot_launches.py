@@ -7,6 +7,7 @@ once and all together once, since together is where registers run out. float16 h
 from __future__ import annotations
 
 import itertools
+import types
 from unittest import mock
 
 import torch
@@ -153,21 +154,61 @@ def _joint(dtype):
 
 
 def _rows(dtype):
+    from contrastive_kernels.operands import Operand
     from contrastive_kernels.triton import rows
 
     out, narrow, factor, index = torch.zeros(R, D), matrix(R, D, dtype), torch.zeros(R), torch.zeros(R, dtype=torch.int64)
-    segments = rows.Segments.make(index, R)
+    segments, regular = rows.Segments.make(index, R), rows.Segments(R, step=2)
     both = dict(x=out, a=factor, y=narrow, b=factor)
+    operand = Operand(narrow, torch.float32, factor, torch.ones(R, dtype=torch.bool))
     yield "update, store", lambda: rows.update(out, index=index, add=False, **both)
+    yield "update, normalize", lambda: rows.update(out, index=index, y_scale=factor, z=narrow, z_scale=factor, eps=1e-12, add=False, **both)
     yield "dots", lambda: rows.dots(narrow, narrow, index, torch.float32)
+    yield "dots, normalize", lambda: rows.dots(narrow, narrow, index, torch.float32, factor, factor)
     yield "scatter, add", lambda: rows.scatter(out, segments, y=narrow, b=factor, add=True)
+    yield "scatter, default positives", lambda: rows.scatter(out, regular, y=narrow, b=factor, y_scale=factor, add=False)
+    yield "scaled", lambda: rows.scaled(narrow, factor)
+    yield "scaled, normalize", lambda: rows.scaled(narrow, factor, factor)
+    yield "inverse norms", lambda: rows.inverse_norms(narrow, torch.float32, 1e-12)
+    yield "project out", lambda: rows.project_out(out, Operand(narrow, torch.float32, factor), 1e-12)
     if dtype == torch.bfloat16:
-        yield "update, add, dot", lambda: rows.update(out, index=index, z=narrow, add=True, **both)
-        yield "update, dot alone", lambda: rows.update(None, x=out, a=factor, z=narrow, add=False)
+        yield "inverse norms, masked", lambda: rows.inverse_norms(narrow, torch.float32, 1e-12, operand.keep)
+        yield "project out, masked", lambda: rows.project_out(out, operand, 1e-12)
+        yield "update, add, dot", lambda: rows.update(out, index=index, z=narrow, dot=True, add=True, **both)
+        yield "update, dot alone", lambda: rows.update(None, x=out, a=factor, z=narrow, dot=True, add=False)
         yield "update, positives alone", lambda: rows.update(out, y=narrow, b=factor, index=index, add=True)
         yield "update, no factor", lambda: rows.update(out, x=out, y=narrow, b=factor, index=index, add=False)
         yield "scatter, both, store", lambda: rows.scatter(out, segments, add=False, **both)
         yield "scatter, targets alone, add", lambda: rows.scatter(out, segments, x=out, a=factor, add=True)
+
+
+def _row_state(dtype):
+    """The small kernels between the products; float32 whatever the inputs are."""
+    if dtype != torch.bfloat16:
+        return
+    from contrastive_kernels.triton import row_state
+
+    parts = torch.zeros(8, R)
+    vector, number, marks = torch.zeros(R), torch.tensor(50.0), torch.zeros(R // 128, dtype=torch.int32)
+    direction = types.SimpleNamespace(active=None, positive=vector, weight=vector)
+    masked = types.SimpleNamespace(active=torch.ones(R, dtype=torch.bool), positive=vector, weight=vector)
+
+    plain = row_state.Parts(parts, vector)
+
+    def finish(direction, smoothing=0.0, temperature=number, parts=plain, **options):
+        state = row_state.RowState.unfilled(R, torch.float32, None, smoothing)
+        row_state.finish(state, slice(0, R), parts, direction, temperature, **{"prior": False, **options})
+
+    smooth = row_state.Parts(parts[:1], vector, parts[:1], logits=vector, count=vector)
+    again = row_state.Parts(parts, vector, parts, vector, marks, parts, block_r=128)
+    yield "mark", lambda: row_state.mark(parts, vector, number, 128)
+    yield "finish, bounded", lambda: finish(direction)
+    yield "finish", lambda: finish(direction, parts=again)
+    yield "finish, all", lambda: finish(masked, parts=again, prior=True)
+    yield "finish, own shift", lambda: finish(direction, own_shift=True, gain=1024.0)
+    yield "finish, smoothing", lambda: finish(masked, smoothing=0.1, parts=smooth, prior=True, own_shift=True)
+    yield "finish, sums alone", lambda: finish(direction, temperature=None, prior=True)
+    yield "finish, no panel", lambda: finish(direction, parts=None, prior=True, own_shift=True)
 
 
 def _chunk(dtype):
@@ -179,7 +220,7 @@ def _chunk(dtype):
     full = plain | dict(ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C))
     yield "write", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, **plain)
     if dtype == torch.bfloat16:
-        yield "write, all", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, **full)
+        yield "write, all", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, gain=1024.0, smooth=torch.zeros(R), **full)
         yield "reduce", lambda: chunk_reduce(cos, **plain)
         yield "reduce, smoothing", lambda: chunk_reduce(cos, smoothing=True, **plain)
         yield "reduce, all", lambda: chunk_reduce(cos, smoothing=True, **full)
@@ -232,7 +273,7 @@ def _fused(dtype):
 
 
 FAMILIES = {
-    "exp panel": _exp_panel, "epilogue": _combinations, "warp-specialised": _warp_specialised, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "chunk": _chunk, "topk": _topk, "fused": _fused,
+    "exp panel": _exp_panel, "epilogue": _combinations, "warp-specialised": _warp_specialised, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "row state": _row_state, "chunk": _chunk, "topk": _topk, "fused": _fused,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What only newer versions have, by version: tests of it are skipped on older ones, and run (and fail) where a newer one lost it."""
 
+import PIL
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -10,4 +11,9 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 LACKS_RESET_ITER_STATE = TORCH < (2, 14) and not hasattr(FSDPModule, "reset_iter_state")
 needs_reset_iter_state = pytest.mark.skipif(
     LACKS_RESET_ITER_STATE, reason=f"FSDPModule.reset_iter_state: torch 2.14 has it, {torch.__version__} has not"
+)
+
+# Pillow 13 reduces some sizes otherwise than 11 and 12 do; the reference's outputs in ../shared/golden were made by 13.
+needs_pillow_13 = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13, reason=f"the reference's pixels are those of Pillow 13, which resizes otherwise than {PIL.__version__}"
 )

@@ -52,20 +52,21 @@ class LiveBytes(TorchDispatchMode):
     def track(self, tensor: torch.Tensor) -> None:
         """Counts a tensor that was made elsewhere."""
         for part in _plain(tensor):
-            storage = part.untyped_storage()
-            key = storage._cdata
+            # a tensor in oneDNN's own layout has no storage that Python can see
+            holder = part if part.is_mkldnn else part.untyped_storage()
+            key = _key(holder)
             known = self._known.get(key)
             if known is not None and known.reference() is not None:
                 continue
-            reference = weakref.ref(storage, lambda gone, key=key: self._forget(key, gone))
+            reference = weakref.ref(holder, lambda gone, key=key: self._forget(key, gone))
             self._known[key] = _Storage(reference, 0, self.part)
-            self._resized(key, storage.nbytes())
+            self._resized(key, holder.nbytes if part.is_mkldnn else holder.nbytes())
 
     def relabel(self, tensors: Any, part: str) -> None:
         """Counts storages that are known, of tensors in any nesting, as another part from now on."""
         for tensor in tree_iter(tensors):
             for plain in _plain(tensor) if isinstance(tensor, torch.Tensor) else ():
-                known = self._known.get(plain.untyped_storage()._cdata)
+                known = self._known.get(_key(plain if plain.is_mkldnn else plain.untyped_storage()))
                 if known is not None and known.part != part:
                     self.by_part[known.part] -= known.size
                     self.by_part[part] = self.by_part.get(part, 0) + known.size
@@ -130,6 +131,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors_in(out):
             self.track(tensor)
         return out
+
+
+def _key(holder: torch.Tensor | torch.UntypedStorage) -> int:
+    return id(holder) if isinstance(holder, torch.Tensor) else holder._cdata
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -10,7 +10,8 @@ import torch
 
 from contrastive_kernels.reference import info_nce_reference
 
-PATHS = ("exp", "chunk", "fused", "joint", "levels")
+PATHS = ("exp", "chunk", "fused", "joint", "levels", "eager")
+EAGER = ("plain", "weight, sum", "positives", "cold")  # options that the path of torch's own operations knows
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPE = (384, 640, 128)  # one and a half row tiles of 256, five column tiles of 128, the width that the fused path takes too
 DRY_SHAPE = (12, 20, 128)
@@ -60,15 +61,14 @@ class Case:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Those that a GPU could take for it: float32 has no tensor cores there, float16 no exponents for a fixed shift."""
-        if self.dtype == torch.float32:
-            return ("chunk",)
-        if self.dtype == torch.float16:
-            return ("chunk", "fused")
-        return tuple(
-            path for path in PATHS
-            if (path != "joint" or self.name == "pairs, symmetric") and (path != "levels" or self.name.startswith("matryoshka"))
-        )  # fmt: skip
+        """Those that a GPU could take for it: float32 has no tensor cores there, float16 no exponents for a fixed shift.
+
+        Whether it does take one, its plan says.
+        """
+        some = {torch.float32: ("chunk",), torch.float16: ("chunk", "fused")}.get(self.dtype, ("exp", "chunk", "fused"))
+        if self.dtype == torch.bfloat16:
+            some += ("joint",) * (self.name == "pairs, symmetric") + ("levels",) * self.name.startswith("matryoshka")
+        return some + ("eager",) * (self.name in EAGER and self.dtype != torch.float16)
 
     @property
     def type_name(self) -> str:

@@ -1,6 +1,6 @@
 """What the kernels' errors are known to be, option by option: bench/gpu/errors.json, of which the gate allows twice.
 
-    python -m bench.gpu.errors          (on a CPU, kernels interpreted: minutes)
+    python -m bench.gpu.errors [--new]          (on a CPU, kernels interpreted: ten minutes; --new: only of what nothing is known)
 
 For every option, type, path and size of the gate: |ours - truth| / |truth| in float64, of the loss and of each gradient, the largest
 over a few draws of the inputs. The truth starts from the inputs as rounded to the type. The interpreter rounds as a GPU does, but
@@ -50,7 +50,7 @@ def measured(case, path: str, device: str) -> dict[str, float] | None:
     return worst
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     from bench import tables
     from bench.gpu import cases
     from contrastive_kernels.triton.common import INTERPRET
@@ -58,9 +58,11 @@ def main() -> int:
     if not INTERPRET:
         print("python -m bench.gpu.errors: set TRITON_INTERPRET=1; what a GPU does is for the gate to judge", file=sys.stderr)
         return 2
-    found = {}
+    found = dict(known()) if argv == ["--new"] else {}
     for case in [*cases.cases(cases.DRY_SHAPE, cases.DRY), *cases.cases()]:
         for path in case.paths:
+            if key(case, path) in found:
+                continue
             errors = measured(case, path, "cpu")
             if errors is not None:
                 found[key(case, path)] = {name: float(f"{error:.2e}") for name, error in errors.items()}
@@ -73,4 +75,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, below
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -98,5 +98,5 @@ def shown(row: dict) -> str:
         words.append(f"{f'{value:.5g}' if isinstance(value, float) else value} {row.get('unit', '')}".strip())
     if row.get("predicted") not in (None, ""):
         words.append(f"predicted {row['predicted']:.5g}" if isinstance(row["predicted"], float) else f"predicted {row['predicted']}")
-    words += [f"{key} {row[key]}" for key in ("loss_error", "d_query_error", "d_target_error") if row.get(key) not in (None, "")]
+    words += [f"{key} {value}" for key, value in row.items() if key.endswith("_error") and value not in (None, "")]
     return ", ".join(words + ([row["note"]] if row.get("note") else []))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from contrastive_kernels.gemm import RowSum, add_product, operand_of, prefers_onednn, product_into, transpose_into
+from contrastive_kernels.gemm import RowSum, add_product, operand_of, packed, prefers_onednn, product_into, transpose_into
 from contrastive_kernels.operands import Operand, scatter_rows
 from contrastive_kernels.panels import PRODUCT_COLUMNS, TILE_COLUMNS, Tile, logits_are_safe, panel_rows, tiles
 from contrastive_kernels.problem import build, directions, own_columns
@@ -139,6 +139,7 @@ class Sweep:
             stop = min(start + self.size, self.rows)
             anchors = self.query.tile(start, stop) * self.query_norm[start:stop, None]
             scaled = anchors * self.levels[-1].block.scale
+            scaled = [packed(scaled[:, segment], self.tiles[0].width) for segment in self.segments]
             if stop - start != rows:
                 rows = stop - start
                 cuts = [self.cut(tile, rows) for tile in self.tiles]
@@ -174,7 +175,7 @@ class Sweep:
         rows, raw, widest = slice(start, stop), self.raw(tile, stop - start), len(self.levels) - 1
         candidates = self.candidates.tile(tile.start, tile.stop) if self.across is None else self.across[:, tile.start : tile.stop].T
         for which, (level, segment) in enumerate(zip(self.levels, self.segments)):
-            (add_product if which else product_into)(raw, candidates[:, segment], scaled[:, segment])
+            (add_product if which else product_into)(raw, candidates[:, segment], scaled[which])
             direction = level.direction
             if which == 0:
                 mask_logits(raw.T, tile.block, rows, None, direction.active, tile.dead, DROPPED)

@@ -16,7 +16,7 @@ import dataclasses
 
 import torch
 
-from contrastive_kernels.gemm import RowSum, prefers_onednn, product_into, transposed
+from contrastive_kernels.gemm import RowSum, packed, prefers_onednn, product_into
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import HardNegatives
 from contrastive_kernels.problem import Block, Direction, Problem
@@ -129,16 +129,20 @@ class Panels:
     def fill(self, anchors, start: int, stop: int):
         """(tile, its masked logits of rows [start, stop)), one after another."""
         first, rows, ready = 0, stop - start, 0
+        scaled = {}  # the smaller operand carries the scale
         for tile in self.tiles:
             block = tile.block
+            key = id(block.anchors), block.scale
+            if key not in scaled:
+                scaled[key] = packed(anchors[id(block.anchors)] * block.scale, tile.width)
             out = self.buffer[first * rows : (first + tile.width) * rows].view(tile.width, rows)
             if self.joined is None:
-                product_into(out, block.columns.operand.tile(0, tile.width), anchors[id(block.anchors)], block.scale)
+                product_into(out, block.columns.operand.tile(0, tile.width), scaled[key])
             elif first >= ready:  # the tiles behind it in the same product
                 ready = first + min(PRODUCT_COLUMNS, tile.columns - tile.start)
                 several = self.buffer[first * rows : ready * rows].view(ready - first, rows)
                 columns = tile.whole.columns.operand.tile(tile.start, tile.start + ready - first)
-                product_into(several, columns, anchors[id(block.anchors)], block.scale)
+                product_into(several, columns, scaled[key])
             first += tile.width if self.keep else 0
             mask_logits(out.T, block, slice(start, stop), self.direction.threshold, self.direction.active, tile.dead)
             yield tile, out.T
@@ -165,7 +169,7 @@ class Panels:
                 pulled[key].add(part, pulled[key].operand(block.columns.operand.tile(0, tile.width)))
             if gradients.wants(block.columns.sink):
                 if key not in scaled:
-                    scaled[key] = transposed(anchors[key] * factor[:, None], tile.width)
+                    scaled[key] = packed((anchors[key] * factor[:, None]).T, tile.width)
                 gradients.add_product(block.columns.sink, tile.columns, tile.start, part.T, scaled[key])
         scaled.clear()
         for key, total in pulled.items():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from contrastive_kernels.backends import sigmoid_columns_for
 from contrastive_kernels.distributed import _all_gather, _rotate
-from contrastive_kernels.gemm import add_product, product_into, transposed
+from contrastive_kernels.gemm import add_product, packed, product_into, transposed
 from contrastive_kernels.operands import Operand, compute_dtype, product_dtype, project_out
 from contrastive_kernels.problem import EPS, default_positives, matchable, operand
 
@@ -59,12 +59,14 @@ def add_columns(pairs: Pairs, target: Operand, target_ids, offset: int, sums: Su
     for a in range(0, rows, TILE_ROWS):
         b = min(a + TILE_ROWS, rows)
         q = pairs.query.tile(a, b)
+        columns = min(TILE_COLUMNS, target.rows)
+        anchors, across = packed(q, columns), packed(q.T, columns) if d_target is not None else None
         pulled = torch.zeros_like(q.T, memory_format=torch.contiguous_format) if sums.d_query is not None else None
         for c in range(0, target.rows, TILE_COLUMNS):
             d = min(c + TILE_COLUMNS, target.rows)
             t = target.tile(c, d)
             cosine = q.new_empty(d - c, b - a)
-            product_into(cosine, t, q)
+            product_into(cosine, t, anchors)
             x = cosine.mul(pairs.scale).add_(pairs.bias)
             together = torch.zeros(d - c, b - a, dtype=torch.bool, device=device)
             if pairs.positives is not None:
@@ -91,7 +93,7 @@ def add_columns(pairs: Pairs, target: Operand, target_ids, offset: int, sums: Su
             if pulled is not None:
                 add_product(pulled, transposed(t, b - a), slope.T)
             if d_target is not None:
-                add_product(d_target[c:d], slope, transposed(q, d - c))
+                add_product(d_target[c:d], slope, across)
         if pulled is not None:
             sums.d_query[a:b] += pulled.T
 

@@ -114,7 +114,7 @@ def _stream(query, target, k: int, exclude, workspace: int):
             step = d - c if product.is_cuda else PRODUCT_COLUMNS
             for e in range(c, d, step):
                 f = min(e + step, d)
-                product_into(product[:, e - c : f - c], tile, targets.tile(e, f))
+                product_into(product[:, e - c : f - c], tile, targets.tile(e, f), cut=False)
             if exclude is not None:
                 column = exclude[a:b] - c
                 inside = (column >= 0) & (column < d - c)

@@ -50,7 +50,8 @@ def loss():
 def profile():
     from bench.gpu.parts import profile
 
-    profile.triton_share = raising("planted in profile")
+    made = profile.triton_share
+    profile.triton_share = lambda machine, panel: raising("planted in profile")() if panel == "plain" else made(machine, panel)
 
 
 def gate():
@@ -105,7 +106,7 @@ if __name__ == "__main__":
     made = check.Check.__init__
 
     def impatient(self, name, *args, **kwargs):
-        made(self, name, *args, **kwargs | ({"seconds": 5.0} if name == "pooled_info_nce" else {}))
+        made(self, name, *args, **kwargs | ({"seconds": 2.0} if name == "pooled_info_nce" else {}))
 
     check.Check.__init__ = impatient
     sys.exit(child.main())

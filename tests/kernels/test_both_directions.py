@@ -1,5 +1,6 @@
 """`symmetric` from shared logits: the square batches that take that way, against the dense definition in float64."""
 
+import products
 import pytest
 from sampling import Case
 from test_options import close, equals_the_definition
@@ -19,8 +20,10 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("way", products.WAYS)
 @pytest.mark.parametrize("names", SHARED + APART)
-def test_equals_the_definition(names, calls):
+def test_equals_the_definition(names, way, calls, monkeypatch):
+    products.force(monkeypatch, way)
     case = Case(4, N, N)
     options = {**case.options(names), "symmetric": True}
     equals_the_definition(case, options, 1e-11)

@@ -18,7 +18,7 @@ def dry_case(name, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("name, paths", [
-    ("plain", {"exp", "chunk", "fused"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
+    ("plain", {"exp", "chunk", "fused", "eager"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
     ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
 ])  # fmt: skip
 def test_gate_takes_every_path(name, paths):
@@ -92,7 +92,7 @@ def test_one_path_that_raises_does_not_end_the_others(monkeypatch):
     monkeypatch.setattr(gate, "call", raising)
     rows = {row["name"]: row for row in gate.judged(dry_case("plain"), "cpu")}
     assert rows["plain, bfloat16, exp"]["wrong"] == "RuntimeError: out of resource: shared memory, Required: 300000"
-    assert "wrong" not in rows["plain, bfloat16, chunk"] and len(rows) == 3
+    assert "wrong" not in rows["plain, bfloat16, chunk"] and len(rows) == 4
 
 
 def test_results_that_differ_from_run_to_run_are_wrong(monkeypatch):
@@ -170,6 +170,6 @@ def test_triton_share_is_the_ratio_of_slopes(monkeypatch):
     """Library: 1 ms and 1 ms a width of 16; Triton: 3 ms and 2 ms a width of 16, of which 3 are its epilogue."""
     times = iter([2.0, 5.0, 5.0, 11.0])
     monkeypatch.setattr(profile, "median", lambda *args: next(times))
-    rows = {row["name"]: row["value"] for row in profile.triton_share(DRY)}
-    assert rows[profile.SHARE] == pytest.approx(0.5) and rows["epilogue of the exponential panel"] == pytest.approx(3.0)
-    assert rows["main loop, library"] == pytest.approx(2 * 64 * 64 * 48 / 3 / 1e9)
+    rows = {row["name"]: row["value"] for row in profile.triton_share(DRY, "plain")}
+    assert rows[f"plain panel: {profile.SHARE}"] == pytest.approx(0.5) and rows["plain panel: epilogue"] == pytest.approx(3.0)
+    assert rows["plain panel: main loop, library"] == pytest.approx(2 * 64 * 64 * 48 / 3 / 1e9)

@@ -26,7 +26,7 @@ def arguments(output, *more):
 
     parser = argparse.ArgumentParser()
     runner.add_arguments(parser)
-    return parser.parse_args([*more, "--output", str(output), "--minutes", "10"])
+    return parser.parse_args([*more, "--output", str(output), "--minutes", "30"])
 
 
 def results(folder) -> dict:
@@ -34,11 +34,11 @@ def results(folder) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_dry_run_shows_every_part(tmp_path):
     """From a bare checkout: nothing of it on the path, and no word about the interpreter, which the program sees to itself."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    command = [sys.executable, "-m", "bench", "gpu", "--dry", "--minutes", "10", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "gpu", "--dry", "--minutes", "30", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = results(tmp_path)
     assert done.returncode == 0, (found["complaints"], done.stderr[-2000:])
@@ -65,39 +65,42 @@ def test_a_dry_run_shows_every_part(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
     assert runner.run(arguments(tmp_path, "--dry"), FAULTS) == 1
     found = results(tmp_path)
-    told = {(bad["part"], bad["name"]): bad["text"] for bad in found["complaints"]}
+    told: dict[tuple[str, str], str] = {}
+    for bad in found["complaints"]:
+        told[bad["part"], bad["name"]] = told.get((bad["part"], bad["name"]), "") + bad["text"] + "\n"
     expected = {
         ("env", "memory, read and written"): "planted in env",
         ("smoke", "sigmoid_loss"): "ended with -9",
         ("smoke", "pooled_info_nce"): "hangs",
         ("smoke", "packed attention, attn='auto'"): "TypeError: planted: varlen_attn() got an unexpected keyword argument",
-        ("loss", "ours, through autograd"): "d_query_error 2.0",
-        ("profile", "logits product by width"): "planted in profile",
+        ("loss", "ours, through autograd"): "d_query_error 2.0",  # and the loss, and d_target
+        ("profile", "plain panel by width"): "planted in profile",
         ("gate", "plain, bfloat16, exp"): "d_query: error",
         ("gate", "plain, bfloat16, chunk"): "d_query: error",
         ("gate", "plain, bfloat16, fused"): "d_query: error",
+        ("gate", "plain, bfloat16, eager"): "d_query: error",
         ("train", "tiny, seconds of a step"): "norms of the gradients [nan]",
-        ("sizes", "option: ring of one rank"): "this process lost the device by it",
+        ("sizes", "20 x 20 x 16 option: ring of one rank"): "this process lost the device by it",
         ("peers", "ours"): "loss_error 1.00e-02",
-        ("attention", "varlen 2/1x8 causal"): "",
+        ("attention", "varlen 2/1x8 causal"): "Error",
     }
     assert {at: text in told.get(at, "") for at, text in expected.items()} == dict.fromkeys(expected, True), told
-    # through autograd both the loss and the gradients are wrong, everything else once
-    assert {at for at in told} == set(expected), told
+    assert set(told) == set(expected), told
     ran = {(row["part"], row["name"]) for row in found["rows"]}
     after = {
         ("env", "launch, torch operation"), ("smoke", "topk_similarity"), ("smoke", "torch.compile of info_nce"),
         ("smoke", "one rank, NCCL and a ring"),
-        ("loss", "eager"), ("profile", "kernels: plain"), ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
+        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"),
+        ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
         ("sizes", "search: top-10, triton"), ("peers", "eager, both directions"), ("attention", "sdpa 2/1x8 causal"),
     }  # fmt: skip
     assert after <= ran, after - ran
     notes = {(note["part"], note["name"]): note["text"] for note in found["notes"]}
-    assert "planted in a peer" in notes["peers", "sentence-transformers, cached"]
+    assert "planted in a peer" in notes["peers", "24 x 24 x 16 sentence-transformers, cached"]
     trace = next(bad["trace"] for bad in found["complaints"] if bad["part"] == "env")
     assert "RuntimeError: planted in env" in trace and len(trace) <= 1500
     printed = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Numbers that break others, in plain torch: finite, and as near to float64 as eager is; low precision at a tenth of eager's error."""
 
+import products
 import pytest
 import torch
 from sampling import unit
@@ -9,6 +10,11 @@ from contrastive_kernels import info_nce_value_and_grad, sigmoid_loss
 from contrastive_kernels.reference import info_nce_reference, sigmoid_loss_reference
 
 N, D = 9, 8
+
+
+@pytest.fixture(autouse=True, params=products.FLOAT32_WAYS)
+def way(request, monkeypatch):
+    products.force(monkeypatch, request.param)
 
 
 def batch(case):

@@ -1,5 +1,6 @@
 """Matryoshka levels from one sweep of plain torch: what takes that way, against the dense definition in float64."""
 
+import products
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,11 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("way", products.WAYS)
 @pytest.mark.parametrize("names", TOGETHER + APART)
 @pytest.mark.parametrize("dims", DIMS)
-def test_equals_the_definition(dims, names, calls):
+def test_equals_the_definition(dims, names, way, calls, monkeypatch):
+    products.force(monkeypatch, way)
     case = Case(8, 11, 22)
     case.target = case.target * 2
     options = {**case.options(names), **dims}
@@ -60,21 +63,10 @@ def test_a_prefix_of_zeros_goes_level_by_level(calls):
     close(*result, "loss")
 
 
-@pytest.mark.parametrize("names", [(), ("positives", "target_ids"), ("small_workspace", "query_mask", "target_mask", "learnt_temperature")])
-def test_either_library_for_products(names, calls, monkeypatch):
-    """The rule goes by processor; oneDNN takes candidates tile by tile, the other library all of them at once."""
-    case = Case(8, 11, 22)
-    options = {**case.options(names), **DIMS[1]}
-    if "small_workspace" in names:
-        options["workspace_mib"] = 0.02
-    for taken in (True, False):
-        monkeypatch.setattr(levels, "prefers_onednn", lambda dtype, device, taken=taken: taken)
-        equals_the_definition(case, options, 1e-10)
-    assert len(calls) >= 2
-
-
+@pytest.mark.parametrize("way", products.FLOAT32_WAYS)
 @pytest.mark.parametrize("kind", ["isotropic", "crowded", "long tail"])
-def test_float32_is_no_further_from_the_truth_than_autograd(kind):
+def test_float32_is_no_further_from_the_truth_than_autograd(kind, way, monkeypatch):
+    products.force(monkeypatch, way, small=False)
     dims, generator = (16, 32, 64, 128), torch.Generator().manual_seed(3)
     errors = []
     for seed in range(6):
@@ -100,10 +92,11 @@ def test_float32_is_no_further_from_the_truth_than_autograd(kind):
     assert (ours <= 2 * naive + torch.finfo(torch.float32).eps).all(), (ours, naive)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads, way", [(1, "mm"), (2, "mm"), (1, "onednn")])
 @pytest.mark.parametrize("workspace", [8, 64])
-def test_scratch_stays_within_the_workspace(workspace, threads):
+def test_scratch_stays_within_the_workspace(workspace, threads, way, monkeypatch):
     """What is alive beyond inputs and gradients, storage by storage; with 8 MiB the target's gradient finds no second place."""
+    products.force(monkeypatch, way, small=False)
     query, target = torch.randn(700, 512), torch.randn(9000, 512)
     options = InfoNCEOptions(workspace_mib=workspace, matryoshka_dims=(64, 128, 512), normalize=True)
     before = torch.get_num_threads()

@@ -1,5 +1,9 @@
-"""Every option, every pair and a sample of larger sets, against the dense definition in float64: value and gradients."""
+"""Every option, every pair and a sample of larger sets, against the dense definition in float64: value and gradients.
 
+All of it in both ways of forming products.
+"""
+
+import products
 import pytest
 import torch
 from sampling import Case, random_sets, singles_and_pairs
@@ -10,11 +14,14 @@ from contrastive_kernels.reference import info_nce_reference
 NAMES = ("query", "target", "hard_negatives", "temperature")
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+@pytest.fixture(autouse=True, params=products.WAYS)
+def small_pieces(request, monkeypatch):
     """Batches this small would be one tile: shrink it, so that every seam is crossed."""
+    packed = products.force(monkeypatch, request.param)
     monkeypatch.setattr(operands, "TILE_BYTES", 400)
     monkeypatch.setattr(panels, "TILE_COLUMNS", 5)
+    yield
+    assert bool(packed) == (request.param != "mm")
 
 
 def leaves(case, options):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import products
 import pytest
 import torch
 from sampling import Case
@@ -12,8 +13,9 @@ from contrastive_kernels.reference import sigmoid_loss_reference
 N, M, D = 11, 22, 6
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+@pytest.fixture(autouse=True, params=products.WAYS)
+def small_tiles(request, monkeypatch):
+    products.force(monkeypatch, request.param)
     monkeypatch.setattr(sigmoid, "TILE_ROWS", 4)
     monkeypatch.setattr(sigmoid, "TILE_COLUMNS", 5)
 

@@ -12,6 +12,7 @@ from golden_files import as_input, read
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.versions import needs_pillow_13
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.llava_next import image_tokens
 from vlm2vec.model import VLM2Vec
@@ -49,6 +50,7 @@ def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+@needs_pillow_13
 def test_every_batch_of_the_reference(llava, models):
     folder, cases, expected = llava
     for name, batch in cases["batches"].items():
@@ -62,6 +64,7 @@ def test_every_batch_of_the_reference(llava, models):
         torch.testing.assert_close(unit, expected[f"{name}.embeddings"], atol=TOLERANCE, rtol=0)
 
 
+@needs_pillow_13
 def test_pixels_and_ids_of_the_reference(llava, models):
     folder, cases, expected = llava
     for name, batch in cases["batches"].items():

@@ -84,7 +84,7 @@ def subjects() -> tuple[Subject, ...]:
         for name in names.split():
             if name not in by_name:
                 raise ValueError(f"emoji {emoji.__version__} has no emoji called {name!r}; expected one of its English "
-                                 "names: install emoji 2.10 or newer")
+                                 "names: install emoji 2.15 or newer")
             # The variation selector asks for colour; this font always draws in colour and has no glyph for it.
             found.append(Subject(len(found), name.replace("_", " "), group, by_name[name].replace("\ufe0f", "")))
     return tuple(found)

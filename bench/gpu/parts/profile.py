@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from bench.gpu import losses, timing
-from bench.gpu.check import Check
+from bench.gpu.check import Check, NotHere
 from bench.gpu.clock import median
 from bench.gpu.parts.env import model
+from contrastive_kernels.triton import configs
 
 CALLS = {"plain": {}, "normalize": {"normalize": True}, "symmetric, normalize": {"symmetric": True, "normalize": True}}
+PANELS = ("plain", "warp_specialised")
 SHARE = "Triton share of the library's rate"
 TOP = 12  # kernels told by name
 
@@ -17,7 +19,8 @@ TOP = 12  # kernels told by name
 def checks(machine):
     for name, options in list(CALLS.items())[: 1 if machine.dry else None]:
         yield Check(f"kernels: {name}", lambda name=name, options=options: kernels(machine, name, options))
-    yield Check("logits product by width", lambda: triton_share(machine))
+    for panel in PANELS:
+        yield Check(f"{panel} panel by width", lambda panel=panel: triton_share(machine, panel))
 
 
 def kernels(machine, name: str, options: dict) -> list[dict]:
@@ -58,38 +61,48 @@ def kernels(machine, name: str, options: dict) -> list[dict]:
     return rows
 
 
-def triton_share(machine) -> list[dict]:
-    """The exponential panel and the library's product at two widths: what an added column of the width costs is the main loop, the
-    rest is the epilogue, whatever a model thinks of either."""
+def special(machine) -> None:
+    """Raises NotHere where the warp-specialised panel cannot be had."""
+    from contrastive_kernels.triton import warp_specialised
+
+    arch = configs.architecture(torch.device(machine.device))
+    if reason := warp_specialised.obstacle(arch, torch.bfloat16, plain=True, columns=16_384):
+        raise NotHere(f"the warp-specialised panel: {reason}")
+
+
+def triton_share(machine, panel: str) -> list[dict]:
+    """An exponential panel and the library's product at two widths: what more width costs is the main loop, the rest is the epilogue,
+    whatever a model thinks of either. panel: as `exp_panel` takes it."""
     from contrastive_kernels.triton.exp_panel import exp_panel
 
+    if panel == "warp_specialised":
+        special(machine)
     n, widths = (16_384, (768, 3072)) if not machine.dry else (64, (16, 64))
     shift, out = torch.zeros(n, device=machine.device), torch.empty(1, n, n, dtype=torch.bfloat16, device=machine.device)
-    taken = {"library": [], "triton": []}
+    taken: dict[str, list[float]] = {"library": [], panel: []}
     for d in widths:
         query, target = timing.operands(machine.device, n, n, d)
         calls = {
             "library": lambda q=query, t=target: torch.mm(q, t.T, out=out[0]),
-            "triton": lambda q=query, t=target: exp_panel(q, t, scale=1 / timing.TEMPERATURE, shift=shift, out=out),
+            panel: lambda q=query, t=target: exp_panel(q, t, scale=1 / timing.TEMPERATURE, shift=shift, out=out, panel=panel),
         }
         for who, call in calls.items():
             taken[who].append(median(machine.clock, call, 10))
-    flops = 2 * n * n * (widths[1] - widths[0])
-    shape = {"n": n, "m": n, "dtype": "bfloat16"}
-    slope = {who: (ms[1] - ms[0]) / (widths[1] - widths[0]) for who, ms in taken.items()}
+    shape, added = {"n": n, "m": n, "dtype": "bfloat16"}, widths[1] - widths[0]
+    title = f"{panel} panel"
     rows = [
-        {"name": f"logits product, {who}, D = {d}", "value": ms, "unit": "ms", **shape, "d": d}
+        {"name": f"{title}: {who}, D = {d}", "value": ms, "unit": "ms", **shape, "d": d}
         for who in taken for d, ms in zip(widths, taken[who], strict=True)
     ]  # fmt: skip
-    if min(slope.values()) <= 0:
-        return rows + [{"name": SHARE, "value": "", "note": "wider took no longer: no rate to be had", **shape}]
-    epilogue = taken["triton"][0] - slope["triton"] * widths[0]
-    rows += [
-        {"name": f"main loop, {who}", "value": flops / (taken[who][1] - taken[who][0]) / 1e9, "unit": "TFLOP/s", **shape} for who in taken
+    grown = {who: ms[1] - ms[0] for who, ms in taken.items()}
+    if min(grown.values()) <= 0:
+        return rows + [{"name": f"{title}: {SHARE}", "value": "", "note": "wider took no longer: no rate to be had", **shape}]
+    gpu = model(machine)
+    for who, assumed in (("library", gpu.achieved), (panel, gpu.achieved * gpu.triton_share)):
+        rate = 2 * n * n * added / grown[who] / 1e9
+        rows.append({"name": f"{title}: main loop, {who}", "value": rate, "unit": "TFLOP/s", "predicted": assumed / 1e12, **shape})
+    epilogue = taken[panel][0] - grown[panel] * widths[0] / added
+    return rows + [
+        {"name": f"{title}: {SHARE}", "value": grown["library"] / grown[panel], "predicted": gpu.triton_share, **shape},
+        {"name": f"{title}: epilogue", "value": epilogue, "unit": "ms", **shape},
     ]
-    rows[-2]["predicted"] = model(machine).achieved / 1e12
-    rows += [
-        {"name": SHARE, "value": slope["library"] / slope["triton"], "predicted": model(machine).triton_share, **shape},
-        {"name": "epilogue of the exponential panel", "value": epilogue, "unit": "ms", **shape},
-    ]
-    return rows

@@ -62,7 +62,7 @@ def pooled(query, target, temperature):
 
 def options(n: int, d: int) -> list[Contestant]:
     """Every option alone, next to the plain loss; `gate` holds what they give against float64."""
-    rows = [Contestant(LIMIT, losses.three_gemms), Contestant("option: none", losses.ours(backend="triton"), predict={})]
+    rows = [Contestant(LIMIT, losses.three_gemms), Contestant("option: none", losses.ours(backend="triton"), predict=timing.PLAIN)]
     rows += [Contestant(f"option: {name}", _with(values)) for name, (values, _) in loss_options.cases(n, d).items()]
     rows += [
         Contestant("option: wrt=(), value alone", _with({"wrt": ()})), Contestant("option: ring of one rank", ring),

@@ -6,8 +6,8 @@
                   factor_i = w / (T (Z + e^(s_positive - c)))             what turns E = exp(s - c) into d loss / d cosine
                   positive_i = -w (1 - p_positive) / T                    d loss / d cosine of the positive
 
-A row is worked out by one lane, its partial sums added in order: deterministic. A NaN among the sums stays one. Bytes: the
-partial sums once, some ten numbers a row written.
+Partial sums are added in a fixed order: deterministic. A NaN among the sums stays one. Bytes: the partial sums once, some ten numbers
+a row written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from contrastive_kernels.triton.common import cdiv, on_its_device
 
 # A row's greatest logit less the shift: e^65 * 2^25 columns is inside float32, e^-40 leaves 47 nats below the greatest.
 SAFE_ABOVE, SAFE_BELOW = 65.0, -40.0
-BLOCK = 128
+BLOCK, PARTS = 32, 32  # rows of a program, and partial results of each that are on their way at a time
+MARK_PARTS = 8  # where a program has the rows of a whole tile
 RESULTS = 6
 
 
@@ -99,25 +100,43 @@ class Parts:
 
 
 @triton.jit
-def _mark_sums_kernel(p_total, p_shift, p_marks, R, parts, above, below, BLOCK: tl.constexpr):
+def _sum_parts(p_part, o_r, m_r, R, parts, ACC: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """(BLOCK,) sums over (parts, R)."""
+    b_sum = tl.zeros((PARTS, BLOCK), ACC)
+    for first in range(0, parts, PARTS):
+        o_p = first + tl.arange(0, PARTS).to(tl.int64)
+        b_sum += tl.load(p_part + o_p[:, None] * R + o_r[None, :], mask=(o_p < parts)[:, None] & m_r[None, :], other=0.0)
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit
+def _greatest_part(p_part, o_r, m_r, R, parts, ACC: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """(BLOCK,) greatest over (parts, R), -1e30 where there is none."""
+    b_top = tl.full((PARTS, BLOCK), -1e30, ACC)
+    for first in range(0, parts, PARTS):
+        o_p = first + tl.arange(0, PARTS).to(tl.int64)
+        b_top = tl.maximum(b_top, tl.load(p_part + o_p[:, None] * R + o_r[None, :], mask=(o_p < parts)[:, None] & m_r[None, :], other=-1e30))
+    return tl.max(b_top, 0)
+
+
+@triton.jit
+def _mark_sums_kernel(p_total, p_shift, p_marks, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
-    b_total = tl.zeros((BLOCK,), p_shift.dtype.element_ty)
-    for part in range(parts):
-        b_total += tl.load(p_total + part * R + o_r, mask=m_r, other=0.0)
+    b_total = _sum_parts(p_total, o_r, m_r, R, parts, p_shift.dtype.element_ty, BLOCK, PARTS)
     b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf"))
     b_unsafe = ((b_total > above) | (b_total < below)) & (b_shift < float("inf"))
     tl.store(p_marks + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
 
 
 @triton.jit
-def _mark_kernel(p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts, above, below, HAS_WITHIN: tl.constexpr, BLOCK: tl.constexpr):
+def _mark_kernel(
+    p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts, above, below, HAS_WITHIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
     ACC: tl.constexpr = p_shift.dtype.element_ty
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
-    b_best = tl.full((BLOCK,), -1e30, ACC)
-    for part in range(parts):
-        b_best = tl.maximum(b_best, tl.load(p_best + part * R + o_r, mask=m_r, other=-1e30))
+    b_best = _greatest_part(p_best, o_r, m_r, R, parts, ACC, BLOCK, PARTS)
     b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf"))
     b_top = b_best * tl.load(p_exponent).to(ACC)
     b_off = b_top - b_shift
@@ -143,9 +162,9 @@ def _log1p(b_x):
 @triton.jit
 def _finish_kernel(
     p_sums, p_results, p_total, p_shift, p_best, p_own, p_marks, p_again, p_logits, p_count, p_positive, p_inverse_temperature, p_weight, p_active,
-    R, N, parts, again_parts, best_parts,
+    R, N, parts, again_parts, best_parts, mark_rows,
     HAS_PART: tl.constexpr, HAS_BEST: tl.constexpr, HAS_AGAIN: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_ACTIVE: tl.constexpr,
-    FINISH: tl.constexpr, OWN_SHIFT: tl.constexpr, SMOOTHING: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
+    FINISH: tl.constexpr, OWN_SHIFT: tl.constexpr, SMOOTHING: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):
     ACC: tl.constexpr = p_sums.dtype.element_ty
     SMOOTH: tl.constexpr = SMOOTHING > 0
@@ -158,18 +177,14 @@ def _finish_kernel(
     b_count = tl.zeros((BLOCK,), ACC)
     b_written = b_shift  # the shift of the exponentials in memory
     if HAS_PART:
-        for part in range(parts):
-            b_total += tl.load(p_total + part * R + o_r, mask=m_r, other=0.0)
+        b_total = _sum_parts(p_total, o_r, m_r, R, parts, ACC, BLOCK, PARTS)
         b_written = tl.load(p_shift + o_r, mask=m_r, other=float("inf"))
         if HAS_BEST:
-            for part in range(best_parts):
-                b_best = tl.maximum(b_best, tl.load(p_best + part * R + o_r, mask=m_r, other=-1e30))
+            b_best = _greatest_part(p_best, o_r, m_r, R, best_parts, ACC, BLOCK, PARTS)
             b_best = tl.where(b_best > -1e29, b_best, float("-inf"))
         if HAS_AGAIN:
-            if tl.load(p_marks + tl.program_id(0)) != 0:
-                b_again = tl.zeros((BLOCK,), ACC)
-                for part in range(again_parts):
-                    b_again += tl.load(p_again + part * R + o_r, mask=m_r, other=0.0)
+            if tl.load(p_marks + tl.program_id(0) * BLOCK // mark_rows) != 0:
+                b_again = _sum_parts(p_again, o_r, m_r, R, again_parts, ACC, BLOCK, PARTS)
                 b_own = tl.load(p_own + o_r, mask=m_r, other=float("inf"))
                 b_total = tl.where(b_own != b_written, b_again, b_total)
                 b_written = b_own
@@ -249,7 +264,7 @@ def mark_by_sums(total: torch.Tensor, shift: torch.Tensor, block_r: int) -> torc
     tiles = cdiv(rows, block_r)
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
-        _mark_sums_kernel[(tiles,)](total, shift, marks, rows, parts, math.exp(SAFE_ABOVE), math.exp(SAFE_BELOW), BLOCK=block_r, num_warps=4)
+        _mark_sums_kernel[(tiles,)](total, shift, marks, rows, parts, math.exp(SAFE_ABOVE), math.exp(SAFE_BELOW), BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4)
     work.note("mark_rows", tiles, 0, work.size(total, shift), 0)
     return marks
 
@@ -270,7 +285,7 @@ def mark(
     if rows:
         _mark_kernel[(tiles,)](
             best, shift, exponent, marks if within is None else within, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, HAS_WITHIN=within is not None,
-            BLOCK=block_r, num_warps=4,
+            BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4,
         )
     work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own))
     return own, marks
@@ -292,7 +307,8 @@ def finish(
     matrix, results = state.sums.matrix[:, rows], state.results[:, rows]
     count, anything = results.shape[1], matrix
     active, given, finishing = direction.active, parts or Parts(None, None), inverse_temperature is not None
-    programs = cdiv(count, given.block_r)
+    block = min(BLOCK, given.block_r)  # of rows that share a mark
+    programs = cdiv(count, block)
     if not count:
         return
 
@@ -304,9 +320,9 @@ def finish(
         pointer(given.logits), pointer(given.count), direction.positive[rows] if finishing else anything, pointer(inverse_temperature),
         direction.weight[rows] if finishing else anything, anything if active is None else active[rows].view(torch.uint8),
         count, matrix.stride(0), 0 if given.total is None else len(given.total), 0 if given.again is None else len(given.again),
-        0 if given.best is None else len(given.best),
+        0 if given.best is None else len(given.best), given.block_r,
         HAS_PART=parts is not None, HAS_BEST=given.best is not None, HAS_AGAIN=given.again is not None, HAS_PRIOR=prior, HAS_ACTIVE=active is not None,
-        FINISH=finishing, OWN_SHIFT=own_shift, SMOOTHING=float(state.smoothing), GAIN=float(gain), BLOCK=given.block_r, num_warps=4,
+        FINISH=finishing, OWN_SHIFT=own_shift, SMOOTHING=float(state.smoothing), GAIN=float(gain), BLOCK=block, PARTS=PARTS, num_warps=4,
     )
     item = results.element_size()
     read = work.size(given.total, given.shift, given.best) + count * item * ((5 if prior else 0) + 2)
