@@ -43,7 +43,7 @@ class Tile:
 # (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
-    (80, 2, True): Tile(128, 64, 32, 8, 4, 4),
+    (80, 2, True): Tile(128, 64, 32, 4, 4, 4),
     (90, 2, False): Tile(256, 128, 64, 8, 3, 8),
     (90, 2, True): Tile(128, 128, 64, 8, 4, 8),
     (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
@@ -179,7 +179,7 @@ TOPK = {
 # multiprocessor, so that one multiplies while the other selects: no compiler here lets the products of a block run on beside its own
 # selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product, PREDICTED, where 64 take 1.6.
 TOPK_RESIDENT = {
-    (80, False): Tile(64, 64, 64, 4, 2, resident=True),
+    (80, False): Tile(64, 64, 128, 4, 2, resident=True),
     (80, True): Tile(64, 64, 64, 8, 2, resident=True),
     (90, False): Tile(64, 64, 128, 4, 2, resident=True),
     (90, True): Tile(64, 128, 128, 8, 2, resident=True),
