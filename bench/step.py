@@ -4,7 +4,7 @@
 
 Arms, on the encode benchmark's tiny model and mix of texts and images, each in a process of its own:
     ours            GradCache over packed chunks by token budget (1,536), which takes less memory than reference-8
-    ours-3072       the same with twice the budget: faster, and more memory than reference-8
+    ours-3072       the same with twice the budget: as fast, and more memory than reference-8
     ours-8, ours-16 the same with chunks of as many rows
     ours-retained   the same with `retain="all"`: every graph kept, no second forward
     reference-8     the reference implementation's way: whole batch padded, head on, all hidden states kept, everything twice; chunks of
