@@ -64,10 +64,11 @@ from bench.aot_launches import launches
 
 seen = collections.defaultdict(lambda: collections.defaultdict(set))
 for _, launch, _ in launches(int(sys.argv[1])):
+    switches = seen[launch.function.fn.__name__]  # a kernel may have none
     for parameter in launch.function.params:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr and isinstance(value, bool):
-            seen[launch.function.fn.__name__][parameter.name].add(value)
+            switches[parameter.name].add(value)
 print(json.dumps({kernel: {name: sorted(values) for name, values in switches.items()} for kernel, switches in seen.items()}))
 """
 # switches that no launch of a GPU turns the other way: the interpreter's widening, and candidates without a positive among them
