@@ -27,6 +27,7 @@ class Tile:
     slices: int = 1
     group: int = 8
     resident: bool = False  # top-k: the queries' tile is read once, the whole width of it
+    spread: bool = False  # take what registers it needs: ptxas else spills a few to fit one block more on a multiprocessor
 
     @property
     def constants(self) -> dict:
@@ -34,7 +35,7 @@ class Tile:
 
     @property
     def options(self) -> dict:
-        return dict(num_warps=self.warps, num_stages=self.stages)
+        return dict(num_warps=self.warps, num_stages=self.stages) | (dict(maxnreg=255) if self.spread else {})
 
     def __str__(self):
         return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
@@ -43,11 +44,11 @@ class Tile:
 # (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
-    (80, 2, True): Tile(128, 64, 32, 4, 4, 4),
+    (80, 2, True): Tile(128, 64, 32, 4, 4, 4, spread=True),
     (90, 2, False): Tile(256, 128, 64, 8, 3, 8),
     (90, 2, True): Tile(128, 128, 64, 8, 4, 8),
     (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
-    (100, 2, True): Tile(128, 128, 64, 8, 3, 8),
+    (100, 2, True): Tile(128, 128, 64, 8, 3, 8, spread=True),
     (0, 2, False): Tile(128, 128, 32, 8, 3, 4),
     (0, 2, True): Tile(128, 128, 32, 8, 3, 4),
     (0, 4, False): Tile(128, 64, 32, 8, 3, 2),
@@ -91,26 +92,32 @@ def choose(table: dict, arch: int, *key) -> Tile:
 
 
 # The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
-# tensor memory, in slices that triton 3.6 does not spill.
-PREFIXES = {80: Tile(128, 64, 32, 8, 4, 4), 90: Tile(128, 64, 64, 8, 4, 4), 100: Tile(128, 128, 64, 8, 3, 4)}
+# tensor memory, but where columns are odd. (architecture, odd) -> tile.
+PREFIXES = {
+    (80, False): Tile(128, 64, 32, 8, 4, 4), (80, True): Tile(128, 64, 32, 8, 4, 4),
+    (90, False): Tile(128, 64, 64, 8, 4, 4), (90, True): Tile(128, 64, 64, 8, 4, 4),
+    (100, False): Tile(128, 128, 64, 8, 3, 8), (100, True): Tile(128, 64, 64, 8, 3, 4),
+}  # fmt: skip
 
 
 def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
     """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
-    if levels and itemsize <= 2 and tuned_as(arch) in PREFIXES:
-        tile = PREFIXES[tuned_as(arch)]
+    odd = columns % PLAIN_COLUMNS != 0
+    if levels and itemsize <= 2 and (tuned_as(arch), odd) in PREFIXES:
+        tile = PREFIXES[tuned_as(arch), odd]
     else:
-        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, columns % PLAIN_COLUMNS != 0)
+        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, odd)
         tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
     return tile.block_r, tile.block_c
 
 
 def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
+    """rich: as `exp_panel_is_rich` says; with prefixes, whether columns are odd."""
     if INTERPRET:
         return INTERPRETED
-    if prefixes and itemsize <= 2 and tuned_as(arch) in PREFIXES:
-        return PREFIXES[tuned_as(arch)]
-    return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+    if prefixes and itemsize <= 2 and (tuned_as(arch), rich) in PREFIXES:
+        return PREFIXES[tuned_as(arch), rich]
+    return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich or prefixes)
 
 
 # The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,
@@ -161,17 +168,17 @@ def sigmoid_panel(arch: int, itemsize: int) -> Tile:
 
 # (architecture, element size, more than 32 kept) -> tile: scores and the kept lists share the registers.
 TOPK = {
-    (80, 2, False): Tile(64, 128, 32, 4, 4),
-    (80, 2, True): Tile(64, 64, 32, 8, 4),
-    (80, 4, False): Tile(32, 128, 32, 8, 3),
-    (90, 2, False): Tile(64, 128, 64, 4, 4),
-    (90, 2, True): Tile(64, 64, 64, 8, 4),
-    (100, 2, False): Tile(128, 64, 64, 8, 3),
-    (100, 2, True): Tile(128, 32, 64, 8, 3),
-    (0, 2, False): Tile(64, 128, 32, 4, 3),
-    (0, 2, True): Tile(64, 64, 32, 8, 3),
-    (0, 4, False): Tile(64, 64, 16, 4, 2),
-    (0, 4, True): Tile(32, 64, 16, 4, 2),
+    (80, 2, False): Tile(64, 128, 32, 4, 4, spread=True),
+    (80, 2, True): Tile(64, 64, 32, 8, 4, spread=True),
+    (80, 4, False): Tile(32, 128, 32, 8, 3, spread=True),
+    (90, 2, False): Tile(64, 128, 64, 4, 4, spread=True),
+    (90, 2, True): Tile(64, 64, 64, 8, 4, spread=True),
+    (100, 2, False): Tile(128, 64, 64, 8, 3, spread=True),
+    (100, 2, True): Tile(128, 32, 64, 8, 3, spread=True),
+    (0, 2, False): Tile(64, 128, 32, 4, 3, spread=True),
+    (0, 2, True): Tile(64, 64, 32, 8, 3, spread=True),
+    (0, 4, False): Tile(64, 64, 16, 4, 2, spread=True),
+    (0, 4, True): Tile(32, 64, 16, 4, 2, spread=True),
 }
 
 
@@ -179,12 +186,12 @@ TOPK = {
 # multiprocessor, so that one multiplies while the other selects: no compiler here lets the products of a block run on beside its own
 # selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product, PREDICTED, where 64 take 1.6.
 TOPK_RESIDENT = {
-    (80, False): Tile(64, 64, 128, 4, 2, resident=True),
-    (80, True): Tile(64, 64, 64, 8, 2, resident=True),
-    (90, False): Tile(64, 64, 128, 4, 2, resident=True),
-    (90, True): Tile(64, 128, 128, 8, 2, resident=True),
-    (100, False): Tile(128, 64, 128, 8, 2, resident=True),
-    (100, True): Tile(64, 64, 128, 8, 2, resident=True),
+    (80, False): Tile(64, 64, 128, 4, 2, resident=True, spread=True),
+    (80, True): Tile(64, 64, 64, 8, 2, resident=True, spread=True),
+    (90, False): Tile(64, 64, 128, 4, 2, resident=True, spread=True),
+    (90, True): Tile(64, 128, 128, 8, 2, resident=True, spread=True),
+    (100, False): Tile(128, 64, 128, 8, 2, resident=True, spread=True),
+    (100, True): Tile(64, 64, 128, 8, 2, resident=True, spread=True),
 }
 RESIDENT_WIDTH = 256
 

@@ -243,7 +243,7 @@ def exp_panel(
         tile = configs.warp_specialised(arch, row_scale is not None)
     elif tile is None:
         odd = columns % configs.PLAIN_COLUMNS != 0
-        rich = levels is not None or configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
+        rich = odd if levels is not None else configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
         tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
