@@ -75,6 +75,7 @@ class Plan:
     title: str
     limit: float  # seconds of three bare library products, for one direction or from one panel for both
     rival: float = 0.0  # seconds of plain torch through autograd, 0 where it was not priced
+    special: str = ""  # why the warp-specialised panel of triton/warp_specialised.py is not taken
 
     @property
     def path(self) -> str:
@@ -98,6 +99,8 @@ class Plan:
             if way is not chosen:
                 taken = f"{way.figures()}, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
                 lines.append(f"  not {way.path + ' ':<6}{taken}")
+        if chosen.path in ("exp", "joint") and self.special:
+            lines.append(f"  not warp_specialised: {self.special}")
         if self.rival:
             lines.append(f"  plain torch through autograd, every logit in memory: {self.rival * 1e3:.3f} ms")
         return "\n".join(lines)
@@ -184,8 +187,18 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
     limit = roofline.three_gemms(gpu, rows, columns, width, itemsize=min(itemsize, 4))
     # prices closer than the model can tell apart: the way with the least scratch
     near = [way for way in possible if way.seconds <= CLOSE * min(other.seconds for other in possible)]
-    rival = roofline.predicted(roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4)) * directions, roofline.EAGER_CALL)
-    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit, rival)
+    rival = 0.0
+    if not (masks or smoothing):  # of which there are as many ways to write as people
+        rival = roofline.predicted(roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4), normalize=normalize) * directions, roofline.EAGER_CALL)
+    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit, rival, _special(gpu))
+
+
+def _special(gpu: roofline.Gpu) -> str:
+    if (gpu.arch, False) not in configs.WARP_SPECIALISED:
+        return f"sm_{gpu.arch} copies no tiles by itself"
+    if gpu.arch in configs.WARP_SPECIALISED_FASTER:
+        return ""
+    return "nobody has measured it here yet; `python -m bench gpu --parts profile` does, exp_panel(panel='warp_specialised') takes it"
 
 
 def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target, normalize) -> Way:
