@@ -396,13 +396,3 @@ def three_gemms(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> float:
     return seconds(
         [gemm(gpu, n, m, d, itemsize=itemsize), gemm(gpu, n, d, m, itemsize=itemsize), gemm(gpu, m, d, n, itemsize=itemsize)]
     )
-
-
-def occupancy(gpu: Gpu, registers: int, shared: int, threads: int) -> tuple[int, float]:
-    """Blocks that fit on a multiprocessor, and the share of its threads that they fill."""
-    warps = -(-threads // 32)
-    # registers are handed out per warp in units of 256; a block keeps 1 KiB of shared memory for the system
-    by_registers = gpu.registers // (warps * (-(-registers * 32 // 256) * 256)) if registers else gpu.blocks
-    by_shared = gpu.shared // (shared + 1024)
-    blocks = max(0, min(gpu.blocks, gpu.threads // (warps * 32), by_registers, by_shared))
-    return blocks, blocks * warps * 32 / gpu.threads

@@ -12,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bench import aot, sass  # noqa: E402
+from bench import aot, aot_compile, sass  # noqa: E402
 from contrastive_kernels import roofline  # noqa: E402
 from contrastive_kernels.triton import configs, warp_specialised  # noqa: E402
 from tests.kernels.paths import force  # noqa: E402
@@ -263,3 +263,9 @@ def test_disassembly_reader_of_a_kernel_that_walks_tiles():
 """
     code = sass.parse(text)
     assert code.hot_loop() == (1, 2) and code.around((1, 2)) == (0, 6) and code.first_with("MUFU") == (0, 6) and code.first_with("HMMA") is None
+
+
+@pytest.mark.parametrize("registers, shared, threads, blocks", [(255, 147_456, 256, 1), (128, 98_304, 256, 2), (32, 0, 128, 16), (64, 240_000, 128, 0)])
+def test_occupancy(registers, shared, threads, blocks):
+    got, share = aot_compile.occupancy(roofline.H100, registers, shared, threads)
+    assert got == blocks and share == blocks * threads / 2048

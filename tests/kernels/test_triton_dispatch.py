@@ -106,12 +106,6 @@ def test_measured_rates_change_the_choice():
     assert plan(width=1536, gpu=slow, dtype="float16").ways[1].seconds > 2 * plan(width=1536, dtype="float16").ways[1].seconds
 
 
-@pytest.mark.parametrize("registers, shared, threads, blocks", [(255, 147_456, 256, 1), (128, 98_304, 256, 2), (32, 0, 128, 16), (64, 240_000, 128, 0)])
-def test_occupancy(registers, shared, threads, blocks):
-    got, share = roofline.occupancy(roofline.H100, registers, shared, threads)
-    assert got == blocks and share == blocks * threads / 2048
-
-
 def test_small_losses_are_launches():
     """The fewest launches win where launches are what a loss takes, and plain torch through autograd is not much quicker anywhere."""
     for rows in (64, 256, 1024, 2048, 4096, 16_384, 65_536):
