@@ -7,7 +7,7 @@ the default for an architecture that is not listed; it fits in the 99 KiB of sha
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,7 +50,7 @@ EXP_PANEL = {
     (90, 2, False): Tile(256, 128, 64, 8, 3, 8),
     (90, 2, True): Tile(128, 128, 64, 8, 4, 8),
     (100, 2, False): Tile(128, 256, 64, 8, 3, 4),
-    (100, 2, True): Tile(128, 128, 64, 8, 3, 8, spread=True),
+    (100, 2, True): Tile(128, 128, 64, 8, 3, 8),
     (0, 2, False): Tile(128, 128, 32, 8, 3, 4),
     (0, 2, True): Tile(128, 128, 32, 8, 3, 4),
     (0, 4, False): Tile(128, 64, 32, 8, 3, 2),
@@ -119,13 +119,15 @@ def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale
     return tile.block_r, tile.block_c
 
 
-def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False) -> Tile:
-    """rich: as `exp_panel_is_rich` says; with prefixes, whether columns are odd."""
+def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False, odd: bool = False) -> Tile:
+    """rich: as `exp_panel_is_rich` says; with prefixes, whether columns are odd. odd: columns that 256 does not divide."""
     if INTERPRET:
         return INTERPRETED
     if prefixes and itemsize <= 2 and (tuned_as(arch), rich) in PREFIXES:
         return PREFIXES[tuned_as(arch), rich]
-    return choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich or prefixes)
+    tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich or prefixes)
+    # on sm_100 even columns spill if they are let, odd ones if they are not
+    return replace(tile, spread=True) if odd and rich and tuned_as(arch) == 100 else tile
 
 
 # The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,

@@ -244,7 +244,7 @@ def exp_panel(
     elif tile is None:
         odd = columns % configs.PLAIN_COLUMNS != 0
         rich = odd if levels is not None else configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
-        tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None)
+        tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None, odd)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     width = x.shape[1]
