@@ -24,14 +24,11 @@ class Chunk:
     encode_state: GeneratorState | None = None
     freeze_state: GeneratorState | None = None
     graph: torch.Tensor | None = field(default=None, repr=False)
-    _index: torch.Tensor | None = field(default=None, repr=False)
 
     def index(self, device: torch.device) -> torch.Tensor:
         """(rows,) int64 on the device, which the host does not wait for: it would stand still until all that came before has run."""
-        if self._index is None or self._index.device != device:
-            index = torch.tensor(self.rows)
-            self._index = index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
-        return self._index
+        index = torch.tensor(self.rows)
+        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def dummy_chunk(side: int, lengths: Sequence[int]) -> Chunk:
