@@ -95,6 +95,16 @@ def compile_for(launch: Caught, arch: int):
     return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options={**launch.options, "enable_fp_fusion": True})
 
 
+def occupancy(gpu: roofline.Gpu, registers: int, shared: int, threads: int) -> tuple[int, float]:
+    """Blocks that fit on a multiprocessor, and the share of its threads that they fill."""
+    warps = -(-threads // 32)
+    # registers are handed out per warp in units of 256; a block keeps 1 KiB of shared memory for the system
+    by_registers = gpu.registers // (warps * (-(-registers * 32 // 256) * 256)) if registers else gpu.blocks
+    by_shared = gpu.shared // (shared + 1024)
+    blocks = max(0, min(gpu.blocks, gpu.threads // (warps * 32), by_registers, by_shared))
+    return blocks, blocks * warps * 32 / gpu.threads
+
+
 def analyse(kernel, arch: int, threads: int) -> dict:
     """Registers, spills, shared memory, occupancy and the hot loop of a compiled kernel."""
     gpu = roofline.for_arch(arch)
@@ -113,7 +123,7 @@ def analyse(kernel, arch: int, threads: int) -> dict:
     own = loop and tiles and tiles[0] <= loop[0] <= tiles[1]
     after = code.count(loop[1] + 1 if own or not tiles else tiles[0], tiles[1] if tiles else 1 << 60) if loop else everything
     # warp specialisation adds warps to those that were asked for
-    blocks, share = roofline.occupancy(gpu, registers, kernel.metadata.shared, max(threads, 32 * kernel.metadata.num_warps))
+    blocks, share = occupancy(gpu, registers, kernel.metadata.shared, max(threads, 32 * kernel.metadata.num_warps))
     return {
         "registers": registers,
         "spills": everything["LDL"] + everything["STL"],

@@ -202,6 +202,8 @@ def _row_state(dtype):
     smooth = row_state.Parts(parts[:1], vector, parts[:1], logits=vector, count=vector)
     again = row_state.Parts(parts, vector, parts, vector, marks, parts, block_r=128)
     yield "mark", lambda: row_state.mark(parts, vector, number, 128)
+    yield "mark, by sums", lambda: row_state.mark_by_sums(parts, vector, 128)
+    yield "mark, within", lambda: row_state.mark(parts, vector, number, 128, marks)
     yield "finish, bounded", lambda: finish(direction)
     yield "finish", lambda: finish(direction, parts=again)
     yield "finish, all", lambda: finish(masked, parts=again, prior=True)
@@ -209,6 +211,14 @@ def _row_state(dtype):
     yield "finish, smoothing", lambda: finish(masked, smoothing=0.1, parts=smooth, prior=True, own_shift=True)
     yield "finish, sums alone", lambda: finish(direction, temperature=None, prior=True)
     yield "finish, no panel", lambda: finish(direction, parts=None, prior=True, own_shift=True)
+
+
+def _dense(dtype):
+    from contrastive_kernels.triton.dense import slopes
+
+    if dtype != torch.float16:
+        cos = torch.zeros(R, C)
+        yield "slopes", lambda: slopes(cos, torch.tensor(50.0), torch.zeros(R, dtype=torch.int64), torch.zeros(R), dtype)
 
 
 def _chunk(dtype):
@@ -273,7 +283,7 @@ def _fused(dtype):
 
 
 FAMILIES = {
-    "exp panel": _exp_panel, "epilogue": _combinations, "warp-specialised": _warp_specialised, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "row state": _row_state, "chunk": _chunk, "topk": _topk, "fused": _fused,
+    "exp panel": _exp_panel, "epilogue": _combinations, "warp-specialised": _warp_specialised, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "row state": _row_state, "dense": _dense, "chunk": _chunk, "topk": _topk, "fused": _fused,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from bench import encode_models
 from bench.encode import padded_batch
 
 TEMPERATURE = 0.02
-ROWS = 16  # rows of a fixed mini-batch
+ROWS = 16  # rows of a fixed mini-batch where an arm's name says nothing else; the reference publishes 8
 Step = Callable[[], float]
 
 
@@ -81,7 +81,7 @@ class PaddedSide:
         return [self.rows(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def reference(folder: str, count: int, frozen: bool) -> tuple[Step, torch.nn.Module]:
+def reference(folder: str, count: int, frozen: bool, rows: int = ROWS) -> tuple[Step, torch.nn.Module]:
     """The reference's way: the side padded whole, then sliced; head and all hidden states computed; everything twice."""
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -94,13 +94,13 @@ def reference(folder: str, count: int, frozen: bool) -> tuple[Step, torch.nn.Mod
         return torch.nn.functional.normalize(out.hidden_states[-1][:, -1], dim=-1)
 
     def step() -> float:
-        chunks = [side.chunks(ROWS) for side in sides]
+        chunks = [side.chunks(rows) for side in sides]
         with torch.no_grad():
             cached = [torch.cat([encode(part) for part in parts]).requires_grad_() for parts in chunks]
         loss = cross_entropy(*cached)
         loss.backward()
         for parts, leaf in zip(chunks, cached):
-            for part, gradient in zip(parts, leaf.grad.split(ROWS)):
+            for part, gradient in zip(parts, leaf.grad.split(rows)):
                 torch.dot(encode(part).flatten(), gradient.flatten()).backward()
         return loss.item()
 
@@ -153,8 +153,10 @@ def cross_entropy(query: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(query @ target.T / TEMPERATURE, torch.arange(len(query)))
 
 
-def ours(folder: str, count: int, frozen: bool, *, budget: int, positions: str = "sequential", retain=0) -> tuple[Step, torch.nn.Module]:
-    """`contrastive_kernels.GradCache` over packed chunks."""
+def ours(
+    folder: str, count: int, frozen: bool, *, budget: int | None = None, rows: int | None = None, positions: str = "sequential", retain=0
+) -> tuple[Step, torch.nn.Module]:
+    """`contrastive_kernels.GradCache` over packed chunks of `budget` tokens or of `rows` rows."""
     from contrastive_kernels import GradCache
 
     model = freeze(load(folder, positions), frozen)
@@ -171,6 +173,7 @@ def ours(folder: str, count: int, frozen: bool, *, budget: int, positions: str =
     cache = GradCache(
         encode,
         chunk_tokens=budget,
+        chunk_size=rows,
         retain=retain,
         freeze=(lambda side, rows: model.vision(model.pack([side[r] for r in rows]))) if frozen else None,
         module=model,

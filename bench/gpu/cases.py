@@ -10,8 +10,8 @@ import torch
 
 from contrastive_kernels.reference import info_nce_reference
 
-PATHS = ("exp", "chunk", "fused", "joint", "levels", "eager")
-EAGER = ("plain", "weight, sum", "positives", "cold")  # options that the path of torch's own operations knows
+PATHS = ("exp", "chunk", "fused", "joint", "levels", "dense")
+DENSE = ("plain", "weight, sum", "positives", "cold")  # options that the dense path knows
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPE = (384, 640, 128)  # one and a half row tiles of 256, five column tiles of 128, the width that the fused path takes too
 DRY_SHAPE = (12, 20, 128)
@@ -68,7 +68,7 @@ class Case:
         some = {torch.float32: ("chunk",), torch.float16: ("chunk", "fused")}.get(self.dtype, ("exp", "chunk", "fused"))
         if self.dtype == torch.bfloat16:
             some += ("joint",) * (self.name == "pairs, symmetric") + ("levels",) * self.name.startswith("matryoshka")
-        return some + ("eager",) * (self.name in EAGER and self.dtype != torch.float16)
+        return some + ("dense",) * (self.name in DENSE and self.dtype != torch.float16)
 
     @property
     def type_name(self) -> str:

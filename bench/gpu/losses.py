@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from bench.autograd import labels as _labels
 from bench.autograd import step as _step
+from bench.loss_arms import torch_linear_cross_entropy
 
 
 def ours(**options):
@@ -78,8 +79,8 @@ def compiled(query, target, temperature):
 
 
 def linear_cross_entropy(query, target, temperature):
-    options, labels = torch.nn.LinearCrossEntropyOptions(), _labels(query)
-    return _step(lambda q, t: F.linear_cross_entropy(q / temperature, t, labels, options=options), query, target)
+    loss, labels = torch_linear_cross_entropy(), _labels(query)
+    return _step(lambda q, t: loss(q / temperature, t, labels), query, target)
 
 
 def sentence_transformers(query, target, temperature):

@@ -89,7 +89,7 @@ def measured(machine: Machine, one: Contestant, n: int, m: int, d: int, repeats:
                 wrong.append(f"{field} {error:.2e}, at most {most:.2e} is expected")
     row |= times
     row["tflops"] = float(f"{(2 if one.kind == 'search' else 6) * n * m * d / row['ms_p50'] / 1e9:.4g}")
-    gpu = roofline.for_arch(configs.architecture(query.device) or 90)
+    gpu = configs.gpu(query.device)
     row["share_of_limit"] = float(f"{row['tflops'] * 1e12 / gpu.peak:.3g}")
     if one.predict is not None:
         row["predicted_ms"] = round(dispatch_plan(n, m, d, gpu, **one.predict).chosen.seconds * 1e3, 3)

@@ -9,7 +9,7 @@ Every way that can take the problem is priced with the cost model of `roofline.p
 * exp      panels of exponentials in the inputs' type from the product's own epilogue; bfloat16 without label smoothing
 * chunk    float32 logits by the library, then kernels over them; takes everything
 * fused    no panel at all, logits computed twice; 2-byte types, D up to 128, no label smoothing
-* eager    all logits and probabilities in memory, by torch's own operations: the fewest host seconds, for small plain losses
+* dense    every float32 logit in memory, one kernel over them with the positives in it: the fewest launches, for plain losses
 * joint    both directions of `symmetric` from one kept panel; where each row's pair is its column and the panel fits (triton/symmetric.py)
 """
 
@@ -33,7 +33,7 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MEANING = {
     "exp": "exponentials from the logits product's own epilogue, then two products",
     "chunk": "float32 logits by the library, two kernels over them, then two products",
-    "eager": "all logits and probabilities in memory, by torch's own operations",
+    "dense": "every float32 logit by the library, one kernel that turns them into slopes, then two products",
     "fused": "no panel in memory, logits computed twice",
     "joint": "both directions from one panel of exponentials",
     "levels": "logits of all Matryoshka levels in one sweep over the tiles",
@@ -75,6 +75,7 @@ class Plan:
     title: str
     limit: float  # seconds of three bare library products, for one direction or from one panel for both
     rival: float = 0.0  # seconds of plain torch through autograd, 0 where it was not priced
+    special: str = ""  # why the warp-specialised panel of triton/warp_specialised.py is not taken
 
     @property
     def path(self) -> str:
@@ -98,6 +99,8 @@ class Plan:
             if way is not chosen:
                 taken = f"{way.figures()}, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
                 lines.append(f"  not {way.path + ' ':<6}{taken}")
+        if chosen.path in ("exp", "joint") and self.special:
+            lines.append(f"  not warp_specialised: {self.special}")
         if self.rival:
             lines.append(f"  plain torch through autograd, every logit in memory: {self.rival * 1e3:.3f} ms")
         return "\n".join(lines)
@@ -107,8 +110,8 @@ def row_bytes(path: str, columns: int, width: int, itemsize: int) -> float:
     """Scratch bytes of one row of a panel: E, float32 logits on the chunk path, partial sums, and the products' rows."""
     if path == "fused":
         return 8 * width + 16
-    if path == "eager":
-        return columns * (8 + itemsize)  # logits, their logarithms that become probabilities, and these in the inputs' type
+    if path == "dense":
+        return columns * (4 + itemsize)
     return columns * (itemsize + (4 if path == "chunk" else 4 / 64)) + width * (4 + 2 * itemsize)
 
 
@@ -124,7 +127,7 @@ def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool
     """Why a way cannot take a problem, or "". plain: no option but weights and the temperature's number."""
     if path == "chunk":
         return ""
-    if path == "eager":
+    if path == "dense":
         return "" if plain and not smoothing and not normalize else "only a loss without options, of rows that are normalised already"
     if smoothing:
         return "label smoothing needs every logit next to its row's sum"
@@ -144,10 +147,10 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
     itemsize, ways, directions = ITEMSIZE[dtype], [], 2 if symmetric else 1
     if symmetric:
         ways.append(_joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target, normalize))
-    for path in ("exp", "chunk", "fused", "eager"):
+    for path in ("exp", "chunk", "fused", "dense"):
         reason = obstacle(path, dtype, width, smoothing, normalize, interpreted, plain and not symmetric and d_query and d_target)
         count = panel_rows(rows, columns, width, itemsize, path, workspace)
-        if path == "eager" and not reason and count < rows:
+        if path == "dense" and not reason and count < rows:
             reason = "the workspace has no room for every logit"
         if not reason and count < 1:
             reason = f"one row needs {row_bytes(path, columns, width, itemsize) / MIB:.2f} MiB of scratch"
@@ -158,7 +161,7 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
         wanted = dict(d_query=d_query, d_target=d_target, normalize=normalize)
         if path == "fused":
             pieces = roofline.fused_passes(gpu, rows, columns, width, **priced, **wanted)
-        elif path == "eager":
+        elif path == "dense":
             pieces = roofline.dense(gpu, rows, columns, width, **priced)
         else:
             if path == "exp":
@@ -170,7 +173,7 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
         scratch = int(count * row_bytes(path, columns, width, itemsize))
         ways.append(Way.priced(path, count, tuple(pieces) * directions, scratch, tile))
     # the interpreter is there to run the kernels
-    possible = [way for way in ways if not way.reason and not (interpreted and way.path == "eager")]
+    possible = [way for way in ways if not way.reason and not (interpreted and way.path == "dense")]
     if not possible:
         need = min(row_bytes(way.path, columns, width, itemsize) for way in ways if "scratch" in way.reason)
         raise ValueError(
@@ -184,8 +187,18 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
     limit = roofline.three_gemms(gpu, rows, columns, width, itemsize=min(itemsize, 4))
     # prices closer than the model can tell apart: the way with the least scratch
     near = [way for way in possible if way.seconds <= CLOSE * min(other.seconds for other in possible)]
-    rival = roofline.predicted(roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4)) * directions, roofline.EAGER_CALL)
-    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit, rival)
+    rival = 0.0
+    if not (masks or smoothing):  # of which there are as many ways to write as people
+        rival = roofline.predicted(roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4), normalize=normalize) * directions, roofline.EAGER_CALL)
+    return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit, rival, _special(gpu))
+
+
+def _special(gpu: roofline.Gpu) -> str:
+    if (gpu.arch, False) not in configs.WARP_SPECIALISED:
+        return f"sm_{gpu.arch} copies no tiles by itself"
+    if gpu.arch in configs.WARP_SPECIALISED_FASTER:
+        return ""
+    return "nobody has measured it here yet; `python -m bench gpu --parts profile` does, exp_panel(panel='warp_specialised') takes it"
 
 
 def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target, normalize) -> Way:

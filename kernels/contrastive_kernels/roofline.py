@@ -27,7 +27,7 @@ LAUNCH = 2.2e-6  # one small kernel after another on the device
 HOST_OPERATION = 6.5e-6  # the host's side of a launch: an operation of torch
 HOST_KERNEL = 15e-6  # a Triton kernel of some twenty arguments
 HOST_PANEL = 25e-6  # one of more than forty
-HOST_CALL = 120e-6  # checks and options of a call, whatever it launches
+HOST_CALL = 80e-6  # checks, options and autograd of a call, whatever it launches: processor time of one core (AMD EPYC), as the next
 EAGER_CALL = 60e-6  # autograd's own, of plain torch
 PROGRAM_START = 1e-6  # a program that leaves at once, of a kernel that has a multiprocessor to itself
 # Exponentials of a panel from which on unsafe rows are found by their sums: two launches more, and no maximum in the epilogue.
@@ -86,8 +86,12 @@ ASSUMED = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
 A100, H100, H200, B200 = map(measured, ASSUMED.values())
 GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
 
-def for_arch(arch: int) -> Gpu:
-    """The GPU a compute capability (times ten) stands for; H100 where it is unknown and newer than sm_80."""
+
+def for_arch(arch: int, name: str = "") -> Gpu:
+    """The GPU that a device's name tells, else the one its compute capability (times ten) stands for; H100 where it is newer than sm_80."""
+    named = next((gpu for gpu in GPUS.values() if gpu.name in name.lower()), None)
+    if named is not None:
+        return named
     return {80: A100, 90: H100, 100: B200}.get(arch, A100 if arch < 90 else H100)
 
 
@@ -347,22 +351,24 @@ def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d
 
 
 def dense(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> list[Piece]:
-    """Every logit and probability in memory by torch's own operations, gradients with the value (triton/dense.py)."""
-    cells, host = n * m, HOST_OPERATION
-    passes = [("log softmax", 4, 4), ("probabilities", 4, 4), ("weighted, to the inputs' type", 4, itemsize)]
+    """Every logit in memory, and one kernel over them (triton/dense.py)."""
+    cells = n * m
     out = [gemm(gpu, n, m, d, itemsize=itemsize, out_itemsize=4, name="logits, float32")]
-    out += [elementwise(gpu, read * cells, written * cells, name=name, host=host) for name, read, written in passes]
-    out += [gemm(gpu, *shape, itemsize=itemsize, out_itemsize=4, name=name) for name, shape in (("d_query", (n, d, m)), ("d_target", (m, d, n)))]
-    return [*out, small_operations(gpu, 9)]
+    out.append(elementwise(gpu, 4 * cells, itemsize * cells + 4 * n, name="slopes of a row"))
+    out += [gemm(gpu, *shape, itemsize=itemsize, out_itemsize=4, name=name) for name, shape in (("d_query = G target", (n, d, m)), ("d_target = G^T query", (m, d, n)))]
+    return [*out, small_operations(gpu, 4)]
 
 
-def eager(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> list[Piece]:
+def eager(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int, normalize=False) -> list[Piece]:
     """What plain torch launches for the same loss through autograd, logits in float32: everything N x M, the rival of a small batch."""
     cells, host = n * m, HOST_OPERATION
     passes = [("logits to float32", itemsize, 4), ("over the temperature", 4, 4), ("log softmax", 4, 4), ("its derivative", 12, 4), ("over the temperature", 4, 4), ("to the inputs' type", 4, itemsize)]  # fmt: skip
     out = [gemm(gpu, n, m, d, itemsize=itemsize, name="logits")]
     out += [elementwise(gpu, read * cells, written * cells, name=name, host=host) for name, read, written in passes]
     out += [gemm(gpu, *shape, itemsize=itemsize, name=name) for name, shape in (("d_query", (n, d, m)), ("d_target", (m, d, n)))]
+    if normalize:  # both sides, forward and backward, in the inputs' type
+        for rows in (n, m):
+            out += [elementwise(gpu, 2 * itemsize * rows * d, itemsize * rows * d, name="normalisation", times=10, host=host)]
     return [*out, small_operations(gpu, 4)]
 
 
@@ -390,13 +396,3 @@ def three_gemms(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> float:
     return seconds(
         [gemm(gpu, n, m, d, itemsize=itemsize), gemm(gpu, n, d, m, itemsize=itemsize), gemm(gpu, m, d, n, itemsize=itemsize)]
     )
-
-
-def occupancy(gpu: Gpu, registers: int, shared: int, threads: int) -> tuple[int, float]:
-    """Blocks that fit on a multiprocessor, and the share of its threads that they fill."""
-    warps = -(-threads // 32)
-    # registers are handed out per warp in units of 256; a block keeps 1 KiB of shared memory for the system
-    by_registers = gpu.registers // (warps * (-(-registers * 32 // 256) * 256)) if registers else gpu.blocks
-    by_shared = gpu.shared // (shared + 1024)
-    blocks = max(0, min(gpu.blocks, gpu.threads // (warps * 32), by_registers, by_shared))
-    return blocks, blocks * warps * 32 / gpu.threads

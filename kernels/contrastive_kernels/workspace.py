@@ -20,7 +20,8 @@ def workspace_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.
     """Bound on scratch in bytes: `workspace_mib`, else 256 MiB, else on CUDA a tenth of the card's memory if that is more.
 
     What is free at the moment does not count, for panels, and with them the last bits of d_target, would follow what the process
-    did before. Only a call whose panels could not be had is bounded lower, by whole powers of two, and told once.
+    did before. Only a call whose one panel would not fit into what is free is bounded lower, by whole powers of two, and told once;
+    `workspace_mib` keeps it from that.
     """
     if options.workspace_mib is not None:
         return int(options.workspace_mib * MIB)
@@ -29,15 +30,16 @@ def workspace_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.
         return least
     bound = max(least, card_bytes(device) // SHARE_OF_CARD)
     # a question to the driver takes longer than a small call, and is not allowed while a graph is captured
-    if whole_panel_bytes(options, query, target) <= least or torch.cuda.is_current_stream_capturing():
+    whole = whole_panel_bytes(options, query, target)
+    if whole <= least or torch.cuda.is_current_stream_capturing():
         return bound
-    return lowered(bound, least, free_cuda_bytes(device))
+    return lowered(bound, least, whole, free_cuda_bytes(device))
 
 
-def lowered(bound: int, least: int, free: int) -> int:
-    """The bound halved until it is at most `free`, never below `least`."""
+def lowered(bound: int, least: int, whole: int, free: int) -> int:
+    """The bound, halved until it is at most `free` where a call would take more than that; never below `least`."""
     asked = bound
-    while bound > max(least, free):
+    while min(bound, whole) > max(least, free):
         bound //= 2
     bound = max(bound, least)
     if bound < asked:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-PATHS = ("exp", "chunk", "fused", "eager")
+PATHS = ("exp", "chunk", "fused", "dense")
 
 
 def force(monkeypatch, path: str, rows: int | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bench import aot, sass  # noqa: E402
+from bench import aot, aot_compile, sass  # noqa: E402
 from contrastive_kernels import roofline  # noqa: E402
 from contrastive_kernels.triton import configs, warp_specialised  # noqa: E402
 from tests.kernels.paths import force  # noqa: E402
@@ -64,10 +64,11 @@ from bench.aot_launches import launches
 
 seen = collections.defaultdict(lambda: collections.defaultdict(set))
 for _, launch, _ in launches(int(sys.argv[1])):
+    switches = seen[launch.function.fn.__name__]  # a kernel may have none
     for parameter in launch.function.params:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr and isinstance(value, bool):
-            seen[launch.function.fn.__name__][parameter.name].add(value)
+            switches[parameter.name].add(value)
 print(json.dumps({kernel: {name: sorted(values) for name, values in switches.items()} for kernel, switches in seen.items()}))
 """
 # switches that no launch of a GPU turns the other way: the interpreter's widening, and candidates without a positive among them
@@ -262,3 +263,9 @@ def test_disassembly_reader_of_a_kernel_that_walks_tiles():
 """
     code = sass.parse(text)
     assert code.hot_loop() == (1, 2) and code.around((1, 2)) == (0, 6) and code.first_with("MUFU") == (0, 6) and code.first_with("HMMA") is None
+
+
+@pytest.mark.parametrize("registers, shared, threads, blocks", [(255, 147_456, 256, 1), (128, 98_304, 256, 2), (32, 0, 128, 16), (64, 240_000, 128, 0)])
+def test_occupancy(registers, shared, threads, blocks):
+    got, share = aot_compile.occupancy(roofline.H100, registers, shared, threads)
+    assert got == blocks and share == blocks * threads / 2048

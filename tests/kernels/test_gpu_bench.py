@@ -18,7 +18,7 @@ def dry_case(name, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("name, paths", [
-    ("plain", {"exp", "chunk", "fused", "eager"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
+    ("plain", {"exp", "chunk", "fused", "dense"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
     ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
 ])  # fmt: skip
 def test_gate_takes_every_path(name, paths):

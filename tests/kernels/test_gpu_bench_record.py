@@ -124,3 +124,16 @@ def test_recorded_results_can_be_committed():
         return subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0
 
     assert not ignored("bench/results/nvidia-h100-80gb-hbm3/results.json") and ignored("bench/scratch/gpu/results.json")
+
+
+def test_a_prediction_is_not_fitted_to_its_outcome(monkeypatch):
+    """Rates that were recorded change what dispatch takes, and not what the page says was predicted."""
+    import dataclasses
+
+    from contrastive_kernels import roofline
+
+    before = record.page([])
+    slow = dataclasses.replace(roofline.H100, achieved=300e12, bandwidth=1e12)
+    monkeypatch.setattr(roofline, "H100", slow)
+    monkeypatch.setitem(roofline.GPUS, "h100", slow)
+    assert record.page([]) == before

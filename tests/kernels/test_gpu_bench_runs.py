@@ -82,7 +82,7 @@ def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
         ("gate", "plain, bfloat16, exp"): "d_query: error",
         ("gate", "plain, bfloat16, chunk"): "d_query: error",
         ("gate", "plain, bfloat16, fused"): "d_query: error",
-        ("gate", "plain, bfloat16, eager"): "d_query: error",
+        ("gate", "plain, bfloat16, dense"): "d_query: error",
         ("train", "tiny, seconds of a step"): "norms of the gradients [nan]",
         ("sizes", "20 x 20 x 16 option: ring of one rank"): "this process lost the device by it",
         ("peers", "ours"): "loss_error 1.00e-02",

@@ -75,17 +75,6 @@ def test_sigmoid_in_float32(caplog, monkeypatch):
     assert len(said(caplog)) == 1 and "float32" in said(caplog)[0]
 
 
-def test_torch_without_wide_products_is_told(monkeypatch):
-    from contrastive_kernels import triton as kernels
-
-    monkeypatch.setattr("contrastive_kernels.triton.common.INTERPRET", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert kernels.available.__wrapped__() == (True, "")
-    monkeypatch.setattr(type(torch.ops.aten.addmm), "overloads", lambda self: ["default", "out"])
-    there, reason = kernels.available.__wrapped__()
-    assert not there and "2.8" in reason
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float64 runs under the interpreter")
 def test_mixed_types_meet_in_the_wider():
     query, target = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(6, 16)

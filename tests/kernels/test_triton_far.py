@@ -121,7 +121,7 @@ def test_rows(far):
     segments = rows.Segments.make(index, ROWS)
 
     def every(out, x, y):
-        dot = rows.update(out, x=x, a=a, y=y, b=a, index=index, z=y, add=True)
+        dot = rows.update(out, x=x, a=a, y=y, b=a, index=index, z=y, dot=True, add=True)
         rows.scatter(out, segments, x=x, a=a, y=y, b=a, add=True)
         return out.clone(), dot, rows.dots(x, y, index, torch.float32)
 

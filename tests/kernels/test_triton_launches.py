@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import contrastive_kernels as ck  # noqa: E402
+from contrastive_kernels import roofline  # noqa: E402
 from contrastive_kernels.compute import compute  # noqa: E402
 from contrastive_kernels.options import InfoNCEOptions  # noqa: E402
 from tests.kernels.launches import counted  # noqa: E402
@@ -15,7 +16,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the in
 N, D = 96, 64
 
 
-def launches(monkeypatch, path="exp", rows=None, backward=False, **options) -> list[str]:
+def launches(monkeypatch, path="exp", rows=None, backward=False, large=False, **options) -> list[str]:
+    """large: as panels of more than 2^26 exponentials, whose unsafe rows are found by their sums."""
+    if large:
+        monkeypatch.setattr(roofline, "SUMS_ALONE", 1)
     force(monkeypatch, path, rows)
     query, target = (torch.nn.functional.normalize(torch.randn(N, D), dim=1).requires_grad_(backward) for _ in range(2))
     with counted(monkeypatch) as names:
@@ -23,7 +27,8 @@ def launches(monkeypatch, path="exp", rows=None, backward=False, **options) -> l
             ck.info_nce(query, target, backend="triton", **options).backward()
         else:
             ck.info_nce_value_and_grad(query, target, backend="triton", **options)
-    assert names.count("_finish_kernel") == (1 if rows is None else -(-N // rows))  # what is counted is the way that was asked for
+    kernel = "_slopes_kernel" if path == "dense" else "_finish_kernel"
+    assert names.count(kernel) == (1 if rows is None else -(-N // rows))  # what is counted is the way that was asked for
     return names
 
 
@@ -32,12 +37,16 @@ def launches(monkeypatch, path="exp", rows=None, backward=False, **options) -> l
     (dict(backward=True), 17),
     (dict(normalize=True), 17),
     (dict(normalize=True, backward=True), 19),
+    (dict(path="dense"), 8),
+    (dict(path="dense", backward=True), 10),
     (dict(path="chunk"), 14),
     (dict(path="chunk", normalize=True), 18),
     (dict(path="fused"), 16),
     (dict(rows=32), 15 + 2 * 9),  # three panels
     (dict(rows=24), 15 + 3 * 9),  # four
     (dict(temperature=torch.tensor(0.05)), 24),  # and its gradient; of a temperature on the host, read there
+    (dict(large=True), 17), (dict(large=True, backward=True), 19), (dict(large=True, rows=24), 50), (dict(large=True, rows=24, backward=True), 52),
+    (dict(positives=torch.arange(N).flip(0)), 29),  # sorted by target, to be added in a fixed order
     (dict(weight=torch.arange(1.0, N + 1)), 19),
     (dict(target_ids=torch.arange(N) // 2), 20),
 ], ids=lambda x: ",".join(x) or "plain" if isinstance(x, dict) else str(x))  # fmt: skip

@@ -67,6 +67,14 @@ def test_only_a_card_without_room_bounds_it_lower(card, caplog):
     assert [("2048 MiB instead of 8192" in r.message, "workspace_mib" in r.message) for r in caplog.records] == [(True, True), (False, True)]
 
 
+def test_a_call_that_fits_is_bounded_as_ever(card, caplog):
+    """5 GiB are free, a tenth of the card is 8: the whole panel takes 0.7."""
+    card.update(free=5 << 30)
+    with caplog.at_level(logging.WARNING):
+        assert bound(8192) == (80 << 30) // 10
+    assert not caplog.records
+
+
 def test_small_calls_and_captured_ones_do_not_ask_the_driver(card):
     card.update(free=0)
     assert bound(4096) == (80 << 30) // 10 and card["asked"] == 0

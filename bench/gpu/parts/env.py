@@ -40,7 +40,7 @@ def packages() -> str:
 
 
 def model(machine) -> roofline.Gpu:
-    return roofline.for_arch(configs.architecture(torch.device(machine.device)) or 90)
+    return configs.gpu(torch.device(machine.device))
 
 
 def product(machine, dtype) -> dict:

@@ -6,10 +6,12 @@ them, tests/kernels/test_aot.py holds them): the accumulator of a tile takes BLO
 the default for an architecture that is not listed; it fits in the 99 KiB of shared memory that any GPU since sm_80 has.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
+from contrastive_kernels import roofline
 from contrastive_kernels.triton.interpreter import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
@@ -69,6 +71,12 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+@functools.lru_cache(maxsize=None)
+def gpu(device: torch.device) -> roofline.Gpu:
+    """What the cost model takes a device for; an H100 stands in for the interpreter's CPU."""
+    return roofline.for_arch(architecture(device) or 90, torch.cuda.get_device_name(device) if device.type == "cuda" else "")
 
 
 def tuned_as(arch: int) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from contrastive_kernels import dispatch, roofline
+from contrastive_kernels import dispatch
 from contrastive_kernels.gradients import Gradients
 from contrastive_kernels.hard import hard_negatives
 from contrastive_kernels.operands import product_dtype
@@ -46,10 +46,9 @@ def obstacle(query, target, options) -> str:
 
 def plan(query, target, options, workspace: int) -> dispatch.Plan:
     """One sweep for all levels against a sweep each, both directions where `symmetric` asks for them."""
-    gpu = roofline.for_arch(configs.architecture(query.device) or 90)
     rows, columns = len(query), len(target) + (len(query) if options.query_negatives else 0) + (len(target) if options.target_negatives else 0)
     return dispatch.plan_levels(
-        rows, columns, options.matryoshka_dims, product_dtype(query, target), workspace=workspace, gpu=gpu, smoothing=bool(options.label_smoothing),
+        rows, columns, options.matryoshka_dims, product_dtype(query, target), workspace=workspace, gpu=configs.gpu(query.device), smoothing=bool(options.label_smoothing),
         interpreted=INTERPRET, reason=obstacle(query, target, options),
     )
 

@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from contrastive_kernels import dispatch, roofline
+from contrastive_kernels import dispatch
 from contrastive_kernels.softmax import RowSums
 from contrastive_kernels.triton import configs, dense, fused_sweep
 from contrastive_kernels.triton import panel as panels
@@ -33,7 +33,7 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
     masks = direction.threshold is not None or any(block.ids or block.columns.keep is not None for block in direction.blocks)
     return dispatch.plan(
         problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, problem.product_dtype, workspace=workspace,
-        gpu=roofline.for_arch(configs.architecture(source.device) or 90), smoothing=bool(problem.options.label_smoothing),
+        gpu=configs.gpu(source.device), smoothing=bool(problem.options.label_smoothing),
         normalize=problem.query.inverse_norm is not None, interpreted=INTERPRET,
         d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
         d_target=any(wants(block.columns.sink) for block in direction.blocks),
@@ -155,8 +155,8 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
     Arguments are those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
     panel_sweep = Panels(problem, direction, gradients, workspace)
-    if panel_sweep.path == "eager":
-        return dense.sweep(problem, direction, gradients), None
+    if panel_sweep.path == "dense":
+        return dense.sweep(problem, direction, gradients, panel_sweep.inverse_temperature), None
     state, prior = panel_sweep.state(hard)
     if panel_sweep.path == "fused":
         fused_sweep.forward(panel_sweep, state, prior=prior, complete=True)

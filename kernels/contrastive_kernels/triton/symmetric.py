@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from contrastive_kernels import dispatch, roofline
+from contrastive_kernels import dispatch
 from contrastive_kernels.operands import norms
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device, scalar
@@ -86,7 +86,7 @@ def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
     source, wants = problem.query.source, (lambda name: False) if gradients is None else gradients.wants
     plan = dispatch.plan(
         problem.query.rows, problem.target.rows, problem.query.width, problem.product_dtype, workspace=workspace, symmetric=True,
-        gpu=roofline.for_arch(configs.architecture(source.device) or 90), normalize=problem.query.inverse_norm is not None,
+        gpu=configs.gpu(source.device), normalize=problem.query.inverse_norm is not None,
         interpreted=INTERPRET, d_query=wants("query") or wants("temperature"), d_target=wants("target"),
     )
     return plan
