@@ -195,7 +195,7 @@ def predictions(rows: list[dict]) -> str:
     lines = ["\nPREDICTED, nothing was run. One direction, value and both gradients, bfloat16; panels of at most 4,096 rows above N = 16,384.\n"]
     lines += ["| GPU | N = M | D | logits ms | of it epilogue | d_query ms | d_target ms | rest ms | ours ms | three GEMMs ms | ratio | roofline share |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for arch in sorted({row["arch"] for row in rows}):
-        gpu, instructions = roofline.for_arch(arch), per_element(rows, arch)
+        gpu, instructions = roofline.for_arch(arch), per_element(rows, arch, "plain")  # which panels of these sizes take
         for n in SIZES:
             for d in WIDTHS:
                 pieces, limit = predicted(gpu, n, d, instructions)
@@ -214,7 +214,7 @@ def predictions(rows: list[dict]) -> str:
 
 def predicted(gpu, n: int, d: int, instructions: float):
     """Pieces of one direction at N = M = n, and the seconds of the three library products."""
-    tile = configs.exp_panel_tile(gpu.arch, 2, n, row_max=True)
+    tile = configs.exp_panel_tile(gpu.arch, 2, n)
     pieces = roofline.panels(gpu, n, n, d, n if n <= 16_384 else 4096, itemsize=2, tile=tile, instructions=instructions)
     return pieces, roofline.three_gemms(gpu, n, n, d, itemsize=2)
 
