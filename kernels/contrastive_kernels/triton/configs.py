@@ -192,15 +192,15 @@ TOPK = {
 }
 
 
-# (architecture, more than 32 kept) -> tile for queries that stay on the chip. On sm_80 and sm_90 two blocks of the first share a
+# (architecture, more than 32 kept) -> tile for queries that stay on the chip. Two blocks of the first of each share a
 # multiprocessor, so that one multiplies while the other selects: no compiler here lets the products of a block run on beside its own
-# selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product, PREDICTED, where 64 take 1.6.
+# selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product on an H100, PREDICTED, where 64 take 1.6.
 TOPK_RESIDENT = {
     (80, False): Tile(64, 64, 128, 4, 2, resident=True, spread=True),
     (80, True): Tile(64, 64, 64, 8, 2, resident=True, spread=True),
     (90, False): Tile(64, 64, 128, 4, 2, resident=True, spread=True),
     (90, True): Tile(64, 128, 128, 8, 2, resident=True, spread=True),
-    (100, False): Tile(128, 64, 128, 8, 2, resident=True, spread=True),
+    (100, False): Tile(64, 64, 128, 4, 2, resident=True, spread=True),
     (100, True): Tile(64, 64, 128, 8, 2, resident=True, spread=True),
 }
 RESIDENT_WIDTH = 256
@@ -228,7 +228,7 @@ FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it
 # 128 x 64 it spills where 3.8 takes 215 to 255 registers.
 FUSED = {
     (80, 64, "forward", False): Tile(128, 64, 0, 8, 3),
-    (80, 64, "forward", True): Tile(128, 32, 0, 8, 3),
+    (80, 64, "forward", True): Tile(64, 32, 0, 4, 3),
     (80, 64, "backward", False): Tile(64, 128, 0, 8, 3),
     (80, 64, "backward", True): Tile(64, 128, 0, 8, 3),
     (80, 128, "forward", False): Tile(128, 64, 0, 8, 3),
