@@ -24,6 +24,7 @@ class LiveBytes(TorchDispatchMode):
     """Within it, every tensor that an operator returns counts until its storage is freed.
 
     A storage counts once, however many views it has, and follows when it is resized (as FSDP2 resizes what it gathers).
+    Sparse tensors count their indices and values.
     What a kernel allocates inside itself and frees before it returns is not seen: neither with real tensors nor with fake
     ones.
 
@@ -146,10 +147,25 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(entry)
 
 
+_COMPRESSED = {
+    torch.sparse_csr: (torch.Tensor.crow_indices, torch.Tensor.col_indices),
+    torch.sparse_bsr: (torch.Tensor.crow_indices, torch.Tensor.col_indices),
+    torch.sparse_csc: (torch.Tensor.ccol_indices, torch.Tensor.row_indices),
+    torch.sparse_bsc: (torch.Tensor.ccol_indices, torch.Tensor.row_indices),
+}
+
+
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors with storage behind one: a sharded tensor's local part, a quantised one's data."""
+    """The tensors with storage behind one: a sharded tensor's local part, a sparse one's indices and values, a quantised one's data."""
     local = getattr(tensor, "_local_tensor", None)
-    yield tensor if local is None else local
+    if local is not None:
+        yield local
+    elif tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in _COMPRESSED:
+        yield from (*(indices(tensor) for indices in _COMPRESSED[tensor.layout]), tensor.values())
+    else:
+        yield tensor
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))

@@ -103,7 +103,7 @@ def test_warps_are_specialised(arch, groups):
             assert row["epilogue"] <= 8 * elements  # the plain panel's is 9 to 12
 
 
-@pytest.mark.parametrize("arch, most", [(80, 1.9), (90, 1.75), (100, 3.5)])
+@pytest.mark.parametrize("arch, most", [(80, 1.9), (90, 1.75), (100, 3.5 if OLDER == 1 else 4.5)])
 def test_predicted_time_of_a_search(arch, most):
     pieces, bare = aot.search(compiled(arch), arch)
     assert 1 < sum(piece.seconds for piece in pieces) / bare <= most
