@@ -29,8 +29,21 @@ from bench.loss import ROOT, about
 from bench.loss_arms import torch_linear_cross_entropy
 
 FIELDS = (
-    "name", "inputs", "dtype", "n", "d", "temperature", "loss_error", "d_query_error", "d_target_error", "note", "threads", "device", "torch",
-    "python", "commit",
+    "name",
+    "inputs",
+    "dtype",
+    "n",
+    "d",
+    "temperature",
+    "loss_error",
+    "d_query_error",
+    "d_target_error",
+    "note",
+    "threads",
+    "device",
+    "torch",
+    "python",
+    "commit",
 )
 PARTS = ("loss", "d_query", "d_target")
 
@@ -142,7 +155,9 @@ def rows_of(args) -> list[dict]:
             if isinstance(found[0], str):
                 rows.append(row | {"note": found[0]})
                 continue
-            rows.append(row | {f"{part}_error": math.sqrt(sum(x * x for x in of_part) / len(each)) for part, of_part in zip(PARTS, zip(*found))})
+            rows.append(
+                row | {f"{part}_error": math.sqrt(sum(x * x for x in of_part) / len(each)) for part, of_part in zip(PARTS, zip(*found))}
+            )
             show(rows[-1])
     return rows
 
@@ -181,10 +196,14 @@ def extremes() -> list[tuple[bool, str]]:
     zero[3], twice[5:9] = 0, twice[4].clone()
     none = {"target_ids": torch.zeros(64, dtype=torch.int64)}
     cases = {
-        "temperature 0.001": (query, target, {"temperature": 0.001}), "temperature 10": (query, target, {"temperature": 10.0}),
-        "a zero vector": (zero, target, {}), "a zero vector, normalised": (zero, target, {"normalize": True}),
-        "duplicate rows": (twice, twice.clone(), {"temperature": 0.01}), "cosine 1 everywhere": (query[:1].expand(64, -1), query[:1].expand(64, -1), {"temperature": 0.001}),
-        "all negatives masked": (query, target, none), "all negatives masked, smoothed": (query, target, {**none, "label_smoothing": 0.1}),
+        "temperature 0.001": (query, target, {"temperature": 0.001}),
+        "temperature 10": (query, target, {"temperature": 10.0}),
+        "a zero vector": (zero, target, {}),
+        "a zero vector, normalised": (zero, target, {"normalize": True}),
+        "duplicate rows": (twice, twice.clone(), {"temperature": 0.01}),
+        "cosine 1 everywhere": (query[:1].expand(64, -1), query[:1].expand(64, -1), {"temperature": 0.001}),
+        "all negatives masked": (query, target, none),
+        "all negatives masked, smoothed": (query, target, {**none, "label_smoothing": 0.1}),
     }
     out = []
     for name, (a, b, options) in cases.items():

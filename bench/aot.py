@@ -38,7 +38,14 @@ def triton_version() -> str:
 def fingerprint() -> str:
     """Of all that decides what is compiled: the kernels, their launchers, this harness and the compiler."""
     digest = hashlib.sha256(f"{triton_version()} {sys.version}".encode())
-    for path in sorted([*(ROOT / "kernels/contrastive_kernels/triton").glob("*.py"), *ROOT.glob("bench/aot*.py"), ROOT / "bench/sass.py", *(ROOT / "kernels/contrastive_kernels").glob("roofline*.py")]):
+    for path in sorted(
+        [
+            *(ROOT / "kernels/contrastive_kernels/triton").glob("*.py"),
+            *ROOT.glob("bench/aot*.py"),
+            ROOT / "bench/sass.py",
+            *(ROOT / "kernels/contrastive_kernels").glob("roofline*.py"),
+        ]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -74,7 +81,11 @@ def compile_all(arch: int, processes: int = 2) -> list[dict]:
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "bench.aot_compile", str(arch), str(first), str(processes)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
         )
         for first in range(processes)
     ]
@@ -124,7 +135,9 @@ def seconds(row: dict) -> tuple[float, float]:
         tiles = row["flops"] / (2 * row["block"] * row.get("block_d", 1) * row["grid"]) if fused else 1
         instructions = threads * (row["loop_instructions"] * max(1, tiles / 2) if fused else row["epilogue"])
         rate = gpu.achieved if row["dot"] else gpu.achieved_fp32
-        busy = max(row["flops"] / (rate * gpu.triton_share), row["bytes"] / gpu.bandwidth) + instructions / (gpu.issue * roofline.ISSUE_SHARE)
+        busy = max(row["flops"] / (rate * gpu.triton_share), row["bytes"] / gpu.bandwidth) + instructions / (
+            gpu.issue * roofline.ISSUE_SHARE
+        )
         peak = gpu.peak if row["dot"] else gpu.achieved_fp32
     else:
         busy, peak = max(row["bytes"] / gpu.bandwidth, threads * row["instructions"] / (gpu.issue * roofline.ISSUE_SHARE)), gpu.peak
@@ -157,7 +170,9 @@ def table(rows: list[dict]) -> str:
 
 def peer_rows(arch: int) -> list[dict]:
     """Rows of `bench.aot_peers`, empty where no peer is installed."""
-    child = subprocess.run([sys.executable, "-m", "bench.aot_peers", str(arch)], capture_output=True, text=True, env=_environment(), cwd=ROOT)
+    child = subprocess.run(
+        [sys.executable, "-m", "bench.aot_peers", str(arch)], capture_output=True, text=True, env=_environment(), cwd=ROOT
+    )
     if child.returncode:
         return [{"peer": "?", "case": "bench.aot_peers", "arch": arch, "note": child.stderr.strip().splitlines()[-1][:200]}]
     return [json.loads(line) for line in child.stdout.splitlines()]
@@ -165,7 +180,10 @@ def peer_rows(arch: int) -> list[dict]:
 
 def peer_table(rows: list[dict]) -> str:
     """Markdown of the peers' kernels: facts alone, judged by nothing."""
-    lines = ["| arch | kernel | tile | registers | spills | shared KiB | blocks/SM | occupancy | hot loop | note |", "|---|---|---|--:|--:|--:|--:|--:|---|---|"]
+    lines = [
+        "| arch | kernel | tile | registers | spills | shared KiB | blocks/SM | occupancy | hot loop | note |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|---|",
+    ]
     for row in rows:
         if "note" in row:
             lines.append(f"| {row['arch']} | {row['case']} | | | | | | | | {row['note'].replace('|', '/')} |")
@@ -192,8 +210,13 @@ def fused_per_element(rows: list[dict], arch: int) -> float:
 
 def predictions(rows: list[dict]) -> str:
     """Markdown: PREDICTED time of value and gradients against three library products, bfloat16, with the arithmetic."""
-    lines = ["\nPREDICTED, nothing was run. One direction, value and both gradients, bfloat16; panels of at most 4,096 rows above N = 16,384.\n"]
-    lines += ["| GPU | N = M | D | logits ms | of it epilogue | d_query ms | d_target ms | rest ms | ours ms | three GEMMs ms | ratio | roofline share |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "\nPREDICTED, nothing was run. One direction, value and both gradients, bfloat16; panels of at most 4,096 rows above N = 16,384.\n"
+    ]
+    lines += [
+        "| GPU | N = M | D | logits ms | of it epilogue | d_query ms | d_target ms | rest ms | ours ms | three GEMMs ms | ratio | roofline share |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for arch in sorted({row["arch"] for row in rows}):
         gpu, instructions = roofline.for_arch(arch), per_element(rows, arch, "plain")  # which panels of these sizes take
         for n in SIZES:
@@ -246,21 +269,32 @@ def search(rows: list[dict], arch: int) -> tuple[list[roofline.Piece], float]:
     row = next(r for r in rows if r["arch"] == arch and r["case"] == f"topk, k {SEARCH['kept']}, bfloat16")
     gpu = roofline.for_arch(arch)
     selection = roofline_topk.Selection(
-        row["block_r"], row["block_c"], 32 * row["warps"], row["blocks_per_sm"], row["loop_instructions"] - row["inner_instructions"],
-        row["inner_instructions"], bool(row["resident"]),
-    )  # fmt: skip
-    shares = configs.topk_shares(gpu.sms * (2 if row["resident"] else 4), -(-SEARCH["queries"] // row["block_r"]), -(-SEARCH["targets"] // row["block_c"]))
+        row["block_r"],
+        row["block_c"],
+        32 * row["warps"],
+        row["blocks_per_sm"],
+        row["loop_instructions"] - row["inner_instructions"],
+        row["inner_instructions"],
+        bool(row["resident"]),
+    )
+    shares = configs.topk_shares(
+        gpu.sms * (2 if row["resident"] else 4), -(-SEARCH["queries"] // row["block_r"]), -(-SEARCH["targets"] // row["block_c"])
+    )
     bare = roofline.gemm(gpu, SEARCH["queries"], SEARCH["targets"], SEARCH["width"], itemsize=2, out_itemsize=0)
     return roofline_topk.topk(gpu, **SEARCH, selection=selection, shares=shares), bare.seconds
 
 
 def searches(rows: list[dict]) -> str:
     """Markdown: PREDICTED time of a search against its bare product, whose scores nobody would write."""
-    lines = ["\nPREDICTED, nothing was run. The 16 best of 1,000,000 targets for 10,000 queries, D = 256, bfloat16, targets in random order.\n"]
+    lines = [
+        "\nPREDICTED, nothing was run. The 16 best of 1,000,000 targets for 10,000 queries, D = 256, bfloat16, targets in random order.\n"
+    ]
     lines += ["| GPU | kernel ms | merging ms | bare product ms | ratio |", "|---|--:|--:|--:|--:|"]
     for arch in sorted({row["arch"] for row in rows}):
         (kernel, merge), bare = search(rows, arch)
-        lines.append(f"| {roofline.for_arch(arch).name} | {kernel.seconds * 1e3:.2f} | {merge.seconds * 1e3:.2f} | {bare * 1e3:.2f} | {(kernel.seconds + merge.seconds) / bare:.2f} |")
+        lines.append(
+            f"| {roofline.for_arch(arch).name} | {kernel.seconds * 1e3:.2f} | {merge.seconds * 1e3:.2f} | {bare * 1e3:.2f} | {(kernel.seconds + merge.seconds) / bare:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -279,7 +313,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities times ten")
     parser.add_argument("--csv", type=Path, default=ROOT / "bench/scratch/aot.csv", help="where the table is written")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also compile the kernels of peers that are installed")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="also compile the kernels of peers that are installed"
+    )
 
 
 def run(args) -> int:
@@ -296,7 +332,9 @@ def run(args) -> int:
     print(searches(built))
     bad_times = too_slow(built)
     bad = [row for row in made if verdict(row)]
-    print(f"\nPREDICTED bound: at most {bound(1536)} times the three products, {bound(768)} at D = 768, on sm_80 and sm_90: {'; '.join(bad_times) or 'held everywhere'}")
+    print(
+        f"\nPREDICTED bound: at most {bound(1536)} times the three products, {bound(768)} at D = 768, on sm_80 and sm_90: {'; '.join(bad_times) or 'held everywhere'}"
+    )
     print(f"triton {triton_version()}: {len(built)} of {len(made)} kernels compiled, {len(bad)} with a fault; written to {args.csv}")
     return 1 if bad or bad_times else 0
 

@@ -20,20 +20,30 @@ from pathlib import Path
 
 import torch
 import triton
+from contrastive_kernels import roofline
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench import sass
-from contrastive_kernels import roofline
 
 CACHE = Path(__file__).resolve().parent / "scratch/aot"
 # what a description depends on besides the kernel: how machine code is read, and the limits it is held against
-READER = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (sass, roofline)) + Path(__file__).read_bytes()).hexdigest()
+READER = hashlib.sha256(
+    b"".join(Path(module.__file__).read_bytes() for module in (sass, roofline)) + Path(__file__).read_bytes()
+).hexdigest()
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint32: "u32", torch.uint8: "u8", torch.int8: "i8", torch.bool: "u1",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint32: "u32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.bool: "u1",
 }
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
@@ -138,7 +148,9 @@ def analyse(kernel, arch: int, threads: int) -> dict:
         "wide_bytes": code.wide_copies(*loop) * 16 * threads if loop else 0,
         "loop_instructions": sum(inside.values()),
         # of the longest loop inside the hot one: of top-k, another look through its tile
-        "inner_instructions": max((b - a + 1 for a, b in code.loops() if loop and (a, b) != loop and loop[0] <= a and b <= loop[1]), default=0),
+        "inner_instructions": max(
+            (b - a + 1 for a, b in code.loops() if loop and (a, b) != loop and loop[0] <= a and b <= loop[1]), default=0
+        ),
         "wide_stores": sum(i.name == "STG" and ".128" in i.full or i.name == "UTMASTG" for i in code.instructions),
         "instructions": sum(everything.values()),
         "epilogue": sum(after.values()),
@@ -177,7 +189,18 @@ def description(name: str, launch: Caught, arch: int, has_dot: bool) -> dict:
     threads = 32 * launch.options.get("num_warps", 4)
     constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
     block = constants.get("BLOCK_R", 1) * constants.get("BLOCK_C", 1)
-    row = dict(kernel=launch.function.fn.__name__, case=name, arch=arch, dot=has_dot, warps=threads // 32, stages=launch.options.get("num_stages", 3), block=block, grid=int(launch.grid[0]), flops=launch.flops, bytes=launch.bytes)
+    row = dict(
+        kernel=launch.function.fn.__name__,
+        case=name,
+        arch=arch,
+        dot=has_dot,
+        warps=threads // 32,
+        stages=launch.options.get("num_stages", 3),
+        block=block,
+        grid=int(launch.grid[0]),
+        flops=launch.flops,
+        bytes=launch.bytes,
+    )
     row["grid"] = launch.tiles or row["grid"] * (int(launch.grid[1]) if len(launch.grid) > 1 else 1)
     row["operand_bytes"] = operand_bytes(constants | {"kernel": row["kernel"]}, 2) if has_dot else 0
     row |= {k.lower(): v for k, v in constants.items() if k.startswith("BLOCK") or k == "RESIDENT"}
@@ -192,7 +215,9 @@ def rows(arch: int, first: int = 0, step: int = 1):
         if number % step == first:
             try:
                 yield description(name, launch, arch, has_dot)
-            except Exception as error:  # of the compiler, whose own passes raise RuntimeError: the row is a fault, and the others are still built
+            except (
+                Exception
+            ) as error:  # of the compiler, whose own passes raise RuntimeError: the row is a fault, and the others are still built
                 yield {"case": name, "kernel": launch.function.fn.__name__, "arch": arch, "error": f"{type(error).__name__}: {error}"[:400]}
 
 

@@ -11,9 +11,9 @@ import types
 from unittest import mock
 
 import torch
+from contrastive_kernels.triton import work
 
 from bench.aot_compile import Caught, caught_launches
-from contrastive_kernels.triton import work
 
 R, C, D = 512, 1024, 1536  # multiples of every block; ODD is none
 ODD_R, ODD_C, ODD_D = 500, 1003, 1544
@@ -53,15 +53,27 @@ def _exp_panel(dtype):
     everything = dict(positive=positive, ids=(ids, ids), threshold=threshold, keep=keep, row_max=True, col_sum=True)
     yield "all", lambda: run(**everything, **scales)
     yield "all, odd", lambda: run(ODD_R, ODD_C, ODD_D, **everything, **scales)
-    prefixes = dict(positive=positive, levels=torch.tensor([256, 512, D], dtype=torch.int32), row_max=True, **{k: v.repeat(3, 1) for k, v in scales.items()})
+    prefixes = dict(
+        positive=positive,
+        levels=torch.tensor([256, 512, D], dtype=torch.int32),
+        row_max=True,
+        **{k: v.repeat(3, 1) for k, v in scales.items()},
+    )
     masks = dict(ids=(ids, ids), threshold=threshold.repeat(3, 1), keep=keep)
     yield "prefixes", lambda: run(**prefixes)
     yield "prefixes, sums alone", lambda: run(**prefixes, store=False)
     yield "prefixes, ids", lambda: run(**prefixes, ids=(ids,))
     yield "prefixes, all", lambda: run(**prefixes, **masks)
     yield "prefixes, all, sums alone", lambda: run(**prefixes, **masks, store=False)
-    yield "prefixes, all, odd", lambda: run(
-        ODD_R, ODD_C, D, **prefixes | dict(positive=positive[:ODD_R], row_scale=torch.ones(3, ODD_R), col_scale=torch.ones(3, ODD_C)), **masks
+    yield (
+        "prefixes, all, odd",
+        lambda: run(
+            ODD_R,
+            ODD_C,
+            D,
+            **prefixes | dict(positive=positive[:ODD_R], row_scale=torch.ones(3, ODD_R), col_scale=torch.ones(3, ODD_C)),
+            **masks,
+        ),
     )
 
 
@@ -69,9 +81,11 @@ def _exp_panel(dtype):
 def _epilogues(rows=R, columns=C) -> dict[str, dict]:
     ids = (torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64))
     return {
-        "normalize": dict(row_scale=torch.ones(rows), col_scale=torch.ones(columns)), "ids": dict(ids=(ids,)),
-        "threshold": dict(threshold=torch.zeros(rows)), "keep": dict(keep=torch.ones(columns, dtype=torch.bool)),
-    }  # fmt: skip
+        "normalize": dict(row_scale=torch.ones(rows), col_scale=torch.ones(columns)),
+        "ids": dict(ids=(ids,)),
+        "threshold": dict(threshold=torch.zeros(rows)),
+        "keep": dict(keep=torch.ones(columns, dtype=torch.bool)),
+    }
 
 
 def _combinations(dtype):
@@ -93,7 +107,9 @@ def _combinations(dtype):
         for (name, mask), norms, row_max, col_sum in itertools.product(sets.items(), (False, True), (False, True), (False, True)):
             if odd and (name == "ids" or row_max):
                 continue  # one tile for all of them; "all, odd" above has the maximum too
-            words = [word for word, on in ((name, name), ("normalize", norms), ("maximum", row_max), ("columns", col_sum), ("odd", odd)) if on]
+            words = [
+                word for word, on in ((name, name), ("normalize", norms), ("maximum", row_max), ("columns", col_sum), ("odd", odd)) if on
+            ]
             options = mask | (parts["normalize"] if norms else {}) | dict(row_max=row_max, col_sum=col_sum)
             yield ", ".join(words) or "nothing", lambda columns=columns, options=options: run(columns, **options)
 
@@ -109,7 +125,13 @@ def _warp_specialised(dtype):
 
     def run(columns=C, **options):
         exp_panel(
-            matrix(R, D, dtype), matrix(columns, D, dtype), scale=50.0, shift=torch.zeros(R), positive=positive, panel="warp_specialised", **options
+            matrix(R, D, dtype),
+            matrix(columns, D, dtype),
+            scale=50.0,
+            shift=torch.zeros(R),
+            positive=positive,
+            panel="warp_specialised",
+            **options,
         )
 
     yield "plain", lambda: run()
@@ -143,7 +165,20 @@ def _sigmoid(dtype):
     ids = torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64)
     gain = 2.0**15 if dtype == torch.float16 else 1.0
     yield "plain", lambda: sigmoid_panel(x, y, out=out, gain=gain, **plain)
-    yield "all", lambda: sigmoid_panel(x, y, out=out, gain=gain, ids=ids, keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C), **plain)
+    yield (
+        "all",
+        lambda: sigmoid_panel(
+            x,
+            y,
+            out=out,
+            gain=gain,
+            ids=ids,
+            keep=torch.ones(C, dtype=torch.bool),
+            row_scale=torch.ones(R),
+            col_scale=torch.ones(C),
+            **plain,
+        ),
+    )
     yield "loss alone", lambda: sigmoid_panel(x, y, **plain)
 
 
@@ -227,7 +262,9 @@ def _chunk(dtype):
     cos, out = torch.zeros(R, C), torch.zeros(R, C, dtype=dtype)
     ids = (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
     plain = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64))
-    full = plain | dict(ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C))
+    full = plain | dict(
+        ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C)
+    )
     yield "write", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, **plain)
     if dtype == torch.bfloat16:
         yield "write, all", lambda: chunk_write(cos, shift=torch.zeros(R), out=out, gain=1024.0, smooth=torch.zeros(R), **full)
@@ -261,7 +298,9 @@ def _fused(dtype):
         return  # takes the library's product
     masks = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64), shares=2)
     ids = (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
-    full = masks | dict(ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C))
+    full = masks | dict(
+        ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C)
+    )
     if dtype == torch.float16:
         del full["row_scale"], full["col_scale"]  # which it refuses
     for width in (32, 64, 128):
@@ -275,16 +314,40 @@ def _fused(dtype):
     if dtype == torch.float16:
         return
     yield "sums alone, all", lambda: fused_forward(x, y, weighted=False, **full)
-    yield "backward, odd", lambda: fused_backward(
-        matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2,
-        shift=torch.zeros(ODD_R), factor=torch.zeros(ODD_R),
-    )  # fmt: skip
-    yield "forward, odd", lambda: fused_forward(matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2)
+    yield (
+        "backward, odd",
+        lambda: fused_backward(
+            matrix(ODD_R, 128, dtype),
+            matrix(ODD_C, 128, dtype),
+            scale=50.0,
+            positive=torch.zeros(ODD_R, dtype=torch.int64),
+            shares=2,
+            shift=torch.zeros(ODD_R),
+            factor=torch.zeros(ODD_R),
+        ),
+    )
+    yield (
+        "forward, odd",
+        lambda: fused_forward(
+            matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2
+        ),
+    )
 
 
 FAMILIES = {
-    "exp panel": _exp_panel, "epilogue": _combinations, "warp-specialised": _warp_specialised, "sigmoid": _sigmoid, "symmetric": _joint, "pool": _pool, "rows": _rows, "row state": _row_state, "dense": _dense, "chunk": _chunk, "topk": _topk, "fused": _fused,
-}  # fmt: skip
+    "exp panel": _exp_panel,
+    "epilogue": _combinations,
+    "warp-specialised": _warp_specialised,
+    "sigmoid": _sigmoid,
+    "symmetric": _joint,
+    "pool": _pool,
+    "rows": _rows,
+    "row state": _row_state,
+    "dense": _dense,
+    "chunk": _chunk,
+    "topk": _topk,
+    "fused": _fused,
+}
 
 
 def _families():
@@ -304,9 +367,10 @@ def launches(arch: int) -> list[tuple[str, Caught, bool]]:
                 for launch, note in zip(caught, noted) if len(caught) == len(noted) else ():
                     launch.flops, launch.bytes, launch.tiles = note.flops, note.bytes, note.grid
                 for launch in caught:
-                    key = (launch.function.fn.__name__, *(
-                        (k, str(v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()
-                    ))
+                    key = (
+                        launch.function.fn.__name__,
+                        *((k, str(v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()),
+                    )
                     if key in seen:
                         continue
                     seen.add(key)

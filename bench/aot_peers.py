@@ -14,10 +14,9 @@ import sys
 from unittest import mock
 
 import torch
-import triton
-
-from bench.aot_compile import caught_launches, described, description
 from contrastive_kernels import roofline
+
+from bench.aot_compile import caught_launches, description
 
 N, D, TEMPERATURE = 1024, 1536, 0.05
 
@@ -71,16 +70,27 @@ def pretended(arch: int):
         return self.fn.run(*args, **{**kwargs, **config.all_kwargs()})
 
     gpu = roofline.for_arch(arch)
-    properties = mock.Mock(multi_processor_count=gpu.sms, major=arch // 10, minor=arch % 10, total_memory=int(gpu.memory), shared_memory_per_block_optin=gpu.shared_block)
+    properties = mock.Mock(
+        multi_processor_count=gpu.sms,
+        major=arch // 10,
+        minor=arch % 10,
+        total_memory=int(gpu.memory),
+        shared_memory_per_block_optin=gpu.shared_block,
+    )
     properties.name = gpu.name
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (torch.Tensor, "is_cuda", property(lambda self: True)), (Autotuner, "run", first),
-            (torch.cuda, "is_available", lambda: True), (torch.cuda, "get_device_capability", lambda *a: (arch // 10, arch % 10)),
-            (torch.cuda, "get_device_properties", lambda *a: properties), (torch.cuda, "get_device_name", lambda *a: gpu.name),
-            (torch.cuda, "is_bf16_supported", lambda *a: True), (torch.cuda, "device", lambda *a: contextlib.nullcontext()),
-            (torch.cuda, "current_device", lambda: 0), (torch.cuda, "device_count", lambda: 1),
-        ):  # fmt: skip
+            (torch.Tensor, "is_cuda", property(lambda self: True)),
+            (Autotuner, "run", first),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "get_device_capability", lambda *a: (arch // 10, arch % 10)),
+            (torch.cuda, "get_device_properties", lambda *a: properties),
+            (torch.cuda, "get_device_name", lambda *a: gpu.name),
+            (torch.cuda, "is_bf16_supported", lambda *a: True),
+            (torch.cuda, "device", lambda *a: contextlib.nullcontext()),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "device_count", lambda: 1),
+        ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield
 

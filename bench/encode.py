@@ -81,7 +81,13 @@ def measure(arm: str, size: str, folder: str, repeat: int) -> dict:
         model = SentenceTransformer(folder, device="cpu")
         before = resident_mib()
         vectors, times = timed(lambda: model.encode(data, batch_size=BATCH, show_progress_bar=False), repeat)
-        return {**row, "end_to_end_p50_ms": times["p50_ms"], "end_to_end_cpu_ms": times["cpu_ms"], "peak_mib": round(resident_mib()), "before_mib": round(before)}
+        return {
+            **row,
+            "end_to_end_p50_ms": times["p50_ms"],
+            "end_to_end_cpu_ms": times["cpu_ms"],
+            "peak_mib": round(resident_mib()),
+            "before_mib": round(before),
+        }
     model = VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
     features = model.preprocess(data)
     row["tokens"] = sum(f.length for f in features)

@@ -36,13 +36,22 @@ def build(size: str):
     half = width // heads // 2
     config = Qwen2VLConfig(
         text_config=dict(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=key_heads, bos_token_id=None, eos_token_id=special.index("<|im_end|>"), pad_token_id=0,
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            bos_token_id=None,
+            eos_token_id=special.index("<|im_end|>"),
+            pad_token_id=0,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]},
         ),
         vision_config=dict(depth=v_layers, embed_dim=v_width, hidden_size=width, num_heads=v_heads, mlp_ratio=4),
-        image_token_id=special.index(MARKER), video_token_id=special.index("<|video_pad|>"), tie_word_embeddings=False,
-    )  # fmt: skip
+        image_token_id=special.index(MARKER),
+        video_token_id=special.index("<|video_pad|>"),
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()
     images = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 1003520})
@@ -57,7 +66,9 @@ def write(size: str, folder: str) -> None:
     # sentence-transformers takes text beside an image only through a template; this one adds nothing but a newline
     template = (
         "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}" + MARKER + "\n{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+        "{% if c['type'] == 'image' %}"
+        + MARKER
+        + "\n{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
     )
     model.save_pretrained(folder)
     Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template).save_pretrained(folder)

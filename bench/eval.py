@@ -57,20 +57,39 @@ def write_benchmark(folder: Path, rows: int, apart: bool = False) -> None:
     pictures = [f"{i}.png" for i in range(rows)]
     target = mark + "Represent the given image.\n"
     sets = {
-        "ImageNet-1K": [(mark + "Represent the given image for classification\n", f"{i + rows}.png", ask(labels, i), None) for i in range(rows)],
+        "ImageNet-1K": [
+            (mark + "Represent the given image for classification\n", f"{i + rows}.png", ask(labels, i), None) for i in range(rows)
+        ],
         "ImageNet-A": [(mark + "Represent the given image for classification\n", f"{i}.png", ask(labels, i), None) for i in range(rows)],
-        "OK-VQA": [(f"{mark}Represent the given image with the following question: {say(12)}?\n", f"{i}.png", ask(captions, i), None) for i in range(rows)],
-        "MSCOCO_t2i": [(f"Find me an everyday image that matches the given caption: {say(30)}\n", "", None, ask(pictures, i)) for i in range(rows)],
-        "MSCOCO_i2t": [(mark + "Find an image caption describing the given everyday image.\n", f"{i}.png", ask(captions, i), None) for i in range(rows)],
-        "CIRR": [(f"{mark}Given an image, find a similar everyday image with the described changes: {say(12)}\n", f"{i + rows}.png", None, ask(pictures, i)) for i in range(rows)],
-    }  # fmt: skip
+        "OK-VQA": [
+            (f"{mark}Represent the given image with the following question: {say(12)}?\n", f"{i}.png", ask(captions, i), None)
+            for i in range(rows)
+        ],
+        "MSCOCO_t2i": [
+            (f"Find me an everyday image that matches the given caption: {say(30)}\n", "", None, ask(pictures, i)) for i in range(rows)
+        ],
+        "MSCOCO_i2t": [
+            (mark + "Find an image caption describing the given everyday image.\n", f"{i}.png", ask(captions, i), None) for i in range(rows)
+        ],
+        "CIRR": [
+            (
+                f"{mark}Given an image, find a similar everyday image with the described changes: {say(12)}\n",
+                f"{i + rows}.png",
+                None,
+                ask(pictures, i),
+            )
+            for i in range(rows)
+        ],
+    }
     for place, (name, made) in enumerate(sets.items()):
         if apart:
             made = [_own(row, name, place, folder / "images") for row in made]
         table = {
-            "qry_text": [r[0] for r in made], "qry_img_path": [r[1] for r in made],
-            "tgt_text": [r[2] or [target] * len(r[3]) for r in made], "tgt_img_path": [r[3] or [""] * len(r[2]) for r in made],
-        }  # fmt: skip
+            "qry_text": [r[0] for r in made],
+            "qry_img_path": [r[1] for r in made],
+            "tgt_text": [r[2] or [target] * len(r[3]) for r in made],
+            "tgt_img_path": [r[3] or [""] * len(r[2]) for r in made],
+        }
         (folder / "eval" / name).mkdir(parents=True)
         pq.write_table(pa.table(table), folder / "eval" / name / "test-00000.parquet")
 
@@ -208,7 +227,9 @@ def child(words: list[str]) -> dict:
 
 def agree(own: dict[str, float], theirs: dict[str, float], rows: int) -> None:
     """Raise where a score of the two arms differs by more than one of `rows` queries, or where the scores could not tell."""
-    differing = {n: (own.get(n), theirs.get(n)) for n in own.keys() | theirs.keys() if abs(own.get(n, -1) - theirs.get(n, -1)) > 1.01 / rows}
+    differing = {
+        n: (own.get(n), theirs.get(n)) for n in own.keys() | theirs.keys() if abs(own.get(n, -1) - theirs.get(n, -1)) > 1.01 / rows
+    }
     if differing:
         raise RuntimeError(f"the arms score differently, nothing to compare: {differing}")
     if sum(own.values()) * rows < len(own) * LEAST_RIGHT:
@@ -233,11 +254,15 @@ def end_to_end(size: str, rows: int, repeat: int, apart: bool) -> tuple[list[dic
     inputs = 6 * rows
     key = "cpu_s" if torch.get_num_threads() == 1 else "seconds"
     print(f"\nend to end, {size} model: 6 data sets, {inputs} queries, pictures {'apart' if apart else 'shared'}, compared by {key}")
-    print(f"{'arm':<10} {'seconds':>8} {'cpu s':>7} {'queries/s':>10} {'encoded':>8} {'inputs/s':>9} {'peak MiB':>9} {'of it model':>12} {'ours is':>8}")
+    print(
+        f"{'arm':<10} {'seconds':>8} {'cpu s':>7} {'queries/s':>10} {'encoded':>8} {'inputs/s':>9} {'peak MiB':>9} {'of it model':>12} {'ours is':>8}"
+    )
     for r in made:
         ratio = "" if r is own else f"{r[key] / own[key]:.2f}x"
-        print(f"{r['arm']:<10} {r['seconds']:>8.2f} {r['cpu_s']:>7.2f} {inputs / r['seconds']:>10.1f} {r['encoded']:>8} {r['encoded'] / r['seconds']:>9.1f} "
-              f"{r['peak_mib']:>9.0f} {r['before_mib']:>12.0f} {ratio:>8}")  # fmt: skip
+        print(
+            f"{r['arm']:<10} {r['seconds']:>8.2f} {r['cpu_s']:>7.2f} {inputs / r['seconds']:>10.1f} {r['encoded']:>8} {r['encoded'] / r['seconds']:>9.1f} "
+            f"{r['peak_mib']:>9.0f} {r['before_mib']:>12.0f} {ratio:>8}"
+        )
     ratio = theirs[key] / own[key]
     missed = [f"end to end ({size}): {ratio:.2f}x the reference's way, aim {AIM_END_TO_END}x"] if ratio < AIM_END_TO_END else []
     return [{k: v for k, v in r.items() if k != "scores"} for r in made], missed

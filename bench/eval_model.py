@@ -12,7 +12,9 @@ def rows_of(folder: Path, known: int = KNOWN) -> list[tuple]:
     """(query text, query picture, target text, target picture) of each data set's first rows: the first candidate is the answer."""
     import pyarrow.parquet as pq
 
-    found = [row for path in sorted((folder / "eval").glob("*/test-00000.parquet")) for row in pq.read_table(path).slice(0, known).to_pylist()]
+    found = [
+        row for path in sorted((folder / "eval").glob("*/test-00000.parquet")) for row in pq.read_table(path).slice(0, known).to_pylist()
+    ]
     return [(r["qry_text"], r["qry_img_path"], r["tgt_text"][0], r["tgt_img_path"][0]) for r in found]
 
 
@@ -22,8 +24,8 @@ def train(folder: Path, steps: int = STEPS, known: int = KNOWN) -> float:
     Batches of 16 rows, answers of the others as negatives, AdamW: the same minute whatever the benchmark's size.
     """
     import torch
-
     from contrastive_kernels import info_nce
+
     from vlm2vec import VLM2Vec
     from vlm2vec.evaluation.loader_image import item
 

@@ -28,8 +28,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = (
-    "table", "name", "n", "m", "d", "dtype", "temperature", "options", "ms", "cpu_ms", "ratio", "cpu_ratio", "ratio_to",
-    "extra_mib", "process_mib", "aim", "verdict", "note", "repeat", "threads", "device", "torch", "python", "commit",
+    "table",
+    "name",
+    "n",
+    "m",
+    "d",
+    "dtype",
+    "temperature",
+    "options",
+    "ms",
+    "cpu_ms",
+    "ratio",
+    "cpu_ratio",
+    "ratio_to",
+    "extra_mib",
+    "process_mib",
+    "aim",
+    "verdict",
+    "note",
+    "repeat",
+    "threads",
+    "device",
+    "torch",
+    "python",
+    "commit",
 )
 TEMPERATURE = 0.02
 HEADLINE = (16_384, 1536)
@@ -44,7 +66,10 @@ def about() -> dict:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return {
-        "threads": torch.get_num_threads(), "device": processor(), "torch": torch.__version__, "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "commit": commit,
     }
 
@@ -165,8 +190,17 @@ def show(row: dict) -> None:
 
 def verdict(name, ratio, cpu_ratio, good, aim, n, d, dtype="float32", note="") -> dict:
     row = {
-        "table": "verdicts", "name": name, "n": n, "m": n, "d": d, "dtype": dtype, "ratio": ratio, "cpu_ratio": cpu_ratio, "aim": aim,
-        "verdict": "PASS" if good else "MISS", "note": note,
+        "table": "verdicts",
+        "name": name,
+        "n": n,
+        "m": n,
+        "d": d,
+        "dtype": dtype,
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
+        "aim": aim,
+        "verdict": "PASS" if good else "MISS",
+        "note": note,
     }
     print(f"{row['verdict']}  {name}: {ratio:.3f} ({cpu_ratio:.3f} by cpu), aim {aim}{f' ({note})' if note else ''}", flush=True)
     return row
@@ -184,9 +218,9 @@ def at_most(name, mine, theirs, aim, n, d, dtype="float32", note="") -> dict:
 
 def table_options(args) -> list[dict]:
     import torch
+    from contrastive_kernels import info_nce_value_and_grad
 
     from bench.loss_options import cases
-    from contrastive_kernels import info_nce_value_and_grad
 
     n, d = args.options_shape
     query, target = unit(n, d, torch.float32, 0), unit(n, d, torch.float32, 1)

@@ -54,7 +54,9 @@ def linear_cross_entropy(query, target, temperature):
 def sentence_transformers(query, target, temperature, mini_batch_size=32):
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    loss = CachedMultipleNegativesRankingLoss(torch.nn.Sequential(torch.nn.Identity()), scale=1 / temperature, mini_batch_size=mini_batch_size)
+    loss = CachedMultipleNegativesRankingLoss(
+        torch.nn.Sequential(torch.nn.Identity()), scale=1 / temperature, mini_batch_size=mini_batch_size
+    )
 
     def run():
         q, t = query.detach().requires_grad_(), target.detach().requires_grad_()
@@ -99,6 +101,11 @@ def three_gemms_onednn(query, target, temperature):
 
 
 ALL = {
-    "ours": ours, "naive": naive, "torch.compile": compiled, "F.linear_cross_entropy": linear_cross_entropy,
-    "sentence-transformers": sentence_transformers, "three torch.mm": three_gemms, "three oneDNN": three_gemms_onednn,
+    "ours": ours,
+    "naive": naive,
+    "torch.compile": compiled,
+    "F.linear_cross_entropy": linear_cross_entropy,
+    "sentence-transformers": sentence_transformers,
+    "three torch.mm": three_gemms,
+    "three oneDNN": three_gemms_onednn,
 }

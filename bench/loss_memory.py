@@ -43,9 +43,10 @@ def child_loss(arm: str, n: int, d: int) -> dict:
 
 def arms() -> dict:
     """Those of the timings, and ours through autograd: loss.backward(), with a cotangent of 1 and with another."""
+    from contrastive_kernels import info_nce
+
     from bench.autograd import step
     from bench.loss_arms import ALL
-    from contrastive_kernels import info_nce
 
     def backward(query, target, temperature):
         return step(lambda q, t: info_nce(q, t, temperature=temperature), query, target)
@@ -59,11 +60,11 @@ def arms() -> dict:
 def child_topk(n: int, m: int, d: int, measure: str) -> dict:
     """Peak beyond inputs and outputs; or times of the search and of its bare product, and a check on samples."""
     import torch
-
-    from bench.step import resident, restart_resident_peak
     from contrastive_kernels import topk_similarity
     from contrastive_kernels.gemm import product_into
     from contrastive_kernels.topk import PANEL_ROWS, PRODUCT_COLUMNS
+
+    from bench.step import resident, restart_resident_peak
 
     query, target = unit(n, d, torch.float32, 0), torch.empty(m, d)
     for start in range(0, m, 65_536):  # a whole random matrix and its normalised copy would take twice the room
@@ -119,13 +120,26 @@ def table_memory(args) -> list[dict]:
             got = in_child("loss", arm, n, d, malloc=malloc)
             losses[arm, malloc] = got
             shape = {"n": n, "m": n, "d": d, "dtype": "float32"}
-            rows.append({"table": "memory", "name": arm, "options": malloc, **shape, "extra_mib": got["extra_mib"], "process_mib": got["process_mib"]})
+            rows.append(
+                {
+                    "table": "memory",
+                    "name": arm,
+                    "options": malloc,
+                    **shape,
+                    "extra_mib": got["extra_mib"],
+                    "process_mib": got["process_mib"],
+                }
+            )
             sizes = f"{got['extra_mib']:>8.0f} MiB extra, {got['process_mib']:>8.0f} MiB in all"
             print(f"{arm:<26} {malloc:<18} {sizes}, loss {got['loss']:.6f}", flush=True)
     for (arm, malloc), got in losses.items():
         if arm.startswith("ours"):
             extra = got["extra_mib"]
-            rows.append(verdict(f"extra memory of {arm}, {malloc}", extra, WORKSPACE_MIB + 64, "MiB", n=n, m=n, d=d, options=malloc, extra_mib=extra))
+            rows.append(
+                verdict(
+                    f"extra memory of {arm}, {malloc}", extra, WORKSPACE_MIB + 64, "MiB", n=n, m=n, d=d, options=malloc, extra_mib=extra
+                )
+            )
     if "ours" in args.arms:
         for malloc in MALLOC:
             whole = in_child("loss", "ours", WIDE, WIDE_D, malloc=malloc)["process_mib"]
@@ -141,10 +155,14 @@ def table_topk(args) -> list[dict]:
     rows = []
     for malloc in MALLOC:
         extra = in_child("topk", n, m, d, "memory", malloc=malloc)["extra_mib"]
-        rows.append(verdict(f"top-k, memory beyond inputs and results, {malloc}", extra, TOPK_MIB, "MiB", options=malloc, extra_mib=extra, **shape))
+        rows.append(
+            verdict(f"top-k, memory beyond inputs and results, {malloc}", extra, TOPK_MIB, "MiB", options=malloc, extra_mib=extra, **shape)
+        )
     got = in_child("topk", n, m, d, "time")
     took = {"ms": got["search"][0], "cpu_ms": got["search"][1], "repeat": TOPK_RUNS}
-    rows.append(at_most("top-k against its bare product, by the same library", got["search"], got["product"], TOPK_RATIO, n, d) | shape | took)
+    rows.append(
+        at_most("top-k against its bare product, by the same library", got["search"], got["product"], TOPK_RATIO, n, d) | shape | took
+    )
     against = got["search"][0] / got["torch.mm"][0], got["search"][1] / got["torch.mm"][1]
     print(f"      top-k against torch.mm in large tiles: {against[0]:.3f} ({against[1]:.3f} by cpu)", flush=True)
     rows.append({"table": "topk", "name": "against torch.mm in large tiles", "ratio": against[0], "cpu_ratio": against[1], **shape, **took})

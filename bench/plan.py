@@ -55,9 +55,14 @@ def write(folder: Path, size: str) -> dict:
     write_train(folder / "train", "Mix", rows)
     data = {"root": str(folder / "train"), "images": str(folder / "images"), "sources": [{"name": "Mix"}]}
     return {
-        "model": str(folder / "model"), "output": str(folder / "output"), "data": data, "steps": 2, "global_batch": PAIRS[size],
-        "chunk_tokens": BUDGET[size], "cpu": True,
-    }  # fmt: skip
+        "model": str(folder / "model"),
+        "output": str(folder / "output"),
+        "data": data,
+        "steps": 2,
+        "global_batch": PAIRS[size],
+        "chunk_tokens": BUDGET[size],
+        "cpu": True,
+    }
 
 
 def restart_resident_peak() -> float:

@@ -42,12 +42,18 @@ from bench.plan import resident, restart_resident_peak
 
 BUDGET = 1536  # tokens of a chunk, where an arm takes a budget: resident growth below that of the reference's chunks of 8 rows
 TRAINED = ("all", "vision-frozen")
-POSITIONS = {"sequential": ("ours", "ours-3072", "ours-8", "ours-16", "ours-retained", "reference-8", "reference-16", "gradcache", "one-batch"), "mrope": ("ours-mrope", "st-tokens", "st-fixed")}
+POSITIONS = {
+    "sequential": ("ours", "ours-3072", "ours-8", "ours-16", "ours-retained", "reference-8", "reference-16", "gradcache", "one-batch"),
+    "mrope": ("ours-mrope", "st-tokens", "st-fixed"),
+}
 # (trained, ours, other, aim): how many times the other's samples per second; no more memory either, except at equal rows: sorted by length,
 # a chunk of ours holds the 8 or 16 longest of the batch.
 EQUAL_ROWS = ("ours-8", "ours-16")
 AIMS = (
-    *(("all", arm, other, 1.8) for arm, other in (("ours", "reference-8"), ("ours", "reference-16"), ("ours-8", "reference-8"), ("ours-16", "reference-16"))),
+    *(
+        ("all", arm, other, 1.8)
+        for arm, other in (("ours", "reference-8"), ("ours", "reference-16"), ("ours-8", "reference-8"), ("ours-16", "reference-16"))
+    ),
     *(("vision-frozen", arm, other, 2.8) for arm, other in (("ours", "reference-8"), ("ours", "reference-16"))),
     ("all", "ours-mrope", "st-tokens", 1.2),
 )
@@ -106,7 +112,11 @@ def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:
         before = live.current
         step()
     gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
-    return {"flops": flops.get_total_flops(), "live_mib": round((live.peak - before) / 2**20, 1), "gradients_mib": round(gradients / 2**20, 1)}
+    return {
+        "flops": flops.get_total_flops(),
+        "live_mib": round((live.peak - before) / 2**20, 1),
+        "gradients_mib": round(gradients / 2**20, 1),
+    }
 
 
 def alive() -> list:
@@ -183,7 +193,9 @@ def show(trained: str, rows: list[dict]) -> None:
     print(f"gradients hold {rows[0]['gradients_mib']} MiB of it; fewest: {rows[0]['fewest_flops']:.3e} FLOPs")
     if second := second_forward(by):
         without = by["ours"]["flops"] - second
-        print(f"second forward of ours: {second:.3e} FLOPs; without it ours executes {without / by['ours']['fewest_flops']:.3f}x the fewest")
+        print(
+            f"second forward of ours: {second:.3e} FLOPs; without it ours executes {without / by['ours']['fewest_flops']:.3f}x the fewest"
+        )
 
 
 def second_forward(by: dict) -> int | None:

@@ -17,10 +17,36 @@ RESULTS = ROOT / "bench/results"  # what was measured on a card and is committed
 # products; share_of_limit: FLOP/s over the data sheet's; *_error: |got - truth| / |truth| in float64; value in `unit`, and what was
 # predicted of it.
 SCHEMA = (
-    "part", "name", "dtype", "n", "m", "d", "temperature", "ms_p20", "ms_p50", "ms_p80", "peak_mib", "times_three_gemms", "tflops",
-    "share_of_limit", "predicted_ms", "loss_error", "d_query_error", "d_target_error", "value", "unit", "predicted", "note",
-    "device", "threads", "torch", "triton", "transformers", "python", "commit",
-)  # fmt: skip
+    "part",
+    "name",
+    "dtype",
+    "n",
+    "m",
+    "d",
+    "temperature",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "peak_mib",
+    "times_three_gemms",
+    "tflops",
+    "share_of_limit",
+    "predicted_ms",
+    "loss_error",
+    "d_query_error",
+    "d_target_error",
+    "value",
+    "unit",
+    "predicted",
+    "note",
+    "device",
+    "threads",
+    "torch",
+    "triton",
+    "transformers",
+    "python",
+    "commit",
+)
 
 
 def versions(device: str = "cpu") -> dict:
@@ -41,9 +67,14 @@ def versions(device: str = "cpu") -> dict:
     except OSError:  # no git
         commit = ""
     return {
-        "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": version("triton"),
-        "transformers": version("transformers"), "python": platform.python_version(), "commit": commit,
-    }  # fmt: skip
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "commit": commit,
+    }
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

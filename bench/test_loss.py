@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from contrastive_kernels import info_nce_value_and_grad, topk_similarity
 
 from bench import loss_arms
 from bench.loss import TEMPERATURE, gate, unit
 from bench.loss_options import cases
-from contrastive_kernels import info_nce_value_and_grad, topk_similarity
 
 pytest.importorskip("pytest_benchmark")
 N, D = 1024, 256

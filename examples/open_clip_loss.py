@@ -1,13 +1,12 @@
 """open_clip: `ClipLoss` swapped. The learnt logit scale gets its gradient; across ranks, pass the process group.
 
-    python examples/open_clip_loss.py
+python examples/open_clip_loss.py
 """
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
-
 from contrastive_kernels import info_nce
+from open_clip.loss import ClipLoss
 
 
 class FusedClipLoss(torch.nn.Module):

@@ -1,11 +1,10 @@
 """A bare PyTorch loop: two lines of the loss become one, and the N x M matrix is gone.
 
-    python examples/pytorch_loop.py
+python examples/pytorch_loop.py
 """
 
 import torch
 import torch.nn.functional as F
-
 from contrastive_kernels import info_nce
 
 TEMPERATURE = 0.05

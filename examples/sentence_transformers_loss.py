@@ -8,17 +8,21 @@ hardness, group).
 """
 
 import torch
+from contrastive_kernels import info_nce, info_nce_value_and_grad
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
-
-from contrastive_kernels import info_nce, info_nce_value_and_grad
 
 
 def options_of(loss, columns, rows):
     """What info_nce is called with: positives first, then the other columns of documents, as these losses lay them out."""
     if loss.directions != ("query_to_doc",) or loss.hardness_mode is not None or loss.gather_across_devices:
         raise ValueError("expected the default directions, hardness and gathering; pass info_nce's own options instead")
-    return {"target": torch.cat(columns), "positives": torch.arange(rows, device=columns[0].device), "temperature": 1 / loss.scale, "normalize": True}
+    return {
+        "target": torch.cat(columns),
+        "positives": torch.arange(rows, device=columns[0].device),
+        "temperature": 1 / loss.scale,
+        "normalize": True,
+    }
 
 
 class FusedLoss(MultipleNegativesRankingLoss):

@@ -1,15 +1,14 @@
 """transformers.Trainer: `compute_loss` from hidden states, pooling and normalisation included.
 
-    python examples/transformers_trainer.py
+python examples/transformers_trainer.py
 """
 
 import tempfile
 
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertModel, Trainer, TrainingArguments
-
 from contrastive_kernels import pooled_info_nce
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 TEMPERATURE = 0.05
 
@@ -33,7 +32,10 @@ class After(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         hidden = {s: model(input_ids=inputs[f"{s}_ids"], attention_mask=inputs[f"{s}_mask"]).last_hidden_state for s in ("query", "target")}
         return pooled_info_nce(
-            hidden["query"], hidden["target"], query_attention_mask=inputs["query_mask"], target_attention_mask=inputs["target_mask"],
+            hidden["query"],
+            hidden["target"],
+            query_attention_mask=inputs["query_mask"],
+            target_attention_mask=inputs["target_mask"],
             temperature=TEMPERATURE,
         )
 
@@ -56,14 +58,27 @@ def run(trainer_class):
     """Losses that the trainer logs over two steps, and the weights after them."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0.0,
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     model = BertModel(config, add_pooling_layer=False)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, max_steps=2, per_device_train_batch_size=8, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-            remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True,
+            output_dir=folder,
+            max_steps=2,
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
         )
         trainer = trainer_class(model=model, args=arguments, train_dataset=rows())
         trainer.train()
@@ -73,7 +88,12 @@ def run(trainer_class):
     model.zero_grad()
     loss = trainer.compute_loss(model, query)
     loss.backward()
-    return {"logged losses": losses, "logged norms": norms, "loss": loss.detach(), "gradient": model.encoder.layer[0].output.dense.weight.grad}
+    return {
+        "logged losses": losses,
+        "logged norms": norms,
+        "loss": loss.detach(),
+        "gradient": model.encoder.layer[0].output.dense.weight.grad,
+    }
 
 
 def before():

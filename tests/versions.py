@@ -15,5 +15,6 @@ needs_reset_iter_state = pytest.mark.skipif(
 
 # Pillow 13 reduces some sizes otherwise than 11 and 12 do; the reference's outputs in ../shared/golden were made by 13.
 needs_pillow_13 = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason=f"the reference's pixels are those of Pillow 13, which resizes otherwise than {PIL.__version__}"
+    int(PIL.__version__.split(".")[0]) < 13,
+    reason=f"the reference's pixels are those of Pillow 13, which resizes otherwise than {PIL.__version__}",
 )

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
 from contrastive_kernels import info_nce
 from contrastive_kernels.chunks import row_chunks, token_budget_chunks
 from contrastive_kernels.generator_state import GeneratorState
+
 from train.data import PairDataset, collate
 from train.media import Side
 from train.recipe import Recipe

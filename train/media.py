@@ -65,7 +65,9 @@ class Media:
         tensors = self.processing.decode(features)
         kind = tensors["pixel_values"].dtype
         if kind != torch.uint8:  # floats would pass for values that are normalised already
-            raise ValueError(f"expected 8-bit pixels from decoding, got {kind}; the image processor is of a release that this code does not know")
+            raise ValueError(
+                f"expected 8-bit pixels from decoding, got {kind}; the image processor is of a release that this code does not know"
+            )
         with self._lock:
             self.decoded += 1
             self._held += _bytes(tensors)
@@ -98,9 +100,7 @@ class Media:
 class Side:
     """The samples of one side of a step; `features` gives those of a chunk, decoded."""
 
-    def __init__(
-        self, media: Media, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]
-    ):
+    def __init__(self, media: Media, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]):
         self._media, self._samples, self._on_error = media, samples, on_error
         self.owners = owners
         self._coming: dict[int, Future] = {}

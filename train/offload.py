@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-
 from contrastive_kernels.retention import belongs_to_weight, count_saved
 
 # Below this a copy costs more than it frees.

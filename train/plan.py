@@ -97,12 +97,24 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     result = run(kept, 8)
     longest = plan_batch.longest(made["batch"])
     if recipe.chunk_rows is None and recipe.chunk_tokens < longest:
-        raise ValueError(f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); raise it, or lower the image limits in model_options")
+        raise ValueError(
+            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); raise it, or lower the image limits in model_options"
+        )
     largest = None if recipe.chunk_rows else _largest_chunk(kept, gpu, result, longest, plan_batch.tokens(made["batch"]), run)
     return Plan(
-        recipe, name, gpu, ranks, efficiency, result, largest, at_hand, plan_batch.tokens(made["batch"]), longest, made["media"],
+        recipe,
+        name,
+        gpu,
+        ranks,
+        efficiency,
+        result,
+        largest,
+        at_hand,
+        plan_batch.tokens(made["batch"]),
+        longest,
+        made["media"],
         plan_batch.is_measured(made["batch"]),
-    )  # fmt: skip
+    )
 
 
 def _automatic(recipe: Recipe, gpu: Gpu, without: Simulation) -> int:
@@ -132,9 +144,11 @@ def main(argv: list[str]) -> int:
     from train.plan_report import report
 
     parser = argparse.ArgumentParser(
-        prog="python -m train plan", description=__doc__.splitlines()[0], allow_abbrev=False,
+        prog="python -m train plan",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
         epilog="Any other --key value overrides a key of the recipe, as in a run. RECIPE goes first.",
-    )  # fmt: skip
+    )
     parser.add_argument("recipe")
     parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of this kind, all of them")
@@ -143,7 +157,11 @@ def main(argv: list[str]) -> int:
     if known.ranks < 1 or not 0 < known.efficiency <= 1:
         raise ValueError(f"--ranks must be at least 1 and --efficiency in (0, 1], got {known.ranks} and {known.efficiency}")
     plan = make_plan(
-        load_recipe(known.recipe, overrides, ranks=known.ranks), parse_gpu(known.gpu), known.ranks, name=known.recipe, efficiency=known.efficiency
+        load_recipe(known.recipe, overrides, ranks=known.ranks),
+        parse_gpu(known.gpu),
+        known.ranks,
+        name=known.recipe,
+        efficiency=known.efficiency,
     )
     sys.stdout.write(report(plan, [*overrides]))
     return 0 if plan.fits else 1

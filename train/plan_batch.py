@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-
 from train.data import PairDataset, collate
 from train.recipe import Content, Recipe
 from train.sampler import BlockSampler
@@ -124,5 +123,3 @@ def decoded_total(processing: Any, batch: dict[str, Any]) -> tuple[int, int]:
 def is_measured(batch: dict[str, Any]) -> bool:
     """Whether images are decoded by the chunk, under the bound on host memory."""
     return all(sample["pending"] or not sample["vision"] for name in ("query", "target", "negatives") for sample in batch[name])
-
-

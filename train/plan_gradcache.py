@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-
 from contrastive_kernels import GradCache
 from contrastive_kernels.retention import FeatureStore, retained_chunks
+
 from train import plan_chunks
 from train.plan_chunks import Outline, nearest, picked
 from train.plan_meter import Meter, Span, Work
@@ -144,6 +144,7 @@ class PlannedGradCache(GradCache):
 
     def _loss_over_ranks(self, embeddings, options):
         """This rank's rows against everyone's columns, and the gathered columns' gradient: what one rank does and holds."""
+
         def whole(x):
             return None if x is None else torch.cat([x] * self.ranks)
 

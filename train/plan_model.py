@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -219,10 +218,14 @@ def optimizer(recipe: Recipe, parameters: list[nn.Parameter], on_gpu: bool) -> t
     if name in ("adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb_32bit"):
         fused = name == "adamw_torch_fused" or "torch" not in name
         # On a GPU torch takes all weights at once unless it is told otherwise, which costs memory.
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay, fused=fused or None, foreach=None if fused else on_gpu)
+        return torch.optim.AdamW(
+            parameters, lr=rate, weight_decay=recipe.weight_decay, fused=fused or None, foreach=None if fused else on_gpu
+        )
     if name in ("sgd", "adafactor"):
         return torch.optim.SGD(parameters, lr=rate) if name == "sgd" else torch.optim.Adafactor(parameters, lr=rate)
-    raise ValueError(f"the plan does not know what state {name} keeps; plan with adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor or sgd")
+    raise ValueError(
+        f"the plan does not know what state {name} keeps; plan with adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor or sgd"
+    )
 
 
 class EightBitAdam(torch.optim.Optimizer):

@@ -8,9 +8,17 @@ from train.plan import CONTEXT_GIB, FRAGMENTATION, MEMORY_EFFICIENCY, Plan
 
 _GIB = 2**30
 _ORDER = (
-    "weights", "gathered weights", "gradients", "optimizer", "activations", "kept graphs", "frozen features", "embeddings", "loss scratch",
+    "weights",
+    "gathered weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "kept graphs",
+    "frozen features",
+    "embeddings",
+    "loss scratch",
     "all-reduce buckets",
-)  # fmt: skip
+)
 _WORDS = {
     "activations": "activations of a chunk",
     "kept graphs": "graphs kept from the first pass (`retain`)",
@@ -30,7 +38,15 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         f"`{r.model}`, {_how(plan)}, on {plan.ranks} x {plan.gpu.name}. Everything below is predicted, by",
         "",
         "```",
-        " ".join(["python -m train plan", plan.name, f"--gpu {plan.gpu.name}", *([f"--ranks {plan.ranks}"] if plan.ranks > 1 else []), *overrides]),
+        " ".join(
+            [
+                "python -m train plan",
+                plan.name,
+                f"--gpu {plan.gpu.name}",
+                *([f"--ranks {plan.ranks}"] if plan.ranks > 1 else []),
+                *overrides,
+            ]
+        ),
         "```",
         "",
         "| predicted memory of a GPU at its peak | GiB | share |",
@@ -55,7 +71,11 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
     lines += [
         f"| FLOPs of a rank | {s.work.flops:.3g} |",
         f"| seconds | {_seconds(plan.step_seconds)} |",
-        *([f"| of them collectives, at {plan.gpu.link_gb_s:g} GB/s and not hidden | {_seconds(plan.link_seconds)} |"] if s.gathered else []),
+        *(
+            [f"| of them collectives, at {plan.gpu.link_gb_s:g} GB/s and not hidden | {_seconds(plan.link_seconds)} |"]
+            if s.gathered
+            else []
+        ),
         f"| pairs a second, all ranks | {r.global_batch / plan.step_seconds:,.1f} |",
         f"| hours of {r.steps:,} steps | {plan.step_seconds * r.steps / 3600:,.1f} |",
         *_media(plan),

@@ -46,9 +46,17 @@ class Simulation:
 
 
 def simulate(
-    recipe: Recipe, batch: dict[str, Any] | None, *, ranks: int = 1, flop_rate: float = 1e14, byte_rate: float = 1e12, flash: bool = True,
-    make_batch=None, most_chunks: int = 8, every_layer: bool = False,
-) -> Simulation:  # fmt: skip
+    recipe: Recipe,
+    batch: dict[str, Any] | None,
+    *,
+    ranks: int = 1,
+    flop_rate: float = 1e14,
+    byte_rate: float = 1e12,
+    flash: bool = True,
+    make_batch=None,
+    most_chunks: int = 8,
+    every_layer: bool = False,
+) -> Simulation:
     """Runs rank 0's step.
 
     Args:
@@ -65,7 +73,9 @@ def simulate(
     return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, None)
 
 
-def _simulated(recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, outer: int | None) -> Simulation:
+def _simulated(
+    recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, outer: int | None
+) -> Simulation:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = plan_model.fake_model(recipe, mode).train()
     batch = make_batch(model.processing) if batch is None else batch

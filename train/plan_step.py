@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from contrastive_kernels.gradient_sync import GradientSync
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from contrastive_kernels.gradient_sync import GradientSync
 from train.flops import attention_backward_flops, attention_flops
 from train.media import Media, Side
 from train.plan_gradcache import PlannedGradCache
@@ -196,6 +196,7 @@ def _map(value: Any, convert: Callable) -> Any:
 
 def _like_accelerate(model: VLM2Vec, autocast: Callable, lowered: bool) -> Callable:
     """accelerate runs forward under autocast and hands its output back in float32."""
+
     def forward(*args, **kwargs):
         with autocast():
             out = model(*args, **kwargs)
@@ -233,5 +234,3 @@ class _FlashFunction(torch.autograd.Function):
 
 def _shapes(q, k, v, length: int) -> list[tuple[int, ...]]:
     return [(1, x.shape[1], length, x.shape[2]) for x in (q, k, v)]
-
-

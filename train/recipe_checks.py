@@ -30,15 +30,18 @@ _OPTIMIZER_MODULES = {
     **dict.fromkeys(("8bit", "paged", "bnb", "lion", "ademamix"), "bitsandbytes"),
 }
 # Modules of the places to report to, where they bear another name; one of them is enough.
-_REPORTER_MODULES = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "azure_ml": ("azureml",),
-    "flyte": ("flytekit",),
-}
+_REPORTER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
 _COUNTS = (
-    "steps", "global_batch", "interleave_batch_size", "chunk_tokens", "save_steps", "logging_steps", "keep_checkpoints",
-    "decode_threads", "chunk_rows",
-)  # fmt: skip
+    "steps",
+    "global_batch",
+    "interleave_batch_size",
+    "chunk_tokens",
+    "save_steps",
+    "logging_steps",
+    "keep_checkpoints",
+    "decode_threads",
+    "chunk_rows",
+)
 _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps", "weight_decay", "max_grad_norm")
 
 
@@ -55,7 +58,9 @@ def check(recipe: Recipe) -> None:
 def _check_numbers(recipe: Recipe) -> None:
     if recipe.held_out is not None and min(recipe.held_out.rows, recipe.held_out.steps) < 1:
         rows, steps = recipe.held_out.rows, recipe.held_out.steps
-        raise ValueError(f"held_out.rows and held_out.steps must be at least 1, got {rows} and {steps}; leave the section out to train on all rows")
+        raise ValueError(
+            f"held_out.rows and held_out.steps must be at least 1, got {rows} and {steps}; leave the section out to train on all rows"
+        )
     for key in _COUNTS:
         value = getattr(recipe, key)
         if value is not None and value < 1:

@@ -25,9 +25,19 @@ from train.trainer import ContrastiveTrainer
 
 # Keys that may change between a run and its resumption without changing what is computed.
 _FREE_KEYS = {
-    "workers", "decode_threads", "save_steps", "keep_checkpoints", "logging_steps", "report_to", "run_name", "keep_mib",
-    "media_mib", "offload_activations", "output", "plan",
-}  # fmt: skip
+    "workers",
+    "decode_threads",
+    "save_steps",
+    "keep_checkpoints",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "keep_mib",
+    "media_mib",
+    "offload_activations",
+    "output",
+    "plan",
+}
 # Keys that a run which stopped is told to mend: its resumption may have other ones, and says so.
 _MENDS = {"learning_rate", "max_grad_norm", "chunk_tokens", "chunk_rows", "retain", "retain_mib", "gradient_checkpointing"}
 
@@ -169,7 +179,11 @@ def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _require_discardable(output: Path) -> None:
-    if not any((output / name).is_file() for name in (checkpoints.INPUTS, checkpoints.RESULT)) and output.is_dir() and any(output.iterdir()):
+    if (
+        not any((output / name).is_file() for name in (checkpoints.INPUTS, checkpoints.RESULT))
+        and output.is_dir()
+        and any(output.iterdir())
+    ):
         raise ValueError(f"{output} is not empty and holds no earlier run; choose another output")
 
 

@@ -36,7 +36,6 @@ _COLUMNS = {
 }
 
 
-
 def open_source(data: Data, source: Source) -> SourceTable:
     """A source of a recipe, cut to its number of rows.
 
@@ -46,7 +45,9 @@ def open_source(data: Data, source: Source) -> SourceTable:
     table = _table(data, source)
     absent = [c for c in _COLUMNS[source.format] if c not in table.column_names]
     if absent:
-        raise ValueError(f"source {source.name}: format {source.format} needs column {absent[0]!r}, the data has {', '.join(table.column_names)}")
+        raise ValueError(
+            f"source {source.name}: format {source.format} needs column {absent[0]!r}, the data has {', '.join(table.column_names)}"
+        )
     rows = source.rows if source.rows is not None else data.rows
     if rows is not None:
         table = table.select(range(min(rows, len(table))))
@@ -85,7 +86,9 @@ def _table(data: Data, source: Source) -> Any:
     if os.path.isdir(root):
         files = sorted(os.fspath(f) for f in Path(root).rglob(f"{split}-*.parquet"))
         if not files:
-            raise ValueError(f"source {source.name}: no {split}-*.parquet below {root}; download the data set again, or mend `root` or `split`")
+            raise ValueError(
+                f"source {source.name}: no {split}-*.parquet below {root}; download the data set again, or mend `root` or `split`"
+            )
         return _load("parquet", data_files=files, split="train")
     if os.path.isabs(root) or root.startswith("."):
         raise ValueError(f"source {source.name}: no such folder as {root}; mend `root`, or name a data set of the hub")
@@ -98,7 +101,9 @@ def _load(*names: str, **options: Any) -> Any:
     try:
         table = datasets.load_dataset(*names, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"data set {' '.join(names)} cannot be loaded ({str(error).splitlines()[0]}); is it there, and is the network?") from error
+        raise ValueError(
+            f"data set {' '.join(names)} cannot be loaded ({str(error).splitlines()[0]}); is it there, and is the network?"
+        ) from error
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))  # the encoded file; decoded where it is needed

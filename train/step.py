@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
 from contrastive_kernels import GradCache
+
 from train.build import vision_is_frozen
 from train.media import Media, Side
 from train.offload import offloaded
@@ -56,9 +56,7 @@ class ContrastiveStep:
     ):
         self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
         self.device, self.autocast, self.world_size = device, autocast, world_size
-        self.media = Media(
-            unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict
-        )
+        self.media = Media(unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict)
         self.gradcache = self.gradcache_class(
             self._encode,
             chunk_tokens=None if recipe.chunk_rows else recipe.chunk_tokens,
@@ -91,21 +89,13 @@ class ContrastiveStep:
         self._finite.clear()
         hard = {}
         if len(sides[2]):
-            hard = {
-                "hard_negatives": sides[2],
-                "hard_offsets": self._tensor(batch["hard_offsets"]),
-            }
+            hard = {"hard_negatives": sides[2], "hard_offsets": self._tensor(batch["hard_offsets"])}
             if self.recipe.loss.mask_duplicates:
                 hard["hard_ids"] = self._tensor(batch["hard_ids"])
         lengths = [side.lengths for side in sides if len(side)]
         try:
             result = self.gradcache.step(
-                sides[0],
-                sides[1],
-                lengths=tuple(lengths),
-                late_options=lambda: self._masks(batch),
-                **hard,
-                **self._loss_options(batch),
+                sides[0], sides[1], lengths=tuple(lengths), late_options=lambda: self._masks(batch), **hard, **self._loss_options(batch)
             )
         finally:
             for side in sides:
@@ -145,12 +135,7 @@ class ContrastiveStep:
 
     def _loss_options(self, batch: dict[str, Any]) -> dict[str, Any]:
         loss = self.recipe.loss
-        options: dict[str, Any] = {
-            "temperature": loss.temperature,
-            "normalize": True,
-            "symmetric": loss.symmetric,
-            "return_stats": True,
-        }
+        options: dict[str, Any] = {"temperature": loss.temperature, "normalize": True, "symmetric": loss.symmetric, "return_stats": True}
         if loss.mask_duplicates:
             options["target_ids"] = self._tensor(batch["target_ids"])
             if loss.query_negatives or loss.symmetric:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+from contrastive_kernels.generator_state import GeneratorState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from contrastive_kernels.generator_state import GeneratorState
 from train import checkpoints, held_out, sharding
 from train.damage import Damage
 from train.data import PairDataset, collate, longest_sample
@@ -47,9 +47,13 @@ class ContrastiveTrainer(transformers.Trainer):
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
         self.sharded = sharding.is_sharded(model)
         super().__init__(
-            model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset if recipe.held_out else None, data_collator=collate,
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=dataset if recipe.held_out else None,
+            data_collator=collate,
             callbacks=callbacks,
-        )  # fmt: skip
+        )
         if self.sharded:
             # The shards are placed and their gradients reduced by FSDP2: nothing of it is accelerate's to wrap.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -178,8 +182,11 @@ class ContrastiveTrainer(transformers.Trainer):
             self._warned_of_length = True
             logger.warning(
                 "%s, row %d has %d tokens, more than chunk_tokens (%d): such samples are chunks of their own",
-                self.recipe.data.sources[row[0]].name, row[1], tokens, self.recipe.chunk_tokens,
-            )  # fmt: skip
+                self.recipe.data.sources[row[0]].name,
+                row[1],
+                tokens,
+                self.recipe.chunk_tokens,
+            )
 
     def _clip_grad_norm(self, model):
         if self.sharded:
@@ -198,7 +205,9 @@ class ContrastiveTrainer(transformers.Trainer):
             torch.distributed.all_gather_object(everyone, (rows, found))
             rows, found = ([row for rank in everyone for row in rank[i]] for i in range(2))
         message = failure(what, step, [source.name for source in self.recipe.data.sources], rows, found)
-        raise FloatingPointError(f"{message}; the state before the step is in checkpoint-{step - 1}, and the same command goes on from there")
+        raise FloatingPointError(
+            f"{message}; the state before the step is in checkpoint-{step - 1}, and the same command goes on from there"
+        )
 
     # Logs
 

@@ -90,8 +90,17 @@ def load(model, source: str, settings: dict, **hub) -> int:
         )
     patterns = {field: own_names(model.backbone, settings.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
     dora = any("lora_magnitude_vector" in p for p in parts.values())
-    config = lora_config(settings, target_modules=sorted(parts), exclude_modules=None, layers_to_transform=None,
-                         layers_pattern=None, use_dora=dora, init_lora_weights=True, inference_mode=False, **patterns)  # fmt: skip
+    config = lora_config(
+        settings,
+        target_modules=sorted(parts),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        use_dora=dora,
+        init_lora_weights=True,
+        inference_mode=False,
+        **patterns,
+    )
     inject(model, config)
     own = dict(model.model.named_parameters())
     expected = {n for n in own if ".lora_" in n}
@@ -103,7 +112,9 @@ def load(model, source: str, settings: dict, **hub) -> int:
             place = f"{match['module']}.{kind}.{ADAPTER}" + ("" if kind.startswith("lora_embedding") else ".weight")
             if place not in own or own[place].shape != value.shape:
                 had = tuple(own[place].shape) if place in own else "no such parameter"
-                raise ValueError(f"adapter {source}: {name} has shape {tuple(value.shape)}, the model {had}; is {model.base_source} its base?")
+                raise ValueError(
+                    f"adapter {source}: {name} has shape {tuple(value.shape)}, the model {had}; is {model.base_source} its base?"
+                )
             own[place].copy_(value)
             used.add(place)
     if left := sorted(expected - used):
@@ -151,8 +162,15 @@ def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: boo
     elif vision is False and tower:
         excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in tower)
     # The reference's adapters start from a Gaussian A and a zero B.
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=targets, exclude_modules=excluded,
-                        init_lora_weights="gaussian")  # fmt: skip
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=dora,
+        target_modules=targets,
+        exclude_modules=excluded,
+        init_lora_weights="gaussian",
+    )
     inject(model, config)
 
 
@@ -171,11 +189,7 @@ def adapter_tensors(model, state: dict | None = None) -> dict[str, torch.Tensor]
     """The adapter under the names that PEFT gives it on transformers' generation class."""
     state = model.model.state_dict() if state is None else state
     cut = f".{ADAPTER}"
-    return {
-        PREFIX + "model." + n.replace(cut + ".weight", ".weight").replace(cut, ""): v
-        for n, v in state.items()
-        if ".lora_" in n
-    }
+    return {PREFIX + "model." + n.replace(cut + ".weight", ".weight").replace(cut, ""): v for n, v in state.items() if ".lora_" in n}
 
 
 def save(model, folder: str, state: dict | None = None) -> None:

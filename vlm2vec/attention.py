@@ -158,9 +158,7 @@ def sdpa_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0
         return _sdpa_group(q, k, v, segments.groups[0], segments.causal, scale, dropout, window)
     sizes = [g.count * g.length for g in segments.groups]
     parts = zip(*(_Rows.apply(x, segments.rows, segments.inverse).split(sizes) for x in (q, k, v)))
-    outs = [
-        _sdpa_group(*part, g, segments.causal, scale, dropout, window) for part, g in zip(parts, segments.groups)
-    ]
+    outs = [_sdpa_group(*part, g, segments.causal, scale, dropout, window) for part, g in zip(parts, segments.groups)]
     return _Rows.apply(outs[0] if len(outs) == 1 else torch.cat(outs), segments.inverse, None)
 
 
@@ -170,12 +168,18 @@ def flash_attn_packed(q, k, v, segments: Segments, *, scale=None, dropout: float
 
     left = -1 if window is None else window - 1
     return flash_attn_varlen_func(
-        q, k, v,
-        cu_seqlens_q=segments.cu_seqlens, cu_seqlens_k=segments.cu_seqlens,
-        max_seqlen_q=segments.max_length, max_seqlen_k=segments.max_length,
-        dropout_p=dropout, softmax_scale=scale, causal=segments.causal,
+        q,
+        k,
+        v,
+        cu_seqlens_q=segments.cu_seqlens,
+        cu_seqlens_k=segments.cu_seqlens,
+        max_seqlen_q=segments.max_length,
+        max_seqlen_k=segments.max_length,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=segments.causal,
         window_size=(left, 0 if segments.causal else left),
-    )  # fmt: skip
+    )
 
 
 def varlen_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0, window: int | None = None):
@@ -188,9 +192,17 @@ def varlen_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0
     # torch 2.11 has no such argument: its kernels share key heads among query heads without being told
     grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _parameters(varlen_attn) else {}
     return varlen_attn(
-        q, k, v, segments.cu_seqlens, segments.cu_seqlens, segments.max_length, segments.max_length,
-        scale=scale, window_size=(left, 0 if segments.causal else left), **grouped,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        segments.cu_seqlens,
+        segments.cu_seqlens,
+        segments.max_length,
+        segments.max_length,
+        scale=scale,
+        window_size=(left, 0 if segments.causal else left),
+        **grouped,
+    )
 
 
 @cache

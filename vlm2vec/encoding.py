@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-
 from contrastive_kernels.chunks import token_budget_chunks
+
 from vlm2vec.inputs import as_item, is_image
 from vlm2vec.packing import Features
 from vlm2vec.prompts import prepend

@@ -40,9 +40,18 @@ class VLM2Vec(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir, base: str | None = None, *, dtype="auto", device=None, attn: str | None = None,
-        revision: str | None = None, quantize: str | None = None, liger: bool = False, **family_options,
-    ) -> "VLM2Vec":  # fmt: skip
+        cls,
+        name_or_dir,
+        base: str | None = None,
+        *,
+        dtype="auto",
+        device=None,
+        attn: str | None = None,
+        revision: str | None = None,
+        quantize: str | None = None,
+        liger: bool = False,
+        **family_options,
+    ) -> "VLM2Vec":
         """Load a public checkpoint, a base model, a PEFT adapter, or a folder that `save_pretrained` wrote.
 
         Args:
@@ -62,9 +71,17 @@ class VLM2Vec(nn.Module):
         from vlm2vec.pretrained import load
 
         return load(
-            cls, os.fspath(name_or_dir), base, dtype=dtype, device=device, attn=attn, revision=revision, quantize=quantize,
-            liger=liger, options=family_options,
-        )  # fmt: skip
+            cls,
+            os.fspath(name_or_dir),
+            base,
+            dtype=dtype,
+            device=device,
+            attn=attn,
+            revision=revision,
+            quantize=quantize,
+            liger=liger,
+            options=family_options,
+        )
 
     # -- facts ----------------------------------------------------------------------------------------------------------
 
@@ -146,8 +163,17 @@ class VLM2Vec(nn.Module):
 
     # -- encoding -------------------------------------------------------------------------------------------------------
 
-    def encode(self, inputs, *, prompt=None, batch_size=32, show_progress_bar=None, convert_to_tensor=False,
-               normalize_embeddings=True, truncate_dim=None):  # fmt: skip
+    def encode(
+        self,
+        inputs,
+        *,
+        prompt=None,
+        batch_size=32,
+        show_progress_bar=None,
+        convert_to_tensor=False,
+        normalize_embeddings=True,
+        truncate_dim=None,
+    ):
         """Embed one input or a list of inputs, in the caller's order.
 
         Args:
@@ -163,9 +189,15 @@ class VLM2Vec(nn.Module):
             ValueError: names the input that cannot be read, by its position.
         """
         return encoding.encode(
-            self, inputs, prompt=prompt, batch_size=batch_size, show_progress_bar=show_progress_bar,
-            convert_to_tensor=convert_to_tensor, normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim,
-        )  # fmt: skip
+            self,
+            inputs,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            convert_to_tensor=convert_to_tensor,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+        )
 
     def encode_query(self, inputs, **kwargs):
         """`encode` with the family's query prompt (empty for the reference's families)."""

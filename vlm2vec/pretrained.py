@@ -52,7 +52,9 @@ def describe(source: str, base=None, *, revision=None, options: dict | None = No
         raise ValueError(loading.unknown(weights))
     backbone = backbone_for(raw.get("model_type"))
     if family not in (None, backbone.name):
-        raise ValueError(f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base=")
+        raise ValueError(
+            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base="
+        )
     config = backbone.config(weights, raw, **weights_hub)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
     options = {**known, **settings.get("options", {}), **(options or {})}

@@ -27,10 +27,16 @@ def write(model, folder: str, *, full: bool) -> None:
         about["default_prompt_name"] = next((n for n in ("document", "query") if n in prompts), None)
         method = {"method": "forward", "method_output_name": "last_hidden_state"}
         modalities = {kind: method for kind in ("text", "image", "video")} | {"message": {**method, "format": "structured"}}
-        _dump(folder, "sentence_bert_config.json", {
-            "transformer_task": "feature-extraction", "modality_config": modalities, "module_output_name": "token_embeddings",
-            "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
-        })  # fmt: skip
+        _dump(
+            folder,
+            "sentence_bert_config.json",
+            {
+                "transformer_task": "feature-extraction",
+                "modality_config": modalities,
+                "module_output_name": "token_embeddings",
+                "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+            },
+        )
         _dump(folder, "1_Pooling/config.json", {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
         _dump(folder, "2_Normalize/config.json", {})
     _dump(folder, "modules.json", modules)

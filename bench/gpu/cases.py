@@ -7,7 +7,6 @@ import dataclasses
 from unittest import mock
 
 import torch
-
 from contrastive_kernels.reference import info_nce_reference
 
 PATHS = ("exp", "chunk", "fused", "joint", "levels", "dense")
@@ -32,18 +31,24 @@ def options_of(n: int, m: int, d: int, generator) -> dict[str, dict]:
         return torch.rand(count, generator=generator) > 0.2
 
     out = {
-        "plain": {}, "weight, sum": dict(weight=torch.rand(n, generator=generator), reduction="sum"),
-        "positives": dict(positives=torch.where(ints(n) == 0, -100, ints(n, high=m))), "ids": dict(target_ids=ints(m, low=-1, high=20)),
+        "plain": {},
+        "weight, sum": dict(weight=torch.rand(n, generator=generator), reduction="sum"),
+        "positives": dict(positives=torch.where(ints(n) == 0, -100, ints(n, high=m))),
+        "ids": dict(target_ids=ints(m, low=-1, high=20)),
         "masks": dict(query_mask=keep(n), target_mask=keep(m), own_negatives_only=ints(n) == 0),
         "margin": dict(mask_margin=0.05, mask_relative=0.5),
         "query and target negatives": dict(query_negatives=True, target_negatives=True, query_ids=ints(n, low=-1, high=20)),
-        "hardness": dict(hardness=5.0), "hard negatives": dict(hard_negatives=unit(n, 3, d, generator=generator)),
-        "smoothing": dict(label_smoothing=0.1, target_mask=keep(m)), "normalize": dict(normalize=True),
-        "temperature gradient": dict(temperature=torch.tensor(0.07)), "cold": dict(temperature=0.003),
-        "matryoshka": dict(matryoshka_dims=(d // 2, d)), "symmetric": dict(symmetric=True),
+        "hardness": dict(hardness=5.0),
+        "hard negatives": dict(hard_negatives=unit(n, 3, d, generator=generator)),
+        "smoothing": dict(label_smoothing=0.1, target_mask=keep(m)),
+        "normalize": dict(normalize=True),
+        "temperature gradient": dict(temperature=torch.tensor(0.07)),
+        "cold": dict(temperature=0.003),
+        "matryoshka": dict(matryoshka_dims=(d // 2, d)),
+        "symmetric": dict(symmetric=True),
         "matryoshka, masks": dict(matryoshka_dims=(d // 2, d), target_mask=keep(m), target_ids=ints(m, low=-1, high=20), mask_margin=0.1),
         "symmetric, shared positives": dict(symmetric=True, positives=ints(n, high=m // 2), mask_margin=0.3),
-    }  # fmt: skip
+    }
     if n == m:
         out["pairs, symmetric"] = dict(symmetric=True, normalize=True, target_ids=ints(m, low=-1, high=n))
     return {name: {"temperature": 0.05, **options} for name, options in out.items()}
@@ -121,8 +126,11 @@ def forced(path: str, taken: list):
         taken.extend(["levels"] if path == "levels" else [])
         return dataclasses.replace(plan, chosen=way)
 
-    with mock.patch.object(sweep, "plan_for", lambda *args: chosen(plan_for(*args))), mock.patch.object(symmetric, "decide", both), \
-            mock.patch.object(levels, "plan", together):  # fmt: skip
+    with (
+        mock.patch.object(sweep, "plan_for", lambda *args: chosen(plan_for(*args))),
+        mock.patch.object(symmetric, "decide", both),
+        mock.patch.object(levels, "plan", together),
+    ):
         yield
 
 

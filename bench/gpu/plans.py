@@ -47,10 +47,15 @@ def numbers(recipe, name: str, gpus=GPUS) -> dict:
     one = next(iter(plans.values()))
     step = one.simulation
     return {
-        "peak": step.peak, "parts": step.parts, "chunks": step.chunks, "tokens": one.tokens,
-        "trained": step.trained, "weights": step.weights, "flops": step.work.flops,
+        "peak": step.peak,
+        "parts": step.parts,
+        "chunks": step.chunks,
+        "tokens": one.tokens,
+        "trained": step.trained,
+        "weights": step.weights,
+        "flops": step.work.flops,
         "seconds": {gpu: float(f"{plan.step_seconds:.4g}") for gpu, plan in plans.items()},
-    }  # fmt: skip
+    }
 
 
 def read(name: str) -> dict:

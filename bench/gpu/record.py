@@ -1,6 +1,6 @@
 """Turns the results of a run into files to commit: bench/results/CARD/, the cost model's rates, and docs/performance.md.
 
-    python -m bench gpu --record [DIR]
+python -m bench gpu --record [DIR]
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ RATES = {
 }
 # what docs/performance.md compares: row of the table of times -> options of `dispatch.plan`
 COMPARED = {
-    "ours": {"plain": True}, "ours, normalize": {"normalize": True}, "ours, symmetric, normalize": {"normalize": True, "symmetric": True},
-}  # fmt: skip
+    "ours": {"plain": True},
+    "ours, normalize": {"normalize": True},
+    "ours, symmetric, normalize": {"normalize": True, "symmetric": True},
+}
 SHAPES = ((4096, 1536), (16_384, 768), (16_384, 1536), (16_384, 3584), (65_536, 1536))
 
 
@@ -49,7 +51,7 @@ def write_rates(path: Path, name: str, measured: dict[str, float], source: str) 
     text = path.read_text(encoding="utf-8")
     scope: dict = {}
     exec(compile(text, str(path), "exec"), scope)
-    head, comments = text[: text.index("RATES:")], dict(re.findall(r'^    # (\w+): (.*)$', text, re.M))
+    head, comments = text[: text.index("RATES:")], dict(re.findall(r"^    # (\w+): (.*)$", text, re.M))
     table, comments[name] = {**scope["RATES"], name: measured}, source
     lines = [f"    # {gpu}: {comments.get(gpu, '')}\n    {gpu!r}: {rates!r},".replace("'", '"') for gpu, rates in sorted(table.items())]
     tables.write_whole(path, head + "RATES: dict[str, dict[str, float]] = {\n" + "\n".join(lines) + "\n}\n")
@@ -137,8 +139,9 @@ def page(results: list[dict]) -> str:
 
 
 def _predicted(n: int, d: int, options: dict) -> str:
-    from bench.gpu.timing import dispatch_plan
     from contrastive_kernels import roofline
+
+    from bench.gpu.timing import dispatch_plan
 
     gpu = roofline.ASSUMED["h100"]  # not what was measured since: a prediction fitted to its outcome says nothing
     plan = dispatch_plan(n, n, d, gpu, **options)

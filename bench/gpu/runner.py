@@ -46,8 +46,13 @@ class Child:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, part, "--device", "cpu" if args.dry else "cuda", "--share", share, *(["--dry"] if args.dry else [])],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=tables.ROOT, env=child_environment(args.dry),
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=tables.ROOT,
+                env=child_environment(args.dry),
+            )
         self._lines: queue.Queue = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 

@@ -6,13 +6,13 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from contrastive_kernels import dispatch, roofline
+from contrastive_kernels.triton import configs
 
 from bench.gpu import losses
 from bench.gpu.check import Check, Machine
 from bench.gpu.clock import percentiles
 from bench.gpu.report import LIMIT
-from contrastive_kernels import dispatch, roofline
-from contrastive_kernels.triton import configs
 
 TEMPERATURE = 0.02
 PLAIN = {"plain": True}  # to `dispatch.plan`: no option, so that small losses may go to torch's own operations
@@ -100,7 +100,8 @@ def ours(machine: Machine) -> list[Contestant]:
     """What parts loss and sizes time: the limit, ours in its forms, and what needs no package."""
     plain, both = losses.ours(backend="triton"), {"symmetric": True, "normalize": True}
     table = [
-        Contestant(LIMIT, losses.three_gemms), Contestant("three products, float32 out", losses.three_gemms_float32),
+        Contestant(LIMIT, losses.three_gemms),
+        Contestant("three products, float32 out", losses.three_gemms_float32),
         Contestant("ours", plain, "one", predict=PLAIN),
         Contestant("ours, CUDA graph", losses.graphed(plain), "one", largest=16_384, holds_memory=True),
         Contestant("ours, through autograd", losses.ours_autograd, "one", predict=PLAIN),
@@ -109,7 +110,7 @@ def ours(machine: Machine) -> list[Contestant]:
         Contestant("ours, symmetric, normalize", losses.ours(backend="triton", **both), predict=both),
         Contestant("eager", losses.eager, "one", ours=False, largest=32_768),
         Contestant("torch.compile", losses.compiled, "one", ours=False, largest=32_768),
-    ]  # fmt: skip
+    ]
     if machine.device != "cuda":  # no graphs, and inductor would need a C++ compiler for a minute
         table = [one for one in table if one.name not in ("ours, CUDA graph", "torch.compile")]
     return table

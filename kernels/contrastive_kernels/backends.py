@@ -14,7 +14,7 @@ from contrastive_kernels.options import BACKENDS, one_of
 logger = logging.getLogger(__name__)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(reason: str) -> None:
     logger.warning("contrastive_kernels: backend='auto' takes torch: %s", reason)
 
@@ -42,7 +42,7 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
-    """"torch" or "triton". `auto` takes the kernels on CUDA where it can, and says once why it does not.
+    """ "torch" or "triton". `auto` takes the kernels on CUDA where it can, and says once why it does not.
 
     Raises ValueError for another name, and when "triton" is asked for and cannot be had.
     """
@@ -53,7 +53,9 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f"backend: expected tensors and a machine that 'triton' takes, got an obstacle: {reason}; use backend='auto' or 'torch'")
+        raise ValueError(
+            f"backend: expected tensors and a machine that 'triton' takes, got an obstacle: {reason}; use backend='auto' or 'torch'"
+        )
     _log_once(reason)
     return "torch"
 

@@ -70,7 +70,9 @@ def check_weight(value, rows: int, device: torch.device) -> None:
     """(rows,) numbers, constant: no gradient is made for them."""
     check_vector("weight", value, rows, None, device)
     if value is not None and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight: expected a tensor without gradient, got requires_grad=True; call .detach(), or weigh reduction='none' by it")
+        raise ValueError(
+            "weight: expected a tensor without gradient, got requires_grad=True; call .detach(), or weigh reduction='none' by it"
+        )
 
 
 def check_inputs(query, target, options: InfoNCEOptions) -> None:
@@ -78,8 +80,12 @@ def check_inputs(query, target, options: InfoNCEOptions) -> None:
     check_matrices(query, target)
     n, m, device, o = len(query), len(target), query.device, options
     for name, rows, dtype in (
-        ("positives", n, torch.int64), ("target_ids", m, torch.int64), ("query_ids", n, torch.int64), ("query_mask", n, torch.bool),
-        ("target_mask", m, torch.bool), ("own_negatives_only", n, torch.bool),
+        ("positives", n, torch.int64),
+        ("target_ids", m, torch.int64),
+        ("query_ids", n, torch.int64),
+        ("query_mask", n, torch.bool),
+        ("target_mask", m, torch.bool),
+        ("own_negatives_only", n, torch.bool),
     ):
         check_vector(name, getattr(o, name), rows, dtype, device)
     check_weight(o.weight, n, device)
@@ -98,7 +104,9 @@ def _check_hard(query: torch.Tensor, o: InfoNCEOptions) -> None:
     check_tensor("hard_negatives", hard, f"({n}, K, {d}) or (H, {d})")
     if o.hard_offsets is None:
         if hard.dim() != 3 or hard.shape[0] != n or hard.shape[2] != d:
-            raise ValueError(f"hard_negatives: expected (N, K, D) = ({n}, K, {d}), got {tuple(hard.shape)}; packed (H, D) needs hard_offsets")
+            raise ValueError(
+                f"hard_negatives: expected (N, K, D) = ({n}, K, {d}), got {tuple(hard.shape)}; packed (H, D) needs hard_offsets"
+            )
         if hard.shape[1] == 0:
             raise ValueError(f"hard_negatives: expected K of at least 1, got shape {tuple(hard.shape)}; pass None where there are none")
     else:

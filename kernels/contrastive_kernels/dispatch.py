@@ -63,7 +63,9 @@ class Way:
     def figures(self) -> str:
         """Where the seconds are: device, host and launches."""
         device, host = roofline.seconds(self.pieces) * 1e3, roofline.host_seconds(self.pieces) * 1e3
-        return f"{self.seconds * 1e3:.3f} ms ({device:.3f} on the device, {host:.3f} of the host), {roofline.launches(self.pieces)} launches"
+        return (
+            f"{self.seconds * 1e3:.3f} ms ({device:.3f} on the device, {host:.3f} of the host), {roofline.launches(self.pieces)} launches"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,27 @@ class Plan:
         """For a person: the choice, its pieces with what each is bound by, and what the other ways would take."""
         chosen = self.chosen
         tile = f", tiles of {chosen.tile[0]} x {chosen.tile[1]}" if chosen.tile else ""
-        lines = [self.title, f"  {chosen.path}: {MEANING[chosen.path]}", f"  {chosen.rows} rows at a time{tile}, {chosen.scratch / MIB:.1f} MiB of scratch", ""]
+        lines = [
+            self.title,
+            f"  {chosen.path}: {MEANING[chosen.path]}",
+            f"  {chosen.rows} rows at a time{tile}, {chosen.scratch / MIB:.1f} MiB of scratch",
+            "",
+        ]
         lines += ["    " + piece.line() for piece in chosen.pieces]
         device, host = roofline.seconds(chosen.pieces), roofline.host_seconds(chosen.pieces)
         lines += [f"    {'on the device, together':<35}{device * 1e3:>58.3f} ms"]
         lines += [f"    {f'the host, {roofline.launches(chosen.pieces)} launches':<35}{host * 1e3:>58.3f} ms, beside it"]
-        lines += [f"    {'the bare products by the library':<35}{self.limit * 1e3:>58.3f} ms: {chosen.seconds / self.limit:.3f} times that", ""]
+        lines += [
+            f"    {'the bare products by the library':<35}{self.limit * 1e3:>58.3f} ms: {chosen.seconds / self.limit:.3f} times that",
+            "",
+        ]
         for way in self.ways:
             if way is not chosen:
-                taken = f"{way.figures()}, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB" if not way.reason else f"cannot: {way.reason}"
+                taken = (
+                    f"{way.figures()}, {way.rows} rows at a time, {way.scratch / MIB:.1f} MiB"
+                    if not way.reason
+                    else f"cannot: {way.reason}"
+                )
                 lines.append(f"  not {way.path + ' ':<6}{taken}")
         if chosen.path in ("exp", "joint") and self.special:
             lines.append(f"  not warp_specialised: {self.special}")
@@ -143,7 +157,24 @@ def obstacle(path: str, dtype: str, width: int, smoothing: bool, normalize: bool
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, interpreted, d_query, d_target, symmetric, masks, bounded, best, plain) -> Plan:
+def _plan(
+    rows,
+    columns,
+    width,
+    dtype,
+    workspace,
+    gpu,
+    smoothing,
+    normalize,
+    interpreted,
+    d_query,
+    d_target,
+    symmetric,
+    masks,
+    bounded,
+    best,
+    plain,
+) -> Plan:
     itemsize, ways, directions = ITEMSIZE[dtype], [], 2 if symmetric else 1
     if symmetric:
         ways.append(_joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_target, normalize))
@@ -189,7 +220,9 @@ def _plan(rows, columns, width, dtype, workspace, gpu, smoothing, normalize, int
     near = [way for way in possible if way.seconds <= CLOSE * min(other.seconds for other in possible)]
     rival = 0.0
     if not (masks or smoothing):  # of which there are as many ways to write as people
-        rival = roofline.predicted(roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4), normalize=normalize) * directions, roofline.EAGER_CALL)
+        rival = roofline.predicted(
+            roofline.eager(gpu, rows, columns, width, itemsize=min(itemsize, 4), normalize=normalize) * directions, roofline.EAGER_CALL
+        )
     return Plan(min(near, key=lambda way: (way.scratch, way.seconds)), tuple(ways), title, limit, rival, _special(gpu))
 
 
@@ -216,9 +249,24 @@ def _joint(rows, columns, width, dtype, workspace, gpu, interpreted, d_query, d_
 
 
 def plan(
-    rows: int, columns: int, width: int, dtype, *, workspace: int, gpu: roofline.Gpu = roofline.H100, smoothing: bool = False,
-    normalize: bool = False, interpreted: bool = False, d_query: bool = True, d_target: bool = True, symmetric: bool = False,
-    masks: bool = False, bounded: bool | None = None, best: bool = False, plain: bool = False, explain: Callable[[str], object] | None = None,
+    rows: int,
+    columns: int,
+    width: int,
+    dtype,
+    *,
+    workspace: int,
+    gpu: roofline.Gpu = roofline.H100,
+    smoothing: bool = False,
+    normalize: bool = False,
+    interpreted: bool = False,
+    d_query: bool = True,
+    d_target: bool = True,
+    symmetric: bool = False,
+    masks: bool = False,
+    bounded: bool | None = None,
+    best: bool = False,
+    plain: bool = False,
+    explain: Callable[[str], object] | None = None,
 ) -> Plan:
     """Choose a way for one direction, or with `symmetric` for both.
 
@@ -236,8 +284,22 @@ def plan(
     Raises: ValueError where the workspace has no room for a single row.
     """
     made = _plan(
-        rows, columns, width, str(dtype).removeprefix("torch."), int(workspace), gpu, bool(smoothing), bool(normalize), interpreted,
-        d_query, d_target, bool(symmetric), bool(masks), bool(normalize if bounded is None else bounded), bool(best), bool(plain),
+        rows,
+        columns,
+        width,
+        str(dtype).removeprefix("torch."),
+        int(workspace),
+        gpu,
+        bool(smoothing),
+        bool(normalize),
+        interpreted,
+        d_query,
+        d_target,
+        bool(symmetric),
+        bool(masks),
+        bool(normalize if bounded is None else bounded),
+        bool(best),
+        bool(plain),
     )
     if explain is not None:
         explain(made.text())
@@ -245,8 +307,17 @@ def plan(
 
 
 def plan_levels(
-    rows: int, columns: int, dims: tuple[int, ...], dtype, *, workspace: int, gpu: roofline.Gpu = roofline.H100, smoothing: bool = False,
-    interpreted: bool = False, reason: str = "", explain: Callable[[str], object] | None = None,
+    rows: int,
+    columns: int,
+    dims: tuple[int, ...],
+    dtype,
+    *,
+    workspace: int,
+    gpu: roofline.Gpu = roofline.H100,
+    smoothing: bool = False,
+    interpreted: bool = False,
+    reason: str = "",
+    explain: Callable[[str], object] | None = None,
 ) -> Plan:
     """Matryoshka: one sweep over the tiles for all `dims` ("levels") against a sweep each ("apart"), one direction.
 
@@ -255,12 +326,16 @@ def plan_levels(
     name = str(dtype).removeprefix("torch.")
     itemsize = ITEMSIZE[name]
     each = [
-        plan(rows, columns, dim, name, workspace=workspace, gpu=gpu, smoothing=smoothing, normalize=True, interpreted=interpreted) for dim in dims
-    ]  # fmt: skip
+        plan(rows, columns, dim, name, workspace=workspace, gpu=gpu, smoothing=smoothing, normalize=True, interpreted=interpreted)
+        for dim in dims
+    ]
     apart = Way(
-        "apart", min(p.rows for p in each), sum(p.chosen.seconds for p in each), tuple(x for p in each for x in p.chosen.pieces),
+        "apart",
+        min(p.rows for p in each),
+        sum(p.chosen.seconds for p in each),
+        tuple(x for p in each for x in p.chosen.pieces),
         scratch=max(p.chosen.scratch for p in each),
-    )  # fmt: skip
+    )
     count = panel_rows(rows, columns * len(dims), max(dims), itemsize, "exp", workspace)
     if not reason and count < 1:
         reason = "the workspace has no room for a row of every level"
@@ -300,7 +375,17 @@ def main(argv=None) -> int:
         plan_levels(args.rows, args.columns, tuple(args.dims), args.dtype, reason=reason, **shared)
     else:
         plain = not (args.normalize or args.masks or args.symmetric)
-        plan(args.rows, args.columns, args.width, args.dtype, symmetric=args.symmetric, normalize=args.normalize, masks=args.masks, plain=plain, **shared)
+        plan(
+            args.rows,
+            args.columns,
+            args.width,
+            args.dtype,
+            symmetric=args.symmetric,
+            normalize=args.normalize,
+            masks=args.masks,
+            plain=plain,
+            **shared,
+        )
     return 0
 
 

@@ -206,7 +206,9 @@ def _sum_shard(problem: Problem, direction: Direction, workspace: int, sums: Row
             sums.add(slice(start, stop), here)
 
 
-def _differentiate_shard(problem: Problem, direction: Direction, workspace: int, sums: RowSums, result, logit, gradients: Gradients) -> None:
+def _differentiate_shard(
+    problem: Problem, direction: Direction, workspace: int, sums: RowSums, result, logit, gradients: Gradients
+) -> None:
     """Add the gradients of one shard of columns, the rows' sums being complete."""
     panels, weight = Panels(problem, direction, workspace, keep=True), direction.weight
     shift = torch.where(sums.shift == float("-inf"), 0, sums.shift)

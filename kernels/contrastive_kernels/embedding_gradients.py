@@ -99,9 +99,7 @@ def _of_callable(loss, embeddings, options, scaler):
     for leaf in own:
         leaf.grad = None
     scaled(scaler, value).backward()
-    late = LateGradients(
-        [(learned[name], x.grad) for name, x in cut.items() if x.grad is not None], [(leaf, leaf.grad) for leaf in own]
-    )
+    late = LateGradients([(learned[name], x.grad) for name, x in cut.items() if x.grad is not None], [(leaf, leaf.grad) for leaf in own])
     for leaf, gradient in zip(own, before, strict=True):
         leaf.grad = gradient
     unscale = 1.0 if scaler is None else 1.0 / scaler.get_scale()

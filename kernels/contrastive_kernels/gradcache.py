@@ -137,7 +137,7 @@ class GradCache:
         """
         sides = [query, target] + ([hard_negatives] if hard_negatives is not None else [])
         if len(lengths) != len(sides):
-            raise ValueError(f"lengths must hold one sequence a side ({', '.join(SIDES[:len(sides)])}), got {len(lengths)}")
+            raise ValueError(f"lengths must hold one sequence a side ({', '.join(SIDES[: len(sides)])}), got {len(lengths)}")
         with self.memory.watching():
             result = self._attempt(sides, lengths, loss_options, late_options)
             if result is None:

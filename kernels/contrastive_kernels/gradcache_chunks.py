@@ -37,9 +37,7 @@ def dummy_chunk(side: int, lengths: Sequence[int]) -> Chunk:
     return Chunk(side, [shortest], lengths[shortest], is_dummy=True)
 
 
-def make_chunks(
-    lengths: tuple[Sequence[int], ...], chunk_tokens: int | None, chunk_size: int | None, sync: GradientSync
-) -> list[Chunk]:
+def make_chunks(lengths: tuple[Sequence[int], ...], chunk_tokens: int | None, chunk_size: int | None, sync: GradientSync) -> list[Chunk]:
     """Chunks of all sides, query first. Collective where the module is sharded: all ranks make as many.
 
     Dummies stand before the real chunks of their part of the step (`GradientSync.part`). A reduction may fall on a dummy

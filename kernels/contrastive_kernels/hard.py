@@ -86,11 +86,7 @@ class HardNegatives:
             if gradients.wants("query"):
                 scatter_rows(gradients.of("query", problem.query.rows), owner[a:b], self.operand.tile(a, b) * coefficient[a:b, None])
             if gradients.wants("hard_negatives"):
-                torch.mul(
-                    problem.query.gathered(owner).tile(a, b),
-                    coefficient[a:b, None],
-                    out=gradients.held["hard_negatives"][a:b],
-                )
+                torch.mul(problem.query.gathered(owner).tile(a, b), coefficient[a:b, None], out=gradients.held["hard_negatives"][a:b])
         if gradients.wants("hard_negatives"):
             project_out(gradients.held["hard_negatives"], self.operand, EPS)
 

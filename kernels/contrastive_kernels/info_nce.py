@@ -19,6 +19,7 @@ from contrastive_kernels.info_nce_op import GRADIENTS, detached, info_nce_op, pa
 from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches
 from contrastive_kernels.stats import InfoNCEStats
 
+
 @dataclasses.dataclass(frozen=True)
 class InfoNCEResult:
     """Loss and gradients of `info_nce_value_and_grad`; gradients that were not asked for are None."""
@@ -51,7 +52,11 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
     made = InfoNCEOptions.make(options)
     check_inputs(query, target, made)
     tensors = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
-    wanted = frozenset(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad) if torch.is_grad_enabled() else frozenset()
+    wanted = (
+        frozenset(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad)
+        if torch.is_grad_enabled()
+        else frozenset()
+    )
     if info_nce_direct.direct(query, target, made):
         loss, sums = info_nce_direct.info_nce(query, target, made, {name: tensors[name] for name in GRADIENTS if name in wanted})
     else:
@@ -159,5 +164,9 @@ class InfoNCELoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         learnt = hasattr(self, "log_temperature")
-        shown = {"temperature": float(torch.as_tensor(self.temperature).detach()), **({"learnable_temperature": True} if learnt else {}), **self.options}
+        shown = {
+            "temperature": float(torch.as_tensor(self.temperature).detach()),
+            **({"learnable_temperature": True} if learnt else {}),
+            **self.options,
+        }
         return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in shown.items())

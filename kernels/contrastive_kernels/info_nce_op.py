@@ -19,14 +19,36 @@ from contrastive_kernels.stats import STAT_SUMS
 
 GRADIENTS = ("query", "target", "hard_negatives", "temperature")
 TENSORS = (
-    "hard_negatives", "positives", "target_ids", "query_ids", "hard_ids", "query_mask", "target_mask", "own_negatives_only",
-    "hard_offsets", "weight",
+    "hard_negatives",
+    "positives",
+    "target_ids",
+    "query_ids",
+    "hard_ids",
+    "query_mask",
+    "target_mask",
+    "own_negatives_only",
+    "hard_offsets",
+    "weight",
 )
 SCALARS = {
-    "normalize": "bool", "ignore_index": "int", "query_negatives": "bool", "target_negatives": "bool", "symmetric": "bool",
-    "mask_margin": "float?", "mask_relative": "float?", "hardness": "float", "hardness_scope": "str", "label_smoothing": "float",
-    "matryoshka_dims": "int[]?", "matryoshka_weights": "float[]?", "reduction": "str", "exchange": "str", "workspace_mib": "float?",
-    "backend": "str", "return_stats": "bool", "validate": "bool",
+    "normalize": "bool",
+    "ignore_index": "int",
+    "query_negatives": "bool",
+    "target_negatives": "bool",
+    "symmetric": "bool",
+    "mask_margin": "float?",
+    "mask_relative": "float?",
+    "hardness": "float",
+    "hardness_scope": "str",
+    "label_smoothing": "float",
+    "matryoshka_dims": "int[]?",
+    "matryoshka_weights": "float[]?",
+    "reduction": "str",
+    "exchange": "str",
+    "workspace_mib": "float?",
+    "backend": "str",
+    "return_stats": "bool",
+    "validate": "bool",
 }
 FIELDS = ("query", "target", "temperature", "temperature_value", *TENSORS, *SCALARS, "group", "wanted")
 SCHEMA = (
@@ -82,7 +104,11 @@ def _info_nce(*values):
 
 def detached(options: InfoNCEOptions) -> InfoNCEOptions:
     """The options, tensors that may carry a gradient taken out of their graphs."""
-    changes = {name: getattr(options, name).detach() for name in ("hard_negatives", "temperature") if isinstance(getattr(options, name), torch.Tensor)}
+    changes = {
+        name: getattr(options, name).detach()
+        for name in ("hard_negatives", "temperature")
+        if isinstance(getattr(options, name), torch.Tensor)
+    }
     return options.replace(**changes)
 
 
@@ -95,9 +121,7 @@ def _(*values):
     none = options.reduction == "none"
     dtype = compute_dtype(query, target)
     likes = (query, target, options.hard_negatives, options.temperature)
-    gradients = [
-        query.new_empty(0 if none or name not in wanted else like.shape, dtype=dtype) for name, like in zip(GRADIENTS, likes)
-    ]
+    gradients = [query.new_empty(0 if none or name not in wanted else like.shape, dtype=dtype) for name, like in zip(GRADIENTS, likes)]
     loss = query.new_empty(query.shape[0] if none else (), dtype=dtype)
     return loss, query.new_empty(STAT_SUMS if options.return_stats else 0, dtype=dtype), *gradients
 

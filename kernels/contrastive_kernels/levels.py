@@ -56,7 +56,12 @@ def together(query, target, options, levels) -> list[Level] | None:
 
     `levels` holds pairs (width, options of that level), in the order of `options.matryoshka_weights`.
     """
-    if query.device.type != "cpu" or options.group is not None or options.hard_negatives is not None or len({d for d, _ in levels}) < len(levels):
+    if (
+        query.device.type != "cpu"
+        or options.group is not None
+        or options.hard_negatives is not None
+        or len({d for d, _ in levels}) < len(levels)
+    ):
         return None
     if any(getattr(options, name) for name in APART):
         return None

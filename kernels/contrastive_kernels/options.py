@@ -109,9 +109,11 @@ class InfoNCEOptions:
         check_ignore_index(self.ignore_index)
         check_temperature(self.temperature)
         for name, mend in (
-            ("mask_margin", "None turns it off"), ("mask_relative", "None turns it off"), ("hardness", "0 turns it off"),
+            ("mask_margin", "None turns it off"),
+            ("mask_relative", "None turns it off"),
+            ("hardness", "0 turns it off"),
             ("label_smoothing", "0 turns it off"),
-        ):  # fmt: skip
+        ):
             value = getattr(self, name)
             if not is_finite(value) and not (value is None and mend.startswith("None")):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}; {mend}")
@@ -138,15 +140,18 @@ class InfoNCEOptions:
         if not isinstance(weights, (tuple, list)) or not all(is_finite(weight) for weight in weights):
             raise ValueError(f"matryoshka_weights: expected a tuple of finite numbers, got {weights!r}; 1 leaves a level as it is")
         if len(weights) != len(dims):
-            raise ValueError(f"matryoshka_weights: expected {len(dims)} numbers, one a width, got {len(weights)}; pass 1 for levels as they are")
+            raise ValueError(
+                f"matryoshka_weights: expected {len(dims)} numbers, one a width, got {len(weights)}; pass 1 for levels as they are"
+            )
 
     def _check_needs(self) -> None:
         """Options that mean nothing without another."""
         hard = "pass the (N, K, D) or packed (H, D) negatives too"
         for name, needed, mend in (
-            ("hard_offsets", "hard_negatives", hard), ("hard_ids", "hard_negatives", hard),
+            ("hard_offsets", "hard_negatives", hard),
+            ("hard_ids", "hard_negatives", hard),
             ("hard_ids", "target_ids", "ids of hard negatives are compared with the positive's id: pass target_ids too"),
-        ):  # fmt: skip
+        ):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name}: expected {needed} beside it, got it alone; {mend}")
         if self.query_ids is not None and not (self.query_negatives or self.symmetric):

@@ -7,8 +7,14 @@ from contrastive_kernels.pooling import last_token_rows, pool_rows
 
 
 def pooled_info_nce(
-    query_hidden, target_hidden, *, query_attention_mask=None, query_cu_seqlens=None, target_attention_mask=None,
-    target_cu_seqlens=None, **options,
+    query_hidden,
+    target_hidden,
+    *,
+    query_attention_mask=None,
+    query_cu_seqlens=None,
+    target_attention_mask=None,
+    target_cu_seqlens=None,
+    **options,
 ):
     """InfoNCE of the last tokens of two batches of hidden states, L2-normalised.
 

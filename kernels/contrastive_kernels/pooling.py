@@ -175,7 +175,13 @@ _pool.register_autograd(_differentiate, setup_context=_save)
 
 
 def last_token_pool(
-    hidden, *, attention_mask=None, cu_seqlens=None, normalize: bool = True, eps: float = 1e-12, backend: str = "auto",
+    hidden,
+    *,
+    attention_mask=None,
+    cu_seqlens=None,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    backend: str = "auto",
     validate: bool = False,
 ):
     """The last token's hidden state of each sample.

@@ -186,8 +186,19 @@ def build(
     else:
         own_targets = own_target.gathered(positives)
     return Problem(
-        options, backend, dtype, _inverse_temperature(options.temperature, device, dtype), own_query, own_target, own_targets, positives, step,
-        kept, _share(options, kept, n, dtype, device, all_sum), rank * n, rank * len(target),
+        options,
+        backend,
+        dtype,
+        _inverse_temperature(options.temperature, device, dtype),
+        own_query,
+        own_target,
+        own_targets,
+        positives,
+        step,
+        kept,
+        _share(options, kept, n, dtype, device, all_sum),
+        rank * n,
+        rank * len(target),
     )
 
 

@@ -32,7 +32,13 @@ def last_token_pool_reference(hidden, *, attention_mask=None, cu_seqlens=None, n
 
 
 def pooled_info_nce_reference(
-    query_hidden, target_hidden, *, query_attention_mask=None, query_cu_seqlens=None, target_attention_mask=None, target_cu_seqlens=None,
+    query_hidden,
+    target_hidden,
+    *,
+    query_attention_mask=None,
+    query_cu_seqlens=None,
+    target_attention_mask=None,
+    target_cu_seqlens=None,
     **options,
 ):
     """Pool, then the loss, which normalises."""
@@ -54,8 +60,20 @@ def topk_similarity_reference(query, target, k, *, exclude=None):
 
 
 def sigmoid_loss_reference(
-    query, target, *, scale, bias, normalize=False, positives=None, query_ids=None, target_ids=None, ignore_index=-100,
-    query_mask=None, target_mask=None, weight=None, reduction="mean",
+    query,
+    target,
+    *,
+    scale,
+    bias,
+    normalize=False,
+    positives=None,
+    query_ids=None,
+    target_ids=None,
+    ignore_index=-100,
+    query_mask=None,
+    target_mask=None,
+    weight=None,
+    reduction="mean",
 ):
     """SigLIP: -sum over pairs of log sigmoid(z (scale q.t + bias)), z = +1 where the pair belongs together, else -1."""
     n, m = len(query), len(target)

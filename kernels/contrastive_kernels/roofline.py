@@ -127,7 +127,9 @@ def rate(gpu: Gpu, itemsize: int) -> float:
     return gpu.achieved if itemsize <= 2 else gpu.achieved_fp32
 
 
-def gemm(gpu: Gpu, m: int, n: int, k: int, *, itemsize: int, out_itemsize: int | None = None, accumulate: bool = False, name="gemm", times=1) -> Piece:
+def gemm(
+    gpu: Gpu, m: int, n: int, k: int, *, itemsize: int, out_itemsize: int | None = None, accumulate: bool = False, name="gemm", times=1
+) -> Piece:
     """(m, k) @ (k, n) by the library; `accumulate` reads and writes an existing output once more."""
     out = (out_itemsize or itemsize) * m * n
     read = itemsize * (m * k + k * n) + (out if accumulate else 0)
@@ -153,8 +155,19 @@ LEVEL_INSTRUCTIONS = {80: 24.0, 90: 18.0, 100: 25.0}  # of every prefix's epilog
 
 
 def exp_panel(
-    gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, tile: tuple[int, int], times=1, instructions: float | None = None,
-    row_parts: int = 2, column_sums=False, store=True, levels: int = 1,
+    gpu: Gpu,
+    rows: int,
+    columns: int,
+    width: int,
+    *,
+    itemsize: int,
+    tile: tuple[int, int],
+    times=1,
+    instructions: float | None = None,
+    row_parts: int = 2,
+    column_sums=False,
+    store=True,
+    levels: int = 1,
 ) -> Piece:
     """Logits product with exponential epilogue: (rows, width) @ (width, columns), E written in the operands' type.
 
@@ -188,8 +201,21 @@ def by_sums(rows: int, columns: int, bounded: bool, best: bool) -> bool:
 
 
 def panels(
-    gpu: Gpu, n: int, columns: int, width: int, panel_rows: int, *, itemsize: int, tile: tuple[int, int] = (128, 128), path: str = "exp",
-    d_query=True, d_target=True, instructions: float | None = None, normalize=False, bounded=False, best=False,
+    gpu: Gpu,
+    n: int,
+    columns: int,
+    width: int,
+    panel_rows: int,
+    *,
+    itemsize: int,
+    tile: tuple[int, int] = (128, 128),
+    path: str = "exp",
+    d_query=True,
+    d_target=True,
+    instructions: float | None = None,
+    normalize=False,
+    bounded=False,
+    best=False,
 ) -> list[Piece]:
     """The pieces of one direction: n rows against `columns` candidates, in panels of `panel_rows` rows.
 
@@ -206,7 +232,11 @@ def panels(
         if path == "exp":
             parts, sums = -(-columns // tile[1]), by_sums(rows, columns, bounded, best)
             look = best or not (bounded or sums)
-            out.append(exp_panel(gpu, rows, columns, width, itemsize=itemsize, tile=tile, times=times, instructions=instructions, row_parts=1 + look))
+            out.append(
+                exp_panel(
+                    gpu, rows, columns, width, itemsize=itemsize, tile=tile, times=times, instructions=instructions, row_parts=1 + look
+                )
+            )
             if sums:
                 out += [mark_rows(gpu, rows, parts, own=False, times=times), redo_check(gpu, rows, times=times)]
             if not bounded:
@@ -216,12 +246,25 @@ def panels(
             out.append(gemm(gpu, rows, columns, width, itemsize=itemsize, out_itemsize=4, name="logits, float32", times=times))
             out += chunk_panel(gpu, rows, columns, itemsize=itemsize, write=d_query or d_target, times=times)
             out.append(finish_rows(gpu, rows, 3, times=times))
-        out += gradient_products(gpu, rows, columns, width, itemsize=itemsize, first=rows == panel_rows, d_query=d_query, d_target=d_target, project=normalize, times=times)
+        out += gradient_products(
+            gpu,
+            rows,
+            columns,
+            width,
+            itemsize=itemsize,
+            first=rows == panel_rows,
+            d_query=d_query,
+            d_target=d_target,
+            project=normalize,
+            times=times,
+        )
     ends = normalisation(gpu, n, columns, width, itemsize=itemsize, unit=d_query, project=d_target) if normalize else []
     return [positive_cosines(gpu, n, width, itemsize=itemsize), *ends, *out, small_operations(gpu, 5 if path == "exp" else 4)]
 
 
-def gradient_products(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, first: bool, d_query=True, d_target=True, project=False, times=1) -> list[Piece]:
+def gradient_products(
+    gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, first: bool, d_query=True, d_target=True, project=False, times=1
+) -> list[Piece]:
     """What follows a panel's exponentials; `first`: the panel, or the first of `times`, that writes d_target, to which all others add."""
     out = []
     if d_query:
@@ -233,7 +276,9 @@ def gradient_products(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize
         for count, add in ((int(first), False), (times - int(first), True)):
             if count:
                 out.append(positive_scatter(gpu, rows, columns, width, itemsize=itemsize, add=add, times=count))
-        out.append(gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=True, name="d_target += E^T query", times=times))
+        out.append(
+            gemm(gpu, columns, width, rows, itemsize=itemsize, out_itemsize=4, accumulate=True, name="d_target += E^T query", times=times)
+        )
     return out
 
 
@@ -267,9 +312,20 @@ def levels(gpu: Gpu, n: int, columns: int, dims, panel_rows: int, *, itemsize: i
     out = []
     for rows, times in ((panel_rows, n // panel_rows), (n % panel_rows, 1)):
         if rows and times:
-            out.append(exp_panel(
-                gpu, rows, columns, max(dims), itemsize=itemsize, times=times, instructions=per_element, levels=len(dims), tile=tile, row_parts=1,
-            ))  # fmt: skip
+            out.append(
+                exp_panel(
+                    gpu,
+                    rows,
+                    columns,
+                    max(dims),
+                    itemsize=itemsize,
+                    times=times,
+                    instructions=per_element,
+                    levels=len(dims),
+                    tile=tile,
+                    row_parts=1,
+                )
+            )
     for dim in dims:
         # what a sweep has besides its logits product
         rest = panels(gpu, n, columns, dim, panel_rows, itemsize=itemsize, tile=tile, normalize=True, bounded=True)
@@ -277,13 +333,17 @@ def levels(gpu: Gpu, n: int, columns: int, dims, panel_rows: int, *, itemsize: i
     return out
 
 
-def joint(gpu: Gpu, n: int, width: int, *, itemsize: int, tile: tuple[int, int] = (128, 128), d_query=True, d_target=True, normalize=False) -> list[Piece]:
+def joint(
+    gpu: Gpu, n: int, width: int, *, itemsize: int, tile: tuple[int, int] = (128, 128), d_query=True, d_target=True, normalize=False
+) -> list[Piece]:
     """Both directions of n pairs from one panel (triton/symmetric.py)."""
     per_element = JOINT_INSTRUCTIONS.get(gpu.arch, 37.0)
     stored = d_query or d_target
     out = [positive_cosines(gpu, n, width, itemsize=itemsize)]
     out += normalisation(gpu, n, n, width, itemsize=itemsize, unit=d_query, project=d_target) if normalize else []
-    out.append(exp_panel(gpu, n, n, width, itemsize=itemsize, tile=tile, instructions=per_element, row_parts=1, column_sums=True, store=stored))
+    out.append(
+        exp_panel(gpu, n, n, width, itemsize=itemsize, tile=tile, instructions=per_element, row_parts=1, column_sums=True, store=stored)
+    )
     out += [finish_rows(gpu, n, -(-n // side) + 1) for side in reversed(tile)]
     if stored:
         out.append(elementwise(gpu, itemsize * n * n, itemsize * n * n, name="both directions' factors"))
@@ -334,7 +394,9 @@ def fused(gpu: Gpu, rows: int, columns: int, width: int, *, itemsize: int, backw
     written = 4 * columns * width if backward else 4 * rows * (3 + (width if products > 1 else 0))
     loop = max(flops / (rate(gpu, itemsize) * gpu.triton_share), (read + written) / gpu.bandwidth)
     epilogue = rows * columns * FUSED_INSTRUCTIONS.get(gpu.arch, 22.0) / (gpu.issue * ISSUE_SHARE)
-    return Piece("fused d_target" if backward else "fused sums and d_query", flops, read, written, loop + epilogue + gpu.launch, 1, HOST_PANEL)
+    return Piece(
+        "fused d_target" if backward else "fused sums and d_query", flops, read, written, loop + epilogue + gpu.launch, 1, HOST_PANEL
+    )
 
 
 def fused_passes(gpu: Gpu, n: int, columns: int, width: int, *, itemsize: int, d_query=True, d_target=True, normalize=False) -> list[Piece]:
@@ -355,14 +417,24 @@ def dense(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> list[Piece]:
     cells = n * m
     out = [gemm(gpu, n, m, d, itemsize=itemsize, out_itemsize=4, name="logits, float32")]
     out.append(elementwise(gpu, 4 * cells, itemsize * cells + 4 * n, name="slopes of a row"))
-    out += [gemm(gpu, *shape, itemsize=itemsize, out_itemsize=4, name=name) for name, shape in (("d_query = G target", (n, d, m)), ("d_target = G^T query", (m, d, n)))]
+    out += [
+        gemm(gpu, *shape, itemsize=itemsize, out_itemsize=4, name=name)
+        for name, shape in (("d_query = G target", (n, d, m)), ("d_target = G^T query", (m, d, n)))
+    ]
     return [*out, small_operations(gpu, 4)]
 
 
 def eager(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int, normalize=False) -> list[Piece]:
     """What plain torch launches for the same loss through autograd, logits in float32: everything N x M, the rival of a small batch."""
     cells, host = n * m, HOST_OPERATION
-    passes = [("logits to float32", itemsize, 4), ("over the temperature", 4, 4), ("log softmax", 4, 4), ("its derivative", 12, 4), ("over the temperature", 4, 4), ("to the inputs' type", 4, itemsize)]  # fmt: skip
+    passes = [
+        ("logits to float32", itemsize, 4),
+        ("over the temperature", 4, 4),
+        ("log softmax", 4, 4),
+        ("its derivative", 12, 4),
+        ("over the temperature", 4, 4),
+        ("to the inputs' type", 4, itemsize),
+    ]
     out = [gemm(gpu, n, m, d, itemsize=itemsize, name="logits")]
     out += [elementwise(gpu, read * cells, written * cells, name=name, host=host) for name, read, written in passes]
     out += [gemm(gpu, *shape, itemsize=itemsize, name=name) for name, shape in (("d_query", (n, d, m)), ("d_target", (m, d, n)))]
@@ -393,6 +465,4 @@ def predicted(pieces, call: float = HOST_CALL) -> float:
 
 def three_gemms(gpu: Gpu, n: int, m: int, d: int, *, itemsize: int) -> float:
     """Seconds of the limit: logits, d_query and d_target as bare library products."""
-    return seconds(
-        [gemm(gpu, n, m, d, itemsize=itemsize), gemm(gpu, n, d, m, itemsize=itemsize), gemm(gpu, m, d, n, itemsize=itemsize)]
-    )
+    return seconds([gemm(gpu, n, m, d, itemsize=itemsize), gemm(gpu, n, d, m, itemsize=itemsize), gemm(gpu, m, d, n, itemsize=itemsize)])

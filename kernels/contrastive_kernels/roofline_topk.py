@@ -57,7 +57,9 @@ def looks(rows: int, columns: int, kept: int, targets: int) -> float:
     return total
 
 
-def topk(gpu: Gpu, queries: int, targets: int, width: int, kept: int, selection: Selection, shares: int, *, itemsize: int = 2) -> list[Piece]:
+def topk(
+    gpu: Gpu, queries: int, targets: int, width: int, kept: int, selection: Selection, shares: int, *, itemsize: int = 2
+) -> list[Piece]:
     """The pieces of one search: the streaming kernel and the merging of its `shares`.
 
     Where a multiprocessor holds one program, selection adds to the product; where it holds more, one multiplies while another selects and
@@ -69,7 +71,10 @@ def topk(gpu: Gpu, queries: int, targets: int, width: int, kept: int, selection:
     from_l2 = tiles * (selection.columns + (0 if selection.resident else selection.rows)) * width * itemsize
     read, written = itemsize * width * (queries + targets), 8 * queries * kept * shares
     product = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
-    instructions = tiles * selection.each_tile + tiles_r * shares * looks(selection.rows, selection.columns, kept, -(-targets // shares)) * selection.each_look
+    instructions = (
+        tiles * selection.each_tile
+        + tiles_r * shares * looks(selection.rows, selection.columns, kept, -(-targets // shares)) * selection.each_look
+    )
     select = instructions * selection.threads / (gpu.issue * ISSUE_SHARE)
     slots, programs = gpu.sms * selection.blocks, tiles_r * shares
     waves = -(-programs // slots) * slots / programs  # the last wave is as long as the others

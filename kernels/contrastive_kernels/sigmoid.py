@@ -124,8 +124,11 @@ def compute(query, target, scale, bias, positives, query_ids, target_ids, query_
         scale, bias = scale.to(device=device, dtype=dtype), bias.to(device=device, dtype=dtype)
         pairs = Pairs(own_query, own, ids, share, scale, bias)
         sums = Sums(
-            torch.zeros(n, dtype=dtype, device=device), torch.zeros(n, query.shape[1], dtype=dtype, device=device) if 0 in wanted else None,
-            scale.new_zeros(()), scale.new_zeros(()), bool(wanted),
+            torch.zeros(n, dtype=dtype, device=device),
+            torch.zeros(n, query.shape[1], dtype=dtype, device=device) if 0 in wanted else None,
+            scale.new_zeros(()),
+            scale.new_zeros(()),
+            bool(wanted),
         )
         d_target = torch.zeros(m, query.shape[1], dtype=dtype, device=device) if 1 in wanted else None
         if group is None:

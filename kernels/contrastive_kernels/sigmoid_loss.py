@@ -7,12 +7,27 @@ import torch.distributed as dist
 
 from contrastive_kernels import sigmoid
 from contrastive_kernels.checks import (
-    check_above_zero, check_finite_weight, check_index, check_matrices, check_vector, check_weight, may_look,
-)  # fmt: skip
+    check_above_zero,
+    check_finite_weight,
+    check_index,
+    check_matrices,
+    check_vector,
+    check_weight,
+    may_look,
+)
 from contrastive_kernels.cotangents import refuse_second_derivative, scaled
 from contrastive_kernels.distributed import check_equal_shards
 from contrastive_kernels.operands import compute_dtype
-from contrastive_kernels.options import EXCHANGES, REDUCTIONS, check_exchange, check_group, check_ignore_index, check_switches, is_finite, one_of
+from contrastive_kernels.options import (
+    EXCHANGES,
+    REDUCTIONS,
+    check_exchange,
+    check_group,
+    check_ignore_index,
+    check_switches,
+    is_finite,
+    one_of,
+)
 
 TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")
 SCHEMA = (
@@ -69,7 +84,10 @@ def _cotangent(*values):
 
 
 _cotangent_op = torch.library.custom_op(
-    "contrastive_kernels::sigmoid_loss_cotangent", _cotangent, mutates_args=(), schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor, Tensor)")
+    "contrastive_kernels::sigmoid_loss_cotangent",
+    _cotangent,
+    mutates_args=(),
+    schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor, Tensor)"),
 )
 
 
@@ -123,8 +141,23 @@ def _number(name: str, value, like: torch.Tensor, mend: str) -> torch.Tensor:
 
 
 def sigmoid_loss(
-    query, target, *, scale, bias, normalize: bool = False, positives=None, query_ids=None, target_ids=None, ignore_index: int = -100,
-    query_mask=None, target_mask=None, weight=None, reduction: str = "mean", group=None, exchange: str = "gather", validate: bool = False,
+    query,
+    target,
+    *,
+    scale,
+    bias,
+    normalize: bool = False,
+    positives=None,
+    query_ids=None,
+    target_ids=None,
+    ignore_index: int = -100,
+    query_mask=None,
+    target_mask=None,
+    weight=None,
+    reduction: str = "mean",
+    group=None,
+    exchange: str = "gather",
+    validate: bool = False,
 ):
     """Sum over targets, mean over queries, of -log sigmoid(z (scale q.t + bias)): SigLIP.
 

@@ -8,15 +8,18 @@ import torch
 
 from contrastive_kernels.backends import _log_once, choose
 from contrastive_kernels.checks import check_matrices, check_tensor, may_look
-from contrastive_kernels.operands import Operand, compute_dtype, product_dtype
 from contrastive_kernels.gemm import product_into
+from contrastive_kernels.operands import Operand, compute_dtype, product_dtype
 from contrastive_kernels.options import check_switches, check_workspace
 from contrastive_kernels.panels import MIB
 
 WORKSPACE_MIB = 256
 CHECKED_ROWS = 65_536  # looked at together
 PANEL_ROWS, PRODUCT_COLUMNS = 1024, 4096  # of a panel; of one product on a CPU, near the cache
-CACHED_BYTES, COLUMNS_FOR_EACH = 16 << 20, 400  # of a tile on a CPU; below as many columns for each of the k, merging costs more than it saves
+CACHED_BYTES, COLUMNS_FOR_EACH = (
+    16 << 20,
+    400,
+)  # of a tile on a CPU; below as many columns for each of the k, merging costs more than it saves
 
 
 def stable_topk(values, k: int):
@@ -206,7 +209,9 @@ def topk_similarity(
 
         if k > MAXIMUM_K:
             if backend == "triton":
-                raise ValueError(f"backend='triton' and k: expected at most {MAXIMUM_K}, which the kernel keeps, got k={k}; use backend='auto' or 'torch'")
+                raise ValueError(
+                    f"backend='triton' and k: expected at most {MAXIMUM_K}, which the kernel keeps, got k={k}; use backend='auto' or 'torch'"
+                )
             _log_once(f"topk_similarity with k={k}, and the kernel keeps at most {MAXIMUM_K}")
             chosen = "torch"
     return _topk(query.detach(), target.detach(), k, exclude, int((workspace_mib or WORKSPACE_MIB) * MIB), chosen, validate)

@@ -47,12 +47,14 @@ def lowered(bound: int, least: int, whole: int, free: int) -> int:
     return bound
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tell_once(asked: int, bound: int) -> None:
     logger.warning(
         "contrastive_kernels: scratch is bounded by %d MiB instead of %d, since the GPU has no more: slower, and the last bits of "
-        "gradients may differ from a run with more memory; workspace_mib sets the bound", bound, asked,
-    )  # fmt: skip
+        "gradients may differ from a run with more memory; workspace_mib sets the bound",
+        bound,
+        asked,
+    )
 
 
 def whole_panel_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.Tensor) -> int:
@@ -63,7 +65,7 @@ def whole_panel_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torc
     return len(query) * (world * columns * levels * 8 + 16 * query.shape[1])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def card_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 

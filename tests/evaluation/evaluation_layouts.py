@@ -110,9 +110,12 @@ def files(folder):
     return {
         str(p.relative_to(folder)): p.read_text().replace(str(folder), "OUT")
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.suffix in (".json", ".jsonl", ".txt") and "embeddings" not in p.parts and "tasks" not in p.parts
+        if p.is_file()
+        and p.suffix in (".json", ".jsonl", ".txt")
+        and "embeddings" not in p.parts
+        and "tasks" not in p.parts
         and p.name != "summary.json"
-    }  # fmt: skip
+    }
 
 
 def shards(folder):

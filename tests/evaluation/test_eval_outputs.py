@@ -19,9 +19,20 @@ from vlm2vec.evaluation.tasks import find_tasks, load_tasks, published
 
 def row(task, score):
     return {
-        "task": task.name, "modality": task.modality, "group": task.group, "meta_task": task.meta_task, "split": task.split, "metric": task.metric,
-        "score": score, "metrics": {task.metric: score}, "num_queries": 10, "num_candidates": 5, "candidates_per_query": 5, "chance": 0.2, "problems": {},
-    }  # fmt: skip
+        "task": task.name,
+        "modality": task.modality,
+        "group": task.group,
+        "meta_task": task.meta_task,
+        "split": task.split,
+        "metric": task.metric,
+        "score": score,
+        "metrics": {task.metric: score},
+        "num_queries": 10,
+        "num_candidates": 5,
+        "candidates_per_query": 5,
+        "chance": 0.2,
+        "problems": {},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,9 @@ def evaluate(folder, output, order=1, **options):
     model = VLM2Vec.from_pretrained(folder / "model-init", device="cpu")
     data = folder / "data"
     tasks = find_tasks(data / "eval")[::order]
-    return run_tasks(model, tasks, data / "eval", data / "images", output, options=Options(progress=False, shard_cost=SHARD_COST, workers=1, **options))
+    return run_tasks(
+        model, tasks, data / "eval", data / "images", output, options=Options(progress=False, shard_cost=SHARD_COST, workers=1, **options)
+    )
 
 
 def forked(folder, output, rank=0, world=1, port=0):
@@ -83,9 +85,15 @@ def test_what_changes_a_vector_changes_its_place_in_the_store(place):
 
     same = {digest(), digest(dtype="float32"), digest(attn="sdpa")}
     others = [
-        digest(max_pixels=56 * 56), digest(min_pixels=6272), digest(positions="mrope"), digest(max_length=9), digest(dtype="bfloat16"),
-        digest(nudge), digest(lambda model: model.add_adapter(r=2)), digest(lambda model: model.prompts.update(query="Find ")),
-    ]  # fmt: skip
+        digest(max_pixels=56 * 56),
+        digest(min_pixels=6272),
+        digest(positions="mrope"),
+        digest(max_length=9),
+        digest(dtype="bfloat16"),
+        digest(nudge),
+        digest(lambda model: model.add_adapter(r=2)),
+        digest(lambda model: model.prompts.update(query="Find ")),
+    ]
     assert len(same) == 1 and len(same | set(others)) == 1 + len(others)
 
 

@@ -71,9 +71,12 @@ def test_mmeb_rows(tmp_path):
 def test_stray_marker_is_text(tmp_path):
     """WebQA and EDIS queries carry a marker without an image: the model is told so."""
     parquet(
-        tmp_path / "WebQA" / "test-00000.parquet", qry_text=["<|image_1|>\nFind: x\n"], qry_img_path=[""],
-        tgt_text=[["<|image_1|>\nA", "<|image_1|>\nA"]], tgt_img_path=[["a.png", "b.png"]],
-    )  # fmt: skip
+        tmp_path / "WebQA" / "test-00000.parquet",
+        qry_text=["<|image_1|>\nFind: x\n"],
+        qry_img_path=[""],
+        tgt_text=[["<|image_1|>\nA", "<|image_1|>\nA"]],
+        tgt_img_path=[["a.png", "b.png"]],
+    )
     loaded = load_task(load_tasks()["WebQA"], tmp_path, tmp_path)
     assert loaded.queries[0] == {"text": "<|image_1|>\nFind: x\n", "image": None}
     assert loaded.names == ["a.png", "b.png"]
@@ -83,9 +86,12 @@ def test_candidate_keys_of_both_protocols(tmp_path):
     """One path under two texts: two candidates in V1; in V2 too for i2i_vg (path:text), one for t2i (path)."""
     for name in ("RefCOCO-Matching", "WebQA"):
         parquet(
-            tmp_path / name / "test-00000.parquet", qry_text=["q"], qry_img_path=[""],
-            tgt_text=[["one", "two", "one"]], tgt_img_path=[["a.png", "a.png", "a.png"]],
-        )  # fmt: skip
+            tmp_path / name / "test-00000.parquet",
+            qry_text=["q"],
+            qry_img_path=[""],
+            tgt_text=[["one", "two", "one"]],
+            tgt_img_path=[["a.png", "a.png", "a.png"]],
+        )
     sizes = {}
     for name in ("RefCOCO-Matching", "WebQA"):
         for protocol in ("v1", "v2"):
@@ -136,20 +142,24 @@ def test_video_questions(tmp_path):
     question = "<|video_1|> " + question + "Return only the exact text of your chosen answer. Question:  "
     options = ["A. Apples.", "B. Pears."]
     parquet(tmp_path / "Video-MME" / "test.parquet", videoID=["a"], question=["Which?"], options=[options], answer=["B"])
-    parquet(
-        tmp_path / "NExTQA" / "test.parquet", video=["a"], question=["why"], answer=[3],
-        **{f"a{i}": [f"c{i}"] for i in range(5)},
-    )  # fmt: skip
+    parquet(tmp_path / "NExTQA" / "test.parquet", video=["a"], question=["why"], answer=[3], **{f"a{i}": [f"c{i}"] for i in range(5)})
     parquet(tmp_path / "EgoSchema" / "test.parquet", video_idx=["a"], question=["Q"], answer=["1"], option=[options])
     parquet(tmp_path / "ActivityNetQA" / "test.parquet", video_name=["a"], question=["is it"], answer=["no"])
     parquet(
-        tmp_path / "MVBench" / "state_change" / "train-0.parquet", video=["a.mp4"], question=["What"],
-        candidates=[["ice", "water", "ice"]], answer=["water"],
-    )  # fmt: skip
+        tmp_path / "MVBench" / "state_change" / "train-0.parquet",
+        video=["a.mp4"],
+        question=["What"],
+        candidates=[["ice", "water", "ice"]],
+        answer=["water"],
+    )
     parquet(
-        tmp_path / "MVBench" / "test.parquet", video=["a.mp4"], question=["What"], subset=["state_change"],
-        candidates=[["ice", "water", "ice"]], answer=["water"],
-    )  # fmt: skip
+        tmp_path / "MVBench" / "test.parquet",
+        video=["a.mp4"],
+        question=["What"],
+        subset=["state_change"],
+        candidates=[["ice", "water", "ice"]],
+        answer=["water"],
+    )
     (tmp_path / "MVBench" / "state_change" / "train-0.parquet").unlink()
     (tmp_path / "MVBench" / "state_change").rmdir()
     expected = {
@@ -181,9 +191,12 @@ def test_moments(tmp_path):
     picture(seeker / "query_pic.jpg", 1)
     clip = lambda *names: [[{"output_path": n} for n in names]] * 3
     parquet(
-        tmp_path / "MomentSeeker" / "test.parquet", query=["t", "i", "v"], input_frames=["", "pic.jpg", "q/9.mp4"],
-        positive_frames=clip("a/1.mp4", "a/2.mp4"), negative_frames=clip("b/3.mp4"),
-    )  # fmt: skip
+        tmp_path / "MomentSeeker" / "test.parquet",
+        query=["t", "i", "v"],
+        input_frames=["", "pic.jpg", "q/9.mp4"],
+        positive_frames=clip("a/1.mp4", "a/2.mp4"),
+        negative_frames=clip("b/3.mp4"),
+    )
     loaded = load_task(load_tasks()["MomentSeeker"], tmp_path, tmp_path / "media")
     assert loaded.labels == [[0, 1]] * 3 and loaded.local == [[0, 1, 2]] * 3
     assert len(loaded.candidates[0]["video"]) == 10, "all stored frames of a clip"

@@ -20,15 +20,25 @@ def training(tmp_path):
     image = [f"{i % 15}.png" if i % 15 < 5 else "" for i in range(30)]
     parquet(
         tmp_path / "train" / "Set" / "original-00000.parquet",
-        qry=[f"query tag:{i % 10}" for i in range(30)], qry_image_path=[""] * 30, pos_text=answer, pos_image_path=image,
+        qry=[f"query tag:{i % 10}" for i in range(30)],
+        qry_image_path=[""] * 30,
+        pos_text=answer,
+        pos_image_path=image,
         family=[i % 7 for i in range(30)],
-    )  # fmt: skip
+    )
     return tmp_path
 
 
 def mine(folder, **options):
     facts = mine_dataset(
-        StubModel(), folder / "train", "Set", folder / "images", folder / "out", MineOptions(**options), store=folder / "store", progress=False
+        StubModel(),
+        folder / "train",
+        "Set",
+        folder / "images",
+        folder / "out",
+        MineOptions(**options),
+        store=folder / "store",
+        progress=False,
     )
     return facts, pq.read_table(folder / "out" / "Set" / "original-00000.parquet").to_pylist()
 

@@ -6,7 +6,7 @@ import torch
 
 mteb = pytest.importorskip("mteb")
 
-from vlm2vec.evaluation.mteb_model import IMAGE_DOCUMENT, MTEBEncoder  # noqa: E402
+from vlm2vec.evaluation.mteb_model import IMAGE_DOCUMENT, MTEBEncoder
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,7 @@ def test_instructions_and_layout():
     fake = Fake()
     encoder = MTEBEncoder(fake, instructions={"Retrieval": {"document": "A page."}})
     encoder.encode([{"text": ["a", ""], "image": ["p1", "p2"]}], task_metadata=Meta, prompt_type="query")
-    assert fake.seen == [
-        {"text": "a", "image": "p1", "instruction": "Find it."},
-        {"text": "", "image": "p2", "instruction": "Find it."},
-    ]
+    assert fake.seen == [{"text": "a", "image": "p1", "instruction": "Find it."}, {"text": "", "image": "p2", "instruction": "Find it."}]
     encoder.encode([{"image": ["p1"]}], task_metadata=Meta, prompt_type="document")
     assert fake.seen == [{"image": "p1", "instruction": "A page."}]
     plain = MTEBEncoder(fake)

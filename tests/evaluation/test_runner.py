@@ -71,7 +71,9 @@ def test_files_as_the_reference_writes_them(mixed, tmp_path):
     # the scores can be made again from the prediction files alone
     for name in ("ImageNet-1K", "OK-VQA"):
         again = [json.loads(line) for line in (out / "image" / f"{name}_pred.jsonl").read_text().splitlines()]
-        assert ranking_metrics([r["prediction"] for r in again], [r["label"] for r in again]) == pytest.approx(rows[name]["metrics"], abs=1e-12)
+        assert ranking_metrics([r["prediction"] for r in again], [r["label"] for r in again]) == pytest.approx(
+            rows[name]["metrics"], abs=1e-12
+        )
 
 
 def test_ties_favour_the_positive(tmp_path):
@@ -79,9 +81,7 @@ def test_ties_favour_the_positive(tmp_path):
     picture(tmp_path / "a.png", 1)
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     for name, paths in (("NIGHTS", ["a.png", "b.png"]), ("CIRR", ["b.png", "a.png"])):
-        parquet(
-            tmp_path / name / "test-0.parquet", qry_text=["q"], qry_img_path=[""], tgt_text=[["same", "same"]], tgt_img_path=[paths]
-        )
+        parquet(tmp_path / name / "test-0.parquet", qry_text=["q"], qry_img_path=[""], tgt_text=[["same", "same"]], tgt_img_path=[paths])
     rows = run(StubModel(), tmp_path, tmp_path, tmp_path / "out")
     assert [r["score"] for r in rows] == [1.0, 1.0]
 
@@ -128,10 +128,11 @@ def test_bad_data_is_counted_and_scored_by_rule(tmp_path):
     (images / "t2.png").write_bytes(b"")
     empty = {"qry_img_path": [""] * 5, "qry_text": [f"tag:{i}" for i in range(5)]}
     parquet(
-        data / "NIGHTS" / "test-0.parquet", **empty,
+        data / "NIGHTS" / "test-0.parquet",
+        **empty,
         tgt_text=[["tag:0", "x"], [], ["", "x"], ["tag:3", "tag:3"], ["tag:4", "y"]],
         tgt_img_path=[["t0.png", "t1.png"], [], ["", "t0.png"], ["t3.png", "t3.png"], ["t2.png", "t0.png"]],
-    )  # fmt: skip
+    )
     rows = {r["task"]: r for r in run(StubModel(noise=0.1), data, images, tmp_path / "out")}
     bad = rows["ImageNet-1K"]["problems"]
     assert bad["affected_rows"] == 2 and "3.png" in bad["unreadable_query"]["examples"][0] + bad["unreadable_query"]["examples"][1]
@@ -139,7 +140,13 @@ def test_bad_data_is_counted_and_scored_by_rule(tmp_path):
     assert rows["ImageNet-1K"]["score"] == pytest.approx(0.8), "the two rows count as wrong"
     bad = rows["NIGHTS"]["problems"]
     kinds = {k: v["rows"] for k, v in bad.items() if isinstance(v, dict)}
-    assert kinds == {"empty_candidates": 1, "absent_positive": 2, "duplicate_candidates": 1, "unreadable_candidate": 1, "unreadable_positive": 1}
+    assert kinds == {
+        "empty_candidates": 1,
+        "absent_positive": 2,
+        "duplicate_candidates": 1,
+        "unreadable_candidate": 1,
+        "unreadable_positive": 1,
+    }
     assert bad["affected_rows"] == 3 and rows["NIGHTS"]["score"] == pytest.approx(2 / 5)
     summary = write_summary(tmp_path / "out", list(rows.values()), "stub")
     assert summary["affected_rows"] == 5

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from contrastive_kernels import topk_similarity
 from contrastive_kernels.topk import merge_tile
 

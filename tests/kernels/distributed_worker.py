@@ -6,9 +6,8 @@ import os
 import sampling
 import torch
 import torch.distributed as dist
-from sampling import Case, random_sets
-
 from contrastive_kernels import checks, info_nce, info_nce_value_and_grad, sigmoid_loss
+from sampling import Case, random_sets
 
 PER_ROW = ("query_ids", "query_mask", "own_negatives_only", "weight")
 ALONE = {"sum", "none", "small_workspace"}  # refused over ranks, or taken by a call alone
@@ -41,7 +40,9 @@ def shard_of(case, options, rank):
     if "hard_offsets" in options:
         offsets = options["hard_offsets"][rows.start : rows.stop + 1]
         packed = slice(int(offsets[0]), int(offsets[-1]))
-        out.update(hard_offsets=offsets - offsets[0], hard_negatives=options["hard_negatives"][packed], hard_ids=options["hard_ids"][packed])
+        out.update(
+            hard_offsets=offsets - offsets[0], hard_negatives=options["hard_negatives"][packed], hard_ids=options["hard_ids"][packed]
+        )
         return case.query[rows], case.target[targets], out, {"hard_negatives": packed}
     if "hard_negatives" in options:
         out.update({name: options[name][rows] for name in ("hard_negatives", "hard_ids") if name in options})
@@ -74,8 +75,14 @@ def compare(seed, names, exchange, rank, world, group, backend="auto"):
 
 def compare_all(rank, world, group, count, seed):
     fixed = [
-        (), ("symmetric",), ("query_negatives", "target_negatives"), ("symmetric", "positives", "target_ids", "query_ids"),
-        ("target_mask", "query_mask"), ("hardness", "hard"), ("hardness_hard", "packed_hard", "symmetric"), ("hardness_in_batch", "hard_with_ids", "learnt_temperature"),
+        (),
+        ("symmetric",),
+        ("query_negatives", "target_negatives"),
+        ("symmetric", "positives", "target_ids", "query_ids"),
+        ("target_mask", "query_mask"),
+        ("hardness", "hard"),
+        ("hardness_hard", "packed_hard", "symmetric"),
+        ("hardness_in_batch", "hard_with_ids", "learnt_temperature"),
     ]
     sets = fixed + [tuple(n for n in names if n not in ALONE) for names in random_sets(count, seed)]
     sets += [(name,) for name in sampling.NAMES if name not in ALONE.union(*sets)]  # every option at least once
@@ -108,7 +115,9 @@ def through_autograd(rank, world, group):
 
 def sigmoid(rank, world, group):
     """Value and gradients of the sigmoid loss, positives, ids that cross ranks, masks and weights included."""
-    for seed, names in enumerate([(), ("positives",), ("target_ids", "weight"), ("query_mask", "target_mask"), ("target_ids", "query_ids"), ("normalize",)]):
+    for seed, names in enumerate(
+        [(), ("positives",), ("target_ids", "weight"), ("query_mask", "target_mask"), ("target_ids", "query_ids"), ("normalize",)]
+    ):
         case, options = whole_case(seed, names, world)
         for name in ("temperature", "symmetric", "query_negatives"):
             options.pop(name, None)

@@ -11,11 +11,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-
 from contrastive_kernels import GradCache, InfoNCELoss, info_nce
 from contrastive_kernels.retention import counting_saved
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 ROWS, WIDTH = 16, 10
 

@@ -3,11 +3,10 @@
 import contextlib
 
 import torch
+from contrastive_kernels import info_nce_direct
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
-
-from contrastive_kernels import info_nce_direct
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 

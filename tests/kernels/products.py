@@ -7,7 +7,6 @@ definition: a forgotten cut or tile is no matter of rounding.
 
 import pytest
 import torch
-
 from contrastive_kernels import gemm, levels, panels
 
 WAYS = ("mm", "onednn float64")
@@ -15,7 +14,9 @@ FLOAT32_WAYS = ("mm", "onednn")
 
 
 def is_built_in() -> bool:
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    )
 
 
 def force(monkeypatch, way: str, small: bool = True) -> list[torch.Size]:

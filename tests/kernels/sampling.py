@@ -138,7 +138,12 @@ class Case:
 
 
 NAMES = [name[1:] for name in vars(Case) if name.startswith("_") and not name.startswith("__")]
-CLASHES = [{"sum", "none"}, {"hardness", "hardness_in_batch", "hardness_hard"}, {"learnt_temperature", "cold"}, {"hard", "packed_hard", "hard_with_ids"}]
+CLASHES = [
+    {"sum", "none"},
+    {"hardness", "hardness_in_batch", "hardness_hard"},
+    {"learnt_temperature", "cold"},
+    {"hard", "packed_hard", "hard_with_ids"},
+]
 
 
 def compatible(names) -> bool:

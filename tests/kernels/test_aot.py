@@ -12,17 +12,18 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bench import aot, aot_compile, sass  # noqa: E402
-from contrastive_kernels import roofline  # noqa: E402
-from contrastive_kernels.triton import configs, warp_specialised  # noqa: E402
-from tests.kernels.paths import force  # noqa: E402
+from contrastive_kernels import roofline
+from contrastive_kernels.triton import configs, warp_specialised
+
+from bench import aot, aot_compile, sass
+from tests.kernels.paths import force
 
 pytestmark = pytest.mark.slow
 # the cost model's instructions are those of triton 3.8 and 3.9; 3.6 takes up to 18.02 where they take 15.5
 OLDER = 1.17 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 1.0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def all_rows(arch: int) -> list[dict]:
     return aot.rows(arch)
 
@@ -80,13 +81,20 @@ def test_every_kernel_is_compiled_with_every_switch_both_ways(arch):
     """As the sources have them, so that neither a new kernel nor a new switch is left out."""
     folder = aot.ROOT / "kernels/contrastive_kernels/triton"
     kernels = {name for path in folder.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
-    child = subprocess.run([sys.executable, "-c", SWITCHES, str(arch)], capture_output=True, text=True, check=True, env=aot._environment(), cwd=aot.ROOT)
+    child = subprocess.run(
+        [sys.executable, "-c", SWITCHES, str(arch)], capture_output=True, text=True, check=True, env=aot._environment(), cwd=aot.ROOT
+    )
     seen = json.loads(child.stdout)
     if warp_specialised.obstacle(arch, torch.bfloat16, plain=True, columns=1024, interpreted=False):
         assert arch == 80 or arch == 100 and triton.__version__.startswith("3.6.")
         kernels.remove("_warp_specialised_kernel")
     assert set(seen) == kernels
-    assert not {(kernel, name): values for kernel, switches in seen.items() for name, values in switches.items() if values != FIXED.get(name, [False, True])}
+    assert not {
+        (kernel, name): values
+        for kernel, switches in seen.items()
+        for name, values in switches.items()
+        if values != FIXED.get(name, [False, True])
+    }
 
 
 @pytest.mark.parametrize("arch, groups", [(90, 2), (100, 1)])
@@ -111,7 +119,9 @@ def test_predicted_time_of_a_search(arch, most):
 
 def test_tiles_of_sm_80_fit_where_they_are_lent():
     # sm_86, sm_89 and sm_120 have 99 KiB of shared memory a block
-    assert {configs.tuned_as(arch) for arch in (80, 86, 89, 120, 121)} == {80} and configs.tuned_as(103) == 100 and configs.tuned_as(110) == 0
+    assert (
+        {configs.tuned_as(arch) for arch in (80, 86, 89, 120, 121)} == {80} and configs.tuned_as(103) == 100 and configs.tuned_as(110) == 0
+    )
     assert max(row["shared"] for row in compiled(80)) <= 99 * 1024
 
 
@@ -121,7 +131,9 @@ def test_the_cost_model_prices_the_tiles_that_are_launched(arch):
     for row in compiled(arch):
         if row["kernel"] == "_exp_panel_kernel":
             shapes[row["case"].split(", ", 1)[1].removesuffix(", bfloat16")] = row["block_r"], row["block_c"]
-    assert shapes["plain"] == configs.exp_panel_tile(arch, 2, 4096) and shapes["stats"] == configs.exp_panel_tile(arch, 2, 4096, row_max=True)
+    assert shapes["plain"] == configs.exp_panel_tile(arch, 2, 4096) and shapes["stats"] == configs.exp_panel_tile(
+        arch, 2, 4096, row_max=True
+    )
     assert shapes["prefixes"] == shapes["prefixes, all"] == configs.exp_panel_tile(arch, 2, 4096, levels=True)
     assert shapes["joint"] == configs.exp_panel_tile(arch, 2, 4096, col_sum=True)
 
@@ -152,10 +164,19 @@ def test_predicted_time_stays_near_three_products(arch, n, d):
 
 
 GROUPS = {  # what launchers note, by the piece of the cost model that stands for it
-    "exp_panel": ("logits product",), "gemm": ("logits, float32", "d_query = ", "d_target +="), "row_scaled": ("scaled query", "unit targets"),
-    "rows_update": ("row factors",), "rows_scatter": ("positives of",), "chunk": ("softmax ",), "fused_": ("fused ",),
-    "exp_panel_redo": ("unsafe rows",), "row_dots": ("cosines of",), "mark_rows": ("rows to look",), "finish_rows": ("rows worked",),
-    "inverse_norms": ("inverse norms",), "project_out": ("projection",),
+    "exp_panel": ("logits product",),
+    "gemm": ("logits, float32", "d_query = ", "d_target +="),
+    "row_scaled": ("scaled query", "unit targets"),
+    "rows_update": ("row factors",),
+    "rows_scatter": ("positives of",),
+    "chunk": ("softmax ",),
+    "fused_": ("fused ",),
+    "exp_panel_redo": ("unsafe rows",),
+    "row_dots": ("cosines of",),
+    "mark_rows": ("rows to look",),
+    "finish_rows": ("rows worked",),
+    "inverse_norms": ("inverse norms",),
+    "project_out": ("projection",),
 }
 
 
@@ -262,10 +283,17 @@ def test_disassembly_reader_of_a_kernel_that_walks_tiles():
         /*00a0*/                   EXIT ;
 """
     code = sass.parse(text)
-    assert code.hot_loop() == (1, 2) and code.around((1, 2)) == (0, 6) and code.first_with("MUFU") == (0, 6) and code.first_with("HMMA") is None
+    assert (
+        code.hot_loop() == (1, 2)
+        and code.around((1, 2)) == (0, 6)
+        and code.first_with("MUFU") == (0, 6)
+        and code.first_with("HMMA") is None
+    )
 
 
-@pytest.mark.parametrize("registers, shared, threads, blocks", [(255, 147_456, 256, 1), (128, 98_304, 256, 2), (32, 0, 128, 16), (64, 240_000, 128, 0)])
+@pytest.mark.parametrize(
+    "registers, shared, threads, blocks", [(255, 147_456, 256, 1), (128, 98_304, 256, 2), (32, 0, 128, 16), (64, 240_000, 128, 0)]
+)
 def test_occupancy(registers, shared, threads, blocks):
     got, share = aot_compile.occupancy(roofline.H100, registers, shared, threads)
     assert got == blocks and share == blocks * threads / 2048

@@ -5,9 +5,9 @@ import argparse
 import products
 import pytest
 import torch
+from contrastive_kernels import panels
 
 from bench import accuracy, emulated
-from contrastive_kernels import panels
 
 
 def arguments(tmp_path, *words):
@@ -55,7 +55,9 @@ def test_one_part_that_is_worse_is_seen(part, tmp_path):
 def test_products_that_are_worse_are_seen(tmp_path, monkeypatch):
     """Candidates that have lost five bits of their 24, as TF32 has lost thirteen."""
     real = panels.product_into
-    monkeypatch.setattr(panels, "product_into", lambda out, a, b: real(out, ((a.contiguous().view(torch.int32) + 16) & ~31).view(torch.float32), b))
+    monkeypatch.setattr(
+        panels, "product_into", lambda out, a, b: real(out, ((a.contiguous().view(torch.int32) + 16) & ~31).view(torch.float32), b)
+    )
     missed = [sentence for good, sentence in accuracy.verdicts(float32_rows(tmp_path)) if not good]
     assert any("d_query" in sentence for sentence in missed) and any("d_target" in sentence for sentence in missed)
 

@@ -34,7 +34,9 @@ def test_arms(aim, code, verdict, run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("aim, code", [(1e9, 0), (0.0, 1)])
 def test_options(aim, code, run, monkeypatch):
-    monkeypatch.setattr(loss_options, "cases", lambda n, d: {"normalize": ({"normalize": True}, aim), "weight": ({"weight": torch.ones(n)}, 1e9)})
+    monkeypatch.setattr(
+        loss_options, "cases", lambda n, d: {"normalize": ({"normalize": True}, aim), "weight": ({"weight": torch.ones(n)}, 1e9)}
+    )
     got, rows = run("--tables", "options", "--options-shape", "64x8")
     assert got == code and verdicts(rows) == {"normalize": "MISS" if code else "PASS", "weight": "PASS"}
 

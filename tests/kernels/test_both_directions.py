@@ -2,13 +2,26 @@
 
 import products
 import pytest
+from contrastive_kernels import both_directions, info_nce_value_and_grad, panels
 from sampling import Case
 from test_options import close, equals_the_definition
 
-from contrastive_kernels import both_directions, info_nce_value_and_grad, panels
-
 N = 13
-SHARED = [(), ("target_ids",), ("hardness",), ("weight",), ("hard",), ("packed_hard",), ("learnt_temperature",), ("normalize",), ("matryoshka",), ("sum",), ("none",), ("small_workspace",), ("hard", "hardness", "target_ids", "weight", "learnt_temperature")]
+SHARED = [
+    (),
+    ("target_ids",),
+    ("hardness",),
+    ("weight",),
+    ("hard",),
+    ("packed_hard",),
+    ("learnt_temperature",),
+    ("normalize",),
+    ("matryoshka",),
+    ("sum",),
+    ("none",),
+    ("small_workspace",),
+    ("hard", "hardness", "target_ids", "weight", "learnt_temperature"),
+]
 APART = [("positives",), ("query_mask",), ("margin",), ("query_negatives",), ("smoothing",), ("cold",)]
 
 

@@ -4,9 +4,8 @@ import sys
 
 import pytest
 import torch
-from sampling import Case
-
 from contrastive_kernels import cotangents, info_nce, info_nce_value_and_grad, sigmoid_loss
+from sampling import Case
 
 LOSSES = {
     "info_nce": lambda q, t: info_nce(q, t, temperature=0.2, symmetric=True),

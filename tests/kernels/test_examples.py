@@ -9,7 +9,10 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {
-    "pytorch_loop": (), "sentence_transformers_loss": ("sentence_transformers",), "open_clip_loss": ("open_clip",), "gradcache_loss": ("gradcache",),
+    "pytorch_loop": (),
+    "sentence_transformers_loss": ("sentence_transformers",),
+    "open_clip_loss": ("open_clip",),
+    "gradcache_loss": ("gradcache",),
     "transformers_trainer": ("transformers", "accelerate"),
 }
 

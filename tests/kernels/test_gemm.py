@@ -6,12 +6,14 @@ import math
 import products
 import pytest
 import torch
-
 from contrastive_kernels import gemm
 
 LAYOUTS = {
-    "contiguous": lambda x: x.clone(), "transposed": lambda x: x.T.contiguous().T, "columns of a wider": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "rows of a wider, transposed": lambda x: torch.cat([x, x], 0).T.contiguous().T[: len(x)], "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "contiguous": lambda x: x.clone(),
+    "transposed": lambda x: x.T.contiguous().T,
+    "columns of a wider": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "rows of a wider, transposed": lambda x: torch.cat([x, x], 0).T.contiguous().T[: len(x)],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
 }
 
 
@@ -54,7 +56,9 @@ def test_a_sum_is_cut_into_equal_parts(terms):
 
 
 # 512 and less are cut by us alone; beyond, oneDNN cuts once more by itself: only where it is taken is that known
-@pytest.mark.parametrize("terms", [64, 192, 256, 384, 512, *((768, 1024, 1536, 3000) if gemm.prefers_onednn(torch.float32, torch.device("cpu")) else ())])
+@pytest.mark.parametrize(
+    "terms", [64, 192, 256, 384, 512, *((768, 1024, 1536, 3000) if gemm.prefers_onednn(torch.float32, torch.device("cpu")) else ())]
+)
 def test_onednn_adds_no_long_stretch_of_terms_one_by_one(terms, monkeypatch):
     """The rounding of partial sums is a random walk: in stretches of b terms it leaves 1.77e-8 sqrt(b + terms / b) of the sum in float32.
 
@@ -91,7 +95,10 @@ def test_rows_of_a_wider_matrix_are_made_tight_for_onednn(way, monkeypatch):
         assert seen == [True] * taken, name
 
 
-@pytest.mark.skipif(not gemm.prefers_onednn(torch.float32, torch.device("cpu")), reason="oneDNN is taken on AMD processors with AVX-512 alone: elsewhere there is nothing to time")
+@pytest.mark.skipif(
+    not gemm.prefers_onednn(torch.float32, torch.device("cpu")),
+    reason="oneDNN is taken on AMD processors with AVX-512 alone: elsewhere there is nothing to time",
+)
 def test_rows_of_a_wider_matrix_are_not_slow():
     """oneDNN's reference kernel is a thousand times slower than its others, and strided rows would take it."""
     import time

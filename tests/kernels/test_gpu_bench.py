@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.gpu import cases, clock, errors, losses, timing  # noqa: E402
-from bench.gpu.check import Machine  # noqa: E402
-from bench.gpu.parts import attention, gate, profile, smoke  # noqa: E402
+from bench.gpu import cases, clock, errors, losses, timing
+from bench.gpu.check import Machine
+from bench.gpu.parts import attention, gate, profile, smoke
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the program itself")
 DRY = Machine("cpu", dry=True)
@@ -17,10 +17,14 @@ def dry_case(name, dtype=torch.bfloat16):
     return next(case for case in cases.cases(cases.DRY_SHAPE, cases.DRY, (dtype,)) if case.name == name)
 
 
-@pytest.mark.parametrize("name, paths", [
-    ("plain", {"exp", "chunk", "fused", "dense"}), ("matryoshka", {"exp", "chunk", "fused", "levels"}),
-    ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, paths",
+    [
+        ("plain", {"exp", "chunk", "fused", "dense"}),
+        ("matryoshka", {"exp", "chunk", "fused", "levels"}),
+        ("pairs, symmetric", {"exp", "chunk", "fused", "joint"}),
+    ],
+)
 def test_gate_takes_every_path(name, paths):
     case = dry_case(name)
     rows = gate.judged(case, "cpu")

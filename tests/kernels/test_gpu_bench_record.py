@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.gpu import record  # noqa: E402
+from bench.gpu import record
 
 ROOT = Path(__file__).resolve().parents[2]
 ABOUT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc1234", "dry": False}

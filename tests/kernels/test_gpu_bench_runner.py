@@ -46,7 +46,9 @@ def test_a_process_that_dies_or_loses_the_device_costs_one_check(run):
 def test_a_check_that_hangs_is_ended_and_the_next_one_runs(run):
     began = time.monotonic()
     code, found = run("smoke")
-    assert code == 1 and names(found) == ["a", "b"] and names(found, "complaints") == ["hang"] and time.monotonic() - began < 300  # of the 600 that it would sleep
+    assert (
+        code == 1 and names(found) == ["a", "b"] and names(found, "complaints") == ["hang"] and time.monotonic() - began < 300
+    )  # of the 600 that it would sleep
     assert "hangs" in found["complaints"][0]["text"]
 
 
@@ -74,7 +76,9 @@ def test_checks_are_shared_between_processes(run, monkeypatch):
 def test_what_does_not_fit_in_the_minutes_is_told(run):
     began = time.monotonic()
     code, found = run("attention", minutes=0.1)
-    assert code == 0 and names(found, "notes") == ["slow"] and "no time left" in found["notes"][0]["text"] and time.monotonic() - began < 200
+    assert (
+        code == 0 and names(found, "notes") == ["slow"] and "no time left" in found["notes"][0]["text"] and time.monotonic() - began < 200
+    )
     code, found = run("env", "smoke", minutes=0.01)
     assert code == 0 and [note["text"] for note in found["notes"]] == ["skipped: no time left"] * 2 and found["rows"] == []
 
@@ -104,10 +108,16 @@ def attempted(run, ours=True):
     return going, said[1]
 
 
-@pytest.mark.parametrize("text, lost", [
-    ("CUDA error: an illegal memory access was encountered", True), ("CUDA error: device-side assert triggered", True),
-    ("Triton Error [CUDA]: misaligned address", True), ("CUDA error: out of memory", False), ("expected 3, got 4", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, lost",
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA error: device-side assert triggered", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("CUDA error: out of memory", False),
+        ("expected 3, got 4", False),
+    ],
+)
 def test_errors_that_lose_the_device_end_the_process(text, lost):
     def run():
         raise RuntimeError(text)

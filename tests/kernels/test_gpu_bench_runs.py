@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from bench.gpu import runner  # noqa: E402
-from bench.gpu.check import PARTS  # noqa: E402
+from bench.gpu import runner
+from bench.gpu.check import PARTS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the program itself")
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,12 +92,19 @@ def test_a_fault_in_each_part_is_told_and_the_rest_still_runs(tmp_path, capsys):
     assert set(told) == set(expected), told
     ran = {(row["part"], row["name"]) for row in found["rows"]}
     after = {
-        ("env", "launch, torch operation"), ("smoke", "topk_similarity"), ("smoke", "torch.compile of info_nce"),
+        ("env", "launch, torch operation"),
+        ("smoke", "topk_similarity"),
+        ("smoke", "torch.compile of info_nce"),
         ("smoke", "one rank, NCCL and a ring"),
-        ("loss", "eager"), ("profile", "kernels: plain"), ("profile", "warp_specialised panel: library, D = 16"),
-        ("gate", "beyond 2^31 elements"), ("sizes", "option: pooled, 4 tokens"),
-        ("sizes", "search: top-10, triton"), ("peers", "eager, both directions"), ("attention", "sdpa 2/1x8 causal"),
-    }  # fmt: skip
+        ("loss", "eager"),
+        ("profile", "kernels: plain"),
+        ("profile", "warp_specialised panel: library, D = 16"),
+        ("gate", "beyond 2^31 elements"),
+        ("sizes", "option: pooled, 4 tokens"),
+        ("sizes", "search: top-10, triton"),
+        ("peers", "eager, both directions"),
+        ("attention", "sdpa 2/1x8 causal"),
+    }
     assert after <= ran, after - ran
     notes = {(note["part"], note["name"]): note["text"] for note in found["notes"]}
     assert "planted in a peer" in notes["peers", "24 x 24 x 16 sentence-transformers, cached"]

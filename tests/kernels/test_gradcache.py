@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-
 from contrastive_kernels import GradCache, InfoNCELoss, info_nce
 from contrastive_kernels.chunks import row_chunks, token_budget_chunks
 from contrastive_kernels.generator_state import GeneratorState
+from torch import nn
 
 
 class Encoder(nn.Module):

@@ -90,7 +90,9 @@ FAULTS = {
     },
 }
 RAISING = {
-    f"{wrapper}, {where}, {'again' if limit else 'gradients of earlier steps'}": Case(wrapper=wrapper, fault=(1, where, "second"), limit=limit)
+    f"{wrapper}, {where}, {'again' if limit else 'gradients of earlier steps'}": Case(
+        wrapper=wrapper, fault=(1, where, "second"), limit=limit
+    )
     for wrapper in ("ddp", "fsdp")
     for where in ("first", "backward")
     for limit in (1, 0)

@@ -4,11 +4,10 @@ import logging
 
 import pytest
 import torch
-from torch import nn
-
 from contrastive_kernels import GradCache, InfoNCELoss, info_nce, sigmoid_loss
 from contrastive_kernels.gradient_sync import GradientSync
 from contrastive_kernels.out_of_memory import OutOfMemory
+from torch import nn
 
 ROWS = 8
 

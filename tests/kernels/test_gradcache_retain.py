@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from test_gradcache import Encoder, assert_same, batch, gradients
-from torch import nn
-
 from contrastive_kernels import GradCache
 from contrastive_kernels.retention import GraphSize, counting_saved, fitting_chunks
 from contrastive_kernels.workspace import free_cuda_bytes
+from test_gradcache import Encoder, assert_same, batch, gradients
+from torch import nn
 
 MIB = 2**20
 

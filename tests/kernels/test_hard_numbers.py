@@ -3,11 +3,11 @@
 import products
 import pytest
 import torch
+from contrastive_kernels import info_nce_value_and_grad, sigmoid_loss
+from contrastive_kernels.reference import info_nce_reference, sigmoid_loss_reference
 from sampling import unit
 
 from bench.accuracy import embeddings, relative, truth
-from contrastive_kernels import info_nce_value_and_grad, sigmoid_loss
-from contrastive_kernels.reference import info_nce_reference, sigmoid_loss_reference
 
 N, D = 9, 8
 
@@ -50,8 +50,18 @@ def batch(case):
 
 
 CASES = (
-    "random", "opposite", "same", "zeros", "all zeros", "duplicates", "unnormalised", "negatives masked", "negatives beyond a margin", "targets masked",
-    "rows ignored", "no weight",
+    "random",
+    "opposite",
+    "same",
+    "zeros",
+    "all zeros",
+    "duplicates",
+    "unnormalised",
+    "negatives masked",
+    "negatives beyond a margin",
+    "targets masked",
+    "rows ignored",
+    "no weight",
 )
 NOTHING_LEFT = ("negatives masked", "negatives beyond a margin", "targets masked", "rows ignored", "no weight")
 
@@ -83,7 +93,9 @@ def test_finite_in_low_precision(case, dtype):
     query, target, options = batch(case)
     for symmetric in (False, True):
         for grad_dtype in (None, torch.float32):
-            result = info_nce_value_and_grad(query.to(dtype), target.to(dtype), grad_dtype=grad_dtype, temperature=0.001, symmetric=symmetric, **options)
+            result = info_nce_value_and_grad(
+                query.to(dtype), target.to(dtype), grad_dtype=grad_dtype, temperature=0.001, symmetric=symmetric, **options
+            )
             assert all(x.isfinite().all() for x in (result.loss, result.d_query, result.d_target))
 
 
@@ -106,7 +118,11 @@ def test_low_precision_is_at_a_tenth_of_eagers_error(dtype, kind, temperature):
 def test_sigmoid_loss(case, scale, bias):
     query, target, options = batch(case)
     results = []
-    for function, dtype in ((sigmoid_loss, torch.float32), (sigmoid_loss_reference, torch.float32), (sigmoid_loss_reference, torch.float64)):
+    for function, dtype in (
+        (sigmoid_loss, torch.float32),
+        (sigmoid_loss_reference, torch.float32),
+        (sigmoid_loss_reference, torch.float64),
+    ):
         tensors = [x.detach().to(dtype, copy=True).requires_grad_() for x in (query, target, torch.tensor(scale), torch.tensor(bias))]
         loss = function(*tensors[:2], scale=tensors[2], bias=tensors[3], normalize=True, **options)
         results.append((loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, tensors))))

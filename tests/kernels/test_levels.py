@@ -4,21 +4,37 @@ import products
 import pytest
 import torch
 import torch.nn.functional as F
-from sampling import Case
-from test_options import close, equals_the_definition
-
 from contrastive_kernels import info_nce, info_nce_value_and_grad, levels, panels
 from contrastive_kernels.compute import compute
 from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.reference import info_nce_reference
+from sampling import Case
+from test_options import close, equals_the_definition
+
 from train.live_bytes import LiveBytes
 
 TOGETHER = [
-    (), ("positives",), ("target_ids",), ("query_mask", "target_mask"), ("own_negatives_only",), ("margin",), ("hardness",), ("learnt_temperature",),
-    ("weight",), ("sum",), ("none",), ("none", "weight", "positives"), ("small_workspace",), ("relative", "target_ids", "positives", "learnt_temperature"),
+    (),
+    ("positives",),
+    ("target_ids",),
+    ("query_mask", "target_mask"),
+    ("own_negatives_only",),
+    ("margin",),
+    ("hardness",),
+    ("learnt_temperature",),
+    ("weight",),
+    ("sum",),
+    ("none",),
+    ("none", "weight", "positives"),
+    ("small_workspace",),
+    ("relative", "target_ids", "positives", "learnt_temperature"),
 ]
 APART = [("symmetric",), ("query_negatives",), ("target_negatives",), ("smoothing",), ("hard",), ("cold",)]
-DIMS = [{"matryoshka_dims": (3, 8), "matryoshka_weights": (0.7, 1.3)}, {"matryoshka_dims": (5, 1, 7, 2)}, {"matryoshka_dims": (4,), "matryoshka_weights": (0.5,)}]
+DIMS = [
+    {"matryoshka_dims": (3, 8), "matryoshka_weights": (0.7, 1.3)},
+    {"matryoshka_dims": (5, 1, 7, 2)},
+    {"matryoshka_dims": (4,), "matryoshka_weights": (0.5,)},
+]
 
 
 @pytest.fixture
@@ -81,7 +97,8 @@ def test_float32_is_no_further_from_the_truth_than_autograd(kind, way, monkeypat
             at = torch.tensor(0.05, dtype=dtype, requires_grad=True)
             given = [x.to(dtype).requires_grad_() for x in (query, target)]
             naive = sum(
-                F.cross_entropy(F.normalize(given[0][:, :d], dim=1) @ F.normalize(given[1][:, :d], dim=1).T / at, torch.arange(300)) for d in dims
+                F.cross_entropy(F.normalize(given[0][:, :d], dim=1) @ F.normalize(given[1][:, :d], dim=1).T / at, torch.arange(300))
+                for d in dims
             )
             ours = info_nce_value_and_grad(*given, temperature=at, matryoshka_dims=dims)
             return (ours.loss, ours.d_query, ours.d_target, ours.d_temperature), (naive.detach(), *torch.autograd.grad(naive, (*given, at)))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from contrastive_kernels import InfoNCELoss, info_nce
 
 

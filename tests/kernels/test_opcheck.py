@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from sampling import Case, random_sets
-
 from contrastive_kernels.info_nce_op import _cotangent_op, info_nce_op, pack
 from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.pooling import _pool, _pool_backward, _rows, last_token_rows
 from contrastive_kernels.sigmoid_loss import _cotangent_op as sigmoid_cotangent_op
 from contrastive_kernels.sigmoid_loss import _op as sigmoid_op
 from contrastive_kernels.topk import _topk
+from sampling import Case, random_sets
 
 N, M, D = 5, 10, 8
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter takes tensors of a CPU"))]
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter takes tensors of a CPU")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,14 @@ def arguments(names, seed=0, **more):
     return pack(query, target, made, frozenset(given))
 
 
-SETS = [(), ("symmetric", "packed_hard"), ("none", "weight"), ("learnt_temperature", "hard"), ("learnt_temperature", "matryoshka"), *random_sets(6, seed=21)]
+SETS = [
+    (),
+    ("symmetric", "packed_hard"),
+    ("none", "weight"),
+    ("learnt_temperature", "hard"),
+    ("learnt_temperature", "matryoshka"),
+    *random_sets(6, seed=21),
+]
 
 
 @pytest.mark.parametrize("backend", ["torch"])

@@ -6,10 +6,9 @@ All of it in both ways of forming products.
 import products
 import pytest
 import torch
-from sampling import Case, random_sets, singles_and_pairs
-
 from contrastive_kernels import info_nce, info_nce_value_and_grad, operands, panels
 from contrastive_kernels.reference import info_nce_reference
+from sampling import Case, random_sets, singles_and_pairs
 
 NAMES = ("query", "target", "hard_negatives", "temperature")
 

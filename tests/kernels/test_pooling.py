@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-
 from contrastive_kernels import last_token_pool, pooled_info_nce
 from contrastive_kernels.reference import last_token_pool_reference, pooled_info_nce_reference
 
 N, L, D = 6, 4, 8
-MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]])  # one without a token, one with a hole
+MASK = torch.tensor(
+    [[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]
+)  # one without a token, one with a hole
 OFFSETS = torch.tensor([0, 3, 3, 8, 12, 20, 22])  # one without a token, two behind the last sample
 
 
@@ -20,9 +21,13 @@ def hidden_states(zero: bool = False):
 
 
 LAYOUTS = {
-    "padded": lambda h: (h, {"attention_mask": MASK}), "bool": lambda h: (h, {"attention_mask": MASK.bool()}), "float": lambda h: (h, {"attention_mask": MASK.float()}),
-    "left": lambda h: (h, {"attention_mask": MASK.flip(1)}), "strided": lambda h: (h.transpose(0, 1).contiguous().transpose(0, 1), {"attention_mask": MASK.T.contiguous().T}),
-    "packed": lambda h: (h.flatten(0, 1), {"cu_seqlens": OFFSETS}), "packed int32": lambda h: (h.flatten(0, 1), {"cu_seqlens": OFFSETS.int()}),
+    "padded": lambda h: (h, {"attention_mask": MASK}),
+    "bool": lambda h: (h, {"attention_mask": MASK.bool()}),
+    "float": lambda h: (h, {"attention_mask": MASK.float()}),
+    "left": lambda h: (h, {"attention_mask": MASK.flip(1)}),
+    "strided": lambda h: (h.transpose(0, 1).contiguous().transpose(0, 1), {"attention_mask": MASK.T.contiguous().T}),
+    "packed": lambda h: (h.flatten(0, 1), {"cu_seqlens": OFFSETS}),
+    "packed int32": lambda h: (h.flatten(0, 1), {"cu_seqlens": OFFSETS.int()}),
 }
 
 
@@ -49,7 +54,9 @@ def test_gradcheck(layout):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("shape, how", [((3, 0, D), {"attention_mask": torch.ones(3, 0)}), ((0, D), {"cu_seqlens": torch.zeros(4, dtype=torch.int64)})])
+@pytest.mark.parametrize(
+    "shape, how", [((3, 0, D), {"attention_mask": torch.ones(3, 0)}), ((0, D), {"cu_seqlens": torch.zeros(4, dtype=torch.int64)})]
+)
 def test_no_token_at_all(shape, how, backend):
     pytest.importorskip("triton") if backend == "triton" else None
     hidden = torch.zeros(shape, requires_grad=True)
@@ -77,8 +84,18 @@ def test_a_second_derivative_raises():
         torch.autograd.grad(last_token_pool(hidden, attention_mask=MASK).sum(), hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True, "temperature": 0.2}, {"normalize": False, "temperature": 3.0}, {"matryoshka_dims": (3, D), "reduction": "none"}])
-@pytest.mark.parametrize("query_layout, target_layout", [("padded", "left"), ("packed", "padded"), ("packed int32", "packed"), ("strided", "float")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"symmetric": True, "temperature": 0.2},
+        {"normalize": False, "temperature": 3.0},
+        {"matryoshka_dims": (3, D), "reduction": "none"},
+    ],
+)
+@pytest.mark.parametrize(
+    "query_layout, target_layout", [("padded", "left"), ("packed", "padded"), ("packed int32", "packed"), ("strided", "float")]
+)
 def test_the_loss_from_hidden_states_equals_its_definition(query_layout, target_layout, options):
     (query, of_query), (target, of_target) = LAYOUTS[query_layout](hidden_states(True)), LAYOUTS[target_layout](hidden_states(True))
     query.requires_grad_(), target.requires_grad_()

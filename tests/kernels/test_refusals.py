@@ -8,8 +8,15 @@ import re
 
 import pytest
 import torch
-
-from contrastive_kernels import InfoNCELoss, info_nce, info_nce_value_and_grad, last_token_pool, pooled_info_nce, sigmoid_loss, topk_similarity
+from contrastive_kernels import (
+    InfoNCELoss,
+    info_nce,
+    info_nce_value_and_grad,
+    last_token_pool,
+    pooled_info_nce,
+    sigmoid_loss,
+    topk_similarity,
+)
 
 N, M, D = 4, 8, 3
 
@@ -59,9 +66,15 @@ BAD = {
     "offsets past the end": ({"hard_negatives": torch.randn(5, D), "hard_offsets": ints(0, 1, 2, 3, 6)}, "hard_offsets.*H=5"),
     "offsets that fall": ({"hard_negatives": torch.randn(5, D), "hard_offsets": ints(0, 3, 2, 4, 5)}, "steps below 0"),
     "hard negatives in another dtype": ({"hard_negatives": torch.randn(N, 2, D).double()}, "hard_negatives: expected the queries' dtype"),
-    "hard ids of another shape": ({"hard_negatives": torch.randn(N, 2, D), "hard_ids": torch.zeros(N, 3).long(), "target_ids": torch.zeros(M).long()}, "hard_ids: expected shape"),
+    "hard ids of another shape": (
+        {"hard_negatives": torch.randn(N, 2, D), "hard_ids": torch.zeros(N, 3).long(), "target_ids": torch.zeros(M).long()},
+        "hard_ids: expected shape",
+    ),
     "hard ids alone": ({"hard_ids": torch.zeros(N, 2).long()}, "hard_ids: expected hard_negatives beside"),
-    "hard ids without target ids": ({"hard_negatives": torch.randn(N, 2, D), "hard_ids": torch.zeros(N, 2).long()}, "hard_ids: expected target_ids beside"),
+    "hard ids without target ids": (
+        {"hard_negatives": torch.randn(N, 2, D), "hard_ids": torch.zeros(N, 2).long()},
+        "hard_ids: expected target_ids beside",
+    ),
     "offsets alone": ({"hard_offsets": ints(0, 1, 2, 3, 4)}, "hard_offsets: expected hard_negatives beside"),
     "Matryoshka wider than D": ({"matryoshka_dims": (2, 5)}, "from 1 to D=3, got 5"),
     "Matryoshka weights alone": ({"matryoshka_weights": (1.0,)}, "expected matryoshka_dims beside"),
@@ -81,20 +94,29 @@ BAD = {
     "weight with a gradient": ({"weight": torch.ones(N, requires_grad=True)}, "weight: expected a tensor without gradient"),
     "widths in float": ({"matryoshka_dims": (1.0, 2.5)}, "matryoshka_dims: expected a tuple of ints"),
     "a width alone": ({"matryoshka_dims": 2}, "matryoshka_dims: expected a tuple of ints, got 2"),
-    "Matryoshka weights with NaN": ({"matryoshka_dims": (1, 2), "matryoshka_weights": (1.0, float("nan"))}, "matryoshka_weights: expected a tuple of finite"),
+    "Matryoshka weights with NaN": (
+        {"matryoshka_dims": (1, 2), "matryoshka_weights": (1.0, float("nan"))},
+        "matryoshka_weights: expected a tuple of finite",
+    ),
     "temperature of integers": ({"temperature": torch.tensor(1)}, "temperature: expected a floating-point tensor, got torch.int64"),
     "temperature of words": ({"temperature": "0.02"}, "temperature: expected a number above 0, got '0.02'"),
     "margin NaN": ({"mask_margin": float("nan")}, "mask_margin: expected a finite number"),
     "hardness of None": ({"hardness": None}, "hardness: expected a finite number, got None"),
     "a switch of words": ({"symmetric": "no"}, "symmetric: expected True or False, got 'no'"),
     "ignore_index of None": ({"ignore_index": None}, "ignore_index: expected an int, got None"),
-    "queries in eight bits": ({"query": torch.zeros(N, D).to(torch.float8_e4m3fn)}, "query: expected a floating-point tensor of 16 bits or more.*float8"),
+    "queries in eight bits": (
+        {"query": torch.zeros(N, D).to(torch.float8_e4m3fn)},
+        "query: expected a floating-point tensor of 16 bits or more.*float8",
+    ),
     "sparse queries": ({"query": torch.ones(N, D).to_sparse()}, "query: expected a dense tensor"),
     "a temperature without an inverse": ({"temperature": 1e-40}, "temperature: expected one whose inverse float32 can hold"),
     "a tensor without an inverse": ({"temperature": torch.tensor(1e-40)}, "temperature: expected one whose inverse float32 can hold"),
     "queries as a list": ({"query": [[1.0, 2.0, 3.0]]}, "query: expected a tensor"),
     "hard negatives as a list": ({"hard_negatives": [torch.randn(2, D)] * N}, "hard_negatives: expected a tensor.*got list"),
-    "hard ids as a list": ({"hard_negatives": torch.randn(N, 1, D), "hard_ids": [[0]] * N, "target_ids": torch.zeros(M).long()}, "hard_ids: expected a tensor"),
+    "hard ids as a list": (
+        {"hard_negatives": torch.randn(N, 1, D), "hard_ids": [[0]] * N, "target_ids": torch.zeros(M).long()},
+        "hard_ids: expected a tensor",
+    ),
     "no room for a row": ({"workspace_mib": 1e-5}, "room for one row"),
 }
 
@@ -152,7 +174,8 @@ def test_every_function_refuses_a_backend_that_does_not_exist(backend):
     mask = torch.ones(N, 5)
     hidden = torch.randn(N, 5, D)
     calls = {
-        "info_nce": lambda: info_nce(**GOOD, backend=backend), "last_token_pool": lambda: last_token_pool(hidden, attention_mask=mask, backend=backend),
+        "info_nce": lambda: info_nce(**GOOD, backend=backend),
+        "last_token_pool": lambda: last_token_pool(hidden, attention_mask=mask, backend=backend),
         "topk_similarity": lambda: topk_similarity(**GOOD, k=2, backend=backend),
         "pooled_info_nce": lambda: pooled_info_nce(hidden, hidden, query_attention_mask=mask, target_attention_mask=mask, backend=backend),
     }
@@ -213,7 +236,10 @@ TOPK = {
     "NaN in targets": ({"target": NAN[:, None].expand(-1, D)}, "target: expected finite numbers.*row 2"),
     "NaN in queries": ({"query": NAN[:, None].expand(-1, D)}, "query: expected finite numbers.*row 2"),
     "NaN among many": ({"target": torch.where(torch.arange(900)[:, None] == 700, float("nan"), torch.randn(900, D))}, "target: .*row 700"),
-    "NaN in the last block": ({"target": torch.where(torch.arange(901)[:, None] == 900, float("nan"), torch.randn(901, D))}, "target: .*row 900"),
+    "NaN in the last block": (
+        {"target": torch.where(torch.arange(901)[:, None] == 900, float("nan"), torch.randn(901, D))},
+        "target: .*row 900",
+    ),
     "infinities that cancel": ({"query": torch.full((N, D), 3e38), "target": torch.tensor([[3e38, -3e38, 0.0]] * 5)}, "finite products"),
 }
 
@@ -250,7 +276,10 @@ SIGMOID = {
     "a switch of words": ({"normalize": "no"}, "normalize: expected True or False"),
     "ignore_index of words": ({"ignore_index": "a"}, "ignore_index: expected an int"),
     "query ids alone": ({"query_ids": torch.zeros(N, dtype=torch.int64)}, "query_ids: expected target_ids"),
-    "ids and positives": ({"query_ids": torch.zeros(N).long(), "target_ids": torch.zeros(M).long(), "positives": ints(0, 1, 2, 3)}, "query_ids and positives"),
+    "ids and positives": (
+        {"query_ids": torch.zeros(N).long(), "target_ids": torch.zeros(M).long(), "positives": ints(0, 1, 2, 3)},
+        "query_ids and positives",
+    ),
     "ids in float": ({"target_ids": torch.zeros(M)}, "NaN"),
     "exchange": ({"exchange": "mesh"}, "exchange"),
     "a ring of one": ({"exchange": "ring"}, "exchange: expected a group beside 'ring'"),
@@ -272,22 +301,39 @@ LOOKED_AT = {
     "positives": (info_nce, {**GOOD, "positives": ints(0, 1, 2, 8)}, "positives: expected indices"),
     "temperature": (info_nce, {**GOOD, "temperature": torch.tensor(-1.0)}, "temperature: expected a number above 0"),
     "weight": (info_nce, {**GOOD, "weight": NAN}, "weight: expected finite"),
-    "hard offsets": (info_nce, {**GOOD, "hard_negatives": torch.randn(5, D), "hard_offsets": ints(0, 1, 2, 3, 4)}, "hard_offsets: expected"),
+    "hard offsets": (
+        info_nce,
+        {**GOOD, "hard_negatives": torch.randn(5, D), "hard_offsets": ints(0, 1, 2, 3, 4)},
+        "hard_offsets: expected",
+    ),
     "value and gradients": (info_nce_value_and_grad, {**GOOD, "positives": ints(0, 1, 2, 8)}, "positives: expected indices"),
     "sigmoid positives": (sigmoid_loss, {**GOOD, "scale": 5.0, "bias": 0.0, "positives": ints(0, 1, 2, 9)}, "positives: .*got 9 at 3"),
     "sigmoid scale": (sigmoid_loss, {**GOOD, "scale": torch.tensor(-1.0), "bias": 0.0}, "scale: expected a number above 0"),
     "sigmoid scale NaN": (sigmoid_loss, {**GOOD, "scale": torch.tensor(float("nan")), "bias": 0.0}, "scale: expected a number above 0"),
     "sigmoid bias": (sigmoid_loss, {**GOOD, "scale": 5.0, "bias": torch.tensor(float("nan"))}, "bias: expected a finite number"),
     "sigmoid weight": (sigmoid_loss, {**GOOD, "scale": 5.0, "bias": 0.0, "weight": NAN}, "weight: expected finite"),
-    "lengths for offsets": (last_token_pool, {"hidden": HIDDEN[0], "cu_seqlens": ints(2, 3)}, "cu_seqlens: expected offsets that rise from 0.*got 2 to 3"),
+    "lengths for offsets": (
+        last_token_pool,
+        {"hidden": HIDDEN[0], "cu_seqlens": ints(2, 3)},
+        "cu_seqlens: expected offsets that rise from 0.*got 2 to 3",
+    ),
     "offsets past the end": (last_token_pool, {"hidden": HIDDEN[0], "cu_seqlens": ints(0, 3, 6)}, "T=5, got 0 to 6"),
     "offsets that fall": (last_token_pool, {"hidden": HIDDEN[0], "cu_seqlens": ints(0, 4, 2, 5)}, "steps below 0"),
-    "an additive mask": (last_token_pool, {"hidden": HIDDEN, "attention_mask": torch.where(MASK > 0, 0.0, -1e9).fill_(-1e9)}, "attention_mask: expected 1 for tokens"),
+    "an additive mask": (
+        last_token_pool,
+        {"hidden": HIDDEN, "attention_mask": torch.where(MASK > 0, 0.0, -1e9).fill_(-1e9)},
+        "attention_mask: expected 1 for tokens",
+    ),
     "pooled offsets": (
-        pooled_info_nce, {"query_hidden": HIDDEN[0], "target_hidden": HIDDEN[0], "query_cu_seqlens": ints(2, 3), "target_cu_seqlens": ints(0, 2)},
+        pooled_info_nce,
+        {"query_hidden": HIDDEN[0], "target_hidden": HIDDEN[0], "query_cu_seqlens": ints(2, 3), "target_cu_seqlens": ints(0, 2)},
         "query_cu_seqlens: expected offsets",
     ),
-    "exclude above": (topk_similarity, {**GOOD, "k": 2, "exclude": torch.full((N, 1), M)}, "exclude: expected indices from 0 to 7 or -1, got 8"),
+    "exclude above": (
+        topk_similarity,
+        {**GOOD, "k": 2, "exclude": torch.full((N, 1), M)},
+        "exclude: expected indices from 0 to 7 or -1, got 8",
+    ),
     "exclude below": (topk_similarity, {**GOOD, "k": 2, "exclude": torch.full((N, 1), -2)}, "exclude: .*got -2"),
 }
 
@@ -309,7 +355,20 @@ def test_numbers_are_looked_at(name, monkeypatch):
         pass  # what a GPU answers is another thing
 
 
-MODULES = ("backends", "checks", "dispatch", "distributed", "info_nce", "info_nce_op", "options", "pooled", "pooling", "sigmoid", "sigmoid_loss", "topk")
+MODULES = (
+    "backends",
+    "checks",
+    "dispatch",
+    "distributed",
+    "info_nce",
+    "info_nce_op",
+    "options",
+    "pooled",
+    "pooling",
+    "sigmoid",
+    "sigmoid_loss",
+    "topk",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -5,10 +5,9 @@ import itertools
 import products
 import pytest
 import torch
-from sampling import Case
-
 from contrastive_kernels import sigmoid, sigmoid_loss
 from contrastive_kernels.reference import sigmoid_loss_reference
+from sampling import Case
 
 N, M, D = 11, 22, 6
 
@@ -66,7 +65,9 @@ def test_every_set_of_options(size):
 
 def test_gradcheck():
     case = Case(1, 3, 4, 5)
-    leaves = [x.clone().requires_grad_() for x in (case.query[:3], case.target[:4], torch.tensor(3.0).double(), torch.tensor(-2.0).double())]
+    leaves = [
+        x.clone().requires_grad_() for x in (case.query[:3], case.target[:4], torch.tensor(3.0).double(), torch.tensor(-2.0).double())
+    ]
     positives = torch.tensor([0, 3, 1])
     assert torch.autograd.gradcheck(lambda q, t, s, b: sigmoid_loss(q, t, scale=s, bias=b, positives=positives), leaves)
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from sampling import Case, random_sets
-
 from contrastive_kernels import info_nce_value_and_grad, last_token_pool, sigmoid_loss, topk_similarity
+from sampling import Case, random_sets
 
 
 def column_of_a_table(x):
@@ -20,8 +19,14 @@ def every_second(x):
 
 STRIDES = [column_of_a_table, every_second]
 SETS = [
-    ("target_ids",), ("target_mask", "query_mask"), ("positives", "target_ids", "symmetric", "query_ids"), ("own_negatives_only", "hard_with_ids"), ("packed_hard", "weight"),
-    ("matryoshka", "target_ids", "query_mask", "weight"), ("target_ids", "target_mask", "symmetric"), *random_sets(20, seed=31),
+    ("target_ids",),
+    ("target_mask", "query_mask"),
+    ("positives", "target_ids", "symmetric", "query_ids"),
+    ("own_negatives_only", "hard_with_ids"),
+    ("packed_hard", "weight"),
+    ("matryoshka", "target_ids", "query_mask", "weight"),
+    ("target_ids", "target_mask", "symmetric"),
+    *random_sets(20, seed=31),
 ]
 
 

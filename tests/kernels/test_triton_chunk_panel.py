@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs  # noqa: E402
-from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write  # noqa: E402
+from contrastive_kernels.triton import configs
+from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = configs.Tile(4, 32, 1, 4, 1)

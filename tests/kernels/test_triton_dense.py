@@ -5,11 +5,12 @@ import torch
 
 pytest.importorskip("triton")
 
-import contrastive_kernels as ck  # noqa: E402
-from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from contrastive_kernels.triton.common import INTERPRET  # noqa: E402
-from contrastive_kernels.triton.dense import BLOCK_C, slopes  # noqa: E402
-from tests.kernels.paths import force  # noqa: E402
+import contrastive_kernels as ck
+from contrastive_kernels.reference import info_nce_reference
+from contrastive_kernels.triton.common import INTERPRET
+from contrastive_kernels.triton.dense import BLOCK_C, slopes
+
+from tests.kernels.paths import force
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 
@@ -20,7 +21,9 @@ def unit(*shape, dtype=torch.float32):
 
 def truth(query, target, **options):
     leaves = [x.double().requires_grad_() for x in (query, target)]
-    loss = info_nce_reference(*leaves, **{k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()})
+    loss = info_nce_reference(
+        *leaves, **{k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    )
     loss.backward()
     return loss.detach(), *(x.grad for x in leaves)
 
@@ -36,7 +39,9 @@ def test_value_and_gradients(n, m, d, options, monkeypatch):
     for mine, right in zip((got.loss, got.d_query, got.d_target), truth(query, target, weight=weight, **options)):
         scale = right.abs().max().clamp(min=1e-30)
         # float32 logits of up to 1 / temperature, whose last place is theirs
-        assert (mine.double() - right).abs().max() <= scale * (2e-6 + 2**-22 / options.get("temperature", 0.02)) or right.abs().max() < 1e-30
+        assert (mine.double() - right).abs().max() <= scale * (
+            2e-6 + 2**-22 / options.get("temperature", 0.02)
+        ) or right.abs().max() < 1e-30
 
 
 def test_a_small_loss_keeps_its_digits(monkeypatch):
@@ -71,11 +76,22 @@ def test_a_nan_stays_one(monkeypatch):
     assert ck.info_nce_value_and_grad(query, target, backend="triton").loss.isnan()
 
 
-@pytest.mark.parametrize("options", [
-    dict(normalize=True), dict(label_smoothing=0.1), dict(return_stats=True), dict(hardness=1.0), dict(mask_margin=0.1),
-    dict(target_ids=torch.arange(6)), dict(target_mask=torch.ones(6, dtype=torch.bool)), dict(temperature=torch.tensor(0.1)), dict(wrt=("query",)),
-    dict(hard_negatives=torch.randn(6, 1, 8)),
-], ids=lambda options: next(iter(options)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(normalize=True),
+        dict(label_smoothing=0.1),
+        dict(return_stats=True),
+        dict(hardness=1.0),
+        dict(mask_margin=0.1),
+        dict(target_ids=torch.arange(6)),
+        dict(target_mask=torch.ones(6, dtype=torch.bool)),
+        dict(temperature=torch.tensor(0.1)),
+        dict(wrt=("query",)),
+        dict(hard_negatives=torch.randn(6, 1, 8)),
+    ],
+    ids=lambda options: next(iter(options)),
+)
 def test_what_it_does_not_know_it_does_not_take(options, monkeypatch):
     options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     with pytest.raises(pytest.skip.Exception, match="only a loss without options"):

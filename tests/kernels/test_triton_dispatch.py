@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-
 from contrastive_kernels import dispatch, roofline
 
 MIB = 1 << 20
@@ -18,10 +17,14 @@ def plan(rows=16_384, columns=16_384, width=1536, dtype=torch.bfloat16, workspac
 
 @pytest.mark.parametrize("gpu", roofline.GPUS.values(), ids=lambda gpu: gpu.name)
 def test_cheapest_way_within_the_workspace(gpu):
-    for rows, width, dtype, workspace, symmetric in itertools.product((512, 5000, 65_536), WIDTHS, ("bfloat16", "float16", "float32"), (16, 256, 8192), (False, True)):
+    for rows, width, dtype, workspace, symmetric in itertools.product(
+        (512, 5000, 65_536), WIDTHS, ("bfloat16", "float16", "float32"), (16, 256, 8192), (False, True)
+    ):
         made = plan(rows, rows, width, dtype, workspace, gpu=gpu, symmetric=symmetric)
         possible = [way for way in made.ways if not way.reason]
-        assert made.chosen in possible and {way.path for way in made.ways} == {"exp", "chunk", "fused", "dense"} | ({"joint"} if symmetric else set())
+        assert made.chosen in possible and {way.path for way in made.ways} == {"exp", "chunk", "fused", "dense"} | (
+            {"joint"} if symmetric else set()
+        )
         assert made.chosen.seconds <= dispatch.CLOSE * min(way.seconds for way in possible)
         for way in possible:
             assert 0 < way.scratch <= workspace * MIB and 1 <= way.rows <= rows
@@ -33,22 +36,38 @@ def test_cheapest_way_within_the_workspace(gpu):
         assert made.chosen.scratch == min(way.scratch for way in near)
 
 
-@pytest.mark.parametrize("expected, options", [
-    ("exp", {}), ("chunk", dict(dtype="float16")), ("chunk", dict(dtype="float32")), ("chunk", dict(smoothing=True)),
-    ("fused", dict(width=64)),  # nothing is written where writing is what takes time
-    ("joint", dict(symmetric=True)), ("exp", dict(symmetric=True, workspace=64)),  # the whole panel has no room
-    ("dense", dict(rows=1024, columns=1024, plain=True)), ("exp", dict(plain=True)), ("exp", dict(rows=65_536, columns=65_536, plain=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expected, options",
+    [
+        ("exp", {}),
+        ("chunk", dict(dtype="float16")),
+        ("chunk", dict(dtype="float32")),
+        ("chunk", dict(smoothing=True)),
+        ("fused", dict(width=64)),  # nothing is written where writing is what takes time
+        ("joint", dict(symmetric=True)),
+        ("exp", dict(symmetric=True, workspace=64)),  # the whole panel has no room
+        ("dense", dict(rows=1024, columns=1024, plain=True)),
+        ("exp", dict(plain=True)),
+        ("exp", dict(rows=65_536, columns=65_536, plain=True)),
+    ],
+)
 def test_known_choices(expected, options):
     made = plan(**options)
     assert made.path == expected, made.text()
 
 
-@pytest.mark.parametrize("options, path, reason", [
-    (dict(dtype="float16"), "exp", "no exponents"), (dict(dtype="float32"), "exp", "no tensor cores"), (dict(smoothing=True), "fused", "label smoothing"),
-    (dict(width=129), "fused", "above 128"), (dict(dtype="float16", width=64, normalize=True), "fused", "inverse norms"),
-    (dict(symmetric=True, workspace=64), "joint", "whole panel needs"), (dict(symmetric=True, dtype="float32"), "joint", "no tensor cores"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, path, reason",
+    [
+        (dict(dtype="float16"), "exp", "no exponents"),
+        (dict(dtype="float32"), "exp", "no tensor cores"),
+        (dict(smoothing=True), "fused", "label smoothing"),
+        (dict(width=129), "fused", "above 128"),
+        (dict(dtype="float16", width=64, normalize=True), "fused", "inverse norms"),
+        (dict(symmetric=True, workspace=64), "joint", "whole panel needs"),
+        (dict(symmetric=True, dtype="float32"), "joint", "no tensor cores"),
+    ],
+)
 def test_every_refusal_has_its_reason(options, path, reason):
     made = plan(**options)
     way = next(way for way in made.ways if way.path == path)
@@ -57,7 +76,10 @@ def test_every_refusal_has_its_reason(options, path, reason):
 
 def test_more_workspace_is_never_slower():
     for width, dtype in itertools.product(WIDTHS, ("bfloat16", "float32")):
-        seconds = [min(way.seconds for way in plan(20_000, 70_000, width, dtype, workspace).ways if not way.reason) for workspace in (8, 64, 256, 1024, 8192)]
+        seconds = [
+            min(way.seconds for way in plan(20_000, 70_000, width, dtype, workspace).ways if not way.reason)
+            for workspace in (8, 64, 256, 1024, 8192)
+        ]
         assert all(a >= b * 0.999 for a, b in zip(seconds, seconds[1:]))
 
 
@@ -118,7 +140,9 @@ def test_small_losses_are_launches():
 
 
 # rich: with masks and the rows' maxima. On sm_80 and sm_90 masks alone fit the wide tile, and large panels need no maxima
-@pytest.mark.parametrize("gpu, plain, rich", [("h100", (256, 128), (128, 128)), ("a100", (128, 256), (128, 64)), ("b200", (128, 256), (128, 128))])
+@pytest.mark.parametrize(
+    "gpu, plain, rich", [("h100", (256, 128), (128, 128)), ("a100", (128, 256), (128, 64)), ("b200", (128, 256), (128, 128))]
+)
 def test_the_tile_that_is_taken_is_priced(gpu, plain, rich):
     gpu = roofline.GPUS[gpu]
 

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs, work  # noqa: E402
-from contrastive_kernels.triton.chunk_panel import chunk_reduce  # noqa: E402
-from contrastive_kernels.triton.common import dot_precision  # noqa: E402
-from contrastive_kernels.triton.exp_panel import exp_panel  # noqa: E402
-from contrastive_kernels.triton.fused import fused_backward, fused_forward  # noqa: E402
+from contrastive_kernels.triton import configs, work
+from contrastive_kernels.triton.chunk_panel import chunk_reduce
+from contrastive_kernels.triton.common import dot_precision
+from contrastive_kernels.triton.exp_panel import exp_panel
+from contrastive_kernels.triton.fused import fused_backward, fused_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = configs.Tile(32, 32, 32, 4, 1, 2)
@@ -65,7 +65,19 @@ def test_float64_is_exact(rows, columns, width):
     close(got.row_max[0], best)
 
 
-@pytest.mark.parametrize("names", [(), ("ids",), ("ids", "second"), ("threshold",), ("keep",), ("scales",), ("offset",), ("ids", "second", "threshold", "keep", "scales", "offset")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("ids",),
+        ("ids", "second"),
+        ("threshold",),
+        ("keep",),
+        ("scales",),
+        ("offset",),
+        ("ids", "second", "threshold", "keep", "scales", "offset"),
+    ],
+)
 def test_every_mask(names):
     rows, columns, width = 37, 75, 48
     x, y = unit(rows, width), unit(columns, width)
@@ -88,7 +100,9 @@ def test_every_mask(names):
     options["positive"] = options["positive"] + offset
     shift = torch.full((rows,), 1.0, dtype=TRUTH, device=DEVICE)
     shift[3] = float("inf")
-    got = exp_panel(x, y, scale=torch.tensor(10.0, dtype=TRUTH, device=DEVICE), shift=shift, row_max=True, column_offset=offset, tile=SMALL, **options)
+    got = exp_panel(
+        x, y, scale=torch.tensor(10.0, dtype=TRUTH, device=DEVICE), shift=shift, row_max=True, column_offset=offset, tile=SMALL, **options
+    )
     e, best, kept = dense(x, y, 10.0, shift, offset=offset, **options)
     close(got.e[0], e)
     assert torch.equal(got.e[0] != 0, kept & (shift != float("inf"))[:, None])
@@ -119,11 +133,30 @@ def test_prefixes_in_one_sweep():
     threshold = torch.rand(3, rows, dtype=TRUTH, device=DEVICE) * 0.5
     positive = torch.arange(rows, device=DEVICE)
     got = exp_panel(
-        x, y, scale=5.0, shift=shift, row_scale=row_scale, col_scale=col_scale, positive=positive, threshold=threshold,
-        levels=torch.tensor(dims, dtype=torch.int32, device=DEVICE), row_max=True, col_sum=True, tile=SMALL,
+        x,
+        y,
+        scale=5.0,
+        shift=shift,
+        row_scale=row_scale,
+        col_scale=col_scale,
+        positive=positive,
+        threshold=threshold,
+        levels=torch.tensor(dims, dtype=torch.int32, device=DEVICE),
+        row_max=True,
+        col_sum=True,
+        tile=SMALL,
     )
     for level, d in enumerate(dims):
-        e, best, _ = dense(x[:, :d], y[:, :d], 5.0, shift[level], positive, threshold=threshold[level], row_scale=row_scale[level], col_scale=col_scale[level])
+        e, best, _ = dense(
+            x[:, :d],
+            y[:, :d],
+            5.0,
+            shift[level],
+            positive,
+            threshold=threshold[level],
+            row_scale=row_scale[level],
+            col_scale=col_scale[level],
+        )
         close(got.e[level], e)
         close(got.row_sum[level], e.sum(1))
         close(got.col_sum[level], e.sum(0))
@@ -160,10 +193,11 @@ def test_columns_beyond_32_bits_are_refused(offset, columns):
     x, shift = torch.zeros(1, 4, device=DEVICE), torch.zeros(1, device=DEVICE)
     y, cos = x.expand(columns, 4), torch.zeros(1, 1, device=DEVICE).expand(1, columns)
     for run in (
-        lambda: exp_panel(x, y, scale=1.0, shift=shift, column_offset=offset), lambda: fused_forward(x, y, scale=1.0, column_offset=offset),
+        lambda: exp_panel(x, y, scale=1.0, shift=shift, column_offset=offset),
+        lambda: fused_forward(x, y, scale=1.0, column_offset=offset),
         lambda: fused_backward(x, y, scale=1.0, shift=shift, factor=shift, column_offset=offset),
         lambda: chunk_reduce(cos, scale=1.0, column_offset=offset),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="at most 2147483519 columns .* fewer a call"):
             run()
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import backends, info_nce, topk, topk_similarity  # noqa: E402
+from contrastive_kernels import backends, info_nce, topk, topk_similarity
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,9 @@ def test_once_with_its_reason(caplog):
         backends.choose("triton", torch.bfloat16, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("capability, chosen", [((7, 5), "torch"), ((8, 0), "triton"), ((8, 9), "triton"), ((9, 0), "triton"), ((12, 0), "triton")])
+@pytest.mark.parametrize(
+    "capability, chosen", [((7, 5), "torch"), ((8, 0), "triton"), ((8, 9), "triton"), ((9, 0), "triton"), ((12, 0), "triton")]
+)
 def test_a_gpu_without_bfloat16_takes_torch(capability, chosen, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("contrastive_kernels.triton.common.INTERPRET", False)
@@ -84,7 +86,11 @@ def test_mixed_types_meet_in_the_wider():
 
 
 @pytest.mark.parametrize("wide", ["query", "target"])
-@pytest.mark.parametrize("call", [info_nce, lambda q, t, **k: info_nce(q, t, matryoshka_dims=(4, 8), **k), lambda q, t, **k: topk_similarity(q, t, 2, **k)], ids=["loss", "levels", "topk"])
+@pytest.mark.parametrize(
+    "call",
+    [info_nce, lambda q, t, **k: info_nce(q, t, matryoshka_dims=(4, 8), **k), lambda q, t, **k: topk_similarity(q, t, 2, **k)],
+    ids=["loss", "levels", "topk"],
+)
 def test_the_wider_of_two_types_decides(call, wide, monkeypatch):
     """Under autocast they may differ; the kernels' products are in the wider one, which may be one that they do not have."""
     monkeypatch.setattr(backends, "obstacle", lambda dtype, device: f"asked for {dtype}")

@@ -6,14 +6,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs, rows  # noqa: E402
-from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write  # noqa: E402
-from contrastive_kernels.triton.exp_panel import exp_panel  # noqa: E402
-from contrastive_kernels.triton.fused import fused_backward, fused_forward  # noqa: E402
-from contrastive_kernels.triton.pool import pool_backward, pool_forward  # noqa: E402
-from contrastive_kernels.triton.sigmoid_panel import sigmoid_panel  # noqa: E402
-from contrastive_kernels.triton.symmetric import combine  # noqa: E402
-from contrastive_kernels.triton.topk import topk  # noqa: E402
+from contrastive_kernels.triton import configs, rows
+from contrastive_kernels.triton.chunk_panel import chunk_reduce, chunk_write
+from contrastive_kernels.triton.exp_panel import exp_panel
+from contrastive_kernels.triton.fused import fused_backward, fused_forward
+from contrastive_kernels.triton.pool import pool_backward, pool_forward
+from contrastive_kernels.triton.sigmoid_panel import sigmoid_panel
+from contrastive_kernels.triton.symmetric import combine
+from contrastive_kernels.triton.topk import topk
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is not sparse; bench/gpu has its own check")
 

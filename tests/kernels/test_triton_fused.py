@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs, work  # noqa: E402
-from contrastive_kernels.triton.fused import fused_backward, fused_forward  # noqa: E402
+from contrastive_kernels.triton import configs, work
+from contrastive_kernels.triton.fused import fused_backward, fused_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = configs.Tile(32, 32, 0, 4, 1)
@@ -54,12 +54,16 @@ def check(x, y, scale, shares=None, tolerance=TIGHT, **masks):
 
 
 # 1 row; odd; one below, at and above a tile; several tiles and shares, the last ones ragged; D no power of two, and the greatest
-@pytest.mark.parametrize("rows, columns, width, shares", [(1, 3, 5, 1), (31, 33, 32, 1), (33, 31, 65, 2), (70, 130, 24, 3), (20, 40, 128, 2)])
+@pytest.mark.parametrize(
+    "rows, columns, width, shares", [(1, 3, 5, 1), (31, 33, 32, 1), (33, 31, 65, 2), (70, 130, 24, 3), (20, 40, 128, 2)]
+)
 def test_against_dense(rows, columns, width, shares):
     check(unit(rows, width), unit(columns, width), 20.0, shares, positive=torch.randint(0, columns, (rows,), device=DEVICE))
 
 
-@pytest.mark.parametrize("names", [("ids",), ("threshold",), ("keep",), ("scales",), ("ids", "second", "threshold", "keep", "scales", "offset")])
+@pytest.mark.parametrize(
+    "names", [("ids",), ("threshold",), ("keep",), ("scales",), ("ids", "second", "threshold", "keep", "scales", "offset")]
+)
 def test_every_mask(names):
     rows, columns, width = 37, 75, 24
     masks = dict(positive=torch.randint(0, columns, (rows,), device=DEVICE))
@@ -91,7 +95,10 @@ def test_rows_without_a_candidate_and_ascending_logits():
 
 # 0.001: exponents of both signs in the hundreds, which the running maximum must take (float32 is no candidate for these kernels
 # outside the interpreter; there the product with 1 / temperature is rounded before the maximum is taken off, on a GPU it is not)
-@pytest.mark.parametrize("dtype, temperature", [(torch.bfloat16, 0.001), (torch.float16, 0.001), (torch.bfloat16, 0.05), (torch.float16, 0.05), (torch.float32, 0.05)])
+@pytest.mark.parametrize(
+    "dtype, temperature",
+    [(torch.bfloat16, 0.001), (torch.float16, 0.001), (torch.bfloat16, 0.05), (torch.float16, 0.05), (torch.float32, 0.05)],
+)
 def test_low_precision_stays_within_twice_eager(dtype, temperature):
     x, y = unit(40, 32, dtype), unit(72, 32, dtype)
     logits, ux, uy = dense(x, y, 1 / temperature)

@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import info_nce_value_and_grad  # noqa: E402
-from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from contrastive_kernels.triton import configs, levels, symmetric  # noqa: E402
-from tests.kernels.paths import PATHS, force  # noqa: E402
+from contrastive_kernels import info_nce_value_and_grad
+from contrastive_kernels.reference import info_nce_reference
+from contrastive_kernels.triton import configs, levels, symmetric
+
+from tests.kernels.paths import PATHS, force
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products of the interpreter; bench/gpu checks a GPU")
 N, D = 9, 32
@@ -30,7 +31,9 @@ def check(dtype, temperature, **options):
     # from beside the query, whose logit is the greatest, to its opposite, whose logit lies 2 / temperature below
     share = torch.linspace(-1, 1, N)[:, None, None]
     hard = torch.nn.functional.normalize(share * query.double()[:, None] + 0.1 * unit(N, 2, D, dtype=torch.float64), dim=-1).to(dtype)
-    got = info_nce_value_and_grad(query, target, hard_negatives=hard, temperature=temperature, backend="triton", grad_dtype=torch.float32, **options)
+    got = info_nce_value_and_grad(
+        query, target, hard_negatives=hard, temperature=temperature, backend="triton", grad_dtype=torch.float32, **options
+    )
     q, t, h = (x.double().requires_grad_() for x in (query, target, hard))
     loss = info_nce_reference(q, t, hard_negatives=h, temperature=temperature, **options)
     value = loss.item()
@@ -55,7 +58,11 @@ def test_a_direction(path, alone, dtype, temperature, monkeypatch):
 def taken(monkeypatch, owner, name, path):
     """`path` of the plans that owner.name makes, whatever the prices say."""
     make = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args: dataclasses.replace(plan := make(*args), chosen=next(w for w in plan.ways if w.path == path and not w.reason)))
+    monkeypatch.setattr(
+        owner,
+        name,
+        lambda *args: dataclasses.replace(plan := make(*args), chosen=next(w for w in plan.ways if w.path == path and not w.reason)),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

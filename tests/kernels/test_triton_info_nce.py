@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import info_nce, info_nce_value_and_grad  # noqa: E402
-from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from tests.kernels.paths import PATHS, force  # noqa: E402
+from contrastive_kernels import info_nce, info_nce_value_and_grad
+from contrastive_kernels.reference import info_nce_reference
+
+from tests.kernels.paths import PATHS, force
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, M, D = 19, 45, 24
@@ -41,8 +42,16 @@ OPTIONS = {
     "normalize": lambda: dict(normalize=True),
     "matryoshka": lambda: dict(matryoshka_dims=(8, 24), matryoshka_weights=(0.5, 1.0)),
     "everything": lambda: dict(
-        normalize=True, symmetric=True, query_negatives=True, target_negatives=True, target_ids=ints(M, low=-1, high=20),
-        query_ids=ints(N, low=-1, high=20), target_mask=ints(M) > 0, mask_margin=0.3, hardness=2.0, weight=torch.rand(N, dtype=TRUTH, device=DEVICE),
+        normalize=True,
+        symmetric=True,
+        query_negatives=True,
+        target_negatives=True,
+        target_ids=ints(M, low=-1, high=20),
+        query_ids=ints(N, low=-1, high=20),
+        target_mask=ints(M) > 0,
+        mask_margin=0.3,
+        hardness=2.0,
+        weight=torch.rand(N, dtype=TRUTH, device=DEVICE),
     ),
 }
 
@@ -73,7 +82,9 @@ def test_gradcheck(path, monkeypatch):
     force(monkeypatch, path)
     query, target = unit(2, 3), unit(3, 3)
     temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, t, c: info_nce(q, t, temperature=c, backend="triton", positives=torch.tensor([2, 0])), (query, target, temperature))
+    assert torch.autograd.gradcheck(
+        lambda q, t, c: info_nce(q, t, temperature=c, backend="triton", positives=torch.tensor([2, 0])), (query, target, temperature)
+    )
 
 
 # 0.001: no fixed shift holds every row; 0.01: rows whose best cosine is low would underflow; 10: logits near 0

@@ -5,12 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 
-import contrastive_kernels as ck  # noqa: E402
-from contrastive_kernels import roofline  # noqa: E402
-from contrastive_kernels.compute import compute  # noqa: E402
-from contrastive_kernels.options import InfoNCEOptions  # noqa: E402
-from tests.kernels.launches import counted  # noqa: E402
-from tests.kernels.paths import force  # noqa: E402
+import contrastive_kernels as ck
+from contrastive_kernels import roofline
+from contrastive_kernels.compute import compute
+from contrastive_kernels.options import InfoNCEOptions
+
+from tests.kernels.launches import counted
+from tests.kernels.paths import force
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
 N, D = 96, 64
@@ -32,24 +33,31 @@ def launches(monkeypatch, path="exp", rows=None, backward=False, large=False, **
     return names
 
 
-@pytest.mark.parametrize("options, most", [
-    (dict(), 15),
-    (dict(backward=True), 17),
-    (dict(normalize=True), 17),
-    (dict(normalize=True, backward=True), 19),
-    (dict(path="dense"), 8),
-    (dict(path="dense", backward=True), 10),
-    (dict(path="chunk"), 14),
-    (dict(path="chunk", normalize=True), 18),
-    (dict(path="fused"), 16),
-    (dict(rows=32), 15 + 2 * 9),  # three panels
-    (dict(rows=24), 15 + 3 * 9),  # four
-    (dict(temperature=torch.tensor(0.05)), 24),  # and its gradient; of a temperature on the host, read there
-    (dict(large=True), 17), (dict(large=True, backward=True), 19), (dict(large=True, rows=24), 50), (dict(large=True, rows=24, backward=True), 52),
-    (dict(positives=torch.arange(N).flip(0)), 29),  # sorted by target, to be added in a fixed order
-    (dict(weight=torch.arange(1.0, N + 1)), 19),
-    (dict(target_ids=torch.arange(N) // 2), 20),
-], ids=lambda x: ",".join(x) or "plain" if isinstance(x, dict) else str(x))  # fmt: skip
+@pytest.mark.parametrize(
+    "options, most",
+    [
+        (dict(), 15),
+        (dict(backward=True), 17),
+        (dict(normalize=True), 17),
+        (dict(normalize=True, backward=True), 19),
+        (dict(path="dense"), 8),
+        (dict(path="dense", backward=True), 10),
+        (dict(path="chunk"), 14),
+        (dict(path="chunk", normalize=True), 18),
+        (dict(path="fused"), 16),
+        (dict(rows=32), 15 + 2 * 9),  # three panels
+        (dict(rows=24), 15 + 3 * 9),  # four
+        (dict(temperature=torch.tensor(0.05)), 24),  # and its gradient; of a temperature on the host, read there
+        (dict(large=True), 17),
+        (dict(large=True, backward=True), 19),
+        (dict(large=True, rows=24), 50),
+        (dict(large=True, rows=24, backward=True), 52),
+        (dict(positives=torch.arange(N).flip(0)), 29),  # sorted by target, to be added in a fixed order
+        (dict(weight=torch.arange(1.0, N + 1)), 19),
+        (dict(target_ids=torch.arange(N) // 2), 20),
+    ],
+    ids=lambda x: ",".join(x) or "plain" if isinstance(x, dict) else str(x),
+)
 def test_launches_of_a_call(monkeypatch, options, most):
     names = launches(monkeypatch, **options)
     assert len(names) <= most, names
@@ -74,12 +82,25 @@ def test_low_precision_gradients_are_cast_with_their_cotangent(monkeypatch):
 WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2", "allclose", "bincount"}
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(normalize=True), dict(symmetric=True, normalize=True), dict(weight=torch.rand(N)),
-    dict(positives=torch.randperm(N)), dict(target_ids=torch.arange(N) // 2), dict(query_mask=torch.rand(N) > 0.2, target_mask=torch.rand(N) > 0.2),
-    dict(mask_margin=0.1, return_stats=True), dict(own_negatives_only=torch.rand(N) > 0.5, hard_negatives=torch.randn(N, 2, D)),
-    dict(label_smoothing=0.1), dict(matryoshka_dims=(32, 64)), dict(query_negatives=True, target_negatives=True), dict(temperature=0.001),
-], ids=lambda options: ",".join(options) or "plain")  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(normalize=True),
+        dict(symmetric=True, normalize=True),
+        dict(weight=torch.rand(N)),
+        dict(positives=torch.randperm(N)),
+        dict(target_ids=torch.arange(N) // 2),
+        dict(query_mask=torch.rand(N) > 0.2, target_mask=torch.rand(N) > 0.2),
+        dict(mask_margin=0.1, return_stats=True),
+        dict(own_negatives_only=torch.rand(N) > 0.5, hard_negatives=torch.randn(N, 2, D)),
+        dict(label_smoothing=0.1),
+        dict(matryoshka_dims=(32, 64)),
+        dict(query_negatives=True, target_negatives=True),
+        dict(temperature=0.001),
+    ],
+    ids=lambda options: ",".join(options) or "plain",
+)
 def test_nothing_waits_and_nothing_depends_on_values(monkeypatch, options):
     """The same launches whatever the numbers, and none of their numbers read by the host: what a CUDA graph can hold."""
     made = InfoNCEOptions.make({**options, "backend": "triton"})

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roofline  # noqa: E402
-from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from contrastive_kernels.triton import configs, levels, work  # noqa: E402
+from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roofline
+from contrastive_kernels.reference import info_nce_reference
+from contrastive_kernels.triton import configs, levels, work
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu checks a GPU")
 N, M, DIMS = 19, 45, (16, 32, 40)
@@ -71,7 +71,9 @@ def test_gradcheck(one_sweep, monkeypatch):
     query, target, hard = unit(2, 4), unit(3, 4), unit(2, 1, 4)
     temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     options = dict(matryoshka_dims=(2, 4), matryoshka_weights=(0.5, 2.0), positives=torch.tensor([2, 0]), backend="triton")
-    assert torch.autograd.gradcheck(lambda q, t, c, h: info_nce(q, t, temperature=c, hard_negatives=h, **options), (query, target, temperature, hard))
+    assert torch.autograd.gradcheck(
+        lambda q, t, c, h: info_nce(q, t, temperature=c, hard_negatives=h, **options), (query, target, temperature, hard)
+    )
     assert one_sweep
 
 
@@ -81,7 +83,9 @@ def strided(vector):
 
 def test_vectors_that_are_not_contiguous(one_sweep):
     query, target = unit(N, DIMS[-1]).detach(), unit(M, DIMS[-1]).detach()
-    masks = dict(target_ids=ints(M, low=-1, high=20), query_mask=ints(N) > 0, target_mask=ints(M) > 0, weight=torch.rand(N, dtype=torch.float64))
+    masks = dict(
+        target_ids=ints(M, low=-1, high=20), query_mask=ints(N) > 0, target_mask=ints(M) > 0, weight=torch.rand(N, dtype=torch.float64)
+    )
     options = dict(matryoshka_dims=DIMS, backend="triton", wrt=("query", "target"))
     near, far = (info_nce_value_and_grad(query, target, **options, **m) for m in (masks, {k: strided(v) for k, v in masks.items()}))
     assert torch.equal(near.loss, far.loss) and torch.equal(near.d_query, far.d_query) and torch.equal(near.d_target, far.d_target)
@@ -90,14 +94,18 @@ def test_vectors_that_are_not_contiguous(one_sweep):
 
 def test_statistics_and_the_value_alone(one_sweep):
     query, target = unit(N, DIMS[-1]).detach(), unit(M, DIMS[-1]).detach()
-    got, truth = (info_nce_value_and_grad(query, target, matryoshka_dims=DIMS, return_stats=True, wrt=(), backend=b) for b in ("triton", "torch"))
+    got, truth = (
+        info_nce_value_and_grad(query, target, matryoshka_dims=DIMS, return_stats=True, wrt=(), backend=b) for b in ("triton", "torch")
+    )
     torch.testing.assert_close(got.loss, truth.loss)
     for field in dataclasses.fields(truth.stats):
         torch.testing.assert_close(getattr(got.stats, field.name), getattr(truth.stats, field.name))
     assert one_sweep
 
 
-@pytest.mark.parametrize("options", [dict(matryoshka_dims=(12, 40)), dict(matryoshka_dims=(40, 16)), dict(matryoshka_dims=DIMS, label_smoothing=0.1)])
+@pytest.mark.parametrize(
+    "options", [dict(matryoshka_dims=(12, 40)), dict(matryoshka_dims=(40, 16)), dict(matryoshka_dims=DIMS, label_smoothing=0.1)]
+)
 def test_a_sweep_each_where_they_cannot_share(options, one_sweep):
     query, target = unit(N, DIMS[-1]).detach(), unit(M, DIMS[-1]).detach()
     got, truth = (info_nce_value_and_grad(query, target, backend=b, **options) for b in ("triton", "torch"))

@@ -7,11 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from sampling import NAMES, random_sets  # noqa: E402
-from test_options import agree  # noqa: E402
-
-from contrastive_kernels import info_nce  # noqa: E402
-from contrastive_kernels.triton import levels, sweep, symmetric  # noqa: E402
+from contrastive_kernels import info_nce
+from contrastive_kernels.triton import levels, sweep, symmetric
+from sampling import NAMES, random_sets
+from test_options import agree
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu checks a GPU")
 
@@ -79,7 +78,9 @@ VECTORS = ("positives", "target_ids", "query_mask", "target_mask", "own_negative
 def test_vectors_that_are_not_contiguous(more, way, ways, monkeypatch):
     monkeypatch.setattr("test_options.info_nce", with_strided_vectors)
     ways.turn = way
-    for seed, names in enumerate([*((name,) for name in VECTORS), ("query_negatives", "query_ids"), (*VECTORS, "query_negatives", "query_ids")]):
+    for seed, names in enumerate(
+        [*((name,) for name in VECTORS), ("query_negatives", "query_ids"), (*VECTORS, "query_negatives", "query_ids")]
+    ):
         try:
             agree(names + more, seed)
         except Exception as error:

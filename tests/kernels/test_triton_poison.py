@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import info_nce_value_and_grad, last_token_pool, sigmoid, sigmoid_loss, topk_similarity  # noqa: E402
-from contrastive_kernels.triton import pool, sigmoid_panel, topk  # noqa: E402
-from tests.kernels.paths import PATHS, force  # noqa: E402
+from contrastive_kernels import info_nce_value_and_grad, last_token_pool, sigmoid, sigmoid_loss, topk_similarity
+from contrastive_kernels.triton import pool, sigmoid_panel, topk
+
+from tests.kernels.paths import PATHS, force
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter; bench/gpu repeats on a GPU")
 N, M, D = 37, 70, 24  # ragged tiles on both sides

@@ -5,14 +5,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton.pool import last_token_index, pool_backward, pool_forward  # noqa: E402
+from contrastive_kernels.triton.pool import last_token_index, pool_backward, pool_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def masks():
     right = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
-    return {"right": right, "left": right.flip(1), "bool": right.bool(), "none": torch.zeros(3, 4, dtype=torch.int32), "float": right.float(), "transposed": right.T.contiguous().T}
+    return {
+        "right": right,
+        "left": right.flip(1),
+        "bool": right.bool(),
+        "none": torch.zeros(3, 4, dtype=torch.int32),
+        "float": right.float(),
+        "transposed": right.T.contiguous().T,
+    }
 
 
 @pytest.mark.parametrize("name", masks())
@@ -55,7 +62,16 @@ def test_gradcheck(normalize):
 
 
 # width 1; odd; one above the block; a real model's, in every storage type
-@pytest.mark.parametrize("dtype, width", [(torch.float64 if DEVICE == "cpu" else torch.float32, 1), (torch.float32, 33), (torch.float32, 1025), (torch.bfloat16, 1536), (torch.float16, 64)])
+@pytest.mark.parametrize(
+    "dtype, width",
+    [
+        (torch.float64 if DEVICE == "cpu" else torch.float32, 1),
+        (torch.float32, 33),
+        (torch.float32, 1025),
+        (torch.bfloat16, 1536),
+        (torch.float16, 64),
+    ],
+)
 def test_against_float64(dtype, width):
     hidden = torch.randn(40, width, device=DEVICE).to(dtype)[::2]  # strided rows
     hidden[3] = 0  # no direction
@@ -69,7 +85,9 @@ def test_against_float64(dtype, width):
     truth = torch.where(norm > 0, (grad.double() - (grad.double() * unit).sum(1, keepdim=True) * unit) / norm.clamp(min=1e-12), 0)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), unit, rtol=4 * eps, atol=eps * 1e-2)
-    torch.testing.assert_close(rows.double(), truth, rtol=8 * eps, atol=8 * eps * (grad.double() / norm.clamp(min=1e-12))[norm[:, 0] > 0].abs().max().item())
+    torch.testing.assert_close(
+        rows.double(), truth, rtol=8 * eps, atol=8 * eps * (grad.double() / norm.clamp(min=1e-12))[norm[:, 0] > 0].abs().max().item()
+    )
     assert not out[1].any() and not out[3].any() and not rows[1].any() and not rows[3].any()
 
 

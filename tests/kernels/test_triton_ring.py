@@ -8,22 +8,27 @@ import torch
 
 pytest.importorskip("triton")
 
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from contrastive_kernels import info_nce, info_nce_value_and_grad
+from contrastive_kernels.triton import ring
 
-from contrastive_kernels import info_nce, info_nce_value_and_grad  # noqa: E402
-from contrastive_kernels.triton import ring  # noqa: E402
-from tests.kernels.paths import PATHS, force  # noqa: E402
+from tests.kernels.paths import PATHS, force
 
 SETS = [
-    (), ("symmetric", "positives", "target_ids", "query_ids"), ("query_negatives", "target_negatives", "learnt_temperature"),
-    ("smoothing", "hard", "own_negatives_only", "target_mask"), ("normalize", "margin", "hardness", "weight"), ("cold", "query_mask"),
+    (),
+    ("symmetric", "positives", "target_ids", "query_ids"),
+    ("query_negatives", "target_negatives", "learnt_temperature"),
+    ("smoothing", "hard", "own_negatives_only", "target_mask"),
+    ("normalize", "margin", "hardness", "weight"),
+    ("cold", "query_mask"),
 ]
 
 
 def rank_main(rank, path):
     os.environ["TRITON_INTERPRET"] = "1"
     from contrastive_kernels.triton import sweep
+
     from tests.kernels.distributed_worker import compare
 
     torch.set_num_threads(1)
@@ -47,7 +52,9 @@ def rank_main(rank, path):
     for turn in range(3):
         options = dict(group=dist.group.WORLD, exchange="ring", backend="triton", symmetric=True, normalize=True, temperature=0.05)
         first, second = (info_nce_value_and_grad(query, target, **options) for _ in range(2))
-        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("loss", "d_query", "d_target")), "differs from run to run"
+        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("loss", "d_query", "d_target")), (
+            "differs from run to run"
+        )
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process whose peer left first
 
@@ -62,7 +69,9 @@ def test_gradcheck(path, tmp_path, monkeypatch):
     try:
         query, target = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (3, 4))
         temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-        options = dict(group=dist.group.WORLD, exchange="ring", backend="triton", normalize=True, symmetric=True, positives=torch.tensor([2, 0, 3]))
+        options = dict(
+            group=dist.group.WORLD, exchange="ring", backend="triton", normalize=True, symmetric=True, positives=torch.tensor([2, 0, 3])
+        )
         assert torch.autograd.gradcheck(lambda q, t, c: info_nce(q, t, temperature=c, **options), (query, target, temperature))
     finally:
         dist.destroy_process_group()

@@ -8,11 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.compute import compute  # noqa: E402
-from contrastive_kernels.options import InfoNCEOptions  # noqa: E402
-from contrastive_kernels.triton import levels, panel, sides, symmetric  # noqa: E402
-from tests.kernels.paths import force  # noqa: E402
-from train.live_bytes import LiveBytes  # noqa: E402
+from contrastive_kernels.compute import compute
+from contrastive_kernels.options import InfoNCEOptions
+from contrastive_kernels.triton import levels, panel, sides, symmetric
+
+from tests.kernels.paths import force
+from train.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's allocations; a GPU counts its own")
 N, M, D = 256, 320, 64
@@ -89,5 +90,7 @@ def test_levels(monkeypatch):
     monkeypatch.setattr(levels, "plan", forced)
     monkeypatch.setattr(levels, "compute", lambda *args, **kwargs: taken.append(kwargs["rows"]) or compute_levels(*args, **kwargs))
     # the gradients of a narrower level live until the levels are added up
-    assert scratch(unit(N, 128), unit(M, 128), matryoshka_dims=(64, 128), workspace_mib=0.5) <= 0.5 * 2**20 + VECTORS + 4 * (N + M) * (128 + 64)
+    assert scratch(unit(N, 128), unit(M, 128), matryoshka_dims=(64, 128), workspace_mib=0.5) <= 0.5 * 2**20 + VECTORS + 4 * (N + M) * (
+        128 + 64
+    )
     assert len(taken) == 1 and taken[0] < N  # in panels

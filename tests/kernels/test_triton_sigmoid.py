@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import sigmoid, sigmoid_loss  # noqa: E402
-from contrastive_kernels.reference import sigmoid_loss_reference  # noqa: E402
-from contrastive_kernels.triton import configs, sigmoid_panel, work  # noqa: E402
+from contrastive_kernels import sigmoid, sigmoid_loss
+from contrastive_kernels.reference import sigmoid_loss_reference
+from contrastive_kernels.triton import configs, sigmoid_panel, work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
@@ -60,7 +60,9 @@ def test_against_the_reference(name):
 def test_gradcheck():
     query, target = unit(2, 3), unit(3, 3)
     scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, -1.0))
-    assert torch.autograd.gradcheck(lambda q, t, s, b: sigmoid_loss(q, t, scale=s, bias=b, positives=torch.tensor([2, 0])), (query, target, scale, bias))
+    assert torch.autograd.gradcheck(
+        lambda q, t, s, b: sigmoid_loss(q, t, scale=s, bias=b, positives=torch.tensor([2, 0])), (query, target, scale, bias)
+    )
 
 
 # -10: SigLIP's start, where a negative's loss is e^-10; -30: beyond what 1 + e holds in float32; 40: the same of the other sign
@@ -92,7 +94,9 @@ def test_low_precision_gradients_are_no_worse_than_eager():
 @pytest.mark.parametrize("bias", [-10.0, -17.0, -20.0])
 def test_float16_keeps_small_negatives(bias):
     query, target = unit(N, D, dtype=torch.float16), unit(M, D, dtype=torch.float16)
-    options = dict(scale=3.0, bias=bias, query_ids=torch.full((N,), -1, device=DEVICE), target_ids=torch.zeros(M, dtype=torch.int64, device=DEVICE))
+    options = dict(
+        scale=3.0, bias=bias, query_ids=torch.full((N,), -1, device=DEVICE), target_ids=torch.zeros(M, dtype=torch.int64, device=DEVICE)
+    )
     options |= dict(weight=torch.full((N,), 1e5, device=DEVICE), reduction="sum")
     q, t = query.detach().double().requires_grad_(), target.detach().double().requires_grad_()
     truth = torch.autograd.grad(sigmoid_loss_reference(q, t, **options), (q, t))

@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import info_nce_value_and_grad, roofline  # noqa: E402
-from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from contrastive_kernels.triton import panel, row_state  # noqa: E402
-from tests.kernels.paths import force  # noqa: E402
+from contrastive_kernels import info_nce_value_and_grad, roofline
+from contrastive_kernels.reference import info_nce_reference
+from contrastive_kernels.triton import panel, row_state
+
+from tests.kernels.paths import force
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, D = 80, 32  # two tiles of rows, the last one ragged
@@ -59,7 +60,9 @@ def test_as_with_maxima_to_the_bit(case, monkeypatch):
         torch.testing.assert_close(ours.loss, truth, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("total, marked", [(1.0, 0), (1e-17, 0), (1e-18, 1), (0.0, 1), (1e28, 0), (1e29, 1), (float("inf"), 1), (float("nan"), 0)])
+@pytest.mark.parametrize(
+    "total, marked", [(1.0, 0), (1e-17, 0), (1e-18, 1), (0.0, 1), (1e28, 0), (1e29, 1), (float("inf"), 1), (float("nan"), 0)]
+)
 def test_which_sums_are_suspicious(total, marked):
     # e^-40 = 4.2e-18, e^65 = 1.7e28; a NaN is seen in the loss, and no shift would mend it
     parts = torch.full((2, 40), 0.5, device=DEVICE)

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roofline  # noqa: E402
-from contrastive_kernels.reference import info_nce_reference  # noqa: E402
-from contrastive_kernels.triton import configs, symmetric, work  # noqa: E402
+from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roofline
+from contrastive_kernels.reference import info_nce_reference
+from contrastive_kernels.triton import configs, symmetric, work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
@@ -83,11 +83,17 @@ def test_some_gradients_alone(wrt, joint_only):
 
 
 @interpreted
-@pytest.mark.parametrize("options, reason", [
-    (dict(positives=torch.arange(N - 1, -1, -1)), "positives"), (dict(query_ids=torch.arange(N)), "query_ids"),
-    (dict(target_mask=torch.arange(N) > 3), "target_mask"), (dict(mask_margin=0.1), "mask_margin"),
-    (dict(label_smoothing=0.1), "label_smoothing"), (dict(query_negatives=True), "query_negatives"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(positives=torch.arange(N - 1, -1, -1)), "positives"),
+        (dict(query_ids=torch.arange(N)), "query_ids"),
+        (dict(target_mask=torch.arange(N) > 3), "target_mask"),
+        (dict(mask_margin=0.1), "mask_margin"),
+        (dict(label_smoothing=0.1), "label_smoothing"),
+        (dict(query_negatives=True), "query_negatives"),
+    ],
+)
 def test_two_sweeps_where_pairs_differ(options, reason, joint_only):
     options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     query, target = unit(N, D).detach(), unit(N, D).detach()
@@ -103,19 +109,29 @@ def test_two_sweeps_where_pairs_differ(options, reason, joint_only):
 def test_two_sweeps_where_one_shift_is_unsafe(temperature, length, safe, joint_only):
     query, target = unit(N, D).detach() * length, unit(N, D).detach()
     got = info_nce_value_and_grad(query, target, symmetric=True, temperature=temperature, backend="triton")
-    torch.testing.assert_close(got.d_query, info_nce_value_and_grad(query, target, symmetric=True, temperature=temperature, backend="torch").d_query, **TIGHT)
+    torch.testing.assert_close(
+        got.d_query, info_nce_value_and_grad(query, target, symmetric=True, temperature=temperature, backend="torch").d_query, **TIGHT
+    )
     assert bool(joint_only) == safe
 
 
-@pytest.mark.parametrize("inverse_norm, temperature, validate, expected", [
-    (torch.ones(2), 20.0, False, 20.2), (torch.ones(2), torch.tensor(20.0), False, float("inf")), (None, 20.0, False, float("inf")),
-    (None, 20.0, True, 101.0), (torch.ones(2), torch.tensor(20.0), True, 20.2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "inverse_norm, temperature, validate, expected",
+    [
+        (torch.ones(2), 20.0, False, 20.2),
+        (torch.ones(2), torch.tensor(20.0), False, float("inf")),
+        (None, 20.0, False, float("inf")),
+        (None, 20.0, True, 101.0),
+        (torch.ones(2), torch.tensor(20.0), True, 20.2),
+    ],
+)
 def test_a_gpu_is_not_waited_for_unasked(inverse_norm, temperature, validate, expected):
     rows = torch.tensor([[0.6, 0.8], [1.0, 2.0]])  # the longest is sqrt(5)
     side = types.SimpleNamespace(source=rows, inverse_norm=inverse_norm)
     options = types.SimpleNamespace(hardness=0.0, hardness_scope="all", validate=validate)
-    problem = types.SimpleNamespace(options=options, inverse_temperature=temperature, query=side, target=side, device=torch.device("cuda"), dtype=torch.float32)
+    problem = types.SimpleNamespace(
+        options=options, inverse_temperature=temperature, query=side, target=side, device=torch.device("cuda"), dtype=torch.float32
+    )
     assert symmetric.largest_logit(problem) == pytest.approx(expected)
 
 
@@ -124,7 +140,9 @@ def test_gradcheck(joint_only):
     query, target = unit(3, 3), unit(3, 3)
     temperature, hard = torch.tensor(0.5, dtype=TRUTH, requires_grad=True), unit(3, 1, 3)
     options = dict(symmetric=True, backend="triton", target_ids=torch.tensor([0, 1, 0]))
-    assert torch.autograd.gradcheck(lambda q, t, c, h: info_nce(q, t, temperature=c, hard_negatives=h, **options), (query, target, temperature, hard))
+    assert torch.autograd.gradcheck(
+        lambda q, t, c, h: info_nce(q, t, temperature=c, hard_negatives=h, **options), (query, target, temperature, hard)
+    )
     assert joint_only
 
 
@@ -146,7 +164,9 @@ def test_low_precision_gradients_beat_eager(joint_only):
     query, target = unit(64, 32, dtype=torch.bfloat16).detach(), unit(64, 32, dtype=torch.bfloat16).detach()
     q, t = query.double().requires_grad_(), target.double().requires_grad_()
     info_nce_reference(q, t, temperature=0.05, symmetric=True).backward()
-    result = info_nce_value_and_grad(query, target, temperature=0.05, symmetric=True, backend="triton", grad_dtype=torch.float32, validate=True)
+    result = info_nce_value_and_grad(
+        query, target, temperature=0.05, symmetric=True, backend="triton", grad_dtype=torch.float32, validate=True
+    )
     eager_q, eager_t = query.clone().requires_grad_(), target.clone().requires_grad_()
     logits, labels = eager_q @ eager_t.T / 0.05, torch.arange(64, device=DEVICE)
     ((torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2).backward()

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs  # noqa: E402
-from contrastive_kernels.triton import topk as topk_file  # noqa: E402
-from contrastive_kernels.triton.topk import topk  # noqa: E402
+from contrastive_kernels.triton import configs
+from contrastive_kernels.triton import topk as topk_file
+from contrastive_kernels.triton.topk import topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = configs.Tile(16, 16, 16, 4, 1)
@@ -26,7 +26,9 @@ def dense(query, target, k, exclude=None):
 
 # one of each; k above M; k not a power of two; several tiles and shares, the last one ragged
 @pytest.mark.parametrize("tile", [SMALL, RESIDENT], ids=["read again", "resident"])
-@pytest.mark.parametrize("rows, columns, k, shares", [(1, 1, 1, 1), (3, 5, 9, 1), (17, 33, 3, 1), (5, 130, 5, 3), (20, 100, 16, 2), (2, 70, 40, 1)])
+@pytest.mark.parametrize(
+    "rows, columns, k, shares", [(1, 1, 1, 1), (3, 5, 9, 1), (17, 33, 3, 1), (5, 130, 5, 3), (20, 100, 16, 2), (2, 70, 40, 1)]
+)
 def test_against_dense_with_ties(rows, columns, k, shares, tile):
     # small integers: exact in any precision, full of ties, negative scores and zeros of both signs
     query = torch.randint(-2, 3, (rows, 37), device=DEVICE).float()  # three pieces of BLOCK_K, the last one ragged

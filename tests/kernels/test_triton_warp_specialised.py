@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
+import triton
+from contrastive_kernels.triton import configs, warp_specialised, work
+from contrastive_kernels.triton.exp_panel import exp_panel
 
-from contrastive_kernels.triton import configs, warp_specialised, work  # noqa: E402
-from contrastive_kernels.triton.exp_panel import exp_panel  # noqa: E402
-from tests.kernels.test_triton_exp_panel import DEVICE, TIGHT, TRUTH, dense, poisoned, unit  # noqa: E402
+from tests.kernels.test_triton_exp_panel import DEVICE, TIGHT, TRUTH, dense, poisoned, unit
 
 SMALL = configs.Tile(32, 32, 32, 4, 1, group=2)
 if DEVICE == "cuda":  # the types and tiles that it has there
@@ -42,7 +42,9 @@ def test_against_dense(rows, columns, width, scales, store):
         options |= dict(row_scale=torch.rand(rows, dtype=kind, device=DEVICE), col_scale=torch.rand(columns, dtype=kind, device=DEVICE))
     out = poisoned(1, rows, columns, dtype=TRUTH) if store else None
     with work.record() as launches:
-        got = exp_panel(x, y, scale=20.0, shift=shift, out=out, store=store, column_offset=1000, tile=SMALL, panel="warp_specialised", **options)
+        got = exp_panel(
+            x, y, scale=20.0, shift=shift, out=out, store=store, column_offset=1000, tile=SMALL, panel="warp_specialised", **options
+        )
     assert [launch.name for launch in launches] == ["exp_panel_warp_specialised"]
     e, _, kept = dense(x, y, 20.0, shift, offset=1000, **options)
     if store:
@@ -69,7 +71,15 @@ def test_a_panel_inside_a_wider_buffer():
     x, y = unit(40, 128)[::2, :64], unit(48, 64)
     out = poisoned(1, 20, 64, dtype=x.dtype)
     shift = torch.zeros(20, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=DEVICE)
-    got = exp_panel(x.to(TRUTH), y.to(TRUTH), scale=1.0, shift=shift, out=out[:, :, :48].to(TRUTH) if TRUTH != x.dtype else out[:, :, :48], tile=SMALL, panel="warp_specialised")
+    got = exp_panel(
+        x.to(TRUTH),
+        y.to(TRUTH),
+        scale=1.0,
+        shift=shift,
+        out=out[:, :, :48].to(TRUTH) if TRUTH != x.dtype else out[:, :, :48],
+        tile=SMALL,
+        panel="warp_specialised",
+    )
     close(got.e[0], dense(x, y, 1.0, shift)[0])
     assert TRUTH != x.dtype or out[:, :, 48:].isnan().all()
 
@@ -89,9 +99,14 @@ def test_what_it_has_not_is_refused(option):
     x, y, shift = unit(rows, 32, torch.bfloat16), unit(columns, 32, torch.bfloat16), torch.zeros(rows, device=DEVICE)
     number = lambda count, dtype=torch.int64: torch.zeros(count, dtype=dtype, device=DEVICE)  # noqa: E731
     options = dict(
-        ids=((number(rows), number(columns)),), threshold=number(rows, torch.float32), keep=number(columns, torch.bool), row_max=True, col_sum=True,
-        levels=torch.tensor([32], dtype=torch.int32, device=DEVICE), redo=number(1, torch.int32),
-    )  # fmt: skip
+        ids=((number(rows), number(columns)),),
+        threshold=number(rows, torch.float32),
+        keep=number(columns, torch.bool),
+        row_max=True,
+        col_sum=True,
+        levels=torch.tensor([32], dtype=torch.int32, device=DEVICE),
+        redo=number(1, torch.int32),
+    )
     taken = {} if option == "columns" else {option: options[option]}
     with pytest.raises(ValueError, match="panel='warp_specialised'.*use panel='auto'"):
         exp_panel(x, y, scale=1.0, shift=shift, panel="warp_specialised", **taken)

@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-
 from contrastive_kernels import workspace
 from contrastive_kernels.options import InfoNCEOptions
 
@@ -64,7 +63,10 @@ def test_only_a_card_without_room_bounds_it_lower(card, caplog):
         assert bound(65_536) == (80 << 30) // 40 == bound(65_536)  # 8 GiB halved twice
         card.update(free=1 << 20)
         assert bound(65_536) == 256 * MIB
-    assert [("2048 MiB instead of 8192" in r.message, "workspace_mib" in r.message) for r in caplog.records] == [(True, True), (False, True)]
+    assert [("2048 MiB instead of 8192" in r.message, "workspace_mib" in r.message) for r in caplog.records] == [
+        (True, True),
+        (False, True),
+    ]
 
 
 def test_a_call_that_fits_is_bounded_as_ever(card, caplog):

@@ -24,8 +24,9 @@ def built(tmp_path_factory):
 
 
 def content(folder):
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()
+    }
 
 
 def test_catalogue_has_320_different_drawings():
@@ -128,7 +129,7 @@ def test_finished_is_reused_and_broken_is_rebuilt(built, tmp_path):
     build.build_data(tmp_path, size=small, workers=1, say=None)
     assert (folder / "tasks.json").stat().st_mtime_ns == stamp
     next((folder / "images").rglob("*.png")).unlink()
-    (tmp_path / "data.part").mkdir()                      # what an interrupted build leaves
+    (tmp_path / "data.part").mkdir()  # what an interrupted build leaves
     (tmp_path / "data.part" / "half").write_text("half")
     build.build_data(tmp_path, size=small, workers=1, say=None)
     assert content(folder) == before and not (tmp_path / "data.part").exists()

@@ -57,21 +57,40 @@ def folder(tmp_path):
                 candidates = [{"text": f"answer {k} <&>", "image": picture if "image" in task["target"] else ""} for k in range(6)]
                 right = row % 2
                 query = {"text": task["prompt"].replace("{}", f"question {row}"), "image": picture if "image" in task["query"] else ""}
-                lines.append(json.dumps({"row": row, "query": query, "labels": [candidates[right]], "rank": right + 1, "top": [
-                    {**c, "name": "", "score": 0.5, "correct": k == right} for k, c in enumerate(candidates[:5])]}))
+                lines.append(
+                    json.dumps(
+                        {
+                            "row": row,
+                            "query": query,
+                            "labels": [candidates[right]],
+                            "rank": right + 1,
+                            "top": [{**c, "name": "", "score": 0.5, "correct": k == right} for k, c in enumerate(candidates[:5])],
+                        }
+                    )
+                )
             (scores / f"{task['name']}_top.jsonl").write_text("\n".join(lines) + "\n")
-    from safetensors.torch import save_file
     import torch
+    from safetensors.torch import save_file
 
     (out / "model").mkdir()
     (out / "model-init").mkdir()
     save_file({"w": torch.zeros(1000, 1500)}, out / "model-init" / "model.safetensors")
-    (out / "model-init" / "config.json").write_text(json.dumps(
-        {"text_config": {"num_hidden_layers": 3, "hidden_size": 128}, "vision_config": {"depth": 3}}))
+    (out / "model-init" / "config.json").write_text(
+        json.dumps({"text_config": {"num_hidden_layers": 3, "hidden_size": 128}, "vision_config": {"depth": 3}})
+    )
     history = [{"step": s, "loss": 5 - s / 10, "accuracy": s / 40} for s in range(10, 50, 10)] + [{"step": 40, "train_runtime": 1.0}]
     (out / "model" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    (out / "model" / "train_result.json").write_text(json.dumps(
-        {"steps": 40, "loss": 1.0, "seconds": 130.0, "peak_memory_mib": 2048.0, "recipe": {"global_batch": 64, "loss": {"temperature": 0.05}}}))
+    (out / "model" / "train_result.json").write_text(
+        json.dumps(
+            {
+                "steps": 40,
+                "loss": 1.0,
+                "seconds": 130.0,
+                "peak_memory_mib": 2048.0,
+                "recipe": {"global_batch": 64, "loss": {"temperature": 0.05}},
+            }
+        )
+    )
     return out
 
 
@@ -82,7 +101,7 @@ def test_page_is_whole_and_self_contained(folder, capsys):
     parser = check(html)
     assert parser.addresses and all(address.startswith("data:image/png;base64,") for address in parser.addresses)
     assert "http" not in html.replace("http://www.w3.org", "") and "@import" not in html and "url(" not in html
-    assert html.count('class="right"') == 11 * 4 and html.count('<div class="query hit">') == 11 * 2     # rows alternate
+    assert html.count('class="right"') == 11 * 4 and html.count('<div class="query hit">') == 11 * 2  # rows alternate
     for expected in ("50.0 %", "12.5 %", "1.50 million parameters", "2 min 10 s", "2.00 GiB", "CC BY-SA 4.0", "question", "1.000 nats"):
         assert expected in html
     assert "answer 0 &lt;&amp;&gt;" in html and "<|image_1|>" not in html
@@ -90,10 +109,15 @@ def test_page_is_whole_and_self_contained(folder, capsys):
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.parametrize(("gone", "message"), [
-    ("scores-after/OpenMoji_t2i_score.json", "run vlm2vec eval"), ("scores-after/OpenMoji_t2i_top.jsonl", "run vlm2vec eval"),
-    ("model/trainer_state.json", "python -m train"), ("data/tasks.json", "build the benchmark first"),
-])
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("scores-after/OpenMoji_t2i_score.json", "run vlm2vec eval"),
+        ("scores-after/OpenMoji_t2i_top.jsonl", "run vlm2vec eval"),
+        ("model/trainer_state.json", "python -m train"),
+        ("data/tasks.json", "build the benchmark first"),
+    ],
+)
 def test_what_is_missing_or_broken_is_named(folder, capsys, gone, message):
     (folder / "report.html").write_text("an earlier report")
     (folder / gone).write_text("{half")
@@ -121,7 +145,7 @@ def test_curve_survives_odd_logs():
     check(curve(Series("loss", [(10, 4.0), (20, float("nan")), (30, 2.0)])))
     assert curve(Series("loss", [(10, 4.0), (20, float("nan")), (30, 2.0)])).count("<title>") == 2
     assert "too few" in curve(Series("loss", [(10, float("inf"))]))
-    for values in ([3.0, 3.0], [0.0, 0.0], [1e-6, 2e-6], [-5.0, 1e4]):           # flat, zero, tiny, wide
+    for values in ([3.0, 3.0], [0.0, 0.0], [1e-6, 2e-6], [-5.0, 1e4]):  # flat, zero, tiny, wide
         svg = curve(Series("loss", list(enumerate(values, 1))))
         check(svg)
         heights = [float(y) for y in re.findall(r'class="point" cx="[\d.]+" cy="([-\d.]+)"', svg)]
@@ -133,9 +157,17 @@ def test_grid_shows_the_right_answer_that_was_missed(tmp_path):
 
     Image.new("RGB", (900, 300), "red").save(tmp_path / "wide.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    html = grid([Query(Side("q", tmp_path / "wide.png"), [Answer(Side("no"), False), Answer(Side("", tmp_path / "broken.png"), False)],
-                       Side("yes"), 17)])
+    html = grid(
+        [
+            Query(
+                Side("q", tmp_path / "wide.png"),
+                [Answer(Side("no"), False), Answer(Side("", tmp_path / "broken.png"), False)],
+                Side("yes"),
+                17,
+            )
+        ]
+    )
     check(html)
     assert "right: no. 17" in html and "broken.png cannot be shown" in html and 'class="missed"' in html and "query miss" in html
-    assert inline_image(tmp_path / "wide.png").startswith("data:image/jpeg;base64,")     # large ones are made smaller
+    assert inline_image(tmp_path / "wide.png").startswith("data:image/jpeg;base64,")  # large ones are made smaller
     assert len(inline_image(tmp_path / "wide.png")) < 3000 and inline_image(tmp_path / "broken.png") == ""

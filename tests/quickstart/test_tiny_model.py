@@ -53,7 +53,7 @@ def test_same_seed_same_folder_other_seed_other_weights(folder, tmp_path):
     from transformers import AutoTokenizer
 
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert build_model(folder.parent, seed=5, say=None) == folder          # reused
+    assert build_model(folder.parent, seed=5, say=None) == folder  # reused
     again = tmp_path / "again"
     again.mkdir()
     (again / "data").symlink_to(folder.parent / "data")

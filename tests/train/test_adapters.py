@@ -32,7 +32,9 @@ def test_an_adapter_trains_is_saved_alone_and_loads_again(root, kind):
     lora = {"r": 4, "alpha": 8, "dropout": 0.0, "dora": kind == "dora", "vision": False}
     quantization = "nf4" if kind == "nf4" else None
     output = root / kind
-    recipe = write_recipe(root, output=str(output), lora=lora, quantization=quantization, optimizer="adamw_8bit" if kind == "nf4" else "adamw_torch")
+    recipe = write_recipe(
+        root, output=str(output), lora=lora, quantization=quantization, optimizer="adamw_8bit" if kind == "nf4" else "adamw_torch"
+    )
     assert run([str(recipe)]) == 0
     assert (output / "adapter_model.safetensors").is_file() and not list(output.glob("model*.safetensors"))
     tensors = load_file(output / "adapter_model.safetensors")

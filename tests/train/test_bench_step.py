@@ -25,7 +25,11 @@ def test_met(trained):
 @pytest.mark.parametrize(
     "trained, changes, words",
     [
-        ("all", {"ours": {"cpu_ms": 590, "p50_ms": 590}, "reference_16": {"cpu_ms": 1100, "p50_ms": 1100}}, "ours is 1.69x as fast as reference-8, aim 1.8x"),
+        (
+            "all",
+            {"ours": {"cpu_ms": 590, "p50_ms": 590}, "reference_16": {"cpu_ms": 1100, "p50_ms": 1100}},
+            "ours is 1.69x as fast as reference-8, aim 1.8x",
+        ),
         ("vision-frozen", {"reference_16": {"cpu_ms": 270, "p50_ms": 270}}, "ours is 2.70x as fast as reference-16, aim 2.8x"),
         ("all", {"st_tokens": {"cpu_ms": 110, "p50_ms": 110}}, "ours-mrope is 1.10x as fast as st-tokens"),
         ("all", {"ours": {"live_mib": 101}, "reference_16": {"live_mib": 200}}, "ours peaks at 101 (live_mib), reference-8 at 100"),

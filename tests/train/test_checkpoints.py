@@ -58,7 +58,13 @@ def test_what_a_run_writes_is_complete_and_needs_each_of_those_files(tmp_path, l
     output = tmp_path / "output"
     assert run([str(write_recipe(tmp_path, output=str(output), steps=1, save_steps=1, lora=lora))]) == 0
     assert names(output) == ["checkpoint-1"]
-    needed = {"adapter_model.safetensors" if lora else "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    needed = {
+        "adapter_model.safetensors" if lora else "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
     for file in sorted(needed):
         moved = (output / "checkpoint-1" / file).rename(output / file)
         assert names(output) == [], file
@@ -87,7 +93,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("removal", [lambda folder: checkpoints.discard(folder), lambda folder: checkpoints.rotate(folder, 1)], ids=["discard", "rotate"])
+@pytest.mark.parametrize(
+    "removal", [lambda folder: checkpoints.discard(folder), lambda folder: checkpoints.rotate(folder, 1)], ids=["discard", "rotate"]
+)
 def test_a_removal_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch, removal):
     for step in (1, 2, 3):
         whole(tmp_path, step)

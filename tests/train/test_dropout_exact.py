@@ -50,4 +50,6 @@ def test_gradients_with_dropout_are_those_of_kept_graphs(root, kept, changes):
 
 def test_dropout_is_on(root, kept):
     other = step_gradients(root, seed=6, retain=0)
-    assert max(((other[name] - gradient).norm() / gradient.norm()).item() for name, gradient in kept.items() if gradient.norm() > 1e-8) > 0.01
+    assert (
+        max(((other[name] - gradient).norm() / gradient.norm()).item() for name, gradient in kept.items() if gradient.norm() > 1e-8) > 0.01
+    )

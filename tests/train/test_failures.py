@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from contrastive_kernels import GradCache
 from safetensors.torch import load_file, save_file
 from tiny import first_batch, gradients, write_recipe
 
-from contrastive_kernels import GradCache
 from train.build import build_model
 from train.recipe import load_recipe
 from train.run import run

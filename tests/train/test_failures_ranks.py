@@ -125,4 +125,6 @@ def test_the_step_is_done_again_and_its_gradients_are_those_of_one_process(root,
             assert loss == pytest.approx(result.loss.item(), abs=1e-12)
             assert found.keys() == expected.keys()
             for parameter, gradient in expected.items():
-                torch.testing.assert_close(torch.from_numpy(found[parameter]), gradient, rtol=1e-10, atol=1e-10, msg=f"rank {rank}: {parameter}")
+                torch.testing.assert_close(
+                    torch.from_numpy(found[parameter]), gradient, rtol=1e-10, atol=1e-10, msg=f"rank {rank}: {parameter}"
+                )

@@ -29,7 +29,10 @@ def test_attention_is_counted_as_its_products_are(heads, key_heads, queries, key
     # flash attention keeps no scores: its backward makes them again
     assert attention_backward_flops(*shapes) == scores_product.get_total_flops() + backward.get_total_flops()
     if heads == key_heads:
-        assert (attention_flops(*shapes), attention_backward_flops(*shapes)) == (sdpa_flop_count(*shapes), sdpa_backward_flop_count(out.shape, *shapes))
+        assert (attention_flops(*shapes), attention_backward_flops(*shapes)) == (
+            sdpa_flop_count(*shapes),
+            sdpa_backward_flop_count(out.shape, *shapes),
+        )
 
 
 def test_grouped_attention_of_a_cpu_is_counted():

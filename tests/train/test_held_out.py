@@ -6,11 +6,11 @@ import traceback
 
 import pytest
 import torch
+from contrastive_kernels.reference import info_nce_reference
 from processes import context, ended, join, start
 from safetensors.torch import load_file
 from tiny import write_recipe
 
-from contrastive_kernels.reference import info_nce_reference
 from train.build import build_model
 from train.data import PairDataset
 from train.held_out import evaluate

@@ -83,7 +83,10 @@ def test_unusual_pictures(processing, tmp_path):
     picture = Image.fromarray(generator.integers(0, 256, (61, 97, 3), dtype=np.uint8))
     alpha = picture.copy()
     alpha.putalpha(Image.fromarray(generator.integers(0, 256, (61, 97), dtype=np.uint8)))
-    made = {f"{mode}.png": picture.convert(mode) for mode in ("L", "1", "P", "LA")} | {"RGBA.png": alpha, "CMYK.jpg": picture.convert("CMYK")}
+    made = {f"{mode}.png": picture.convert(mode) for mode in ("L", "1", "P", "LA")} | {
+        "RGBA.png": alpha,
+        "CMYK.jpg": picture.convert("CMYK"),
+    }
     made["I16.png"] = Image.fromarray(generator.integers(0, 65536, (61, 97), dtype=np.uint16))
     for name, image in made.items():
         image.save(tmp_path / name, **({"transparency": 3} if name == "P.png" else {}))

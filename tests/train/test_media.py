@@ -7,11 +7,20 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from streaming import Whole, assert_same, damage, equals_images_decoded_at_once, failing_step, keeps_host_memory_within_its_bound
-from streaming import largest_chunk, run_step, without_row
+from contrastive_kernels import info_nce
+from streaming import (
+    Whole,
+    assert_same,
+    damage,
+    equals_images_decoded_at_once,
+    failing_step,
+    keeps_host_memory_within_its_bound,
+    largest_chunk,
+    run_step,
+    without_row,
+)
 from tiny import first_batch, gradients, write_recipe
 
-from contrastive_kernels import info_nce
 from train.build import build_model
 from train.data import to_features
 from train.recipe import load_recipe
@@ -78,7 +87,9 @@ def test_host_memory_is_bounded_and_what_fits_is_decoded_once(prepared):
 )
 @pytest.mark.parametrize("retain", [0, 2, "all"])
 def test_a_frozen_towers_images_are_decoded_again_only_where_nothing_is_kept(prepared, keep, media_mib, decodes, retain):
-    recipe, model = prepared(global_batch=24, interleave_batch_size=24, chunk_tokens=60, freeze_vision=True, media_mib=media_mib, retain=retain)
+    recipe, model = prepared(
+        global_batch=24, interleave_batch_size=24, chunk_tokens=60, freeze_vision=True, media_mib=media_mib, retain=retain
+    )
     batch = first_batch(recipe, model, step=1)
     sizes = [3 * 14**2 * int(np.prod(sample["vision"]["grid_thw"])) for sample in batch["query"]]
     tokens = [len(sample["visual_index"]) for sample in batch["query"]]
@@ -116,8 +127,16 @@ def test_an_image_damaged_behind_its_header_costs_its_row(prepared, root, symmet
     assert_same(got, expected)
 
 
-ERRORS = [struct.error("unpack requires 4 bytes"), zlib.error("Error -3"), EOFError("no more"), KeyError("tRNS"), IndexError("out of range"),
-          SyntaxError("broken PNG"), RuntimeError("decoder"), MemoryError("20 GB")]  # fmt: skip
+ERRORS = [
+    struct.error("unpack requires 4 bytes"),
+    zlib.error("Error -3"),
+    EOFError("no more"),
+    KeyError("tRNS"),
+    IndexError("out of range"),
+    SyntaxError("broken PNG"),
+    RuntimeError("decoder"),
+    MemoryError("20 GB"),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -5,13 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contrastive_kernels import info_nce
 from PIL import Image
-from streaming import Whole, assert_same, damage, equals_images_decoded_at_once, failing_step, keeps_host_memory_within_its_bound
-from streaming import run_step, without_row
+from streaming import (
+    Whole,
+    assert_same,
+    damage,
+    equals_images_decoded_at_once,
+    failing_step,
+    keeps_host_memory_within_its_bound,
+    run_step,
+    without_row,
+)
 from test_plan import measured
 from tiny import first_batch, gradients, write_recipe
 
-from contrastive_kernels import info_nce
 from train import plan_batch
 from train.build import build_model
 from train.data import collate, to_features

@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from contrastive_kernels.retention import counting_saved
 from tiny import first_batch, gradients, write_recipe
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import train.step
-from contrastive_kernels.retention import counting_saved
 from train.build import build_model
 from train.offload import offloaded
 from train.recipe import load_recipe

@@ -23,16 +23,20 @@ CASES = {
     "adapter, all graphs kept": ("qwen2_vl", 1, {**LORA, "retain": "all"}),
     "DoRA": ("qwen2_vl", 1, DORA),
     "adapter of both over four bits, checkpointing": (
-        "qwen2_vl", 1, {"lora": {**LORA["lora"], "vision": True}, "quantization": "nf4", "gradient_checkpointing": True, "retain": 2},
+        "qwen2_vl",
+        1,
+        {"lora": {**LORA["lora"], "vision": True}, "quantization": "nf4", "gradient_checkpointing": True, "retain": 2},
     ),
     "sharded over two": ("qwen2_vl", 2, {"distributed": "fsdp", "retain": 1}),
     "sharded over four, adapter, checkpointing, autocast": (
-        "qwen2_vl", 4, {"distributed": "fsdp", **LORA, "gradient_checkpointing": True, "autocast": "bfloat16"},
+        "qwen2_vl",
+        4,
+        {"distributed": "fsdp", **LORA, "gradient_checkpointing": True, "autocast": "bfloat16"},
     ),
     "DDP": ("qwen2_vl", 2, {}),
     "another family, full": ("llava_next", 1, {"gradient_checkpointing": True}),
     "another family, adapter of both, graph kept": ("llava_next", 1, {"lora": {**LORA["lora"], "vision": True}, "retain": 1}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import traceback
 
 import pytest
 import torch
+from contrastive_kernels import gradient_sync
 from processes import collected, join
 from tiny import write_recipe
 
-from contrastive_kernels import gradient_sync
 from train.build import build_model
 from train.live_bytes import LiveBytes
 from train.plan_batch import first_batch

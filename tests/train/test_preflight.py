@@ -53,9 +53,7 @@ def refused(root, tmp_path, *words, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"dtype": "bfloat16"}, {"freeze_vision": True}, {"lora": {"r": 4, "dora": True}, "dtype": "bfloat16"}],
-    ids=str,
+    "changes", [{}, {"dtype": "bfloat16"}, {"freeze_vision": True}, {"lora": {"r": 4, "dora": True}, "dtype": "bfloat16"}], ids=str
 )
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_next", "phi3_v"])
 def test_what_stays_is_counted_to_the_byte(root, tmp_path, family, changes):
@@ -117,7 +115,9 @@ def test_a_7b_model_in_full_does_not_fit_24_gib_and_its_adapter_does():
         model = Description(None, None, None, recipe.model, None, {}, {}, {})
         preflight.check_memory(recipe, model, Memory(int(free * GIB), int(free * GIB)), ranks=ranks, on_gpu=True)
 
-    with pytest.raises(ValueError, match=r"weights 28\.86 GiB \(float32\), gradients 28\.86 GiB and adamw_torch 57\.7. GiB.*the GPU has 23\.60 GiB"):
+    with pytest.raises(
+        ValueError, match=r"weights 28\.86 GiB \(float32\), gradients 28\.86 GiB and adamw_torch 57\.7. GiB.*the GPU has 23\.60 GiB"
+    ):
         check("qwen2-vl-7b-full-8x80gb-1k")
     with pytest.raises(ValueError, match="more than 1 GPU "):
         check("qwen2-vl-7b-full-8x80gb-1k", free=79.6)
@@ -228,7 +228,9 @@ def test_a_longer_sample_that_no_look_found_trains_in_a_chunk_of_its_own(root, t
         return encode(self, side, rows, features)
 
     monkeypatch.setattr(ContrastiveStep, "_encode", counted)
-    recipe = write_recipe(root, data=data, chunk_tokens=50, global_batch=20, interleave_batch_size=20, output=str(tmp_path / "output"), steps=3)
+    recipe = write_recipe(
+        root, data=data, chunk_tokens=50, global_batch=20, interleave_batch_size=20, output=str(tmp_path / "output"), steps=3
+    )
     with caplog.at_level(logging.WARNING, logger="train.trainer"):
         assert run([str(recipe)]) == 0
     long = [chunk for chunk in chunks if sum(chunk) > 50]

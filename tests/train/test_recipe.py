@@ -97,7 +97,11 @@ def test_reference_command_line(recipe):
         ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "rows": 0}]}}, "source a: rows must be at least 1"),
         ([], {"data": {"root": "r", "images": "i", "sources": [{"name": "a", "from_step": 2}]}}, "the first step has no rows"),
         (["--retain", "auto", "--cpu"], {}, "retain: auto measures free GPU memory.*give retain_mib"),
-        (["--retain", "auto", "--offload_activations", "true"], {}, "retain: auto and offload_activations contradict each other: .*give retain_mib .*drop offload_activations"),
+        (
+            ["--retain", "auto", "--offload_activations", "true"],
+            {},
+            "retain: auto and offload_activations contradict each other: .*give retain_mib .*drop offload_activations",
+        ),
         (["--fp16", "--distributed", "fsdp"], {}, "autocast: float16 .* choose autocast: bfloat16, or distributed: ddp"),
         (["--fp16", "--cpu"], {}, "autocast: float16 needs a GPU"),
         (["--fp16", "--dtype", "float16"], {}, "choose dtype: float32"),

@@ -62,15 +62,25 @@ def tables(tmp_path_factory):
     picture = root / "page.png"
     Image.new("RGB", (28, 28), "white").save(picture)
     page = {"bytes": picture.read_bytes(), "path": "page.png"}
-    features = {"image": datasets.Image(), "query": datasets.Value("string"), "answer": datasets.Value("string"), "source": datasets.Value("string")}
-    rows = [{"image": page, "query": "How much?", "answer": "['7']", "source": "PlotQA"}, {"image": page, "query": "Who?", "answer": "b", "source": "new"}]
+    features = {
+        "image": datasets.Image(),
+        "query": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+        "source": datasets.Value("string"),
+    }
+    rows = [
+        {"image": page, "query": "How much?", "answer": "['7']", "source": "PlotQA"},
+        {"image": page, "query": "Who?", "answer": "b", "source": "new"},
+    ]
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(root / "train-00000.parquet")
     for number in range(20):
         (root / "frames" / "v1").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (28, 28)).save(root / "frames" / "v1" / f"c01_{number:04d}.jpeg")
     said = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "A fox runs."}]
     other = [{"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "Hens."}]
-    datasets.Dataset.from_list([{"id": "1", "video": "v1", "conversations": said}, {"id": "2", "video": "gone", "conversations": other}]).to_json(root / "clips.jsonl")
+    datasets.Dataset.from_list(
+        [{"id": "1", "video": "v1", "conversations": said}, {"id": "2", "video": "gone", "conversations": other}]
+    ).to_json(root / "clips.jsonl")
     return root
 
 

@@ -8,13 +8,7 @@ from train.recipe import load_recipe
 from train.reference_flags import ALWAYS, NEEDLESS, REFUSED, RENAMED, parse_overrides
 from vlm2vec.backbones import FAMILIES, backbone_for
 
-BASE = {
-    "model": "m",
-    "output": "o",
-    "steps": 10,
-    "global_batch": 64,
-    "data": {"root": "r", "images": "i", "sources": [{"name": "a"}]},
-}
+BASE = {"model": "m", "output": "o", "steps": 10, "global_batch": 64, "data": {"root": "r", "images": "i", "sources": [{"name": "a"}]}}
 
 
 @pytest.fixture
@@ -49,12 +43,29 @@ def test_a_released_command_line(load, monkeypatch):
 
 # A value for each flag that its key does not have by default.
 VALUES = {
-    "model_name": "other", "output_dir": "elsewhere", "max_steps": 7, "temperature": 0.3, "lora_r": 5, "lora_alpha": 3.0,
-    "lora_dropout": 0.25, "lora_target_modules": ["q_proj"], "image_encoder_freeze": True, "lr_scheduler_type": "cosine",
-    "dataloader_num_workers": 3, "save_total_limit": 9, "optim": "sgd", "dataset_name": "set", "dataset_split": "diverse_instruction",
-    "image_dir": "pictures", "data_basedir": "pictures", "max_len": 512, "num_crops": 16, "image_resolution": "mid",
-    "resize_min_pixels": 784, "resize_max_pixels": 7840,
-}  # fmt: skip
+    "model_name": "other",
+    "output_dir": "elsewhere",
+    "max_steps": 7,
+    "temperature": 0.3,
+    "lora_r": 5,
+    "lora_alpha": 3.0,
+    "lora_dropout": 0.25,
+    "lora_target_modules": ["q_proj"],
+    "image_encoder_freeze": True,
+    "lr_scheduler_type": "cosine",
+    "dataloader_num_workers": 3,
+    "save_total_limit": 9,
+    "optim": "sgd",
+    "dataset_name": "set",
+    "dataset_split": "diverse_instruction",
+    "image_dir": "pictures",
+    "data_basedir": "pictures",
+    "max_len": 512,
+    "num_crops": 16,
+    "image_resolution": "mid",
+    "resize_min_pixels": 784,
+    "resize_max_pixels": 7840,
+}
 
 
 @pytest.mark.parametrize("flag", RENAMED)

@@ -16,9 +16,18 @@ from train.run import run
 from vlm2vec.model import VLM2Vec
 
 FIGURES = (
-    "loss", "accuracy", "positive_similarity", "hardest_negative_similarity", "temperature", "grad_norm", "learning_rate",
-    "samples_per_second", "tokens_per_second", "padding_avoided", "peak_memory_mib",
-)  # fmt: skip
+    "loss",
+    "accuracy",
+    "positive_similarity",
+    "hardest_negative_similarity",
+    "temperature",
+    "grad_norm",
+    "learning_rate",
+    "samples_per_second",
+    "tokens_per_second",
+    "padding_avoided",
+    "peak_memory_mib",
+)
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,12 @@ def start(recipe):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "train", str(recipe)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
 
 
 def until_training(process):
@@ -107,7 +111,11 @@ def test_killed_while_the_model_is_published(root, uninterrupted, one_thread, mo
     recipe = make(root, output.name)
 
     def killing(source, place):
-        if Path(source).parent.name == checkpoints.STAGING and Path(place).parent == output and not Path(place).name.startswith("checkpoint-"):
+        if (
+            Path(source).parent.name == checkpoints.STAGING
+            and Path(place).parent == output
+            and not Path(place).name.startswith("checkpoint-")
+        ):
             if len(moved) == moves:
                 raise Killed
             moved.append(place)

@@ -50,10 +50,15 @@ class Fails:
 
 
 ERRORS = [
-    struct.error("unpack requires a buffer of 4 bytes"), zlib.error("Error -3 while decompressing"), EOFError("no more"),
-    KeyError("ImageWidth"), IndexError("list index out of range"), TypeError("'NoneType' object is not iterable"),
-    OSError("broken data stream"), ZeroDivisionError("division by zero"),
-]  # fmt: skip
+    struct.error("unpack requires a buffer of 4 bytes"),
+    zlib.error("Error -3 while decompressing"),
+    EOFError("no more"),
+    KeyError("ImageWidth"),
+    IndexError("list index out of range"),
+    TypeError("'NoneType' object is not iterable"),
+    OSError("broken data stream"),
+    ZeroDivisionError("division by zero"),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -158,9 +163,15 @@ def test_ids_tell_contents_apart_and_are_the_same_everywhere():
     # Of the text's bytes alone, so that it is the same in every process and every release.
     assert content_id(fox) == 8796041989648054532
     items = [
-        fox, {"text": "a Fox"}, {"text": "a fox", "image": "1.jpg"}, {"text": "a fox", "image": "2.jpg"}, {"text": "a fox", "image": b"1.jpg\0"},
-        {"text": "a fox", "video": ["1.jpg", "2.jpg"]}, {"text": "a fox", "video": ["2.jpg", "1.jpg"]}, {"text": "a fox1.jpg"},
-    ]  # fmt: skip
+        fox,
+        {"text": "a Fox"},
+        {"text": "a fox", "image": "1.jpg"},
+        {"text": "a fox", "image": "2.jpg"},
+        {"text": "a fox", "image": b"1.jpg\0"},
+        {"text": "a fox", "video": ["1.jpg", "2.jpg"]},
+        {"text": "a fox", "video": ["2.jpg", "1.jpg"]},
+        {"text": "a fox1.jpg"},
+    ]
     ids = [content_id(item) for item in items]
     assert len(set(ids)) == len(ids) and all(0 <= i < 2**63 for i in ids)
     assert content_id({"text": "x", "image": "a/b.jpg"}) == content_id({"text": "x", "image": Path("a", "b.jpg")})
@@ -173,7 +184,8 @@ def write_pairs(folder):
     """Eight rows: the positives of 0 and 1 are the same; row 2's negative is its own positive; row 3's is row 0's positive;
     rows 4 to 7 have other negatives, or none."""
     rows = [
-        {"qry": f"find number {i} " + "please " * i, "qry_image_path": "", "pos_text": f"thing {max(i, 1)}", "pos_image_path": ""} for i in range(8)
+        {"qry": f"find number {i} " + "please " * i, "qry_image_path": "", "pos_text": f"thing {max(i, 1)}", "pos_image_path": ""}
+        for i in range(8)
     ]
     negatives = ["near one", "near two", "thing 2", "thing 1", "a b c", "", "d", "e f"]
     write_train(folder, "Pairs", [row | {"neg_text": text} for row, text in zip(rows, negatives, strict=True)])

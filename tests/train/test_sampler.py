@@ -53,11 +53,7 @@ def test_seed_changes_the_order():
 
 
 @pytest.mark.parametrize(
-    "changes,words",
-    [
-        ({"block": 7}, "must divide global_batch"),
-        ({"world_size": 3}, "divisible by the number of ranks"),
-    ],
+    "changes,words", [({"block": 7}, "must divide global_batch"), ({"world_size": 3}, "divisible by the number of ranks")]
 )
 def test_contradictions_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):

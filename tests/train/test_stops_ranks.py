@@ -176,6 +176,9 @@ def test_the_norm_of_sharded_gradients_that_nothing_clips_is_the_whole_ones(root
     from train.run import run
 
     assert run([str(write_recipe(root, output=str(root / "single"), save_steps=9, seed=3, max_grad_norm=0.0))]) == 0
-    logs = [json.loads((root / name / "trainer_state.json").read_text())["log_history"][0] for name in ("single", "whole-gradient-fsdp-unclipped")]
+    logs = [
+        json.loads((root / name / "trainer_state.json").read_text())["log_history"][0]
+        for name in ("single", "whole-gradient-fsdp-unclipped")
+    ]
     assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4), "the first step, in float32"
     assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=1e-5)

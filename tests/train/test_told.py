@@ -67,7 +67,9 @@ def test_figures_of_the_first_step_are_those_of_its_embeddings(told):
     for side in sides:
         for features in side:
             if features.pending:
-                features.vision |= {"pixel_values": model.processing.normalised(model.processing.decode(features)["pixel_values"], features.vision).double()}
+                features.vision |= {
+                    "pixel_values": model.processing.normalised(model.processing.decode(features)["pixel_values"], features.vision).double()
+                }
                 features.pending = []
     query, target = (torch.nn.functional.normalize(model(model.pack(side)), dim=-1) for side in sides)
     cosines = query @ target.T
@@ -115,15 +117,25 @@ def test_rates_and_means_are_of_the_steps_since_the_line_before(monkeypatch):
 def test_the_bar_shows_the_figures_of_the_log(told):
     assert told.bar.options["total"] == told.bar.n == 4 and told.bar.options["initial"] == 0 and told.bar.closed
     named = {
-        "loss": "loss", "acc": "accuracy", "pos": "positive_similarity", "neg": "hardest_negative_similarity", "T": "temperature",
-        "grad": "grad_norm", "lr": "learning_rate", "samples/s": "samples_per_second", "tokens/s": "tokens_per_second",
-        "unpadded": "padding_avoided", "MiB": "peak_memory_mib",
-    }  # fmt: skip
+        "loss": "loss",
+        "acc": "accuracy",
+        "pos": "positive_similarity",
+        "neg": "hardest_negative_similarity",
+        "T": "temperature",
+        "grad": "grad_norm",
+        "lr": "learning_rate",
+        "samples/s": "samples_per_second",
+        "tokens/s": "tokens_per_second",
+        "unpadded": "padding_avoided",
+        "MiB": "peak_memory_mib",
+    }
     for entry, shown in zip(told.log, told.bar.shown, strict=False):
         assert named.keys() <= shown.keys()
         for short, name in named.items():
             # Three digits, or whole numbers.
-            assert float(shown[short].replace(",", "")) == pytest.approx(entry[name], rel=0.006, abs=0.5 if entry[name] >= 1000 else 0), short
+            assert float(shown[short].replace(",", "")) == pytest.approx(entry[name], rel=0.006, abs=0.5 if entry[name] >= 1000 else 0), (
+                short
+            )
 
 
 def test_the_bar_is_the_main_processs_alone(monkeypatch):
@@ -165,10 +177,16 @@ def test_the_model_card(told):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     for words in (
-        f"`{told.root / 'model'}`", f"LoRA adapter of rank 2 ({trained:,} of {total:,} parameters)", "for 4 steps of 8 pairs at temperature 0.1",
-        "| Pictures | 66.7% | all |", "| Texts | 33.3% | all |", f"`{recipe.data.root}`, split `original`; 4 rows in a row",
-        f'VLM2Vec.from_pretrained("{told.output}")', f"vlm2vec eval {told.output} --data", f"python -m train {told.output}/recipe.yaml",
-    ):  # fmt: skip
+        f"`{told.root / 'model'}`",
+        f"LoRA adapter of rank 2 ({trained:,} of {total:,} parameters)",
+        "for 4 steps of 8 pairs at temperature 0.1",
+        "| Pictures | 66.7% | all |",
+        "| Texts | 33.3% | all |",
+        f"`{recipe.data.root}`, split `original`; 4 rows in a row",
+        f'VLM2Vec.from_pretrained("{told.output}")',
+        f"vlm2vec eval {told.output} --data",
+        f"python -m train {told.output}/recipe.yaml",
+    ):
         assert words in body, words
     last = told.log[-1]
     for words, name in (("loss (nats)", "loss"), ("in-batch accuracy", "accuracy"), ("similarity of positives", "positive_similarity")):

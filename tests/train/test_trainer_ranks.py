@@ -160,4 +160,3 @@ def test_an_fsdp_run_saves_whole_weights_and_goes_on_from_its_checkpoint(root, r
     assert single.keys() == sharded.keys()
     for name in single:  # the same four steps, in float32
         torch.testing.assert_close(sharded[name], single[name], rtol=1e-3, atol=2e-4, msg=name)
-

@@ -10,7 +10,7 @@ from PIL import Image
 from vlm2vec.data.mmeb import write_train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vlm2vec"))
-import tiny_models  # noqa: E402
+import tiny_models
 
 SIZES = [(56, 56), (84, 56), (112, 84), (61, 140), (20, 90)]  # the last two are resized, the last one squared
 

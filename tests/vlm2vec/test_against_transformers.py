@@ -93,9 +93,11 @@ def test_mrope_positions_are_the_models_own(family, tmp_path):
         kinds = torch.zeros(1, features.length, dtype=torch.int)
         kinds[0, features.visual_index] = 1
         want, _ = stock.get_rope_index(
-            features.input_ids[None], mm_token_type_ids=kinds, image_grid_thw=features.vision["grid_thw"],
+            features.input_ids[None],
+            mm_token_type_ids=kinds,
+            image_grid_thw=features.vision["grid_thw"],
             attention_mask=torch.ones_like(features.input_ids[None]),
-        )  # fmt: skip
+        )
         assert torch.equal(packed.position_ids, want[:, 0])
 
 

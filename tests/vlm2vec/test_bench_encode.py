@@ -24,6 +24,8 @@ def test_every_arm_gives_the_same_vectors(tmp_path, monkeypatch):
     vectors = {arm: torch.load(row["vectors"], weights_only=True) for arm, row in rows.items()}
     for arm in ("reference", "sorted-padded"):
         torch.testing.assert_close(vectors[arm], vectors["packed"], atol=1e-5, rtol=0)
-    assert encode.verdicts("tiny", [{**r, "p50_ms": 1.0, "cpu_ms": 1.0} for r in rows.values()]) == ["tiny: packed is 1.00x as fast as reference, aim 1.3x"]
+    assert encode.verdicts("tiny", [{**r, "p50_ms": 1.0, "cpu_ms": 1.0} for r in rows.values()]) == [
+        "tiny: packed is 1.00x as fast as reference, aim 1.3x"
+    ]
     pytest.importorskip("sentence_transformers")
     assert encode.measure("st", "tiny", str(tmp_path), repeat=1)["end_to_end_p50_ms"] > 0

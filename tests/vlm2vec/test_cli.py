@@ -62,14 +62,18 @@ def test_search_says_what_the_model_was_trained_to_hear(place, capsys):
     model = VLM2Vec.from_pretrained(place / "model")
     pictures = sorted((place / "images").rglob("*.[pj][np]g"))
     targets = model.encode([{"text": "<|image_1|>\nRepresent the given image.\n", "image": path} for path in pictures])
-    queries = model.encode([
-        "Find me an everyday image that matches the given caption: a happy cat\n",
-        {"text": "<|image_1|>\nFind a day-to-day image that looks similar to the provided image.\n", "image": pictures[0]},
-    ])
+    queries = model.encode(
+        [
+            "Find me an everyday image that matches the given caption: a happy cat\n",
+            {"text": "<|image_1|>\nFind a day-to-day image that looks similar to the provided image.\n", "image": pictures[0]},
+        ]
+    )
     for words, query in zip(("a happy cat", str(pictures[0])), queries):
         assert main(["search", str(place / "model"), words, "--images", str(place / "images"), "-k", "3"]) == 0
         got = {line.split()[2]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
-        assert got == pytest.approx({str(path.relative_to(place / "images")): float(query @ target) for path, target in zip(pictures, targets)}, abs=1e-4)
+        assert got == pytest.approx(
+            {str(path.relative_to(place / "images")): float(query @ target) for path, target in zip(pictures, targets)}, abs=1e-4
+        )
 
 
 def test_info(place, capsys):

@@ -224,7 +224,9 @@ def test_public_adapters_names_and_format(folder, tmp_path):
     tensors = old_style(tmp_path / "new", tmp_path / "old")
     again = VLM2Vec.from_pretrained(tmp_path / "old")
     np.testing.assert_allclose(again.encode(INPUTS), rows, atol=1e-6)
-    assert adapters.load(VLM2Vec.from_pretrained(folder), str(tmp_path / "old"), json.loads((tmp_path / "old/adapter_config.json").read_text())) == len(tensors)
+    assert adapters.load(
+        VLM2Vec.from_pretrained(folder), str(tmp_path / "old"), json.loads((tmp_path / "old/adapter_config.json").read_text())
+    ) == len(tensors)
 
 
 def test_the_v1_adapters_are_fed_as_they_were_scored(folder, tmp_path):
@@ -248,7 +250,10 @@ def test_adapters_that_do_not_fit(folder, tmp_path):
         with pytest.raises(ValueError, match=said):
             VLM2Vec.from_pretrained(tmp_path / "good", **kwargs)
 
-    attempt({**tensors, "base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(3, 32)}, "1 of 21 tensors have no place")
+    attempt(
+        {**tensors, "base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(3, 32)},
+        "1 of 21 tensors have no place",
+    )
     attempt({k.replace("layers", "blocks"): v for k, v in tensors.items()}, "20 of 20 tensors have no place")
     attempt({k: v for k, v in tensors.items() if k != first}, "lacks 1 tensors")
     attempt({**tensors, first: torch.ones(3, 5)}, "has shape")
@@ -290,7 +295,11 @@ def test_four_bit_base(folder, tmp_path, monkeypatch):
     # A CPU with AVX512-BF16 would re-pack the weights in the first forward call, which these narrow layers do not survive.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     model = filled(VLM2Vec.from_pretrained(folder, quantize="nf4", device="cpu"), dora=True)
-    kinds = {n.partition(".")[0]: type(m.get_base_layer() if hasattr(m, "get_base_layer") else m).__name__ for n, m in model.model.named_modules() if "proj" in n}
+    kinds = {
+        n.partition(".")[0]: type(m.get_base_layer() if hasattr(m, "get_base_layer") else m).__name__
+        for n, m in model.model.named_modules()
+        if "proj" in n
+    }
     assert "Linear4bit" in {type(m).__name__ for m in model.model.modules()} and kinds["visual"] != "Linear4bit"
     model.train()
     model(model.pack(model.preprocess(INPUTS))).square().sum().backward()
@@ -302,9 +311,13 @@ def test_four_bit_base(folder, tmp_path, monkeypatch):
     np.testing.assert_allclose(VLM2Vec.from_pretrained(tmp_path / "merged").encode(INPUTS), rows, atol=1e-5)
 
 
-def liger_qwen2_vl(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, layer_norm=True, swiglu=True, model=None):
+def liger_qwen2_vl(
+    rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, layer_norm=True, swiglu=True, model=None
+):
     """The signature of liger-kernel 0.8's function for Qwen2-VL; that of the installed package is compared where there is one."""
-    CALLS.append({"cross_entropy": cross_entropy, "fused_linear_cross_entropy": fused_linear_cross_entropy, "rms_norm": rms_norm, "model": model})
+    CALLS.append(
+        {"cross_entropy": cross_entropy, "fused_linear_cross_entropy": fused_linear_cross_entropy, "rms_norm": rms_norm, "model": model}
+    )
 
 
 CALLS = []

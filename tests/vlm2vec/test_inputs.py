@@ -35,8 +35,15 @@ def test_forms_of_one_input(tmp_path, model):
     image = picture()
     image.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    forms = [image, tmp_path / "a.png", data, {"image": image}, {"image": str(tmp_path / "a.png")}, {"images": [image]},
-             [{"role": "user", "content": [{"type": "image", "image": image}]}]]  # fmt: skip
+    forms = [
+        image,
+        tmp_path / "a.png",
+        data,
+        {"image": image},
+        {"image": str(tmp_path / "a.png")},
+        {"images": [image]},
+        [{"role": "user", "content": [{"type": "image", "image": image}]}],
+    ]
     rows = [model.encode(form) for form in forms]
     assert all(row.shape == (model.embedding_dim,) for row in rows)
     for row in rows[1:]:
@@ -53,10 +60,12 @@ def test_an_image_without_a_marker_comes_first_then_a_newline():
 
 
 def test_chat_messages_without_a_template():
-    item = as_item([
-        {"role": "system", "content": "Find it."},
-        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "what?"}]},
-    ])  # fmt: skip
+    item = as_item(
+        [
+            {"role": "system", "content": "Find it."},
+            {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "what?"}]},
+        ]
+    )
     assert (item.text, item.instruction, len(item.images)) == ("<|image_1|>\nwhat?", "Find it.", 1)
 
 
@@ -150,7 +159,12 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
-    for name, said in (("nothing.png", "no such file"), ("cut.png", "truncated"), ("text.png", "not an image"), ("empty.png", "not an image")):
+    for name, said in (
+        ("nothing.png", "no such file"),
+        ("cut.png", "truncated"),
+        ("text.png", "not an image"),
+        ("empty.png", "not an image"),
+    ):
         with pytest.raises(ValueError, match=said) as e:
             open_image(tmp_path / name)
         assert name in str(e.value)

@@ -91,9 +91,23 @@ def test_calls_without_segments_are_ordinary_attention():
 
 # flash_attn.flash_attn_varlen_func of flash-attn 2.x, as its documentation gives it; the package itself builds with CUDA only
 FLASH_ATTN = (
-    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal",
-    "window_size", "softcap", "alibi_slopes", "deterministic", "return_attn_probs", "block_table",
-)  # fmt: skip
+    "q",
+    "k",
+    "v",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "dropout_p",
+    "softmax_scale",
+    "causal",
+    "window_size",
+    "softcap",
+    "alibi_slopes",
+    "deterministic",
+    "return_attn_probs",
+    "block_table",
+)
 
 
 class Recorder:
@@ -105,7 +119,9 @@ class Recorder:
         return args[0]
 
 
-@pytest.mark.parametrize(("causal", "window", "flash_window"), [(True, None, (-1, 0)), (False, None, (-1, -1)), (True, 5, (4, 0)), (False, 5, (4, 4))])
+@pytest.mark.parametrize(
+    ("causal", "window", "flash_window"), [(True, None, (-1, 0)), (False, None, (-1, -1)), (True, 5, (4, 0)), (False, 5, (4, 4))]
+)
 def test_flash_attn_is_called_by_its_signature(monkeypatch, causal, window, flash_window):
     import sys
     import types
@@ -129,9 +145,22 @@ def test_flash_attn_is_called_by_its_signature(monkeypatch, causal, window, flas
 def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
 def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)): ...
 def varlen_2_14(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
-    seqused_k=None, block_table=None, num_splits=None,
-): ...  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+): ...
 
 
 @pytest.mark.parametrize("torch_version", ["2.11", "2.14", "installed"])

@@ -9,15 +9,7 @@ from golden_files import read
 from phi3_v_crops import image_crops
 from PIL import Image
 
-from vlm2vec.backbones.phi3_v_images import (
-    CLIP_MEAN,
-    CLIP_STD,
-    hd_transform,
-    image_tiles,
-    image_tokens,
-    normalised_views,
-    padded_size,
-)
+from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, hd_transform, image_tiles, image_tokens, normalised_views, padded_size
 
 
 @pytest.fixture(scope="module")

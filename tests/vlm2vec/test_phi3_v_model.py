@@ -238,11 +238,7 @@ def packed_hidden(model, rows):
     model.set_attn_implementation({"": TEXT_ATTENTION, "vision_config": "sdpa"})
     lengths = [len(r) for r in rows]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    out = model(
-        torch.cat(rows)[None],
-        position_ids=positions,
-        segments=Segments.from_lengths(lengths, causal=True),
-    )
+    out = model(torch.cat(rows)[None], position_ids=positions, segments=Segments.from_lengths(lengths, causal=True))
     return out.last_hidden_state[0].split(lengths)
 
 

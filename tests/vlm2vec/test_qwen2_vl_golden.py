@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from contrastive_kernels import GradCache, info_nce
 from golden_files import read
 
-from contrastive_kernels import GradCache, info_nce
 from vlm2vec.images import smart_resize
 from vlm2vec.model import VLM2Vec
 

@@ -7,15 +7,37 @@ norms and positions all matter to the embedding. Each builder takes the folder.
 import torch
 
 SPECIAL = [
-    "<pad>", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-    "<|image_pad|>", "<|video_pad|>", "<image>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>",
-    "<start_of_image>", "<end_of_image>", "<image_soft_token>",
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<image>",
+    "<end_of_utterance>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
     *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
-]  # fmt: skip
+]
 TEXT = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 CLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
 
 
@@ -59,7 +81,11 @@ def qwen2_vl(folder):
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     config = Qwen2VLConfig(
-        text_config={**TEXT, "vocab_size": VOCABULARY, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        text_config={
+            **TEXT,
+            "vocab_size": VOCABULARY,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
         vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
         **qwen_ids(),
     )
@@ -71,9 +97,15 @@ def qwen2_5_vl(folder):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "vocab_size": VOCABULARY, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        text_config={
+            **TEXT,
+            "vocab_size": VOCABULARY,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
         # a window of 56 pixels: images above it have several windows, and block 1 sees them whole
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1]),
+        vision_config=dict(
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1]
+        ),
         **qwen_ids(),
     )
     spread(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
@@ -84,8 +116,21 @@ def qwen3_vl(folder):
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     config = Qwen3VLConfig(
-        text_config={**TEXT, "vocab_size": VOCABULARY, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True}},
-        vision_config=dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
+        text_config={
+            **TEXT,
+            "vocab_size": VOCABULARY,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True},
+        },
+        vision_config=dict(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0, 1],
+        ),
         **qwen_ids(),
     )
     spread(Qwen3VLForConditionalGeneration(config)).save_pretrained(folder)
@@ -123,7 +168,9 @@ def llava_next(folder):
     )
     spread(LlavaNextForConditionalGeneration(config)).save_pretrained(folder)
     images = LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grids)
-    LlavaNextProcessor(images, tokenizer(bos=True), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1).save_pretrained(folder)
+    LlavaNextProcessor(
+        images, tokenizer(bos=True), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
 
 
 def phi3_v(folder):
@@ -141,10 +188,4 @@ def phi3_v(folder):
 
 
 # model_type of config.json -> builder
-BUILDERS = {
-    "qwen2_vl": qwen2_vl,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "llava_next": llava_next,
-    "phi3_v": phi3_v,
-}
+BUILDERS = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava_next": llava_next, "phi3_v": phi3_v}

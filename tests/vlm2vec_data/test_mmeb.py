@@ -6,11 +6,14 @@ import pytest
 
 from vlm2vec.data import mmeb
 
-TRAIN = [dict(qry="<|image_1|>\nName it\n", qry_image_path="a/cat.png", pos_text="cat", pos_image_path="", neg_text="dog",
-              neg_image_path=""),
-         dict(qry="a cat\n", qry_image_path="", pos_text="<|image_1|>\nRepresent\n", pos_image_path="a/cat.png")]
-EVAL = [dict(qry_text="<|image_1|>\nName it\n", qry_img_path="a/cat.png", tgt_text=["cat", "dog"], tgt_img_path=["", ""]),
-        dict(qry_text="a cat\n", qry_img_path="", tgt_text=["<|image_1|>\nRepresent\n"] * 2, tgt_img_path=["a/cat.png", "a/dog.png"])]
+TRAIN = [
+    dict(qry="<|image_1|>\nName it\n", qry_image_path="a/cat.png", pos_text="cat", pos_image_path="", neg_text="dog", neg_image_path=""),
+    dict(qry="a cat\n", qry_image_path="", pos_text="<|image_1|>\nRepresent\n", pos_image_path="a/cat.png"),
+]
+EVAL = [
+    dict(qry_text="<|image_1|>\nName it\n", qry_img_path="a/cat.png", tgt_text=["cat", "dog"], tgt_img_path=["", ""]),
+    dict(qry_text="a cat\n", qry_img_path="", tgt_text=["<|image_1|>\nRepresent\n"] * 2, tgt_img_path=["a/cat.png", "a/dog.png"]),
+]
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def test_rows_come_back_as_written(tmp_path, images):
     mmeb.write_eval(tmp_path, "Pets", EVAL)
     train = mmeb.read_train(tmp_path, "Pets", image_root=images)
     assert train.column_names == list(mmeb.TRAIN_COLUMNS)
-    assert train[:]["neg_text"] == ["dog", ""]          # a negative that was left out is the empty string
+    assert train[:]["neg_text"] == ["dog", ""]  # a negative that was left out is the empty string
     assert [dict(row) for row in mmeb.read_eval(tmp_path, "Pets", image_root=images)] == EVAL
     assert mmeb.dataset_names(tmp_path, "test") == ["Pets"] and mmeb.dataset_names(tmp_path, "other") == []
     assert not list(tmp_path.rglob("*.part"))
@@ -56,29 +59,35 @@ def test_missing_negatives_are_empty(tmp_path):
     assert mmeb.read_train(tmp_path, "Pets")[:]["neg_text"] == ["", ""]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"qry": "", "qry_image_path": ""}, r"row 1, columns 'qry' and 'qry_image_path'.*no query"),
-    ({"qry": "<|image_1|>\n"}, "no query"),                                           # a marker alone asks nothing
-    ({"pos_text": " ", "pos_image_path": ""}, r"row 1, columns 'pos_text'.*no positive"),
-    ({"pos_image_path": None}, r"row 1, column 'pos_image_path': is null"),
-    ({"pos_image_path": "../secret.png"}, r"row 1, column 'pos_image_path'.*leaves the image folder"),
-    ({"pos_image_path": "/etc/passwd"}, "leaves the image folder"),
-    ({"pos_image_path": "a/gone.png"}, r"row 1, column 'pos_image_path': no image 'a/gone.png'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qry": "", "qry_image_path": ""}, r"row 1, columns 'qry' and 'qry_image_path'.*no query"),
+        ({"qry": "<|image_1|>\n"}, "no query"),  # a marker alone asks nothing
+        ({"pos_text": " ", "pos_image_path": ""}, r"row 1, columns 'pos_text'.*no positive"),
+        ({"pos_image_path": None}, r"row 1, column 'pos_image_path': is null"),
+        ({"pos_image_path": "../secret.png"}, r"row 1, column 'pos_image_path'.*leaves the image folder"),
+        ({"pos_image_path": "/etc/passwd"}, "leaves the image folder"),
+        ({"pos_image_path": "a/gone.png"}, r"row 1, column 'pos_image_path': no image 'a/gone.png'"),
+    ],
+)
 def test_faulty_training_rows_are_named(tmp_path, images, change, message):
     mmeb.write_train(tmp_path, "Pets", [TRAIN[0], {**TRAIN[1], **change}])
     with pytest.raises(ValueError, match=message):
         mmeb.read_train(tmp_path, "Pets", image_root=images)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"tgt_text": [], "tgt_img_path": []}, r"row 1.*no candidates, so no positive"),
-    ({"tgt_text": ["", "dog"], "tgt_img_path": ["", ""]}, r"the positive \(candidate 0\) is empty"),
-    ({"tgt_text": ["cat", ""], "tgt_img_path": ["", ""]}, "candidate 1 is empty"),
-    ({"tgt_text": ["cat", None], "tgt_img_path": ["", ""]}, "candidate 1 is null"),
-    ({"tgt_text": ["cat"], "tgt_img_path": ["", ""]}, "1 texts and 2 image paths"),
-    ({"tgt_img_path": ["a/cat.png", "../dog.png"]}, "leaves the image folder"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tgt_text": [], "tgt_img_path": []}, r"row 1.*no candidates, so no positive"),
+        ({"tgt_text": ["", "dog"], "tgt_img_path": ["", ""]}, r"the positive \(candidate 0\) is empty"),
+        ({"tgt_text": ["cat", ""], "tgt_img_path": ["", ""]}, "candidate 1 is empty"),
+        ({"tgt_text": ["cat", None], "tgt_img_path": ["", ""]}, "candidate 1 is null"),
+        ({"tgt_text": ["cat"], "tgt_img_path": ["", ""]}, "1 texts and 2 image paths"),
+        ({"tgt_img_path": ["a/cat.png", "../dog.png"]}, "leaves the image folder"),
+    ],
+)
 def test_faulty_evaluation_rows_are_named(tmp_path, images, change, message):
     mmeb.write_eval(tmp_path, "Pets", [EVAL[0], {**EVAL[1], **change}])
     with pytest.raises(ValueError, match=message):

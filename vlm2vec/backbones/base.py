@@ -36,7 +36,15 @@ class Backbone:
     packs = True
     adapter_renames: list[tuple[str, str]] = []
     hub_names: list[tuple[str, str]] = [(r"^", "model.")]
-    unquantized: tuple[str, ...] = ("visual", "vision_tower", "vision_model", "vision_embed_tokens", "multi_modal_projector", "connector", "lm_head")
+    unquantized: tuple[str, ...] = (
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "vision_embed_tokens",
+        "multi_modal_projector",
+        "connector",
+        "lm_head",
+    )
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
     published: list[tuple[str, dict]] = []  # (pattern of a lower-case name or folder, options it wants and does not name itself)

@@ -108,7 +108,11 @@ class LlavaNextProcessing(Processing):
         shown = []
 
         def spell(match):
-            frames = [self._next(images, "image")] if match.group(1) == "image" else self.frames(self._next(videos, "video"), lambda frame: frame)
+            frames = (
+                [self._next(images, "image")]
+                if match.group(1) == "image"
+                else self.frames(self._next(videos, "video"), lambda frame: frame)
+            )
             shown.extend(frames)
             return self.image_marker * len(frames)
 

@@ -132,9 +132,7 @@ def _longrope(scaling: dict, settings: dict) -> dict:
         width = settings.get("hidden_size", 3072) // settings.get("num_attention_heads", 32) // 2
         for name in ("short_factor", "long_factor"):
             if len(scaling.get(name) or ()) != width:
-                raise ValueError(
-                    f"phi3_v: rope {name} has {len(scaling.get(name) or ())} numbers, expected {width}, half a head"
-                )
+                raise ValueError(f"phi3_v: rope {name} has {len(scaling.get(name) or ())} numbers, expected {width}, half a head")
     return scaling
 
 

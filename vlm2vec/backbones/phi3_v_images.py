@@ -84,10 +84,7 @@ def image_tiles(image: Image.Image, num_crops: int, crop: int = 336) -> torch.Te
 
 
 def normalised_views(
-    tiles: torch.Tensor,
-    grids: list[tuple[int, int]],
-    mean: tuple[float, ...] = CLIP_MEAN,
-    std: tuple[float, ...] = CLIP_STD,
+    tiles: torch.Tensor, grids: list[tuple[int, int]], mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> torch.Tensor:
     """What the vision tower sees of some pictures, made on the device that the tiles are on.
 

@@ -217,9 +217,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
             if visual_index is None:
                 visual_index = torch.nonzero(input_ids.reshape(-1) < 0).squeeze(-1)
             if visual_index.shape[0] != image_features.shape[0]:
-                raise ValueError(
-                    f"phi3_v: {image_features.shape[0]} image features for {visual_index.shape[0]} image tokens"
-                )
+                raise ValueError(f"phi3_v: {image_features.shape[0]} image features for {visual_index.shape[0]} image tokens")
             flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
             inputs_embeds = flat.index_copy(0, visual_index, image_features.to(flat.dtype)).view_as(inputs_embeds)
         hidden = self.embed_dropout(inputs_embeds)
@@ -230,11 +228,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         mask = None
         if segments is None:
             mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=None,
-                position_ids=position_ids,
+                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=None, position_ids=position_ids
             )
         else:
             kwargs["segments"] = segments

@@ -12,7 +12,6 @@ from vlm2vec.inputs import MARKER, Item, as_item
 from vlm2vec.packing import Features, concat_vision
 from vlm2vec.prompts import LAYOUTS, layout
 
-
 OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
 
 

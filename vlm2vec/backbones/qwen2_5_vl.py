@@ -43,12 +43,7 @@ class Qwen25VL(Qwen2VL):
 
         index, boundaries = get_vision_window_index(grid_thw, self.merge, self.window, self.patch)
         windows = Segments.from_lengths(boundaries.diff().tolist(), causal=False, provider=provider)
-        return {
-            "window_index": index,
-            "cu_window_seqlens": windows.cu_seqlens,
-            "max_window_seqlen": windows.max_length,
-            "windows": windows,
-        }
+        return {"window_index": index, "cu_window_seqlens": windows.cu_seqlens, "max_window_seqlen": windows.max_length, "windows": windows}
 
     def run_tower(self, model, packed):
         v = packed.vision

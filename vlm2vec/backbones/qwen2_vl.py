@@ -14,7 +14,6 @@ from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patch
 from vlm2vec.images import Undecoded, look_up, patchify, pixel_table, plain_size, smart_resize
 
 
-
 class Qwen2VLProcessing(Processing):
     """Options besides the shared ones:
 
@@ -27,13 +26,7 @@ class Qwen2VLProcessing(Processing):
     image_marker = "<|image_pad|>"
     video_marker = "<|video_pad|>"
     reference_edges = True  # tiny and very long images become squares, as in the V2 reference
-    defaults = {
-        "min_pixels": 4 * 28 * 28,
-        "max_pixels": 1280 * 28 * 28,
-        "positions": "sequential",
-        "pixels": "pil",
-        "resolution": None,
-    }
+    defaults = {"min_pixels": 4 * 28 * 28, "max_pixels": 1280 * 28 * 28, "positions": "sequential", "pixels": "pil", "resolution": None}
 
     def __init__(self, tokenizer, image_processor, config, options=None):
         super().__init__(tokenizer, image_processor, config, options)
@@ -51,8 +44,14 @@ class Qwen2VLProcessing(Processing):
 
     def size(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
         """Target (width, height) of an image."""
-        h, w = smart_resize(height, width, factor=self.factor, min_pixels=self.options["min_pixels"],
-                            max_pixels=self.max_pixels(frames), reference_edges=self.reference_edges)  # fmt: skip
+        h, w = smart_resize(
+            height,
+            width,
+            factor=self.factor,
+            min_pixels=self.options["min_pixels"],
+            max_pixels=self.max_pixels(frames),
+            reference_edges=self.reference_edges,
+        )
         return w, h
 
     def max_pixels(self, frames: int) -> int:
@@ -170,7 +169,9 @@ def mrope_positions(length: int, spans: list[tuple[int, tuple, int]]) -> torch.T
     for start, (t, h, w, *step), tokens in spans:
         parts.append(torch.arange(position, position + start - at).expand(3, -1))
         position += start - at
-        grid = torch.stack(torch.meshgrid((torch.arange(t) * (step[0] if step else 1)).long(), torch.arange(h), torch.arange(w), indexing="ij"))
+        grid = torch.stack(
+            torch.meshgrid((torch.arange(t) * (step[0] if step else 1)).long(), torch.arange(h), torch.arange(w), indexing="ij")
+        )
         parts.append(grid.reshape(3, -1) + position)
         at, position = start + tokens, position + max(h, w)
     parts.append(torch.arange(position, position + length - at).expand(3, -1))

@@ -107,8 +107,10 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         self.image_processor.size = {"shortest_edge": o["min_pixels"], "longest_edge": o["max_pixels"]}
         video = Qwen3VLVideoProcessor(
             size={"shortest_edge": o["video_min_pixels"], "longest_edge": o["video_total_pixels"]},
-            patch_size=self.patch, merge_size=self.merge, temporal_patch_size=self.temporal,
-        )  # fmt: skip
+            patch_size=self.patch,
+            merge_size=self.merge,
+            temporal_patch_size=self.temporal,
+        )
         return Qwen3VLProcessor(self.image_processor, self.tokenizer, video, getattr(self.tokenizer, "chat_template", None))
 
 

@@ -12,8 +12,13 @@ def add_model_arguments(parser) -> None:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--attn", default=None, help="auto, sdpa, flash_attn or varlen")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="an option of the family, e.g. --option positions=mrope --option num_crops=16; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the family, e.g. --option positions=mrope --option num_crops=16; may be repeated",
+    )
 
 
 def parse_options(pairs: list[str]) -> dict:

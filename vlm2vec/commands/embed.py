@@ -8,7 +8,9 @@ from vlm2vec.commands import common
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub name")
-    parser.add_argument("inputs", nargs="*", help="image or video files, folders of images, or .jsonl files (rows with text, image, video, key)")
+    parser.add_argument(
+        "inputs", nargs="*", help="image or video files, folders of images, or .jsonl files (rows with text, image, video, key)"
+    )
     parser.add_argument("--text", action="append", default=[], help="a text to embed; may be repeated")
     parser.add_argument("--output", "-o", required=True, help="safetensors file to write")
     parser.add_argument("--images", help="folder that relative paths in a JSONL are taken from (default: the JSONL's own)")
@@ -59,7 +61,7 @@ def run(args) -> int:
 
 
 def _named(message: str, keys: list[str]) -> str:
-    """"input 3: ..." with the key of input 3 beside it."""
+    """ "input 3: ..." with the key of input 3 beside it."""
     head, colon, rest = message.partition(":")
     number = head.removeprefix("input ")
     return f"{head} ({keys[int(number)]}):{rest}" if colon and number.isdigit() and int(number) < len(keys) else message

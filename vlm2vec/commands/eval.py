@@ -10,8 +10,13 @@ def add_arguments(parser):
     parser.add_argument("--data", help="folder with one sub-folder per data set")
     parser.add_argument("--images", "--media", dest="media", help="folder that image and frame paths are relative to (default: DATA)")
     parser.add_argument("--output", help="folder for scores, predictions, summary and report")
-    parser.add_argument("--tasks", nargs="*", default=[], metavar="NAME|FILE.yaml",
-                        help="data sets, groups, meta-tasks or modalities to run, and YAML files with tasks of your own")
+    parser.add_argument(
+        "--tasks",
+        nargs="*",
+        default=[],
+        metavar="NAME|FILE.yaml",
+        help="data sets, groups, meta-tasks or modalities to run, and YAML files with tasks of your own",
+    )
     parser.add_argument("--list", action="store_true", help="show the 78 published tasks with metric and published scores, and stop")
     parser.add_argument("--protocol", choices=("v1", "v2"), default="v1", help="candidate keys and files of MMEB (v1) or MMEB-V2 (v2)")
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
@@ -92,9 +97,19 @@ def run(args):
     args.device = args.device or local_device()
     model = common.load_model(args.model, args)
     options = Options(
-        protocol=args.protocol, hub=args.hub, strict=args.strict, batch_size=args.batch_size, prompt=args.prompt, top=args.top,
-        rank=rank, world=world, barrier=barrier, faiss=args.faiss, device=str(model.device), workers=args.workers,
-    )  # fmt: skip
+        protocol=args.protocol,
+        hub=args.hub,
+        strict=args.strict,
+        batch_size=args.batch_size,
+        prompt=args.prompt,
+        top=args.top,
+        rank=rank,
+        world=world,
+        barrier=barrier,
+        faiss=args.faiss,
+        device=str(model.device),
+        workers=args.workers,
+    )
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
         name = args.name or Path(args.model).name or args.model

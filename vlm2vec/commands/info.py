@@ -36,18 +36,28 @@ def describe(model) -> dict:
         "embedding dimensions": model.embedding_dim,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": {
-            "vision tower": vision, "token embedding": embedding, "decoder": layers, "other": other, "adapter": adapter,
+            "vision tower": vision,
+            "token embedding": embedding,
+            "decoder": layers,
+            "other": other,
+            "adapter": adapter,
             "total": vision + embedding + layers + other + adapter,
-        },  # fmt: skip
+        },
         "weights in memory (MiB)": round(stored / 2**20, 1),
         "packed batches": backbone.packs,
         "options": model.options,
         "prompts": model.prompts,
         "adapter": {
-            "kind": "DoRA" if settings.get("use_dora") else "LoRA", "r": settings.get("r"), "alpha": settings.get("lora_alpha"),
-            "targets": sorted(settings.get("target_modules") or []) if not isinstance(settings.get("target_modules"), str) else settings["target_modules"],
-        } if settings else None,
-    }  # fmt: skip
+            "kind": "DoRA" if settings.get("use_dora") else "LoRA",
+            "r": settings.get("r"),
+            "alpha": settings.get("lora_alpha"),
+            "targets": sorted(settings.get("target_modules") or [])
+            if not isinstance(settings.get("target_modules"), str)
+            else settings["target_modules"],
+        }
+        if settings
+        else None,
+    }
 
 
 def size(parameter) -> int:

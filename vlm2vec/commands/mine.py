@@ -13,8 +13,14 @@ def add_arguments(parser):
     parser.add_argument("--datasets", nargs="*", help="data sets to mine (default: all)")
     parser.add_argument("--split", default="original", help="files to read: original or diverse_instruction")
     parser.add_argument("--negatives", type=int, default=1, help="negatives per row (default 1; several are written as lists)")
-    parser.add_argument("--window", type=int, nargs=2, default=(1, 100), metavar=("FIRST", "LAST"),
-                        help="ranks to take them from, right answers not counted (default 1 100)")  # fmt: skip
+    parser.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        default=(1, 100),
+        metavar=("FIRST", "LAST"),
+        help="ranks to take them from, right answers not counted (default 1 100)",
+    )
     parser.add_argument("--margin", type=float, help="a negative scores at most the positive's score minus this")
     parser.add_argument("--relative", type=float, default=0.95, help="... at most this share of the positive's (default 0.95)")
     parser.add_argument("--no-relative", action="store_true", help="switch the relative margin off")
@@ -33,9 +39,14 @@ def run(args):
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is at least 1, got {args.batch_size}")
     options = MineOptions(
-        args.negatives, tuple(args.window), args.margin, None if args.no_relative else args.relative, args.sampling, args.seed,
+        args.negatives,
+        tuple(args.window),
+        args.margin,
+        None if args.no_relative else args.relative,
+        args.sampling,
+        args.seed,
         args.id_column,
-    )  # fmt: skip
+    )
     there = dataset_names(args.data, args.split)
     names = args.datasets or there
     missing = [n for n in names if n not in there]
@@ -45,9 +56,16 @@ def run(args):
     print(f"{'data set':<24} {'rows':>7} {'pool':>7} {'mined':>7} {'without':>7} {'pos.':>6} {'neg.':>6}")
     for name in names:
         facts = mine_dataset(
-            model, args.data, name, args.images, args.output, options, store=args.store or Path(args.output) / "embeddings",
-            batch_size=args.batch_size, split=args.split,
-        )  # fmt: skip
+            model,
+            args.data,
+            name,
+            args.images,
+            args.output,
+            options,
+            store=args.store or Path(args.output) / "embeddings",
+            batch_size=args.batch_size,
+            split=args.split,
+        )
         negative = "-" if facts["negative_score"] is None else f"{facts['negative_score']:.3f}"
         print(
             f"{name:<24} {facts['rows']:>7} {facts['pool']:>7} {facts['mined']:>7} {facts['rows_without']:>7} "

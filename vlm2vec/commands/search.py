@@ -14,14 +14,22 @@ IMAGE = "Represent the given image."
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("words", nargs="+", metavar="[MODEL] QUERY",
-                        help=f"the query, a text or an image file; a model in front of it, default {QUICKSTART_MODEL}")  # fmt: skip
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="[MODEL] QUERY",
+        help=f"the query, a text or an image file; a model in front of it, default {QUICKSTART_MODEL}",
+    )
     parser.add_argument("--model", help="the model, instead of naming it in front of the query")
     parser.add_argument("--images", help="folder of images to search")
     parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed wrote with the same model")
     parser.add_argument("-k", type=int, default=5, help="how many to show (default 5)")
-    parser.add_argument("--prompt", help="prompt of the query: a name or the text itself (default: the model's for queries, else MMEB's words)")
-    parser.add_argument("--image-prompt", help="prompt of the images: a name or the text itself (default: the model's for documents, else MMEB's words)")
+    parser.add_argument(
+        "--prompt", help="prompt of the query: a name or the text itself (default: the model's for queries, else MMEB's words)"
+    )
+    parser.add_argument(
+        "--image-prompt", help="prompt of the images: a name or the text itself (default: the model's for documents, else MMEB's words)"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     common.add_model_arguments(parser)
 
@@ -42,7 +50,10 @@ def _asked(model, inputs: list, prompt: str | None, role: str, instruction: str)
     if prompt is not None or model.prompts.get(role):
         return inputs, model.prompts.get(role) if prompt is None else prompt
     pictured = [isinstance(one, Path) for one in inputs]
-    return [{"text": layout(instruction, "<|image_1|>"), "image": one} if image else layout(instruction, one) for one, image in zip(inputs, pictured)], None
+    return [
+        {"text": layout(instruction, "<|image_1|>"), "image": one} if image else layout(instruction, one)
+        for one, image in zip(inputs, pictured)
+    ], None
 
 
 def run(args) -> int:
@@ -64,7 +75,9 @@ def run(args) -> int:
     if stored is not None:
         targets, keys, _ = stored
         if targets.shape[1] != vector.shape[1]:
-            raise ValueError(f"{args.embeddings} holds {targets.shape[1]} dimensions, the model makes {vector.shape[1]}; embed with the same model")
+            raise ValueError(
+                f"{args.embeddings} holds {targets.shape[1]} dimensions, the model makes {vector.shape[1]}; embed with the same model"
+            )
         targets = targets.to(vector.device)
     else:
         keys = [os.path.relpath(p, args.images) for p in paths]

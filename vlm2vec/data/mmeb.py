@@ -58,13 +58,15 @@ def read_eval(root, name: str, *, image_root=None, split: str = "test"):
     for row, (text, image) in enumerate(zip(texts, images)):
         where = f"{_place(files, row)}, columns 'tgt_text' and 'tgt_img_path'"
         if len(text) != len(image):
-            raise ValueError(f"{where}: expected lists of equal length, got {len(text)} texts and {len(image)} image paths; "
-                             "write \"\" for the side a candidate does not have")
+            raise ValueError(
+                f"{where}: expected lists of equal length, got {len(text)} texts and {len(image)} image paths; "
+                'write "" for the side a candidate does not have'
+            )
         if not text:
             raise ValueError(f"{where}: the row has no candidates, so no positive; put the positive first in the lists")
         for at, (one_text, one_image) in enumerate(zip(text, image)):
             if one_text is None or one_image is None:
-                raise ValueError(f"{where}: candidate {at} is null; write \"\" for an absent side")
+                raise ValueError(f'{where}: candidate {at} is null; write "" for an absent side')
             if not one_text.strip() and not one_image:
                 what = "the positive (candidate 0)" if at == 0 else f"candidate {at}"
                 raise ValueError(f"{where}: {what} is empty; give it a text or an image, or drop the row")
@@ -77,8 +79,7 @@ def write_train(root, name: str, rows: list[dict]) -> Path:
     import pyarrow as pa
 
     schema = pa.schema([(column, pa.string()) for column in TRAIN_COLUMNS])
-    filled = [{column: row[column] if column not in _OPTIONAL else row.get(column, "") for column in TRAIN_COLUMNS}
-              for row in rows]
+    filled = [{column: row[column] if column not in _OPTIONAL else row.get(column, "") for column in TRAIN_COLUMNS} for row in rows]
     return _write(pa.Table.from_pylist(filled, schema=schema), Path(root) / name / "original-00000.parquet")
 
 
@@ -125,8 +126,9 @@ def _load(root, name, split, columns):
             raise ValueError(f"{file}: not a readable parquet file ({error}); write or download it again") from error
         absent = [c for c in columns if c not in table.column_names and c not in _OPTIONAL]
         if absent:
-            raise ValueError(f"{file}: column {absent[0]!r} is not there; expected {', '.join(columns)}, "
-                             f"got {', '.join(table.column_names)}")
+            raise ValueError(
+                f"{file}: column {absent[0]!r} is not there; expected {', '.join(columns)}, got {', '.join(table.column_names)}"
+            )
         tables.append(_typed(table, columns, file))
         files.append((rows, file))
         rows += table.num_rows
@@ -153,7 +155,7 @@ def _typed(table, columns, file):
             raise ValueError(f"{file}, column {column!r}: expected {kind}, got {values.type}; write it as {kind}") from error
         if values.null_count:
             row = values.is_null().to_pylist().index(True)
-            raise ValueError(f"{file}, row {row}, column {column!r}: is null; write \"\" for an absent side")
+            raise ValueError(f'{file}, row {row}, column {column!r}: is null; write "" for an absent side')
         arrays.append(values)
     return pa.table(dict(zip(columns, arrays)))
 
@@ -162,8 +164,7 @@ def _check_pairs(table, files, text, image, trouble):
     """Every row has a text or an image; the marker alone is not a text."""
     for row, (one_text, one_image) in enumerate(zip(table[text].to_pylist(), table[image].to_pylist())):
         if not one_image and not one_text.replace(MARKER, "").strip():
-            raise ValueError(f"{_place(files, row)}, columns {text!r} and {image!r}: the row {trouble}; "
-                             "fill one of them or drop the row")
+            raise ValueError(f"{_place(files, row)}, columns {text!r} and {image!r}: the row {trouble}; fill one of them or drop the row")
 
 
 def _check_paths(columns, files, image_root):
@@ -176,11 +177,14 @@ def _check_paths(columns, files, image_root):
                 seen.add(path)
                 pure = PurePosixPath(path)
                 if pure.is_absolute() or ".." in pure.parts:
-                    raise ValueError(f"{_place(files, row)}, column {column!r}: {path!r} leaves the image folder; "
-                                     "expected a path relative to it")
+                    raise ValueError(
+                        f"{_place(files, row)}, column {column!r}: {path!r} leaves the image folder; expected a path relative to it"
+                    )
                 if image_root is not None and not os.path.isfile(os.path.join(image_root, path)):
-                    raise ValueError(f"{_place(files, row)}, column {column!r}: no image {path!r} in {image_root}; "
-                                     "check the image folder, or unpack the images again")
+                    raise ValueError(
+                        f"{_place(files, row)}, column {column!r}: no image {path!r} in {image_root}; "
+                        "check the image folder, or unpack the images again"
+                    )
 
 
 def _place(files, row) -> str:

@@ -112,6 +112,7 @@ class Encoder:
         from vlm2vec.encoding import with_prompt
 
         with ThreadPoolExecutor(self.workers) as pool:
+
             def submit(inputs):
                 return [pool.submit(self._features, item) for item in with_prompt(self.model, inputs, self.prompt)]
 
@@ -153,9 +154,8 @@ class Encoder:
 
 
 def fill_store(
-    model, store, items, *, rank=0, world=1, batch_size=32, prompt=None, shard_cost=SHARD_COST, progress=True, workers=None,
-    hashes=None,
-):  # fmt: skip
+    model, store, items, *, rank=0, world=1, batch_size=32, prompt=None, shard_cost=SHARD_COST, progress=True, workers=None, hashes=None
+):
     """Encode this process's share of what the store lacks.
 
     Args:
@@ -171,7 +171,13 @@ def fill_store(
     shards = [[key for key in shard if key not in store] for shard in plan_shards(items, shard_cost, hashes)[rank::world]]
     shards = [shard for shard in shards if shard]
     missing = sum(map(len, shards))
-    bar = tqdm(total=missing, unit="input", desc="encode", file=sys.stderr, disable=not progress or rank != 0 or not missing or not sys.stderr.isatty())
+    bar = tqdm(
+        total=missing,
+        unit="input",
+        desc="encode",
+        file=sys.stderr,
+        disable=not progress or rank != 0 or not missing or not sys.stderr.isatty(),
+    )
     unreadable = {}
     was_training = getattr(model, "training", False)
     if was_training:

@@ -21,18 +21,37 @@ def write_predictions(path, data, scores, indices, ranks, depth):
 
     text, texts = pa.string(), pa.list_(pa.string())
     columns = {
-        "task": text, "row": pa.int64(), "query_text": text, "query_image": text, "labels": texts, "predictions": texts,
-        "prediction_texts": texts, "prediction_images": texts, "scores": pa.list_(pa.float32()), "rank": pa.int64(), "hit": pa.bool_(),
-    }  # fmt: skip
+        "task": text,
+        "row": pa.int64(),
+        "query_text": text,
+        "query_image": text,
+        "labels": texts,
+        "predictions": texts,
+        "prediction_texts": texts,
+        "prediction_images": texts,
+        "scores": pa.list_(pa.float32()),
+        "rank": pa.int64(),
+        "hit": pa.bool_(),
+    }
     rows = []
     for i, query in enumerate(data.queries):
         best = [c for c in indices[i, :depth].tolist() if c >= 0]
         items = [data.candidates[c] for c in best]
-        rows.append({
-            "task": data.task.name, "row": i, "query_text": query.get("text") or "", "query_image": _path(query), "labels": data.label_names[i],
-            "predictions": [data.names[c] for c in best], "prediction_texts": [x.get("text") or "" for x in items],
-            "prediction_images": [_path(x) for x in items], "scores": scores[i, : len(best)].tolist(), "rank": ranks[i], "hit": ranks[i] == 1,
-        })  # fmt: skip
+        rows.append(
+            {
+                "task": data.task.name,
+                "row": i,
+                "query_text": query.get("text") or "",
+                "query_image": _path(query),
+                "labels": data.label_names[i],
+                "predictions": [data.names[c] for c in best],
+                "prediction_texts": [x.get("text") or "" for x in items],
+                "prediction_images": [_path(x) for x in items],
+                "scores": scores[i, : len(best)].tolist(),
+                "rank": ranks[i],
+                "hit": ranks[i] == 1,
+            }
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -75,9 +94,16 @@ def leaderboard(rows, model_name, **metadata):
         that was not run is the string FILE_N/A, a modality without any DIR_N/A. Own tasks are left out.
     """
     known = {
-        "model_name": model_name, "model_backbone": None, "model_size": None, "embedding_dimension": None, "max_length_tokens": None,
-        "model_release_date": None, "data_source": "Self-Reported", "url": None, "report_generated_date": date.today().isoformat(),
-    }  # fmt: skip
+        "model_name": model_name,
+        "model_backbone": None,
+        "model_size": None,
+        "embedding_dimension": None,
+        "max_length_tokens": None,
+        "model_release_date": None,
+        "data_source": "Self-Reported",
+        "url": None,
+        "report_generated_date": date.today().isoformat(),
+    }
     done = {row["task"]: row for row in rows}
     metrics = {}
     for modality in MODALITIES:
@@ -89,7 +115,9 @@ def leaderboard(rows, model_name, **metadata):
             part[task.report_name] = (
                 {**row["metrics"], "num_pred": row["num_queries"], "num_data": row["num_queries"]} if row else "FILE_N/A"
             )
-        metrics[modality] = part if any(name in done for name in (t.name for t in load_tasks().values() if t.modality == modality)) else "DIR_N/A"
+        metrics[modality] = (
+            part if any(name in done for name in (t.name for t in load_tasks().values() if t.modality == modality)) else "DIR_N/A"
+        )
     return {"metadata": {**known, **metadata}, "metrics": metrics}
 
 

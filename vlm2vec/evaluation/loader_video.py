@@ -48,7 +48,9 @@ def _label_set(task, table):
     if name is None:
         return list(dict.fromkeys(table[task.options["label"]]))
     if name not in label_sets():
-        raise ValueError(f"task {task.name}: no label set {name!r}; there are {', '.join(label_sets())}, or leave it out for the rows' own labels")
+        raise ValueError(
+            f"task {task.name}: no label set {name!r}; there are {', '.join(label_sets())}, or leave it out for the rows' own labels"
+        )
     return label_sets()[name]
 
 
@@ -68,7 +70,7 @@ def _local(data, pool, i, texts, right, names=None):
 
 
 def _bare(option):
-    """"A. Apples." -> "Apples"."""
+    """ "A. Apples." -> "Apples"."""
     return option[option.find(". ") :].strip(". ") if ". " in option else option.strip(". ")
 
 

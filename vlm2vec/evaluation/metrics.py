@@ -31,9 +31,7 @@ def relevance_table(ranked, labels, grades=None, *, depth=max(KS)):
     """
     grades = [None] * len(labels) if grades is None else grades
     if not len(ranked) == len(labels) == len(grades):
-        raise ValueError(
-            f"expected one ranking, label list and grade list per query, got {len(ranked)}, {len(labels)} and {len(grades)}"
-        )
+        raise ValueError(f"expected one ranking, label list and grade list per query, got {len(ranked)}, {len(labels)} and {len(grades)}")
     found = np.zeros((len(ranked), depth))
     is_label = np.zeros((len(ranked), depth), dtype=bool)
     ideal = np.zeros((len(ranked), depth))
@@ -92,8 +90,4 @@ def ranking_metrics(ranked, labels, grades=None, *, ks=KS):
     Args, conventions: see `per_query_metrics`. No queries at all gives 0 everywhere.
     """
     table = per_query_metrics(ranked, labels, grades, ks=ks)
-    return {
-        f"{metric}@{k}": float(table[f"{metric}@{k}"].mean()) if len(ranked) else 0.0
-        for metric in METRICS
-        for k in sorted(set(ks))
-    }
+    return {f"{metric}@{k}": float(table[f"{metric}@{k}"].mean()) if len(ranked) else 0.0 for metric in METRICS for k in sorted(set(ks))}

@@ -105,6 +105,7 @@ def mine_dataset(model, root, name, images, output, options, *, store, batch_siz
         "negative_score"}, also written to OUTPUT/{name}/mined.json.
     """
     from contrastive_kernels import topk_similarity
+
     from vlm2vec.data.mmeb import read_train, to_item
 
     table = read_train(root, name, split=split)
@@ -152,10 +153,17 @@ def mine_dataset(model, root, name, images, output, options, *, store, batch_siz
     count = sum(map(len, picks))
     chosen = [float(query[r] @ target[c]) for r, pick in enumerate(picks) for c in pick]
     facts = {
-        "dataset": name, "rows": len(table), "pool": len(source), "mined": count,
-        "rows_without": sum(not n for n in negatives), "unreadable": len(table) - len(usable), "dropped_by_margin": dropped,
-        "positive_score": float(own.mean()), "negative_score": sum(chosen) / count if count else None, "options": asdict(options),
-    }  # fmt: skip
+        "dataset": name,
+        "rows": len(table),
+        "pool": len(source),
+        "mined": count,
+        "rows_without": sum(not n for n in negatives),
+        "unreadable": len(table) - len(usable),
+        "dropped_by_margin": dropped,
+        "positive_score": float(own.mean()),
+        "negative_score": sum(chosen) / count if count else None,
+        "options": asdict(options),
+    }
     write_json(Path(output) / name / "mined.json", facts)
     return facts
 

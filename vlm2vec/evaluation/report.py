@@ -73,6 +73,7 @@ def grid(row):
 
 def pick_rows(rows, wrong=WRONG, right=RIGHT):
     """The failures the model was surest of, then a few successes with the smallest lead."""
+
     def lead(row):
         top = [a["score"] for a in row["top"]]
         return top[0] - top[1] if len(top) > 1 else 0.0
@@ -92,13 +93,15 @@ def _score_table(rows):
     books = published()
     columns = [c for c in books["columns"] if any(c in books["models"].get(r["task"], {}) for r in rows)]
     head = "".join(f'<th class="n">{html.escape(books["columns"][c])}</th>' for c in columns)
-    out = [f'<div class="wide"><table><tr><th>task</th><th>kind</th><th>metric</th><th class="n">score</th><th></th><th class="n">chance</th>{head}</tr>']
+    out = [
+        f'<div class="wide"><table><tr><th>task</th><th>kind</th><th>metric</th><th class="n">score</th><th></th><th class="n">chance</th>{head}</tr>'
+    ]
     for r in rows:
         chance = r["chance"] if r["metric"] == "hit@1" else None
         mark = f'<b style="left:{100 * chance:.1f}%"></b>' if chance is not None else ""
         theirs = "".join(f'<td class="n">{books["models"].get(r["task"], {}).get(c, "-")}</td>' for c in columns)
         out.append(
-            f'<tr><td>{html.escape(r["task"])}</td><td>{html.escape(r["meta_task"])}</td><td>{r["metric"]}</td>'
+            f"<tr><td>{html.escape(r['task'])}</td><td>{html.escape(r['meta_task'])}</td><td>{r['metric']}</td>"
             f'<td class="n"><b>{percent(r["score"])}</b></td><td><div class="bar"><i style="width:{100 * r["score"]:.1f}%"></i>{mark}</div></td>'
             f'<td class="n">{percent(chance)}</td>{theirs}</tr>'
         )
@@ -109,9 +112,14 @@ def _means_table(means):
     out = ['<table><tr><th>mean over</th><th class="n">data sets</th><th class="n">score</th></tr>']
     for field in ("meta_task", "group", "split", "modality"):
         for name, part in means[field].items():
-            out.append(f'<tr><td>{field.replace("_", "-")} {html.escape(name)}</td><td class="n">{part["tasks"]}</td><td class="n">{percent(part["score"])}</td></tr>')
+            out.append(
+                f'<tr><td>{field.replace("_", "-")} {html.escape(name)}</td><td class="n">{part["tasks"]}</td><td class="n">{percent(part["score"])}</td></tr>'
+            )
     whole = means["overall"]
-    return "".join(out) + f'<tr><td><b>all</b></td><td class="n">{whole["tasks"]}</td><td class="n"><b>{percent(whole["score"])}</b></td></tr></table>'
+    return (
+        "".join(out)
+        + f'<tr><td><b>all</b></td><td class="n">{whole["tasks"]}</td><td class="n"><b>{percent(whole["score"])}</b></td></tr></table>'
+    )
 
 
 def write_report(output, rows, model):
@@ -122,15 +130,18 @@ def write_report(output, rows, model):
     parts = [
         f"<h1>{html.escape(model)}</h1><p>{len(rows)} tasks, {sum(r['num_queries'] for r in rows)} queries; scores in percent, means unweighted "
         f"over data sets.{note}</p>",
-        "<h2>Scores</h2>", _score_table(rows), "<h2>Means</h2>", _means_table(aggregate(rows)),
+        "<h2>Scores</h2>",
+        _score_table(rows),
+        "<h2>Means</h2>",
+        _means_table(aggregate(rows)),
         "<h2>Answers</h2><p>For each task, wrong answers with the largest lead over the runner-up, then the closest right ones. "
         "Green is right, red is wrong; numbers are rank and cosine.</p>",
-    ]  # fmt: skip
+    ]
     for r in rows:
         path = output / f"{r['task']}_top.jsonl"
         picked = pick_rows(read_rows(path)) if path.exists() else []
         first = " open" if r is rows[0] else ""
-        parts.append(f'<details{first}><summary>{html.escape(r["task"])}<span>{r["metric"]} {percent(r["score"])}</span></summary>')
+        parts.append(f"<details{first}><summary>{html.escape(r['task'])}<span>{r['metric']} {percent(r['score'])}</span></summary>")
         parts += [grid(row) for row in picked] + ["</details>"]
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'

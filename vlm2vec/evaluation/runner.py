@@ -160,12 +160,20 @@ def score_task(prepared, store, unreadable, options, output):
         write_faiss(output / "faiss", task.name, found.target[[found.target_row[c] for c in good]], [data.names[c] for c in good])
     sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)]
     summary = {
-        "task": task.name, "modality": task.modality, "group": task.group, "meta_task": task.meta_task, "split": task.split,
+        "task": task.name,
+        "modality": task.modality,
+        "group": task.group,
+        "meta_task": task.meta_task,
+        "split": task.split,
         "metric": task.metric,
         "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, found.labels, data.grades, task.metric),
-        "metrics": metrics, "num_queries": len(data.queries), "num_candidates": len(data.candidates),
-        "candidates_per_query": sum(sizes) / max(1, len(sizes)), "chance": _chance(data), "problems": data.problems.summary(),
-    }  # fmt: skip
+        "metrics": metrics,
+        "num_queries": len(data.queries),
+        "num_candidates": len(data.candidates),
+        "candidates_per_query": sum(sizes) / max(1, len(sizes)),
+        "chance": _chance(data),
+        "problems": data.problems.summary(),
+    }
     write_json(output / "tasks" / f"{task.name}.json", summary)
     return summary
 
@@ -217,8 +225,17 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
     extra = {"shard_cost": options.shard_cost} if options.shard_cost else {}
     with torch.inference_mode():
         failed = fill_store(
-            model, store, items, rank=options.rank, world=options.world, batch_size=options.batch_size,
-            prompt=options.prompt, progress=options.progress, workers=options.workers, hashes=hashes, **extra,
+            model,
+            store,
+            items,
+            rank=options.rank,
+            world=options.world,
+            batch_size=options.batch_size,
+            prompt=options.prompt,
+            progress=options.progress,
+            workers=options.workers,
+            hashes=hashes,
+            **extra,
         )
     share_unreadable(store, failed, options.rank)
     if options.barrier:

@@ -78,8 +78,14 @@ def write_summary(output, rows, model, extra=None, broken_shards=()):
     """
     means = aggregate(rows)
     affected = sum(r["problems"].get("affected_rows", 0) for r in rows)
-    summary = {"model": model, **(extra or {}), "tasks": rows, "means": means, "affected_rows": affected,
-               "broken_shards": list(broken_shards)}  # fmt: skip
+    summary = {
+        "model": model,
+        **(extra or {}),
+        "tasks": rows,
+        "means": means,
+        "affected_rows": affected,
+        "broken_shards": list(broken_shards),
+    }
     write_json(Path(output) / "summary.json", summary)
     write_lines(Path(output) / "summary.md", markdown(rows, means, model, broken_shards))
     return summary
@@ -99,5 +105,7 @@ def terminal(rows, means):
         if len(means[field]) > 1 or field == "meta_task":
             for name, part in means[field].items():
                 lines.append(f"{'mean ' + name:<{width}}  {'':<24} {'':<14} {percent(part['score']):>6}  {part['tasks']:>7} tasks")
-    lines.append(f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks")
+    lines.append(
+        f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks"
+    )
     return lines

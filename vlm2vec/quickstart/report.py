@@ -11,14 +11,32 @@ from pathlib import Path
 
 from vlm2vec.quickstart.build import read_summary
 from vlm2vec.quickstart.tasks import META_TASKS
-from vlm2vec.report import (Answer, Query, Score, Series, Side, curve, facts, grid, mean_by_meta_task, page, picture_strip, score_lines,
-                            score_table, section, tiles, write_page)
+from vlm2vec.report import (
+    Answer,
+    Query,
+    Score,
+    Series,
+    Side,
+    curve,
+    facts,
+    grid,
+    mean_by_meta_task,
+    page,
+    picture_strip,
+    score_lines,
+    score_table,
+    section,
+    tiles,
+    write_page,
+)
 from vlm2vec.report.table import percent
 
-SHOWN = 4       # queries a task, spread over its rows
+SHOWN = 4  # queries a task, spread over its rows
 TITLES = {"classification": "Classification", "vqa": "Question answering", "retrieval": "Retrieval", "grounding": "Grounding"}
-LEGEND = ('<p class="legend"><i style="background:var(--ink)"></i>before training<i style="background:var(--missed)"></i>'
-          'the most a model can reach by the shortcut that the task names</p>')
+LEGEND = (
+    '<p class="legend"><i style="background:var(--ink)"></i>before training<i style="background:var(--missed)"></i>'
+    "the most a model can reach by the shortcut that the task names</p>"
+)
 
 
 def report(folder, say=print) -> Path:
@@ -42,11 +60,22 @@ def report(folder, say=print) -> Path:
 
 
 def _score(folder, task) -> Score:
-    before, after = (_read(folder / f"scores-{when}" / f"{task['name']}_score.json", f"vlm2vec eval ... --output {folder}/scores-{when}")
-                     for when in ("before", "after"))
-    return Score(task["name"], task["meta_task"], after=_accuracy(after), before=_accuracy(before), chance=task["chance"],
-                 candidates=task["candidates"], kinds=(task["query"], task["target"]), about=task["about"],
-                 shortcut=task["shortcut"], how=task["how"])
+    before, after = (
+        _read(folder / f"scores-{when}" / f"{task['name']}_score.json", f"vlm2vec eval ... --output {folder}/scores-{when}")
+        for when in ("before", "after")
+    )
+    return Score(
+        task["name"],
+        task["meta_task"],
+        after=_accuracy(after),
+        before=_accuracy(before),
+        chance=task["chance"],
+        candidates=task["candidates"],
+        kinds=(task["query"], task["target"]),
+        about=task["about"],
+        shortcut=task["shortcut"],
+        how=task["how"],
+    )
 
 
 def _accuracy(score) -> float:
@@ -61,27 +90,53 @@ def _html(folder, data, scores, log, result) -> str:
     means = mean_by_meta_task(scores)
     drawings = [f for task in data["tasks"] if task["name"] == "OpenMoji_i2i" for f in _pictures(folder, task["name"])]
     minutes = result.get("seconds", 0) / 60
-    lead = (f"A Qwen2-VL of {_parameters(folder)} learned in {minutes:.1f} minutes to embed text, pictures, and both together in one "
-            f"space. It is asked {sum(t['eval_rows'] for t in data['tasks']):,} questions about {data['pictures']['eval']:,} pictures "
-            f"that it has not seen; each answer is the nearest of up to {max(t['candidates'] for t in data['tasks']):,} candidates.")
+    lead = (
+        f"A Qwen2-VL of {_parameters(folder)} learned in {minutes:.1f} minutes to embed text, pictures, and both together in one "
+        f"space. It is asked {sum(t['eval_rows'] for t in data['tasks']):,} questions about {data['pictures']['eval']:,} pictures "
+        f"that it has not seen; each answer is the nearest of up to {max(t['candidates'] for t in data['tasks']):,} candidates."
+    )
     parts = [
-        tiles([(TITLES.get(m.task, m.task), percent(m.after), f"{percent(m.before)} before training, {percent(m.chance)} by chance")
-               for m in means]),
-        section("Scores", score_table(scores, TITLES), LEGEND,
-                note="Share of queries whose nearest candidate is the right one (hit@1, MMEB's precision@1). Every thing is the right "
-                     "answer equally often, and means are unweighted over tasks."),
-        section("Training", f'<div class="charts">{_loss(log)}{_accuracy_curve(log)}</div>',
-                note="Each query is told apart from all other targets of its batch (InfoNCE), through GradCache."),
+        tiles(
+            [
+                (TITLES.get(m.task, m.task), percent(m.after), f"{percent(m.before)} before training, {percent(m.chance)} by chance")
+                for m in means
+            ]
+        ),
+        section(
+            "Scores",
+            score_table(scores, TITLES),
+            LEGEND,
+            note="Share of queries whose nearest candidate is the right one (hit@1, MMEB's precision@1). Every thing is the right "
+            "answer equally often, and means are unweighted over tasks.",
+        ),
+        section(
+            "Training",
+            f'<div class="charts">{_loss(log)}{_accuracy_curve(log)}</div>',
+            note="Each query is told apart from all other targets of its batch (InfoNCE), through GradCache.",
+        ),
     ]
     for meta_task in META_TASKS:
         tasks = [task for task in data["tasks"] if task["meta_task"] == meta_task]
         blocks = [section(task["name"], grid(_queries(folder, task)), note=_asked(task), level=3) for task in tasks]
-        parts.append(section(TITLES[meta_task], *blocks, note="Queries at fixed places of each task, not chosen by result; the five nearest "
-                             "candidates after training, nearest first." if meta_task == META_TASKS[0] else ""))
+        parts.append(
+            section(
+                TITLES[meta_task],
+                *blocks,
+                note="Queries at fixed places of each task, not chosen by result; the five nearest "
+                "candidates after training, nearest first."
+                if meta_task == META_TASKS[0]
+                else "",
+            )
+        )
     parts.append(section("How it was made", facts(_facts(folder, data, result))))
-    return page("A picture search engine, trained from nothing", *parts, kicker="VLM2Vec quickstart", lead=lead,
-                banner=picture_strip(drawings[:22]),
-                footer=f"{data['leakage']}\n{data['credits']} Drawings made from them, this page's included, are under the same licence.")
+    return page(
+        "A picture search engine, trained from nothing",
+        *parts,
+        kicker="VLM2Vec quickstart",
+        lead=lead,
+        banner=picture_strip(drawings[:22]),
+        footer=f"{data['leakage']}\n{data['credits']} Drawings made from them, this page's included, are under the same licence.",
+    )
 
 
 def _asked(task) -> str:

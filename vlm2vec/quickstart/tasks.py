@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MARK = "<|image_1|>\n"
-PICTURE = MARK + "Represent the given image.\n"                          # targets of MSCOCO_t2i, CIRR, NIGHTS
-CROP = MARK + "Represent the given cropped image of the object"          # targets of MSCOCO and Visual7W-Pointing
+PICTURE = MARK + "Represent the given image.\n"  # targets of MSCOCO_t2i, CIRR, NIGHTS
+CROP = MARK + "Represent the given cropped image of the object"  # targets of MSCOCO and Visual7W-Pointing
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
 
@@ -41,33 +41,108 @@ class Task:
         return self.prompt.replace("{}", text)
 
 
-TASKS = {task.name: task for task in (
-    Task("OpenMoji-Object", "classification", "image", "text", MARK + "Identify the object shown in the image\n",
-         "Name the picture, out of all 160 names."),
-    Task("OpenMoji-Group", "classification", "image", "text", MARK + "Represent the given image for classification\n",
-         "Name the group the picture belongs to, out of 32."),
-    Task("OpenMoji-Side", "vqa", "image+text", "text", MARK + "Represent the given image with the following question: {}\n",
-         "Two things side by side: which one is on the left, or on the right?", 0.5, "naming either thing"),
-    Task("OpenMoji-Beside", "vqa", "image+text", "text", MARK + "Represent the given image with the following question: {}\n",
-         "Two things side by side: what is next to the one that is named?", 0.5, "naming either thing"),
-    Task("OpenMoji_t2i", "retrieval", "text", "image", "Find me an everyday image that matches the given caption: {}\n",
-         "Find the picture by its caption."),
-    Task("OpenMoji_i2t", "retrieval", "image", "text", MARK + "Find an image caption describing the given everyday image.\n",
-         "Find the caption of a picture."),
-    Task("OpenMoji_i2i", "retrieval", "image", "image",
-         MARK + "Find a day-to-day image that looks similar to the provided image.\n",
-         "Find the same thing in another drawing, on another ground."),
-    Task("OpenMoji-Recolour", "retrieval", "image+text", "image",
-         MARK + "Given an image, find a similar everyday image with the described changes: {}\n",
-         "Find the same thing on the ground that the text asks for.", 0.25, "ignoring the text"),
-    Task("OpenMoji-Labelled", "grounding", "image+text", "image",
-         MARK + "Select the portion of the image that isolates the object labeled as \"{}\"\n",
-         "Four things in a scene: find the cut-out of the one that is named.", 0.5, "ignoring the scene"),
-    Task("OpenMoji-Pointing", "grounding", "image+text", "image",
-         MARK + "Select the portion of the image that answers the question \"{}\"\n",
-         "Four things in a scene: find the cut-out of the one in the corner asked for.", 0.25, "ignoring the question"),
-    Task("OpenMoji-Matching", "grounding", "image+text", "image+text",
-         MARK + "Select the portion of the image that follows the language expressions: \"{}\"\n",
-         "Two expressions, one place: match a corner of a scene with the name of what is there.", 0.25,
-         "recognising the scene alone"),
-)}
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "OpenMoji-Object",
+            "classification",
+            "image",
+            "text",
+            MARK + "Identify the object shown in the image\n",
+            "Name the picture, out of all 160 names.",
+        ),
+        Task(
+            "OpenMoji-Group",
+            "classification",
+            "image",
+            "text",
+            MARK + "Represent the given image for classification\n",
+            "Name the group the picture belongs to, out of 32.",
+        ),
+        Task(
+            "OpenMoji-Side",
+            "vqa",
+            "image+text",
+            "text",
+            MARK + "Represent the given image with the following question: {}\n",
+            "Two things side by side: which one is on the left, or on the right?",
+            0.5,
+            "naming either thing",
+        ),
+        Task(
+            "OpenMoji-Beside",
+            "vqa",
+            "image+text",
+            "text",
+            MARK + "Represent the given image with the following question: {}\n",
+            "Two things side by side: what is next to the one that is named?",
+            0.5,
+            "naming either thing",
+        ),
+        Task(
+            "OpenMoji_t2i",
+            "retrieval",
+            "text",
+            "image",
+            "Find me an everyday image that matches the given caption: {}\n",
+            "Find the picture by its caption.",
+        ),
+        Task(
+            "OpenMoji_i2t",
+            "retrieval",
+            "image",
+            "text",
+            MARK + "Find an image caption describing the given everyday image.\n",
+            "Find the caption of a picture.",
+        ),
+        Task(
+            "OpenMoji_i2i",
+            "retrieval",
+            "image",
+            "image",
+            MARK + "Find a day-to-day image that looks similar to the provided image.\n",
+            "Find the same thing in another drawing, on another ground.",
+        ),
+        Task(
+            "OpenMoji-Recolour",
+            "retrieval",
+            "image+text",
+            "image",
+            MARK + "Given an image, find a similar everyday image with the described changes: {}\n",
+            "Find the same thing on the ground that the text asks for.",
+            0.25,
+            "ignoring the text",
+        ),
+        Task(
+            "OpenMoji-Labelled",
+            "grounding",
+            "image+text",
+            "image",
+            MARK + 'Select the portion of the image that isolates the object labeled as "{}"\n',
+            "Four things in a scene: find the cut-out of the one that is named.",
+            0.5,
+            "ignoring the scene",
+        ),
+        Task(
+            "OpenMoji-Pointing",
+            "grounding",
+            "image+text",
+            "image",
+            MARK + 'Select the portion of the image that answers the question "{}"\n',
+            "Four things in a scene: find the cut-out of the one in the corner asked for.",
+            0.25,
+            "ignoring the question",
+        ),
+        Task(
+            "OpenMoji-Matching",
+            "grounding",
+            "image+text",
+            "image+text",
+            MARK + 'Select the portion of the image that follows the language expressions: "{}"\n',
+            "Two expressions, one place: match a corner of a scene with the name of what is there.",
+            0.25,
+            "recognising the scene alone",
+        ),
+    )
+}

@@ -13,14 +13,22 @@ from pathlib import Path
 from vlm2vec.data import mmeb
 from vlm2vec.quickstart.build import VERSION, finish_folder, read_summary, start_folder
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>")
-VOCABULARY = 2048           # most words of the prompts and of the names become one token
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VOCABULARY = 2048  # most words of the prompts and of the names become one token
 LAYERS, WIDTH, HEADS = 3, 128, 4
 # Four times the library's 0.02, which is meant for widths of thousands: at 128 it leaves attention and every layer's
 # contribution near zero, and the first hundreds of steps go into growing them.
 SPREAD = 0.08
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28     # the reference's limits (VLM2Vec-V2)
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28  # the reference's limits (VLM2Vec-V2)
 
 
 def build_model(out, seed: int = 0, say=print) -> Path:
@@ -48,8 +56,10 @@ def build_model(out, seed: int = 0, say=print) -> Path:
     (part / "quickstart.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     finish_folder(part, folder)
     if say:
-        say(f"{folder}: Qwen2-VL architecture, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, "
-            f"{len(tokenizer)} tokens, random weights")
+        say(
+            f"{folder}: Qwen2-VL architecture, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, "
+            f"{len(tokenizer)} tokens, random weights"
+        )
     return folder
 
 
@@ -61,16 +71,27 @@ def train_tokenizer(texts):
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(words), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        ),
+    )
     trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]], unk_token=None, bos_token=None,
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL), model_max_length=4096)
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
+        unk_token=None,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL),
+        model_max_length=4096,
+    )
     return tokenizer
 
 
@@ -82,15 +103,37 @@ def random_model(tokenizer, seed: int):
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=HEADS // 2, max_position_embeddings=4096,
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS // 2,
+            max_position_embeddings=4096,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-            tie_word_embeddings=True, initializer_range=SPREAD,
-            bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
-        vision_config=dict(depth=LAYERS, embed_dim=WIDTH, hidden_size=WIDTH, num_heads=HEADS, mlp_ratio=4, patch_size=14,
-                           spatial_merge_size=2, temporal_patch_size=2, initializer_range=SPREAD),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
+            tie_word_embeddings=True,
+            initializer_range=SPREAD,
+            bos_token_id=None,
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
+        ),
+        vision_config=dict(
+            depth=LAYERS,
+            embed_dim=WIDTH,
+            hidden_size=WIDTH,
+            num_heads=HEADS,
+            mlp_ratio=4,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            initializer_range=SPREAD,
+        ),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2VLForConditionalGeneration(config).float().eval()
@@ -100,8 +143,12 @@ def _processor(tokenizer):
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     limits = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-    return Qwen2VLProcessor(image_processor=Qwen2VLImageProcessor(size=limits), tokenizer=tokenizer,
-                            video_processor=Qwen2VLVideoProcessor(size=limits), chat_template=_CHAT)
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=limits),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=limits),
+        chat_template=_CHAT,
+    )
 
 
 def _texts(train: Path):
@@ -120,8 +167,10 @@ def _finished(folder: Path, stamp) -> bool:
 
 
 # Qwen2-VL's turn layout, for tools that insist on a template; VLM2Vec itself uses none.
-_CHAT = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-         "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-         "<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|>"
-         "<|vision_end|>{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|>"
+    "<|vision_end|>{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)

@@ -8,5 +8,22 @@ from vlm2vec.report.grids import Answer, Query, Side, grid, inline_image, pictur
 from vlm2vec.report.page import facts, page, section, tiles, write_page
 from vlm2vec.report.table import Score, mean_by_meta_task, score_lines, score_table
 
-__all__ = ["Answer", "Query", "Score", "Series", "Side", "curve", "facts", "grid", "inline_image", "mean_by_meta_task", "page",
-           "picture_strip", "score_lines", "score_table", "section", "tiles", "write_page"]
+__all__ = [
+    "Answer",
+    "Query",
+    "Score",
+    "Series",
+    "Side",
+    "curve",
+    "facts",
+    "grid",
+    "inline_image",
+    "mean_by_meta_task",
+    "page",
+    "picture_strip",
+    "score_lines",
+    "score_table",
+    "section",
+    "tiles",
+    "write_page",
+]

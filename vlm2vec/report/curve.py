@@ -18,8 +18,16 @@ class Series:
     points: list[tuple[float, float]]
 
 
-def curve(series: Series, *, x_label: str = "step", y_label: str = "", low: float | None = None, high: float | None = None,
-          share: bool = False, reference: tuple[str, float] | None = None) -> str:
+def curve(
+    series: Series,
+    *,
+    x_label: str = "step",
+    y_label: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    share: bool = False,
+    reference: tuple[str, float] | None = None,
+) -> str:
     """One line over a light grid.
 
     Args:
@@ -39,8 +47,10 @@ def curve(series: Series, *, x_label: str = "step", y_label: str = "", low: floa
     first, last = min(0, points[0][0]), points[-1][0]
 
     def place(x, y):
-        return (LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT),
-                TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM))
+        return (
+            LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT),
+            TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM),
+        )
 
     def show(y):
         return f"{100 * y:.0f}%" if share else f"{y:g}"
@@ -48,30 +58,38 @@ def curve(series: Series, *, x_label: str = "step", y_label: str = "", low: floa
     parts = []
     for tick in y_ticks:
         _, y = place(first, tick)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{show(tick)}</text>')
+        parts.append(
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{show(tick)}</text>'
+        )
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
     if reference:
         _, y = place(first, reference[1])
-        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 6:.1f}" text-anchor="end">{escape(reference[0])}</text>')
+        parts.append(
+            f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 6:.1f}" text-anchor="end">{escape(reference[0])}</text>'
+        )
     placed = [place(x, y) for x, y in points]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
     ground = f"{placed[0][0]:.1f},{HEIGHT - BOTTOM} {line} {placed[-1][0]:.1f},{HEIGHT - BOTTOM}"
     parts.append(f'<polygon class="area" points="{ground}"/><polyline class="line" points="{line}"/>')
     for (x, y), (step, value) in zip(placed, points):
-        parts.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(x_label)} {step:g}: '
-                     f'{_exact(value, share)}</title></circle>')
+        parts.append(
+            f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(x_label)} {step:g}: '
+            f"{_exact(value, share)}</title></circle>"
+        )
     x, y = placed[-1]
     parts.append(f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
     caption = f"{escape(series.name)} <b>{_exact(points[-1][1], share)}</b>"
     if y_label:
-        caption += f' <span>{escape(y_label)}</span>'
-    return (f'<figure class="chart"><figcaption>{caption}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-            f'aria-label="{escape(series.name)} over {escape(x_label)}s">{"".join(parts)}</svg></figure>')
+        caption += f" <span>{escape(y_label)}</span>"
+    return (
+        f'<figure class="chart"><figcaption>{caption}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(series.name)} over {escape(x_label)}s">{"".join(parts)}</svg></figure>'
+    )
 
 
 def _exact(value, share):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-LARGEST = 224       # pixels of the longer side of an inlined picture
+LARGEST = 224  # pixels of the longer side of an inlined picture
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ def _line(query):
     picture = _picture(query.side, flat=True)
     text = f'<p class="ask">{escape(query.side.text)}</p>' if query.side.text else ""
     kind = "" if any(answer.side.image for answer in query.answers) else " texts"
-    return (f'<div class="query {verdict}"><div class="asked {"" if picture else "words"}">{picture}{text}</div>'
-            f'<ol class="answers{kind}">{"".join(cells)}</ol></div>')
+    return (
+        f'<div class="query {verdict}"><div class="asked {"" if picture else "words"}">{picture}{text}</div>'
+        f'<ol class="answers{kind}">{"".join(cells)}</ol></div>'
+    )
 
 
 def _cell(side, kind, rank):

@@ -19,11 +19,13 @@ def page(title: str, *sections: str, kicker: str = "", lead: str = "", banner: s
     """
     style = STYLE.read_text(encoding="utf-8")
     foot = "".join(f"<p>{escape(line)}</p>" for line in footer.splitlines() if line)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n'
-            f'<body><main>\n<header>{banner}<p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>'
-            f'<p class="lead">{escape(lead)}</p></header>\n' + "\n".join(sections) + f"\n<footer>{foot}</footer>\n</main></body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n'
+        f'<body><main>\n<header>{banner}<p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>'
+        f'<p class="lead">{escape(lead)}</p></header>\n' + "\n".join(sections) + f"\n<footer>{foot}</footer>\n</main></body></html>\n"
+    )
 
 
 def section(title: str, *blocks: str, note: str = "", level: int = 2) -> str:
@@ -34,8 +36,11 @@ def section(title: str, *blocks: str, note: str = "", level: int = 2) -> str:
 
 def tiles(entries: list[tuple[str, str, str]]) -> str:
     """Large figures side by side: (label, figure, small print), plain text."""
-    inside = "".join(f'<div class="tile"><span class="label">{escape(label)}</span><span class="figure">{escape(figure)}</span>'
-                     f'<span class="small">{escape(small)}</span></div>' for label, figure, small in entries)
+    inside = "".join(
+        f'<div class="tile"><span class="label">{escape(label)}</span><span class="figure">{escape(figure)}</span>'
+        f'<span class="small">{escape(small)}</span></div>'
+        for label, figure, small in entries
+    )
     return f'<div class="tiles">{inside}</div>'
 
 

@@ -59,8 +59,10 @@ def score_table(scores: list[Score], titles: dict[str, str] | None = None) -> st
         mean = means[meta_task]
         body.append(_row(replace(mean, task=(titles or {}).get(mean.task, mean.task)), "mean"))
         body += [_row(score, "") for score in members]
-    head = ('<tr><th>Task</th><th class="kinds">Query → answer</th><th class="num wide">Candidates</th><th class="num">Chance</th>'
-            '<th class="num">Before</th><th class="num">After</th><th class="bar">hit@1</th><th class="num wide">vs chance</th></tr>')
+    head = (
+        '<tr><th>Task</th><th class="kinds">Query → answer</th><th class="num wide">Candidates</th><th class="num">Chance</th>'
+        '<th class="num">Before</th><th class="num">After</th><th class="bar">hit@1</th><th class="num wide">vs chance</th></tr>'
+    )
     return f'<div class="scroll"><table class="scores"><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
@@ -97,12 +99,15 @@ def _row(score, kind):
     kinds = ""
     if score.kinds:
         kinds = '<span class="to">→</span>'.join(
-            "".join(f'<span class="kind">{escape(part)}</span>' for part in side.split("+")) for side in score.kinds)
+            "".join(f'<span class="kind">{escape(part)}</span>' for part in side.split("+")) for side in score.kinds
+        )
     candidates = f"{score.candidates:,}" if score.candidates else ""
-    return (f'<tr class="{kind}"><th scope="row">{escape(score.task)}{about}</th><td class="kinds">{kinds}</td>'
-            f'<td class="num wide">{candidates}</td><td class="num">{percent(score.chance)}</td>'
-            f'<td class="num">{percent(score.before)}</td><td class="num after">{percent(score.after)}</td>'
-            f'<td class="bar">{_bar(score)}</td><td class="num wide">{times(score.after, score.chance)}</td></tr>')
+    return (
+        f'<tr class="{kind}"><th scope="row">{escape(score.task)}{about}</th><td class="kinds">{kinds}</td>'
+        f'<td class="num wide">{candidates}</td><td class="num">{percent(score.chance)}</td>'
+        f'<td class="num">{percent(score.before)}</td><td class="num after">{percent(score.after)}</td>'
+        f'<td class="bar">{_bar(score)}</td><td class="num wide">{times(score.after, score.chance)}</td></tr>'
+    )
 
 
 def _bar(score):

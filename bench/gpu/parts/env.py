@@ -5,16 +5,26 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-
-from bench.gpu.check import Check
-from bench.gpu.clock import median
 from contrastive_kernels import roofline
 from contrastive_kernels.triton import configs
 
+from bench.gpu.check import Check
+from bench.gpu.clock import median
+
 PACKAGES = (
-    "transformers", "peft", "accelerate", "datasets", "flash_attn", "bitsandbytes", "liger_kernel", "sentence_transformers",
-    "cut_cross_entropy", "inf_cl", "memeff", "siglip_kernel",
-)  # fmt: skip
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "flash_attn",
+    "bitsandbytes",
+    "liger_kernel",
+    "sentence_transformers",
+    "cut_cross_entropy",
+    "inf_cl",
+    "memeff",
+    "siglip_kernel",
+)
 LAUNCHES = 200
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 
 import torch
+from contrastive_kernels import info_nce_value_and_grad
 
 from bench.gpu import cases, errors
 from bench.gpu.check import Check
 from bench.gpu.losses import relative
-from contrastive_kernels import info_nce_value_and_grad
 
 
 def checks(machine):

@@ -15,9 +15,12 @@ NEED_CUDA = ("cut-cross-entropy", "Liger", "inf-cl", "memeff", "siglip-kernel")
 
 def table() -> list[Contestant]:
     one = {
-        "cut-cross-entropy, exact": losses.cut_cross_entropy, "Liger, fused linear CE": losses.liger, "inf-cl": losses.inf_cl,
-        "F.linear_cross_entropy": losses.linear_cross_entropy, "sentence-transformers, cached": losses.sentence_transformers,
-    }  # fmt: skip
+        "cut-cross-entropy, exact": losses.cut_cross_entropy,
+        "Liger, fused linear CE": losses.liger,
+        "inf-cl": losses.inf_cl,
+        "F.linear_cross_entropy": losses.linear_cross_entropy,
+        "sentence-transformers, cached": losses.sentence_transformers,
+    }
     both = {"memeff, both directions": losses.memeff, "eager, both directions": losses.eager_symmetric}
     rows = [Contestant(LIMIT, losses.three_gemms), Contestant("ours", losses.ours(backend="triton"), "one", predict=timing.PLAIN)]
     for group, kind in ((one, "one"), (both, "both"), ({"siglip-kernel": losses.siglip_kernel}, "sigmoid")):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from contrastive_kernels.triton import configs
 
 from bench.gpu import losses, timing
 from bench.gpu.check import Check, NotHere
 from bench.gpu.clock import median
 from bench.gpu.parts.env import model
-from contrastive_kernels.triton import configs
 
 CALLS = {"plain": {}, "normalize": {"normalize": True}, "symmetric, normalize": {"symmetric": True, "normalize": True}}
 PANELS = ("plain", "warp_specialised")
@@ -92,8 +92,9 @@ def triton_share(machine, panel: str) -> list[dict]:
     title = f"{panel} panel"
     rows = [
         {"name": f"{title}: {who}, D = {d}", "value": ms, "unit": "ms", **shape, "d": d}
-        for who in taken for d, ms in zip(widths, taken[who], strict=True)
-    ]  # fmt: skip
+        for who in taken
+        for d, ms in zip(widths, taken[who], strict=True)
+    ]
     grown = {who: ms[1] - ms[0] for who, ms in taken.items()}
     if min(grown.values()) <= 0:
         return rows + [{"name": f"{title}: {SHARE}", "value": "", "note": "wider took no longer: no rate to be had", **shape}]

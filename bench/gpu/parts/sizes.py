@@ -65,10 +65,12 @@ def options(n: int, d: int) -> list[Contestant]:
     rows = [Contestant(LIMIT, losses.three_gemms), Contestant("option: none", losses.ours(backend="triton"), predict=timing.PLAIN)]
     rows += [Contestant(f"option: {name}", _with(values)) for name, (values, _) in loss_options.cases(n, d).items()]
     rows += [
-        Contestant("option: wrt=(), value alone", _with({"wrt": ()})), Contestant("option: ring of one rank", ring),
-        Contestant(f"option: pooled, {TOKENS} tokens", pooled), Contestant("sigmoid_loss", losses.sigmoid_ours, "sigmoid"),
+        Contestant("option: wrt=(), value alone", _with({"wrt": ()})),
+        Contestant("option: ring of one rank", ring),
+        Contestant(f"option: pooled, {TOKENS} tokens", pooled),
+        Contestant("sigmoid_loss", losses.sigmoid_ours, "sigmoid"),
         Contestant("sigmoid, eager", losses.sigmoid_eager, "sigmoid", ours=False),
-    ]  # fmt: skip
+    ]
     return rows
 
 
@@ -93,6 +95,7 @@ def _search_dense(query, target, temperature):
 def searches() -> list[Contestant]:
     return [
         Contestant("search: its bare product", _search_product, "search"),
-        Contestant("search: top-10, triton", _search("triton"), "search"), Contestant("search: top-10, torch", _search("torch"), "search"),
+        Contestant("search: top-10, triton", _search("triton"), "search"),
+        Contestant("search: top-10, torch", _search("torch"), "search"),
         Contestant("search: product, then topk", _search_dense, "search", ours=False),
-    ]  # fmt: skip
+    ]

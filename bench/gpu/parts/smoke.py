@@ -6,12 +6,12 @@ import functools
 
 import torch
 import torch.distributed as dist
+from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
 
 from bench.gpu import cases, losses
 from bench.gpu.check import Check
 from bench.gpu.parts.gate import call
 from bench.gpu.parts.profile import special
-from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
 
 TEMPERATURE = 0.05
 # Errors against float64 of the inputs as rounded: float32 logits and sums; exponentials and factors rounded to 16 bits once.
@@ -190,9 +190,10 @@ def compiled(machine) -> dict:
     """In one graph, forward and backward. On a CPU without inductor, which would call a C++ compiler."""
     query, target = _pair(machine)
     run = torch.compile(
-        lambda q, t: info_nce(q, t, temperature=TEMPERATURE, backend="triton"), fullgraph=True,
+        lambda q, t: info_nce(q, t, temperature=TEMPERATURE, backend="triton"),
+        fullgraph=True,
         backend="inductor" if machine.device == "cuda" else "aot_eager",
-    )  # fmt: skip
+    )
     leaves = [x.detach().requires_grad_() for x in (query, target)]
     value = run(*leaves)
     gradients = torch.autograd.grad(value, leaves)

@@ -39,7 +39,9 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 def check_columns(name: str, columns: int) -> None:
     """Kernels compare a column's number in 32 bits, and the greatest stand for "none"."""
     if columns > MAXIMUM_COLUMNS:
-        raise ValueError(f"{name}: expected at most {MAXIMUM_COLUMNS} columns for the Triton kernels, got {columns}; use backend='torch' or fewer a call")
+        raise ValueError(
+            f"{name}: expected at most {MAXIMUM_COLUMNS} columns for the Triton kernels, got {columns}; use backend='torch' or fewer a call"
+        )
 
 
 def scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -138,8 +140,24 @@ def _per_column(b_vector, ON_SIDE: tl.constexpr):
 
 @triton.jit
 def _drop(
-    b_cos, o_r, o_c, m_r, m_c, o_global, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
-    HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr, EVEN_C: tl.constexpr,
+    b_cos,
+    o_r,
+    o_c,
+    m_r,
+    m_c,
+    o_global,
+    p_positive,
+    p_row_id,
+    p_col_id,
+    p_row_id2,
+    p_col_id2,
+    p_threshold,
+    p_keep,
+    HAS_POSITIVE: tl.constexpr,
+    IDS: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    EVEN_C: tl.constexpr,
     ON_SIDE: tl.constexpr,
 ):
     """Cosines of a tile with everything that is no negative set to -1e30: positive, false negatives, padding.

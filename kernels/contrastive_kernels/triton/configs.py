@@ -73,7 +73,7 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gpu(device: torch.device) -> roofline.Gpu:
     """What the cost model takes a device for; an H100 stands in for the interpreter's CPU."""
     return roofline.for_arch(architecture(device) or 90, torch.cuda.get_device_name(device) if device.type == "cuda" else "")
@@ -102,13 +102,18 @@ def choose(table: dict, arch: int, *key) -> Tile:
 # The accumulator outlives every prefix's epilogue: fewer registers are left for that, but on sm_100, where it is read anew from
 # tensor memory, but where columns are odd. (architecture, odd) -> tile.
 PREFIXES = {
-    (80, False): Tile(128, 64, 32, 8, 4, 4), (80, True): Tile(128, 64, 32, 8, 4, 4),
-    (90, False): Tile(128, 64, 64, 8, 4, 4), (90, True): Tile(128, 64, 64, 8, 4, 4),
-    (100, False): Tile(128, 128, 64, 8, 3, 8), (100, True): Tile(128, 64, 64, 8, 3, 4),
-}  # fmt: skip
+    (80, False): Tile(128, 64, 32, 8, 4, 4),
+    (80, True): Tile(128, 64, 32, 8, 4, 4),
+    (90, False): Tile(128, 64, 64, 8, 4, 4),
+    (90, True): Tile(128, 64, 64, 8, 4, 4),
+    (100, False): Tile(128, 128, 64, 8, 3, 8),
+    (100, True): Tile(128, 64, 64, 8, 3, 4),
+}
 
 
-def exp_panel_tile(arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False) -> tuple[int, int]:
+def exp_panel_tile(
+    arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False
+) -> tuple[int, int]:
     """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
     odd = columns % PLAIN_COLUMNS != 0
     if levels and itemsize <= 2 and (tuned_as(arch), odd) in PREFIXES:
@@ -133,9 +138,11 @@ def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False, odd:
 # The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,
 # and none if given 8. On sm_100 the wide tile spills with norms.
 WARP_SPECIALISED = {
-    (90, False): Tile(128, 256, 64, 4, 3), (90, True): Tile(128, 256, 64, 4, 3),
-    (100, False): Tile(128, 256, 64, 8, 3), (100, True): Tile(128, 128, 64, 8, 4),
-}  # fmt: skip
+    (90, False): Tile(128, 256, 64, 4, 3),
+    (90, True): Tile(128, 256, 64, 4, 3),
+    (100, False): Tile(128, 256, 64, 8, 3),
+    (100, True): Tile(128, 128, 64, 8, 4),
+}
 # Architectures on which it was measured to beat EXP_PANEL's: there panel="auto" takes it. None has been measured.
 WARP_SPECIALISED_FASTER = frozenset()
 
@@ -159,7 +166,9 @@ def exp_panel_is_rich(arch: int, masks, scale, row_max, col_sum, redo, odd) -> b
         return bool(masks or col_sum or redo or odd or scale and row_max)  # norms alone: 255; all others spill with some triton
     # sm_90: without a maximum everything at once takes 234 registers, odd columns 255 alone; with one, norms 255 and masks spill
     # sm_80: as much, but 2 spills where masks meet column sums
-    return bool(redo or row_max and (masks or col_sum or odd) or odd and (masks or scale or col_sum) or tuned_as(arch) == 80 and masks and col_sum)
+    return bool(
+        redo or row_max and (masks or col_sum or odd) or odd and (masks or scale or col_sum) or tuned_as(arch) == 80 and masks and col_sum
+    )
 
 
 # (architecture, element size) -> tile: a dozen values of a pair are alive at once, so slices are narrow.
@@ -251,10 +260,7 @@ FUSED = {
     (100, 128, "forward", True): Tile(128, 32, 0, 8, 2),
     (100, 128, "backward", False): Tile(64, 128, 0, 8, 2),
     (100, 128, "backward", True): Tile(64, 64, 0, 8, 2),
-} | {
-    (0, width, which, rich): Tile(64, 64, 0, 8, 2)
-    for width in (64, 128) for which in ("forward", "backward") for rich in (False, True)
-}
+} | {(0, width, which, rich): Tile(64, 64, 0, 8, 2) for width in (64, 128) for which in ("forward", "backward") for rich in (False, True)}
 
 
 def is_rich(columns, ids, threshold, keep, row_scale) -> bool:

@@ -69,7 +69,16 @@ def plain(problem, direction, gradients) -> bool:
     """Whether a direction has nothing that this file does not know."""
     o = problem.options
     refused = (o.symmetric, o.query_negatives, o.target_negatives, o.label_smoothing, o.return_stats, o.hardness, o.normalize)
-    unknown = (o.group, o.hard_negatives, direction.active, direction.threshold, problem.kept_rows, o.query_mask, o.target_mask, o.matryoshka_dims)
+    unknown = (
+        o.group,
+        o.hard_negatives,
+        direction.active,
+        direction.threshold,
+        problem.kept_rows,
+        o.query_mask,
+        o.target_mask,
+        o.matryoshka_dims,
+    )
     return (
         gradients is not None
         and gradients.wanted == {"query", "target"}
@@ -92,7 +101,17 @@ def slopes(cosine: torch.Tensor, inverse_temperature: torch.Tensor, positives: t
     block = min(BLOCK_C, triton.next_power_of_2(max(columns, 1)))
     if rows:
         _slopes_kernel[(rows,)](
-            cosine, out, loss, inverse_temperature, positives, weight, columns, cosine.stride(0), out.stride(0), UPCAST=INTERPRET, BLOCK_C=block,
+            cosine,
+            out,
+            loss,
+            inverse_temperature,
+            positives,
+            weight,
+            columns,
+            cosine.stride(0),
+            out.stride(0),
+            UPCAST=INTERPRET,
+            BLOCK_C=block,
             num_warps=4 if block <= 1024 else 8,
         )
     work.note("dense_slopes", rows, 0, work.size(cosine), work.size(out, loss))

@@ -18,7 +18,18 @@ import triton.language as tl
 
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, _drop, _narrow, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, scalar,
+    INTERPRET,
+    TRITON_DTYPE,
+    _dot,
+    _drop,
+    _narrow,
+    accumulator,
+    cdiv,
+    check_columns,
+    check_dtype,
+    dot_precision,
+    on_its_device,
+    scalar,
     whole_blocks,
 )
 
@@ -30,11 +41,42 @@ GAIN = {torch.float16: 1024.0}
 
 @triton.jit
 def _fused_fwd_kernel(
-    p_x, p_y, p_exponent, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2, p_threshold, p_keep,
-    p_shift, p_total, p_best, p_out, R, C, stride_x, stride_y, per_share, column_offset, gain,
-    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr,
-    WITH_SUM: tl.constexpr, EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_x,
+    p_y,
+    p_exponent,
+    p_row_scale,
+    p_col_scale,
+    p_positive,
+    p_row_id,
+    p_col_id,
+    p_row_id2,
+    p_col_id2,
+    p_threshold,
+    p_keep,
+    p_shift,
+    p_total,
+    p_best,
+    p_out,
+    R,
+    C,
+    stride_x,
+    stride_y,
+    per_share,
+    column_offset,
+    gain,
+    HAS_SCALE: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    IDS: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     i_r, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -55,8 +97,27 @@ def _fused_fwd_kernel(
         if HAS_SCALE:
             b_col_scale = tl.load(p_col_scale + o_c, mask=m_c, other=0.0)
             b_cos = b_cos * tl.load(p_row_scale + o_r, mask=m_r, other=0.0)[:, None] * b_col_scale[None, :]
-        b_cos = _drop(b_cos, o_r, o_c, m_r, m_c, o_c + column_offset, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
-                      p_threshold, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, EVEN_C, False)
+        b_cos = _drop(
+            b_cos,
+            o_r,
+            o_c,
+            m_r,
+            m_c,
+            o_c + column_offset,
+            p_positive,
+            p_row_id,
+            p_col_id,
+            p_row_id2,
+            p_col_id2,
+            p_threshold,
+            p_keep,
+            HAS_POSITIVE,
+            IDS,
+            HAS_THRESHOLD,
+            HAS_KEEP,
+            EVEN_C,
+            False,
+        )
         b_new = tl.maximum(b_best, tl.max(b_cos, 1))
         # nothing kept so far: relative to 0, where -1e30 gives 0 and not exp(0)
         b_base = tl.where(b_new > -1e29, b_new, 0.0) * b_k
@@ -79,11 +140,39 @@ def _fused_fwd_kernel(
 
 @triton.jit
 def _fused_bwd_kernel(
-    p_x, p_y, p_exponent, p_shift, p_factor, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
-    p_threshold, p_keep, p_out, R, C, stride_x, stride_y, per_share, column_offset,
-    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, IDS: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_KEEP: tl.constexpr,
-    EVEN_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_x,
+    p_y,
+    p_exponent,
+    p_shift,
+    p_factor,
+    p_row_scale,
+    p_col_scale,
+    p_positive,
+    p_row_id,
+    p_col_id,
+    p_row_id2,
+    p_col_id2,
+    p_threshold,
+    p_keep,
+    p_out,
+    R,
+    C,
+    stride_x,
+    stride_y,
+    per_share,
+    column_offset,
+    HAS_SCALE: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    IDS: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     # tiles stand on their side, (columns, rows): the product that follows takes them as they lie in registers
     i_c, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -106,8 +195,27 @@ def _fused_bwd_kernel(
             b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=0.0)
             b_cos = b_cos * tl.load(p_col_scale + o_c, mask=m_c, other=0.0)[:, None] * b_row_scale[None, :]
             b_factor = b_factor * b_row_scale
-        b_cos = _drop(b_cos, o_r, o_c, m_r, m_c, o_c + column_offset, p_positive, p_row_id, p_col_id, p_row_id2, p_col_id2,
-                      p_threshold, p_keep, HAS_POSITIVE, IDS, HAS_THRESHOLD, HAS_KEEP, EVEN_C, True)
+        b_cos = _drop(
+            b_cos,
+            o_r,
+            o_c,
+            m_r,
+            m_c,
+            o_c + column_offset,
+            p_positive,
+            p_row_id,
+            p_col_id,
+            p_row_id2,
+            p_col_id2,
+            p_threshold,
+            p_keep,
+            HAS_POSITIVE,
+            IDS,
+            HAS_THRESHOLD,
+            HAS_KEEP,
+            EVEN_C,
+            True,
+        )
         b_e = tl.exp2(b_cos * b_k - b_shift[None, :]) * b_factor[None, :]
         b_out = _dot(_narrow(b_e, b_x.dtype, UPCAST), b_x, b_out, PRECISION, UPCAST)
     tl.store(p_out + (i_share * C + o_c)[:, None] * BLOCK_D + o_d[None, :], b_out, mask=m_c[:, None])
@@ -143,8 +251,15 @@ def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_
     pointers = [x if v is None else v for v in (row_scale, col_scale, positive, row_id, col_id, row_id2, col_id2, threshold)]
     pointers.append(x if keep is None else keep.view(torch.uint8))
     flags = dict(
-        HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, IDS=len(ids), HAS_THRESHOLD=threshold is not None,
-        HAS_KEEP=keep is not None, ACC=TRITON_DTYPE[accumulator(x.dtype)], PRECISION=dot_precision(x.dtype), UPCAST=INTERPRET, BLOCK_D=block_d,
+        HAS_SCALE=row_scale is not None,
+        HAS_POSITIVE=positive is not None,
+        IDS=len(ids),
+        HAS_THRESHOLD=threshold is not None,
+        HAS_KEEP=keep is not None,
+        ACC=TRITON_DTYPE[accumulator(x.dtype)],
+        PRECISION=dot_precision(x.dtype),
+        UPCAST=INTERPRET,
+        BLOCK_D=block_d,
     )
     return whole_blocks(x, block_d), whole_blocks(y, block_d), block_d, pointers, flags
 
@@ -158,8 +273,20 @@ def _cut(steps: int, programs: int, device, shares) -> tuple[int, int]:
 
 @on_its_device
 def fused_forward(
-    x, y, *, scale, weighted=True, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
-    column_offset=0, tile=None, shares=None,
+    x,
+    y,
+    *,
+    scale,
+    weighted=True,
+    row_scale=None,
+    col_scale=None,
+    positive=None,
+    ids=(),
+    threshold=None,
+    keep=None,
+    column_offset=0,
+    tile=None,
+    shares=None,
 ) -> FusedSums:
     """Row sums of x (R, D) against y (C, D), D at most 128, and with `weighted` the exponentials' product with y.
 
@@ -168,19 +295,41 @@ def fused_forward(
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
     x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
-    tile = tile or configs.fused(configs.architecture(device), block_d, "forward", configs.is_rich(columns, ids, threshold, keep, row_scale))
+    tile = tile or configs.fused(
+        configs.architecture(device), block_d, "forward", configs.is_rich(columns, ids, threshold, keep, row_scale)
+    )
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_c, tiles_r, device, shares) if columns else (1, 0)
     shift, total, best = (torch.empty(shares, rows, dtype=acc, device=device) for _ in range(3))
     out = torch.empty(shares, rows, block_d, dtype=acc, device=device) if weighted else shift
     if rows:
         _fused_fwd_kernel[(tiles_r, shares)](
-            x, y, scalar(scale, acc, device), *pointers, shift, total, best, out, rows, columns, x.stride(0), y.stride(0),
-            per_share * tile.block_c, column_offset, GAIN.get(x.dtype, 1.0), WITH_SUM=weighted, EVEN_C=columns % tile.block_c == 0,
-            BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
+            x,
+            y,
+            scalar(scale, acc, device),
+            *pointers,
+            shift,
+            total,
+            best,
+            out,
+            rows,
+            columns,
+            x.stride(0),
+            y.stride(0),
+            per_share * tile.block_c,
+            column_offset,
+            GAIN.get(x.dtype, 1.0),
+            WITH_SUM=weighted,
+            EVEN_C=columns % tile.block_c == 0,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+            **flags,
+            **tile.options,
         )
     flops = (4 if weighted else 2) * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d
-    work.note("fused_forward", tiles_r * shares, flops, work.size(x, y), work.size(shift, total, best) + (work.size(out) if weighted else 0))
+    work.note(
+        "fused_forward", tiles_r * shares, flops, work.size(x, y), work.size(shift, total, best) + (work.size(out) if weighted else 0)
+    )
     if shares == 1:
         return FusedSums(shift[0], total[0], best[0], out[0][:, :width] if weighted else None)
     top = shift.amax(0)
@@ -191,8 +340,21 @@ def fused_forward(
 
 @on_its_device
 def fused_backward(
-    x, y, *, scale, shift, factor, row_scale=None, col_scale=None, positive=None, ids=(), threshold=None, keep=None,
-    column_offset=0, tile=None, shares=None,
+    x,
+    y,
+    *,
+    scale,
+    shift,
+    factor,
+    row_scale=None,
+    col_scale=None,
+    positive=None,
+    ids=(),
+    threshold=None,
+    keep=None,
+    column_offset=0,
+    tile=None,
+    shares=None,
 ) -> torch.Tensor:
     """(C, D) accumulator type: sum_i factor_i exp(logit_ij - shift_i) x_i, with unit x where norms are given.
 
@@ -200,7 +362,9 @@ def fused_backward(
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
     x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
-    tile = tile or configs.fused(configs.architecture(device), block_d, "backward", configs.is_rich(columns, ids, threshold, keep, row_scale))
+    tile = tile or configs.fused(
+        configs.architecture(device), block_d, "backward", configs.is_rich(columns, ids, threshold, keep, row_scale)
+    )
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_r, tiles_c, device, shares) if rows else (1, 0)
     out = torch.empty(shares, columns, block_d, dtype=acc, device=device)
@@ -212,10 +376,31 @@ def fused_backward(
         factor = factor / rest
     if columns:
         _fused_bwd_kernel[(tiles_c, shares)](
-            x, y, scalar(scale, acc, device), shift.to(acc), factor.to(acc), *pointers, out, rows, columns,
-            x.stride(0), y.stride(0), per_share * tile.block_r, column_offset, EVEN_C=columns % tile.block_c == 0,
-            BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **flags, **tile.options,
+            x,
+            y,
+            scalar(scale, acc, device),
+            shift.to(acc),
+            factor.to(acc),
+            *pointers,
+            out,
+            rows,
+            columns,
+            x.stride(0),
+            y.stride(0),
+            per_share * tile.block_r,
+            column_offset,
+            EVEN_C=columns % tile.block_c == 0,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+            **flags,
+            **tile.options,
         )
-    work.note("fused_backward", tiles_c * shares, 4 * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d, work.size(x, y, shift, factor), work.size(out))
+    work.note(
+        "fused_backward",
+        tiles_c * shares,
+        4 * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d,
+        work.size(x, y, shift, factor),
+        work.size(out),
+    )
     out = (out[0] if shares == 1 else out.sum(0))[:, :width]
     return out if rest is None else out * rest

@@ -56,6 +56,11 @@ def backward(panel_sweep, state: RowState) -> None:
         for start in range(0, len(view.y), panel_sweep.size):
             columns = slice(start, min(start + panel_sweep.size, len(view.y)))
             piece = fused_backward(
-                view.x, view.y[columns], scale=panel_sweep.exponent, shift=state.shift, factor=state.factor, **view.options(everyone, columns)
+                view.x,
+                view.y[columns],
+                scale=panel_sweep.exponent,
+                shift=state.shift,
+                factor=state.factor,
+                **view.options(everyone, columns),
             )
             panel_sweep.writer.column_piece(block, columns, piece)

@@ -41,15 +41,27 @@ def obstacle(query, target, options) -> str:
         return "the levels are not in ascending order"
     if any(dim % step for dim in dims[:-1]):
         return f"a level is no multiple of {step}"
-    return dispatch.obstacle("exp", str(product_dtype(query, target)).removeprefix("torch."), dims[-1], bool(options.label_smoothing), True, INTERPRET)
+    return dispatch.obstacle(
+        "exp", str(product_dtype(query, target)).removeprefix("torch."), dims[-1], bool(options.label_smoothing), True, INTERPRET
+    )
 
 
 def plan(query, target, options, workspace: int) -> dispatch.Plan:
     """One sweep for all levels against a sweep each, both directions where `symmetric` asks for them."""
-    rows, columns = len(query), len(target) + (len(query) if options.query_negatives else 0) + (len(target) if options.target_negatives else 0)
+    rows, columns = (
+        len(query),
+        len(target) + (len(query) if options.query_negatives else 0) + (len(target) if options.target_negatives else 0),
+    )
     return dispatch.plan_levels(
-        rows, columns, options.matryoshka_dims, product_dtype(query, target), workspace=workspace, gpu=configs.gpu(query.device), smoothing=bool(options.label_smoothing),
-        interpreted=INTERPRET, reason=obstacle(query, target, options),
+        rows,
+        columns,
+        options.matryoshka_dims,
+        product_dtype(query, target),
+        workspace=workspace,
+        gpu=configs.gpu(query.device),
+        smoothing=bool(options.label_smoothing),
+        interpreted=INTERPRET,
+        reason=obstacle(query, target, options),
     )
 
 
@@ -103,7 +115,10 @@ def _sweep(levels: list[Level], index: int, size: int) -> None:
             outs = [torch.empty(count * size * len(view.y), dtype=widest.dtype, device=widest.problem.device) for view in widest.views]
         here = [None] * len(widest.views)
         if outs is not None:
-            here = [out[: count * (rows.stop - start) * len(view.y)].view(count, rows.stop - start, len(view.y)) for out, view in zip(outs, widest.views)]
+            here = [
+                out[: count * (rows.stop - start) * len(view.y)].view(count, rows.stop - start, len(view.y))
+                for out, view in zip(outs, widest.views)
+            ]
         for number, (own, (state, prior), made) in enumerate(zip(sweeps, states, _exponentials(sweeps, rows, here))):
             own.add(state, rows, [made], prior=prior, complete=True)
             if own.gradients is not None:
@@ -133,10 +148,19 @@ def _exponentials(sweeps: list[Panels], rows: slice, outs) -> list[Parts]:
         masks |= dict(row_scale=torch.stack([v.row_scale[rows] for v in views]), col_scale=torch.stack([v.col_scale for v in views]))
         if view.threshold is not None:
             masks["threshold"] = torch.stack([v.threshold[rows] for v in views])
-        made.append(exp_panel(
-            view.x[rows], view.y, scale=widest.exponent, shift=shift.expand(len(sweeps), -1).contiguous(), out=out, store=out is not None,
-            row_max=want_best, levels=levels, **masks,
-        ).row_part)  # fmt: skip
+        made.append(
+            exp_panel(
+                view.x[rows],
+                view.y,
+                scale=widest.exponent,
+                shift=shift.expand(len(sweeps), -1).contiguous(),
+                out=out,
+                store=out is not None,
+                row_max=want_best,
+                levels=levels,
+                **masks,
+            ).row_part
+        )
     parts = []
     for number, own in enumerate(sweeps):
         part = Parts(panels.joined(made, 0, number), shift, panels.joined(made, 1, number) if want_best else None)

@@ -53,9 +53,13 @@ class BlockView:
             return None if x is None else x[part]
 
         return dict(
-            positive=cut(self.positive, rows), ids=tuple((row[rows], col[columns]) for row, col in self.ids),
-            threshold=cut(self.threshold, rows), keep=cut(self.keep, columns), column_offset=self.column_offset + (columns.start or 0),
-            row_scale=cut(self.row_scale, rows), col_scale=cut(self.col_scale, columns),
+            positive=cut(self.positive, rows),
+            ids=tuple((row[rows], col[columns]) for row, col in self.ids),
+            threshold=cut(self.threshold, rows),
+            keep=cut(self.keep, columns),
+            column_offset=self.column_offset + (columns.start or 0),
+            row_scale=cut(self.row_scale, rows),
+            col_scale=cut(self.col_scale, columns),
         )
 
 
@@ -72,7 +76,14 @@ def fixed_shift(scale: float | torch.Tensor, rows: int, dtype: torch.dtype, devi
 
 
 def exponentials(
-    blocks: list[BlockView], rows: slice, outs: list[torch.Tensor | None], shift: torch.Tensor, exponent: torch.Tensor, *, want_best: bool, bounded: bool
+    blocks: list[BlockView],
+    rows: slice,
+    outs: list[torch.Tensor | None],
+    shift: torch.Tensor,
+    exponent: torch.Tensor,
+    *,
+    want_best: bool,
+    bounded: bool,
 ) -> Parts:
     """Fill outs[b] (R, C_b; None for the sums alone) with exp(logit - shift) of every block and sum the rows.
 
@@ -119,7 +130,9 @@ def redo(blocks, rows, outs, parts: Parts, exponent: torch.Tensor) -> None:
     # sums of tiles that were not done again are unwritten memory, which nobody reads
     parts.again = joined(
         [
-            exp_panel(block.x[rows], block.y, scale=exponent, shift=parts.own, **_into(out), redo=parts.marks, tile=tile, **block.options(rows)).row_part
+            exp_panel(
+                block.x[rows], block.y, scale=exponent, shift=parts.own, **_into(out), redo=parts.marks, tile=tile, **block.options(rows)
+            ).row_part
             for block, out in zip(blocks, outs)
         ],
         0,

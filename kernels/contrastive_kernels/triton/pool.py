@@ -32,8 +32,17 @@ def _last_token_kernel(p_mask, p_index, L, stride_b, stride_l, BLOCK_L: tl.const
 
 @triton.jit
 def _pool_fwd_kernel(
-    p_hidden, p_index, p_out, p_inverse, D, stride_h, eps,
-    NORMALIZE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_hidden,
+    p_index,
+    p_out,
+    p_inverse,
+    D,
+    stride_h,
+    eps,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
@@ -56,8 +65,18 @@ def _pool_fwd_kernel(
 
 @triton.jit
 def _pool_bwd_kernel(
-    p_grad, p_hidden, p_index, p_inverse, p_out, D, stride_g, stride_h,
-    NORMALIZE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_grad,
+    p_hidden,
+    p_index,
+    p_inverse,
+    p_out,
+    D,
+    stride_g,
+    stride_h,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
@@ -118,8 +137,18 @@ def pool_forward(hidden, index, *, normalize=True, eps=1e-12) -> tuple[torch.Ten
     inverse = torch.empty(rows, dtype=acc, device=hidden.device)
     if rows:
         _pool_fwd_kernel[(rows,)](
-            hidden, index, out, inverse, width, hidden.stride(0), eps,
-            NORMALIZE=normalize, ACC=TRITON_DTYPE[acc], UPCAST=INTERPRET, BLOCK_D=_block(width), num_warps=4,
+            hidden,
+            index,
+            out,
+            inverse,
+            width,
+            hidden.stride(0),
+            eps,
+            NORMALIZE=normalize,
+            ACC=TRITON_DTYPE[acc],
+            UPCAST=INTERPRET,
+            BLOCK_D=_block(width),
+            num_warps=4,
         )
     work.note("pool_forward", rows, 0, rows * width * hidden.element_size(), work.size(out, inverse))
     return out, inverse
@@ -137,8 +166,19 @@ def pool_backward(grad, hidden, index, inverse, *, normalize=True) -> torch.Tens
     out = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)
     if rows:
         _pool_bwd_kernel[(rows,)](
-            grad, hidden, index, inverse, out, width, grad.stride(0), hidden.stride(0),
-            NORMALIZE=normalize, ACC=TRITON_DTYPE[inverse.dtype], UPCAST=INTERPRET, BLOCK_D=_block(width), num_warps=4,
+            grad,
+            hidden,
+            index,
+            inverse,
+            out,
+            width,
+            grad.stride(0),
+            hidden.stride(0),
+            NORMALIZE=normalize,
+            ACC=TRITON_DTYPE[inverse.dtype],
+            UPCAST=INTERPRET,
+            BLOCK_D=_block(width),
+            num_warps=4,
         )
     work.note("pool_backward", rows, 0, work.size(grad) + rows * width * hidden.element_size(), work.size(out))
     return out

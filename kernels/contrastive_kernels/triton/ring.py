@@ -40,7 +40,13 @@ def differentiate_shard(problem, direction, workspace: int, sums: RowSums, resul
     state = _state(panel_sweep, sums)
     # relative to the greatest shift of all shards: none of this shard's exponentials is above what was safe for its sums
     finish(
-        state, slice(0, panel_sweep.rows), None, direction, panel_sweep.inverse_temperature, prior=True, own_shift=True,
+        state,
+        slice(0, panel_sweep.rows),
+        None,
+        direction,
+        panel_sweep.inverse_temperature,
+        prior=True,
+        own_shift=True,
         gain=panel_sweep.gain,
     )
     if panel_sweep.path == "fused":

@@ -115,7 +115,9 @@ def _greatest_part(p_part, o_r, m_r, R, parts, ACC: tl.constexpr, BLOCK: tl.cons
     b_top = tl.full((PARTS, BLOCK), -1e30, ACC)
     for first in range(0, parts, PARTS):
         o_p = first + tl.arange(0, PARTS).to(tl.int64)
-        b_top = tl.maximum(b_top, tl.load(p_part + o_p[:, None] * R + o_r[None, :], mask=(o_p < parts)[:, None] & m_r[None, :], other=-1e30))
+        b_top = tl.maximum(
+            b_top, tl.load(p_part + o_p[:, None] * R + o_r[None, :], mask=(o_p < parts)[:, None] & m_r[None, :], other=-1e30)
+        )
     return tl.max(b_top, 0)
 
 
@@ -131,7 +133,19 @@ def _mark_sums_kernel(p_total, p_shift, p_marks, R, parts, above, below, BLOCK: 
 
 @triton.jit
 def _mark_kernel(
-    p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts, above, below, HAS_WITHIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+    p_best,
+    p_shift,
+    p_exponent,
+    p_within,
+    p_own,
+    p_marks,
+    R,
+    parts,
+    above,
+    below,
+    HAS_WITHIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     ACC: tl.constexpr = p_shift.dtype.element_ty
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -161,10 +175,37 @@ def _log1p(b_x):
 
 @triton.jit
 def _finish_kernel(
-    p_sums, p_results, p_total, p_shift, p_best, p_own, p_marks, p_again, p_logits, p_count, p_positive, p_inverse_temperature, p_weight, p_active,
-    R, N, parts, again_parts, best_parts, mark_rows,
-    HAS_PART: tl.constexpr, HAS_BEST: tl.constexpr, HAS_AGAIN: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_ACTIVE: tl.constexpr,
-    FINISH: tl.constexpr, OWN_SHIFT: tl.constexpr, SMOOTHING: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    p_sums,
+    p_results,
+    p_total,
+    p_shift,
+    p_best,
+    p_own,
+    p_marks,
+    p_again,
+    p_logits,
+    p_count,
+    p_positive,
+    p_inverse_temperature,
+    p_weight,
+    p_active,
+    R,
+    N,
+    parts,
+    again_parts,
+    best_parts,
+    mark_rows,
+    HAS_PART: tl.constexpr,
+    HAS_BEST: tl.constexpr,
+    HAS_AGAIN: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    FINISH: tl.constexpr,
+    OWN_SHIFT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    GAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     ACC: tl.constexpr = p_sums.dtype.element_ty
     SMOOTH: tl.constexpr = SMOOTHING > 0
@@ -264,7 +305,9 @@ def mark_by_sums(total: torch.Tensor, shift: torch.Tensor, block_r: int) -> torc
     tiles = cdiv(rows, block_r)
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
-        _mark_sums_kernel[(tiles,)](total, shift, marks, rows, parts, math.exp(SAFE_ABOVE), math.exp(SAFE_BELOW), BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4)
+        _mark_sums_kernel[(tiles,)](
+            total, shift, marks, rows, parts, math.exp(SAFE_ABOVE), math.exp(SAFE_BELOW), BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4
+        )
     work.note("mark_rows", tiles, 0, work.size(total, shift), 0)
     return marks
 
@@ -284,8 +327,20 @@ def mark(
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
         _mark_kernel[(tiles,)](
-            best, shift, exponent, marks if within is None else within, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, HAS_WITHIN=within is not None,
-            BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4,
+            best,
+            shift,
+            exponent,
+            marks if within is None else within,
+            own,
+            marks,
+            rows,
+            parts,
+            SAFE_ABOVE,
+            SAFE_BELOW,
+            HAS_WITHIN=within is not None,
+            BLOCK=block_r,
+            PARTS=MARK_PARTS,
+            num_warps=4,
         )
     work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own))
     return own, marks
@@ -293,8 +348,15 @@ def mark(
 
 @on_its_device
 def finish(
-    state: RowState, rows: slice, parts: Parts | None, direction, inverse_temperature: torch.Tensor | None, *, prior: bool,
-    own_shift: bool = False, gain: float = 1.0,
+    state: RowState,
+    rows: slice,
+    parts: Parts | None,
+    direction,
+    inverse_temperature: torch.Tensor | None,
+    *,
+    prior: bool,
+    own_shift: bool = False,
+    gain: float = 1.0,
 ) -> None:
     """Take a panel's partial sums into rows `rows` of `state`; with a temperature also work out these rows, their sums being complete.
 
@@ -316,13 +378,38 @@ def finish(
         return anything if tensor is None else tensor
 
     _finish_kernel[(programs,)](
-        matrix, results, pointer(given.total), pointer(given.shift), pointer(given.best), pointer(given.own), pointer(given.marks), pointer(given.again),
-        pointer(given.logits), pointer(given.count), direction.positive[rows] if finishing else anything, pointer(inverse_temperature),
-        direction.weight[rows] if finishing else anything, anything if active is None else active[rows].view(torch.uint8),
-        count, matrix.stride(0), 0 if given.total is None else len(given.total), 0 if given.again is None else len(given.again),
-        0 if given.best is None else len(given.best), given.block_r,
-        HAS_PART=parts is not None, HAS_BEST=given.best is not None, HAS_AGAIN=given.again is not None, HAS_PRIOR=prior, HAS_ACTIVE=active is not None,
-        FINISH=finishing, OWN_SHIFT=own_shift, SMOOTHING=float(state.smoothing), GAIN=float(gain), BLOCK=block, PARTS=PARTS, num_warps=4,
+        matrix,
+        results,
+        pointer(given.total),
+        pointer(given.shift),
+        pointer(given.best),
+        pointer(given.own),
+        pointer(given.marks),
+        pointer(given.again),
+        pointer(given.logits),
+        pointer(given.count),
+        direction.positive[rows] if finishing else anything,
+        pointer(inverse_temperature),
+        direction.weight[rows] if finishing else anything,
+        anything if active is None else active[rows].view(torch.uint8),
+        count,
+        matrix.stride(0),
+        0 if given.total is None else len(given.total),
+        0 if given.again is None else len(given.again),
+        0 if given.best is None else len(given.best),
+        given.block_r,
+        HAS_PART=parts is not None,
+        HAS_BEST=given.best is not None,
+        HAS_AGAIN=given.again is not None,
+        HAS_PRIOR=prior,
+        HAS_ACTIVE=active is not None,
+        FINISH=finishing,
+        OWN_SHIFT=own_shift,
+        SMOOTHING=float(state.smoothing),
+        GAIN=float(gain),
+        BLOCK=block,
+        PARTS=PARTS,
+        num_warps=4,
     )
     item = results.element_size()
     read = work.size(given.total, given.shift, given.best) + count * item * ((5 if prior else 0) + 2)

@@ -26,8 +26,23 @@ LONGEST = 0.999  # of 1 / eps: an inverse norm that is not below it belongs to a
 
 @triton.jit
 def _updated(
-    p_out, p_x, p_y, i_row, i_other, b_a, b_b, o_d, m_d, stride_out, stride_x, stride_y,
-    HAS_X: tl.constexpr, HAS_Y: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_out,
+    p_x,
+    p_y,
+    i_row,
+    i_other,
+    b_a,
+    b_b,
+    o_d,
+    m_d,
+    stride_out,
+    stride_x,
+    stride_y,
+    HAS_X: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    ADD: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """(what the row becomes, a x alone) of one piece of it."""
     b_out = tl.zeros((BLOCK_D,), ACC)
@@ -44,9 +59,32 @@ def _updated(
 
 @triton.jit
 def _update_kernel(
-    p_out, p_x, p_a, p_y, p_b, p_index, p_y_scale, p_z, p_z_scale, p_dot, D, stride_out, stride_x, stride_y, stride_z, longest,
-    HAS_X: tl.constexpr, HAS_A: tl.constexpr, HAS_Y: tl.constexpr, HAS_Y_SCALE: tl.constexpr, HAS_DOT: tl.constexpr, PROJECT: tl.constexpr,
-    ADD: tl.constexpr, WRITE: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_out,
+    p_x,
+    p_a,
+    p_y,
+    p_b,
+    p_index,
+    p_y_scale,
+    p_z,
+    p_z_scale,
+    p_dot,
+    D,
+    stride_out,
+    stride_x,
+    stride_y,
+    stride_z,
+    longest,
+    HAS_X: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    HAS_DOT: tl.constexpr,
+    PROJECT: tl.constexpr,
+    ADD: tl.constexpr,
+    WRITE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     i_other, b_a, b_b = i_row, 1.0, 1.0
@@ -63,7 +101,9 @@ def _update_kernel(
         for first in range(0, D, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < D
-            b_out, b_x = _updated(p_out, p_x, p_y, i_row, i_other, b_a, b_b, o_d, m_d, stride_out, stride_x, stride_y, HAS_X, HAS_Y, ADD, ACC, BLOCK_D)
+            b_out, b_x = _updated(
+                p_out, p_x, p_y, i_row, i_other, b_a, b_b, o_d, m_d, stride_out, stride_x, stride_y, HAS_X, HAS_Y, ADD, ACC, BLOCK_D
+            )
             b_z = tl.load(p_z + i_row * stride_z + o_d, mask=m_d, other=0.0).to(ACC)
             b_dot += b_x * b_z
             b_along += b_out * b_z
@@ -80,7 +120,9 @@ def _update_kernel(
         for first in range(0, D, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < D
-            b_out, b_x = _updated(p_out, p_x, p_y, i_row, i_other, b_a, b_b, o_d, m_d, stride_out, stride_x, stride_y, HAS_X, HAS_Y, ADD, ACC, BLOCK_D)
+            b_out, b_x = _updated(
+                p_out, p_x, p_y, i_row, i_other, b_a, b_b, o_d, m_d, stride_out, stride_x, stride_y, HAS_X, HAS_Y, ADD, ACC, BLOCK_D
+            )
             if PROJECT:
                 b_out = (b_out - b_share * tl.load(p_z + i_row * stride_z + o_d, mask=m_d, other=0.0).to(ACC)) * b_scale
             tl.store(p_out + i_row * stride_out + o_d, b_out, mask=m_d)
@@ -88,8 +130,27 @@ def _update_kernel(
 
 @triton.jit
 def _scatter_kernel(
-    p_out, p_x, p_a, p_y, p_b, p_y_scale, p_order, p_first, D, stride_out, stride_x, stride_y, start, rows,
-    HAS_X: tl.constexpr, HAS_Y: tl.constexpr, HAS_Y_SCALE: tl.constexpr, ADD: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_out,
+    p_x,
+    p_a,
+    p_y,
+    p_b,
+    p_y_scale,
+    p_order,
+    p_first,
+    D,
+    stride_out,
+    stride_x,
+    stride_y,
+    start,
+    rows,
+    HAS_X: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_Y_SCALE: tl.constexpr,
+    ADD: tl.constexpr,
+    STEP: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -249,10 +310,31 @@ def update(
 
     if rows:
         _update_kernel[(rows,)](
-            first, matrices[0], pointer(a), matrices[1], pointer(b), pointer(index), pointer(y_scale), matrices[2], pointer(z_scale), pointer(dots_out),
-            width, first.stride(0), *(m.stride(0) for m in matrices), LONGEST / eps if eps else 0.0,
-            HAS_X=x is not None, HAS_A=a is not None, HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None, HAS_DOT=dot, PROJECT=z_scale is not None,
-            ADD=add, WRITE=out is not None, ACC=TRITON_DTYPE[acc], BLOCK_D=_block(width), num_warps=4,
+            first,
+            matrices[0],
+            pointer(a),
+            matrices[1],
+            pointer(b),
+            pointer(index),
+            pointer(y_scale),
+            matrices[2],
+            pointer(z_scale),
+            pointer(dots_out),
+            width,
+            first.stride(0),
+            *(m.stride(0) for m in matrices),
+            LONGEST / eps if eps else 0.0,
+            HAS_X=x is not None,
+            HAS_A=a is not None,
+            HAS_Y=y is not None,
+            HAS_Y_SCALE=y_scale is not None,
+            HAS_DOT=dot,
+            PROJECT=z_scale is not None,
+            ADD=add,
+            WRITE=out is not None,
+            ACC=TRITON_DTYPE[acc],
+            BLOCK_D=_block(width),
+            num_warps=4,
         )
     cells, item = rows * width, first.element_size()
     read = cells * ((item if add else 0) + sum(m.element_size() for m in (x, y, z) if m is not None))
@@ -272,10 +354,27 @@ def scatter(out, segments: Segments, *, x=None, a=None, y=None, b=None, y_scale=
 
     if places:
         _scatter_kernel[(places, cdiv(width, block))](
-            out, matrices[0], pointer(a), matrices[1], pointer(b), pointer(y_scale), pointer(segments.order), pointer(segments.first),
-            width, out.stride(0), *(m.stride(0) for m in matrices), segments.start, segments.rows,
-            HAS_X=x is not None, HAS_Y=y is not None, HAS_Y_SCALE=y_scale is not None, ADD=add, STEP=segments.step, ACC=TRITON_DTYPE[out.dtype],
-            BLOCK_D=block, num_warps=4,
+            out,
+            matrices[0],
+            pointer(a),
+            matrices[1],
+            pointer(b),
+            pointer(y_scale),
+            pointer(segments.order),
+            pointer(segments.first),
+            width,
+            out.stride(0),
+            *(m.stride(0) for m in matrices),
+            segments.start,
+            segments.rows,
+            HAS_X=x is not None,
+            HAS_Y=y is not None,
+            HAS_Y_SCALE=y_scale is not None,
+            ADD=add,
+            STEP=segments.step,
+            ACC=TRITON_DTYPE[out.dtype],
+            BLOCK_D=block,
+            num_warps=4,
         )
     rows, item = segments.rows, out.element_size()
     touched = min(rows, places)  # at most: how many places are empty is known to the device alone
@@ -290,7 +389,9 @@ def scaled(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None = None) -> t
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
-        _scaled_kernel[(rows,)](x, a, a if b is None else b, out, width, x.stride(0), HAS_B=b is not None, UPCAST=INTERPRET, BLOCK_D=_block(width), num_warps=4)
+        _scaled_kernel[(rows,)](
+            x, a, a if b is None else b, out, width, x.stride(0), HAS_B=b is not None, UPCAST=INTERPRET, BLOCK_D=_block(width), num_warps=4
+        )
     work.note("row_scaled", rows, 0, work.size(x), work.size(out))
     return out
 
@@ -303,7 +404,9 @@ def inverse_norms(x: torch.Tensor, acc: torch.dtype, eps: float, keep: torch.Ten
     out = torch.empty(rows, dtype=acc, device=x.device)
     if rows:
         flags = x if keep is None else keep.contiguous().view(torch.uint8)
-        _inverse_norms_kernel[(rows,)](x, flags, out, width, x.stride(0), eps, HAS_KEEP=keep is not None, ACC=TRITON_DTYPE[acc], BLOCK_D=_block(width), num_warps=4)
+        _inverse_norms_kernel[(rows,)](
+            x, flags, out, width, x.stride(0), eps, HAS_KEEP=keep is not None, ACC=TRITON_DTYPE[acc], BLOCK_D=_block(width), num_warps=4
+        )
     work.note("inverse_norms", rows, 0, work.size(x), work.size(out))
     return out
 
@@ -319,8 +422,18 @@ def project_out(gradient: torch.Tensor, operand, eps: float) -> None:
     if rows:
         flags = x if operand.keep is None else operand.keep.contiguous().view(torch.uint8)
         _project_kernel[(rows,)](
-            gradient, x, operand.inverse_norm, flags, width, gradient.stride(0), x.stride(0), LONGEST / eps,
-            HAS_KEEP=operand.keep is not None, ACC=TRITON_DTYPE[gradient.dtype], BLOCK_D=_block(width), num_warps=4,
+            gradient,
+            x,
+            operand.inverse_norm,
+            flags,
+            width,
+            gradient.stride(0),
+            x.stride(0),
+            LONGEST / eps,
+            HAS_KEEP=operand.keep is not None,
+            ACC=TRITON_DTYPE[gradient.dtype],
+            BLOCK_D=_block(width),
+            num_warps=4,
         )
     work.note("project_out", rows, 0, work.size(x, gradient), work.size(gradient))
 
@@ -333,8 +446,19 @@ def dots(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, acc: torch.dtype
     out = torch.empty(rows, dtype=acc, device=x.device)
     if rows:
         _dots_kernel[(rows,)](
-            x, y, index, x if x_scale is None else x_scale, x if y_scale is None else y_scale, out, width, x.stride(0), y.stride(0),
-            HAS_SCALE=x_scale is not None, ACC=TRITON_DTYPE[acc], BLOCK_D=_block(width), num_warps=4,
+            x,
+            y,
+            index,
+            x if x_scale is None else x_scale,
+            x if y_scale is None else y_scale,
+            out,
+            width,
+            x.stride(0),
+            y.stride(0),
+            HAS_SCALE=x_scale is not None,
+            ACC=TRITON_DTYPE[acc],
+            BLOCK_D=_block(width),
+            num_warps=4,
         )
     work.note("row_dots", rows, 0, rows * width * (x.element_size() + y.element_size()), work.size(out))
     return out

@@ -65,6 +65,14 @@ class Sides:
     def _view(self, block, direction) -> BlockView:
         anchors, columns = self(block.anchors), self(block.columns.operand)
         return BlockView(
-            anchors.raw, columns.raw, block.scale, tight(block.exclude), tuple((tight(row), tight(col)) for row, col in block.ids),
-            tight(direction.threshold), tight(block.columns.keep), block.columns.offset or 0, anchors.scale, columns.scale,
+            anchors.raw,
+            columns.raw,
+            block.scale,
+            tight(block.exclude),
+            tuple((tight(row), tight(col)) for row, col in block.ids),
+            tight(direction.threshold),
+            tight(block.columns.keep),
+            block.columns.offset or 0,
+            anchors.scale,
+            columns.scale,
         )

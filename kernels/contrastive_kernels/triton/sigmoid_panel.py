@@ -17,8 +17,18 @@ import triton.language as tl
 from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, _grouped_tile, _narrow, _slices, accumulator, cdiv, check_dtype, dot_precision,
-    on_its_device, whole_blocks,
+    INTERPRET,
+    TRITON_DTYPE,
+    _dot,
+    _grouped_tile,
+    _narrow,
+    _slices,
+    accumulator,
+    cdiv,
+    check_dtype,
+    dot_precision,
+    on_its_device,
+    whole_blocks,
 )
 from contrastive_kernels.triton.products import add_scaled_matmul, matmul, row_scaled
 from contrastive_kernels.triton.rows import update
@@ -45,11 +55,38 @@ def _log1p(b_e):
 
 @triton.jit
 def _sigmoid_kernel(
-    p_x, p_y, p_g, p_scale, p_bias, p_row_scale, p_col_scale, p_positive, p_row_id, p_col_id, p_keep, p_part,
-    R, C, D, stride_x, stride_y, column_offset,
-    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_ID: tl.constexpr, HAS_KEEP: tl.constexpr, STORE: tl.constexpr, GAIN: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+    p_x,
+    p_y,
+    p_g,
+    p_scale,
+    p_bias,
+    p_row_scale,
+    p_col_scale,
+    p_positive,
+    p_row_id,
+    p_col_id,
+    p_keep,
+    p_part,
+    R,
+    C,
+    D,
+    stride_x,
+    stride_y,
+    column_offset,
+    HAS_SCALE: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    HAS_ID: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    STORE: tl.constexpr,
+    GAIN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     tiles_c = tl.cdiv(C, BLOCK_C)
     i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tiles_c, GROUP)
@@ -105,7 +142,9 @@ def _sigmoid_kernel(
 
 
 @on_its_device
-def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive=None, ids=None, keep=None, column_offset=0, out=None, gain=1.0, tile=None):
+def sigmoid_panel(
+    x, y, *, scale, bias, row_scale=None, col_scale=None, positive=None, ids=None, keep=None, column_offset=0, out=None, gain=1.0, tile=None
+):
     """(3, R) sums over the columns of every pair's loss, derivative, and derivative times cosine; the last two only with `out`.
 
     Args:
@@ -124,12 +163,37 @@ def sigmoid_panel(x, y, *, scale, bias, row_scale=None, col_scale=None, positive
     row_id, col_id = (x, x) if ids is None else ids
     if rows and columns:
         _sigmoid_kernel[(tiles_r * tiles_c,)](
-            x, y, x if out is None else out, scale.to(acc), bias.to(acc), x if row_scale is None else row_scale, x if col_scale is None else col_scale,
-            x if positive is None else positive, row_id, col_id, x if keep is None else keep.view(torch.uint8), part,
-            rows, columns, x.shape[1], x.stride(0), y.stride(0), column_offset,
-            HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None, HAS_ID=ids is not None, HAS_KEEP=keep is not None,
-            STORE=out is not None, GAIN=gain, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype), UPCAST=INTERPRET, GROUP=tile.group, SLICES=tile.slices,
-            **tile.constants, **tile.options,
+            x,
+            y,
+            x if out is None else out,
+            scale.to(acc),
+            bias.to(acc),
+            x if row_scale is None else row_scale,
+            x if col_scale is None else col_scale,
+            x if positive is None else positive,
+            row_id,
+            col_id,
+            x if keep is None else keep.view(torch.uint8),
+            part,
+            rows,
+            columns,
+            x.shape[1],
+            x.stride(0),
+            y.stride(0),
+            column_offset,
+            HAS_SCALE=row_scale is not None,
+            HAS_POSITIVE=positive is not None,
+            HAS_ID=ids is not None,
+            HAS_KEEP=keep is not None,
+            STORE=out is not None,
+            GAIN=gain,
+            ACC=TRITON_DTYPE[acc],
+            PRECISION=dot_precision(x.dtype),
+            UPCAST=INTERPRET,
+            GROUP=tile.group,
+            SLICES=tile.slices,
+            **tile.constants,
+            **tile.options,
         )
     flops = 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1]
     work.note("sigmoid_panel", tiles_r * tiles_c, flops, work.size(x, y), work.size(out, part))
@@ -149,9 +213,18 @@ def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
         x, weight = query.raw[rows], pairs.weight[rows]
         out = torch.empty(len(x), target.rows, dtype=dtype, device=x.device) if sums.differentiate else None
         made = sigmoid_panel(
-            x, columns.raw, scale=pairs.scale, bias=pairs.bias, row_scale=None if query.scale is None else query.scale[rows], col_scale=columns.scale,
-            positive=None if positives is None else positives[rows], ids=None if own_ids is None else (own_ids[rows], target_ids),
-            keep=keep, column_offset=offset, out=out, gain=gain,
+            x,
+            columns.raw,
+            scale=pairs.scale,
+            bias=pairs.bias,
+            row_scale=None if query.scale is None else query.scale[rows],
+            col_scale=columns.scale,
+            positive=None if positives is None else positives[rows],
+            ids=None if own_ids is None else (own_ids[rows], target_ids),
+            keep=keep,
+            column_offset=offset,
+            out=out,
+            gain=gain,
         )
         sums.loss[rows] += made[0]
         if out is None:

@@ -16,7 +16,6 @@ import functools
 import torch
 
 from contrastive_kernels import dispatch
-from contrastive_kernels.softmax import RowSums
 from contrastive_kernels.triton import configs, dense, fused_sweep
 from contrastive_kernels.triton import panel as panels
 from contrastive_kernels.triton.common import INTERPRET, check_dtype, scalar
@@ -32,12 +31,20 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
     wants = (lambda name: False) if gradients is None else gradients.wants
     masks = direction.threshold is not None or any(block.ids or block.columns.keep is not None for block in direction.blocks)
     return dispatch.plan(
-        problem.query.rows, sum(block.width for block in direction.blocks), problem.query.width, problem.product_dtype, workspace=workspace,
-        gpu=configs.gpu(source.device), smoothing=bool(problem.options.label_smoothing),
-        normalize=problem.query.inverse_norm is not None, interpreted=INTERPRET,
+        problem.query.rows,
+        sum(block.width for block in direction.blocks),
+        problem.query.width,
+        problem.product_dtype,
+        workspace=workspace,
+        gpu=configs.gpu(source.device),
+        smoothing=bool(problem.options.label_smoothing),
+        normalize=problem.query.inverse_norm is not None,
+        interpreted=INTERPRET,
         d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
         d_target=any(wants(block.columns.sink) for block in direction.blocks),
-        masks=masks, bounded=bounded(problem, direction), best=problem.options.return_stats and direction.forward,
+        masks=masks,
+        bounded=bounded(problem, direction),
+        best=problem.options.return_stats and direction.forward,
         plain=dense.plain(problem, direction, gradients),
     )
 
@@ -123,7 +130,13 @@ class Panels:
         for i, part in enumerate(parts):
             last = complete and i == len(parts) - 1
             finish(
-                state, rows, part, self.direction, self.inverse_temperature if last else None, prior=prior or i > 0, own_shift=own_shift,
+                state,
+                rows,
+                part,
+                self.direction,
+                self.inverse_temperature if last else None,
+                prior=prior or i > 0,
+                own_shift=own_shift,
                 gain=self.gain,
             )
 

@@ -45,8 +45,17 @@ def combine(e: torch.Tensor, f: torch.Tensor, h: torch.Tensor) -> None:
     (rows, columns), tile = e.shape, configs.CHUNK_WRITE
     grid = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
     _combine_kernel[(grid,)](
-        e, f, h, rows, columns, e.stride(0), ACC=TRITON_DTYPE[accumulator(e.dtype)], UPCAST=INTERPRET,
-        BLOCK_R=tile.block_r, BLOCK_C=tile.block_c, **tile.options,
+        e,
+        f,
+        h,
+        rows,
+        columns,
+        e.stride(0),
+        ACC=TRITON_DTYPE[accumulator(e.dtype)],
+        UPCAST=INTERPRET,
+        BLOCK_R=tile.block_r,
+        BLOCK_C=tile.block_c,
+        **tile.options,
     )
     work.note("combine", grid, 0, work.size(e), work.size(e))
 
@@ -85,9 +94,17 @@ def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
         return None
     source, wants = problem.query.source, (lambda name: False) if gradients is None else gradients.wants
     plan = dispatch.plan(
-        problem.query.rows, problem.target.rows, problem.query.width, problem.product_dtype, workspace=workspace, symmetric=True,
-        gpu=configs.gpu(source.device), normalize=problem.query.inverse_norm is not None,
-        interpreted=INTERPRET, d_query=wants("query") or wants("temperature"), d_target=wants("target"),
+        problem.query.rows,
+        problem.target.rows,
+        problem.query.width,
+        problem.product_dtype,
+        workspace=workspace,
+        symmetric=True,
+        gpu=configs.gpu(source.device),
+        normalize=problem.query.inverse_norm is not None,
+        interpreted=INTERPRET,
+        d_query=wants("query") or wants("temperature"),
+        d_target=wants("target"),
     )
     return plan
 
@@ -121,7 +138,9 @@ def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
     block, view, acc = forward.blocks[0], sides.views[0], problem.dtype
     everyone, rows = slice(0, problem.query.rows), problem.query.rows
     shift = torch.full((rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)
-    panel = exp_panel(view.x, view.y, scale=view.scale, shift=shift, row_max=want_best, col_sum=True, store=gradients is not None, **view.options())
+    panel = exp_panel(
+        view.x, view.y, scale=view.scale, shift=shift, row_max=want_best, col_sum=True, store=gradients is not None, **view.options()
+    )
     inverse_temperature = scalar(problem.inverse_temperature, acc, problem.device)
     states = [RowState.unfilled(rows, acc, problem.device, 0.0) for _ in parts]
     if hard is not None:

@@ -15,7 +15,16 @@ import triton.language as tl
 from contrastive_kernels.operands import product_dtype
 from contrastive_kernels.triton import configs, work
 from contrastive_kernels.triton.common import (
-    INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, whole_blocks,
+    INTERPRET,
+    TRITON_DTYPE,
+    _dot,
+    accumulator,
+    cdiv,
+    check_columns,
+    check_dtype,
+    dot_precision,
+    on_its_device,
+    whole_blocks,
 )
 
 MAXIMUM_K = 128
@@ -23,9 +32,27 @@ MAXIMUM_K = 128
 
 @triton.jit
 def _topk_kernel(
-    p_x, p_y, p_exclude, p_scores, p_indices, R, C, D, stride_x, stride_y, excluded, columns_per_share,
-    HAS_EXCLUDE: tl.constexpr, K: tl.constexpr, RESIDENT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x,
+    p_y,
+    p_exclude,
+    p_scores,
+    p_indices,
+    R,
+    C,
+    D,
+    stride_x,
+    stride_y,
+    excluded,
+    columns_per_share,
+    HAS_EXCLUDE: tl.constexpr,
+    K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """RESIDENT: pieces of BLOCK_K that the whole width has, where they are kept; 0 where they are read again for every tile."""
     i_r = tl.program_id(0).to(tl.int64)
@@ -114,11 +141,34 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
     indices = torch.empty(shares, rows, kept, dtype=torch.int32, device=device)
     excluded = 0 if exclude is None else exclude.shape[1]
     _topk_kernel[(tiles_r, shares)](
-        x, y, indices if not excluded else exclude.contiguous(), scores, indices, rows, columns, x.shape[1], x.stride(0), y.stride(0),
-        excluded, per_share, HAS_EXCLUDE=excluded > 0, K=kept, RESIDENT=x.shape[1] // tile.block_k if tile.resident else 0, ACC=TRITON_DTYPE[acc], PRECISION=dot_precision(x.dtype), UPCAST=INTERPRET,
-        **tile.constants, **tile.options,
+        x,
+        y,
+        indices if not excluded else exclude.contiguous(),
+        scores,
+        indices,
+        rows,
+        columns,
+        x.shape[1],
+        x.stride(0),
+        y.stride(0),
+        excluded,
+        per_share,
+        HAS_EXCLUDE=excluded > 0,
+        K=kept,
+        RESIDENT=x.shape[1] // tile.block_k if tile.resident else 0,
+        ACC=TRITON_DTYPE[acc],
+        PRECISION=dot_precision(x.dtype),
+        UPCAST=INTERPRET,
+        **tile.constants,
+        **tile.options,
     )
-    work.note("topk", tiles_r * shares, 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1], work.size(x, y), work.size(scores, indices))
+    work.note(
+        "topk",
+        tiles_r * shares,
+        2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1],
+        work.size(x, y),
+        work.size(scores, indices),
+    )
     return _merge(scores, indices, k)
 
 

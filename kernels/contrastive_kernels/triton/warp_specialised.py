@@ -26,10 +26,33 @@ FIRST_TRITON = {90: (3, 6), 100: (3, 7)}  # 3.6 fails to specialise for sm_100
 
 @triton.jit
 def _warp_specialised_kernel(
-    p_x, p_y, p_e, p_exponent, p_shift, p_row_scale, p_col_scale, p_positive, p_row_part,
-    R, C, D, stride_x, stride_y, stride_e, column_offset,
-    HAS_SCALE: tl.constexpr, HAS_POSITIVE: tl.constexpr, STORE: tl.constexpr, EVEN_C: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    p_x,
+    p_y,
+    p_e,
+    p_exponent,
+    p_shift,
+    p_row_scale,
+    p_col_scale,
+    p_positive,
+    p_row_part,
+    R,
+    C,
+    D,
+    stride_x,
+    stride_y,
+    stride_e,
+    column_offset,
+    HAS_SCALE: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    STORE: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     # what lies past an edge is read as zeros and never written
     d_x = tl.make_tensor_descriptor(p_x, [R, D], [stride_x, 1], [BLOCK_R, BLOCK_K])
@@ -66,7 +89,9 @@ def _warp_specialised_kernel(
         tl.store(p_row_part + i_c.to(tl.int64) * R + o_r, tl.sum(b_e, 1), mask=m_r)
 
 
-def obstacle(arch: int, dtype: torch.dtype, *, plain: bool, columns: int, version: str = triton.__version__, interpreted: bool = INTERPRET) -> str:
+def obstacle(
+    arch: int, dtype: torch.dtype, *, plain: bool, columns: int, version: str = triton.__version__, interpreted: bool = INTERPRET
+) -> str:
     """Why this panel cannot stand for `exp_panel`'s, or "".
 
     Args:
@@ -103,11 +128,32 @@ def launch(x, y, out, exponent, shift, row_scale, col_scale, positive, row_part,
         # Triton asks a variable of the context for memory: set in a copy of it, the program's own setting stays as it is
         triton.set_allocator(scratch)
         _warp_specialised_kernel[(min(programs, cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)),)](
-            x, y, x if out is None else out, exponent, shift, x if row_scale is None else row_scale, x if col_scale is None else col_scale,
-            x if positive is None else positive, row_part, rows, columns, x.shape[1], x.stride(0), y.stride(0),
-            x.stride(0) if out is None else out.stride(0), column_offset, HAS_SCALE=row_scale is not None, HAS_POSITIVE=positive is not None,
-            STORE=out is not None, EVEN_C=columns % tile.block_c == 0, ACC=TRITON_DTYPE[row_part.dtype], PRECISION=dot_precision(x.dtype),
-            UPCAST=INTERPRET, GROUP=tile.group, **tile.constants, **tile.options,
+            x,
+            y,
+            x if out is None else out,
+            exponent,
+            shift,
+            x if row_scale is None else row_scale,
+            x if col_scale is None else col_scale,
+            x if positive is None else positive,
+            row_part,
+            rows,
+            columns,
+            x.shape[1],
+            x.stride(0),
+            y.stride(0),
+            x.stride(0) if out is None else out.stride(0),
+            column_offset,
+            HAS_SCALE=row_scale is not None,
+            HAS_POSITIVE=positive is not None,
+            STORE=out is not None,
+            EVEN_C=columns % tile.block_c == 0,
+            ACC=TRITON_DTYPE[row_part.dtype],
+            PRECISION=dot_precision(x.dtype),
+            UPCAST=INTERPRET,
+            GROUP=tile.group,
+            **tile.constants,
+            **tile.options,
         )
 
     contextvars.copy_context().run(run)

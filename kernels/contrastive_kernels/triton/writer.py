@@ -33,7 +33,9 @@ class Writer:
     def wants_anchors(self, block) -> bool:
         return self.gradients.wants(block.anchor_sink) or self.gradients.wants("temperature")
 
-    def anchors(self, block, rows: slice, d_anchors: torch.Tensor, factor: torch.Tensor | None, positive: torch.Tensor | None = None) -> None:
+    def anchors(
+        self, block, rows: slice, d_anchors: torch.Tensor, factor: torch.Tensor | None, positive: torch.Tensor | None = None
+    ) -> None:
         """Add diag(factor) d_anchors (r, D) to the anchors `rows`, None being 1; d_anchors is used up.
 
         positive: (r,) derivatives with respect to the cosines of these rows' positives; the first block whose anchors are the
@@ -76,7 +78,9 @@ class Writer:
                 self.written[sink] = count
             else:
                 whole = offered is not None and len(offered) == count and offered.is_contiguous()
-                held[sink] = offered if whole else torch.empty(count, self.problem.query.width, dtype=self.problem.dtype, device=self.problem.device)
+                held[sink] = (
+                    offered if whole else torch.empty(count, self.problem.query.width, dtype=self.problem.dtype, device=self.problem.device)
+                )
                 self.written[sink] = 0
         add = rows.start < self.written[sink]
         self.written[sink] = max(self.written[sink], rows.stop)
