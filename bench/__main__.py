@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m bench: no table {name!r}; there are {', '.join(TABLES)}", file=sys.stderr)
         return 2
     use_this_checkout()
-    return importlib.import_module(f"bench.{name}").main(rest)
+    module = f"bench.{name}.run" if (ROOT / "bench" / name / "run.py").exists() else f"bench.{name}"
+    return importlib.import_module(module).main(rest)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench import emulated
-from bench.loss import ROOT, about
-from bench.loss_arms import torch_linear_cross_entropy
+from bench.loss import emulated
+from bench.loss.peers import torch_linear_cross_entropy
+from bench.loss.run import ROOT, about
 
 FIELDS = (
     "name",
@@ -105,7 +105,7 @@ def formulas(query, target, temperature) -> dict:
         return _through(lambda q, t: loss(q / temperature, t, labels), query, target)
 
     def st():
-        from bench.loss_arms import sentence_transformers
+        from bench.loss.peers import sentence_transformers
 
         return sentence_transformers(query, target, temperature)()
 

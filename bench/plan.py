@@ -3,7 +3,7 @@
     python -m bench plan [--size tiny 100m] [--kind full lora qlora] [--retain 0 all] [--csv FILE]
 
 The measured peak is of the second step of the real run (`train.step`, the recipe's optimizer with its state there already)
-under `train.live_bytes`, which sees what bitsandbytes dequantises for a product as it sees any tensor. Resident is how much
+under `train.plan.live_bytes`, which sees what bitsandbytes dequantises for a product as it sees any tensor. Resident is how much
 the process then holds beyond what it held before the model was loaded, with MALLOC_MMAP_THRESHOLD_=65536. Not part of it is
 what no step needs: the libraries' own pages, which a run of the tiny model has brought in before, and pages of the weights'
 file that were read once, for quantising (`_settle`).
@@ -22,7 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import encode_models, tables
+from bench import tables
+from bench.encode import models as encode_models
 
 _MADV_DONTNEED = 4
 PAIRS = {"tiny": 32, "100m": 6}
@@ -103,10 +104,10 @@ def measured(values: dict) -> dict:
     import transformers
 
     from train.build import build_model
-    from train.live_bytes import LiveBytes
-    from train.plan_batch import first_batch
-    from train.recipe import Recipe
-    from train.recipe_values import build
+    from train.plan.batch import first_batch
+    from train.plan.live_bytes import LiveBytes
+    from train.recipe.from_yaml import build
+    from train.recipe.schema import Recipe
     from train.step import ContrastiveStep
     from train.trainer import training_arguments
 
@@ -136,10 +137,10 @@ def measured(values: dict) -> dict:
 
 def planned(values: dict) -> dict:
     """The prediction, in this process."""
-    from train.plan_batch import first_batch
-    from train.plan_simulate import simulate
-    from train.recipe import Recipe
-    from train.recipe_values import build
+    from train.plan.batch import first_batch
+    from train.plan.simulate import simulate
+    from train.recipe.from_yaml import build
+    from train.recipe.schema import Recipe
 
     recipe = build(Recipe, values, where="")
     made = simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), flash=False, most_chunks=64)

@@ -5,8 +5,9 @@ python examples/open_clip_loss.py
 
 import torch
 import torch.nn.functional as F
-from contrastive_kernels import info_nce
 from open_clip.loss import ClipLoss
+
+from contrastive_kernels import info_nce
 
 
 class FusedClipLoss(torch.nn.Module):

@@ -5,6 +5,7 @@ python examples/pytorch_loop.py
 
 import torch
 import torch.nn.functional as F
+
 from contrastive_kernels import info_nce
 
 TEMPERATURE = 0.05

@@ -8,9 +8,10 @@ hardness, group).
 """
 
 import torch
-from contrastive_kernels import info_nce, info_nce_value_and_grad
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+
+from contrastive_kernels import info_nce, info_nce_value_and_grad
 
 
 def options_of(loss, columns, rows):

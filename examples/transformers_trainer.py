@@ -7,8 +7,9 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from contrastive_kernels import pooled_info_nce
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
+
+from contrastive_kernels import pooled_info_nce
 
 TEMPERATURE = 0.05
 

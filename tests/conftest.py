@@ -14,8 +14,7 @@ if not torch.cuda.is_available():
     # Read once, when triton is first imported; ahead-of-time compilation tests run in a child process without it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = REPOSITORY.parent / "shared"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
     try:
         if argv[0] == "plan":
-            from train.plan import main as plan
+            from .plan.search import main as plan
 
             return plan(argv[1:])
-        from train.run import run
+        from .run import run
 
         return run(argv)
     except ModuleNotFoundError as error:

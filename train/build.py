@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from train.recipe import Recipe
-from vlm2vec import adapters
+from vlm2vec.checkpoint import adapters
 from vlm2vec.model import VLM2Vec
+
+from .recipe.schema import Recipe
 
 NO_LORA_SECTION = (
     "is an adapter and the recipe has no `lora:` section; add one to train the adapter further, "

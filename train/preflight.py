@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.build import NO_LORA_SECTION, vision_is_frozen
-from train.damage import unreadable
-from train.data import PairDataset, collate, longest_sample
-from train.machine import Memory, device_memory
-from train.recipe import Recipe
-from vlm2vec.pretrained import Description, describe
+from vlm2vec.checkpoint.pretrained import Description, describe
+
+from .build import NO_LORA_SECTION, vision_is_frozen
+from .data.rows import PairDataset, collate, longest_sample
+from .data.unreadable_rows import unreadable
+from .plan.machine import Memory, device_memory
+from .recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +82,11 @@ def needs(recipe: Recipe, model: Description, ranks: int = 1) -> Needs:
     """Counted on the recipe's own modules, adapter and shards included, without reading or allocating a weight."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from train.plan_model import fake_model
+    from .plan.fake_model import fake_model
 
     made = fake_model(replace(recipe, model=model.weights), FakeTensorMode())
     shards = ranks if recipe.distributed == "fsdp" else 1
-    # `train.sharding` leaves a frozen tower whole on every rank.
+    # `train.parallel.sharding` leaves a frozen tower whole on every rank.
     tower = made.backbone.vision_tower(made.model).parameters() if vision_is_frozen(made) else ()
     whole = {id(parameter) for parameter in tower}
     weights = sum(_bytes(buffer) for buffer in made.buffers())

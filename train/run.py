@@ -11,17 +11,18 @@ from typing import Any
 import torch
 import transformers
 
-from train import checkpoints, preflight, sharding
-from train.build import build_model, trained_parameters
-from train.callbacks import Progress, StopOnInterrupt
-from train.card import model_card
-from train.data import PairDataset
-from train.inputs import changed, fingerprints
-from train.launch import idle_gpus, ranks, refuse_other_launchers
-from train.metrics import peak_memory_mib
-from train.recipe import Recipe, load_recipe
-from train.recipe_values import build
-from train.trainer import ContrastiveTrainer
+from . import checkpoints, preflight
+from .build import build_model, trained_parameters
+from .data.fingerprints import changed, fingerprints
+from .data.rows import PairDataset
+from .parallel import sharding
+from .parallel.launch import idle_gpus, ranks, refuse_other_launchers
+from .recipe.from_yaml import build
+from .recipe.schema import Recipe, load_recipe
+from .reports.callbacks import Progress, StopOnInterrupt
+from .reports.card import model_card
+from .reports.metrics import peak_memory_mib
+from .trainer import ContrastiveTrainer
 
 # Keys that may change between a run and its resumption without changing what is computed.
 _FREE_KEYS = {

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from contrastive_kernels import GradCache
 
-from train.build import vision_is_frozen
-from train.media import Media, Side
-from train.offload import offloaded
-from train.recipe import Recipe
+from contrastive_kernels import GradCache
 from vlm2vec.model import VLM2Vec
+
+from .build import vision_is_frozen
+from .data.media_stream import Media, Side
+from .parallel.offload import offloaded
+from .recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class ContrastiveStep:
         """Runs the step; gradients are added to the model's.
 
         Args:
-            batch: what `train.data.collate` made. Rows whose images turn out unreadable are marked in it:
+            batch: what `train.data.rows.collate` made. Rows whose images turn out unreadable are marked in it:
                 `kept` (N,) bool becomes False and `errors` gains a line.
 
         Returns:

@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 import transformers
-from contrastive_kernels.generator_state import GeneratorState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from train import checkpoints, held_out, sharding
-from train.damage import Damage
-from train.data import PairDataset, collate, longest_sample
-from train.launch import refuse_other_launchers
-from train.metrics import StepStats
-from train.recipe import Recipe
-from train.sampler import BlockSampler
-from train.step import ContrastiveStep
+from contrastive_kernels.gradcache.generator_state import GeneratorState
+
+from . import checkpoints
+from .data import held_out
+from .data.rows import PairDataset, collate, longest_sample
+from .data.sampler import BlockSampler
+from .data.unreadable_rows import Damage
+from .parallel import sharding
+from .parallel.launch import refuse_other_launchers
+from .recipe.schema import Recipe
+from .reports.metrics import StepStats
+from .step import ContrastiveStep
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +154,7 @@ class ContrastiveTrainer(transformers.Trainer):
         return self._step
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Scores the held-out rows (`train.held_out`) and logs them. Called on every rank."""
+        """Scores the held-out rows (`train.data.held_out`) and logs them. Called on every rank."""
         step = self._contrastive_step(self.model_wrapped)
         figures = held_out.evaluate(step, self.train_dataset, self.recipe, self.args.process_index, self.args.world_size)
         if figures:

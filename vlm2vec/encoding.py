@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from contrastive_kernels.chunks import token_budget_chunks
 
+from contrastive_kernels.gradcache.chunking import token_budget_chunks
+from vlm2vec.checkpoint.prompts import prepend
 from vlm2vec.inputs import as_item, is_image
 from vlm2vec.packing import Features
-from vlm2vec.prompts import prepend
 
 # Images of one window are in memory at once; sorting by length needs a window well above a chunk.
 WINDOW_CHUNKS = 16

@@ -6,8 +6,9 @@ import warnings
 import torch
 from torch import nn
 
-from vlm2vec import adapters, encoding, saving
+from vlm2vec import encoding
 from vlm2vec.attention import choose_provider
+from vlm2vec.checkpoint import adapters, saving
 from vlm2vec.packing import Features, PackedBatch
 
 
@@ -68,7 +69,7 @@ class VLM2Vec(nn.Module):
         Raises:
             ValueError: not a model folder, an unknown family or option, weights that do not fit, a missing base.
         """
-        from vlm2vec.pretrained import load
+        from vlm2vec.checkpoint.pretrained import load
 
         return load(
             cls,
@@ -233,7 +234,7 @@ class VLM2Vec(nn.Module):
     # -- adapters -------------------------------------------------------------------------------------------------------
 
     def add_adapter(self, **lora) -> None:
-        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.adapters.add`)."""
+        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.checkpoint.adapters.add`)."""
         adapters.add(self, **lora)
 
     def merge_adapter(self) -> "VLM2Vec":

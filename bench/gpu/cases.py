@@ -7,6 +7,7 @@ import dataclasses
 from unittest import mock
 
 import torch
+
 from contrastive_kernels.reference import info_nce_reference
 
 PATHS = ("exp", "chunk", "fused", "joint", "levels", "dense")
@@ -105,7 +106,8 @@ def cases(shape=SHAPE, names=None, dtypes=DTYPES) -> list[Case]:
 @contextlib.contextmanager
 def forced(path: str, taken: list):
     """The sweep takes `path`, where it can; `taken` notes what it took. Matryoshka levels share a sweep for "levels" alone."""
-    from contrastive_kernels.triton import levels, sweep, symmetric
+    from contrastive_kernels.triton import matryoshka as levels
+    from contrastive_kernels.triton import sweep, symmetric
 
     plan_for, decide, plan_levels = sweep.plan_for, symmetric.decide, levels.plan
 

@@ -51,10 +51,9 @@ def measured(case, path: str, device: str) -> dict[str, float] | None:
 
 
 def main(argv: list[str]) -> int:
-    from contrastive_kernels.triton.common import INTERPRET
-
     from bench import tables
     from bench.gpu import cases
+    from contrastive_kernels.triton.kernels.common import INTERPRET
 
     if not INTERPRET:
         print("python -m bench.gpu.errors: set TRITON_INTERPRET=1; what a GPU does is for the gate to judge", file=sys.stderr)

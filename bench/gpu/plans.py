@@ -27,7 +27,7 @@ class Planned:
     overrides: tuple[str, ...] = ()
 
     def loaded(self):
-        from train.recipe import load_recipe
+        from train.recipe.schema import load_recipe
 
         return load_recipe(str(tables.ROOT / "train/recipes" / self.recipe), list(self.overrides), ranks=1)
 
@@ -40,8 +40,8 @@ PLANNED = {
 
 def numbers(recipe, name: str, gpus=GPUS) -> dict:
     """What is predicted of a step: bytes, chunks, tokens, FLOPs, and seconds by GPU."""
-    from train.gpus import parse_gpu
-    from train.plan import make_plan
+    from train.plan.gpus import parse_gpu
+    from train.plan.search import make_plan
 
     plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name, efficiency=EFFICIENCY) for gpu in gpus}
     one = next(iter(plans.values()))

@@ -77,7 +77,7 @@ def keep(folder: Path, root: Path) -> Path:
     found = rates(results["rows"])
     if name and found:
         source = f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}"
-        write_rates(root / "kernels/contrastive_kernels/measured.py", name, found, source)
+        write_rates(root / "kernels/contrastive_kernels/roofline/measured.py", name, found, source)
     return target
 
 
@@ -139,9 +139,8 @@ def page(results: list[dict]) -> str:
 
 
 def _predicted(n: int, d: int, options: dict) -> str:
-    from contrastive_kernels import roofline
-
     from bench.gpu.timing import dispatch_plan
+    from contrastive_kernels import roofline
 
     gpu = roofline.ASSUMED["h100"]  # not what was measured since: a prediction fitted to its outcome says nothing
     plan = dispatch_plan(n, n, d, gpu, **options)

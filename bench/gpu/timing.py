@@ -6,13 +6,13 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from contrastive_kernels import dispatch, roofline
-from contrastive_kernels.triton import configs
 
 from bench.gpu import losses
 from bench.gpu.check import Check, Machine
 from bench.gpu.clock import percentiles
 from bench.gpu.report import LIMIT
+from contrastive_kernels import dispatch, roofline
+from contrastive_kernels.triton import configs
 
 TEMPERATURE = 0.02
 PLAIN = {"plain": True}  # to `dispatch.plan`: no option, so that small losses may go to torch's own operations

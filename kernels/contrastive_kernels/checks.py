@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from contrastive_kernels.options import InfoNCEOptions, check_temperature
+from .options import InfoNCEOptions, check_temperature
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

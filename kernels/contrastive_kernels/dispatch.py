@@ -20,8 +20,8 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from contrastive_kernels import roofline
-from contrastive_kernels.triton import configs
+from . import roofline
+from .triton import configs
 
 MIB = 1 << 20
 ROW_QUANTUM = 128  # rows of a panel come in whole tiles
@@ -77,7 +77,7 @@ class Plan:
     title: str
     limit: float  # seconds of three bare library products, for one direction or from one panel for both
     rival: float = 0.0  # seconds of plain torch through autograd, 0 where it was not priced
-    special: str = ""  # why the warp-specialised panel of triton/warp_specialised.py is not taken
+    special: str = ""  # why the warp-specialised panel of triton/kernels/warp_specialised.py is not taken
 
     @property
     def path(self) -> str:

@@ -13,11 +13,11 @@ import math
 
 import torch
 
-from contrastive_kernels import info_nce_direct
-from contrastive_kernels.checks import check_inputs
-from contrastive_kernels.info_nce_op import GRADIENTS, detached, info_nce_op, pack
-from contrastive_kernels.options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches
-from contrastive_kernels.stats import InfoNCEStats
+from .checks import check_inputs
+from .core import autograd_function as info_nce_direct
+from .info_nce_op import GRADIENTS, detached, info_nce_op, pack
+from .options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches
+from .stats import InfoNCEStats
 
 
 @dataclasses.dataclass(frozen=True)

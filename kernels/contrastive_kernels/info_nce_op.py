@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from contrastive_kernels.checks import check_values
-from contrastive_kernels.compute import compute
-from contrastive_kernels.cotangents import refuse_second_derivative, scaled
-from contrastive_kernels.operands import compute_dtype
-from contrastive_kernels.options import InfoNCEOptions
-from contrastive_kernels.stats import STAT_SUMS
+from .checks import check_values
+from .core.compute import compute
+from .core.operands import compute_dtype
+from .core.scaled_backward import refuse_second_derivative, scaled
+from .options import InfoNCEOptions
+from .stats import STAT_SUMS
 
 GRADIENTS = ("query", "target", "hard_negatives", "temperature")
 TENSORS = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contrastive_kernels.info_nce import info_nce
-from contrastive_kernels.pooling import last_token_rows, pool_rows
+from .info_nce import info_nce
+from .pooling import last_token_rows, pool_rows
 
 
 def pooled_info_nce(

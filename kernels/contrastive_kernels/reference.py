@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from contrastive_kernels.options import InfoNCEOptions
-from contrastive_kernels.stats import InfoNCEStats
+from .options import InfoNCEOptions
+from .stats import InfoNCEStats
 
 EPS = 1e-12
 

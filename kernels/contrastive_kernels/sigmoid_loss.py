@@ -5,29 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from contrastive_kernels import sigmoid
-from contrastive_kernels.checks import (
-    check_above_zero,
-    check_finite_weight,
-    check_index,
-    check_matrices,
-    check_vector,
-    check_weight,
-    may_look,
-)
-from contrastive_kernels.cotangents import refuse_second_derivative, scaled
-from contrastive_kernels.distributed import check_equal_shards
-from contrastive_kernels.operands import compute_dtype
-from contrastive_kernels.options import (
-    EXCHANGES,
-    REDUCTIONS,
-    check_exchange,
-    check_group,
-    check_ignore_index,
-    check_switches,
-    is_finite,
-    one_of,
-)
+from .checks import check_above_zero, check_finite_weight, check_index, check_matrices, check_vector, check_weight, may_look
+from .core.distributed import check_equal_shards
+from .core.operands import compute_dtype
+from .core.scaled_backward import refuse_second_derivative, scaled
+from .eager import sigmoid
+from .options import EXCHANGES, REDUCTIONS, check_exchange, check_group, check_ignore_index, check_switches, is_finite, one_of
 
 TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")
 SCHEMA = (

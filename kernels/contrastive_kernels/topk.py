@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from contrastive_kernels.backends import _log_once, choose
-from contrastive_kernels.checks import check_matrices, check_tensor, may_look
-from contrastive_kernels.gemm import product_into
-from contrastive_kernels.operands import Operand, compute_dtype, product_dtype
-from contrastive_kernels.options import check_switches, check_workspace
-from contrastive_kernels.panels import MIB
+from .checks import check_matrices, check_tensor, may_look
+from .core.backends import _log_once, choose
+from .core.operands import Operand, compute_dtype, product_dtype
+from .eager.gemm import product_into
+from .eager.sweep import MIB
+from .options import check_switches, check_workspace
 
 WORKSPACE_MIB = 256
 CHECKED_ROWS = 65_536  # looked at together
@@ -156,7 +156,7 @@ def _topk(
             _check_finite(query, target)
     with torch.no_grad(), torch.autocast(device_type=query.device.type, enabled=False):
         if backend == "triton":
-            from contrastive_kernels.triton.topk import topk
+            from .triton.kernels.topk import topk
 
             return topk(query, target, k, exclude=exclude)
         try:
@@ -205,7 +205,7 @@ def topk_similarity(
     check_switches(validate=validate)
     chosen = choose(backend, product_dtype(query, target), query.device)
     if chosen == "triton":
-        from contrastive_kernels.triton.topk import MAXIMUM_K
+        from .triton.kernels.topk import MAXIMUM_K
 
         if k > MAXIMUM_K:
             if backend == "triton":

@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from padded_by_hand import padded_rows
 from PIL import Image
-from tiny_generic import BUILDERS as GENERIC
-from tiny_models import BUILDERS as NAMED
 
+from tests.helpers.padded_by_hand import padded_rows
+from tests.helpers.tiny_generic import BUILDERS as GENERIC
+from tests.helpers.tiny_models import BUILDERS as NAMED
 from vlm2vec import encoding
 from vlm2vec.backbones import FAMILIES
 from vlm2vec.model import VLM2Vec

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from tiny_models import qwen2_vl
 
+from tests.helpers.tiny_models import qwen2_vl
 from vlm2vec.cli import main
 from vlm2vec.model import VLM2Vec
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_generic import gemma3, qwen3_5, smolvlm
-from tiny_models import qwen2_5_vl, qwen2_vl, qwen3_vl
 
-from vlm2vec import adapters
+from tests.helpers.tiny_generic import gemma3, qwen3_5, smolvlm
+from tests.helpers.tiny_models import qwen2_5_vl, qwen2_vl, qwen3_vl
+from vlm2vec.checkpoint import adapters
 from vlm2vec.model import VLM2Vec
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
@@ -330,7 +330,7 @@ def test_liger_is_applied_to_the_bare_module_without_its_losses(folder, monkeypa
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from vlm2vec.quantization import apply_liger
+    from vlm2vec.checkpoint.quantization import apply_liger
 
     model = VLM2Vec.from_pretrained(folder, device="cpu")
     if importlib.util.find_spec("liger_kernel"):

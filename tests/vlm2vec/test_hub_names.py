@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_models import phi3_v, qwen2_vl
 
-from vlm2vec import loading
+from tests.helpers.tiny_models import phi3_v, qwen2_vl
+from vlm2vec.checkpoint import loading
 from vlm2vec.cli import main
 from vlm2vec.model import VLM2Vec
 

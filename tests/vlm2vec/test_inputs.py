@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import qwen2_vl, qwen3_vl
 
-from vlm2vec.images import open_image
+from tests.helpers.tiny_models import qwen2_vl, qwen3_vl
+from vlm2vec.checkpoint.prompts import layout, prepend
 from vlm2vec.inputs import Item, as_item
+from vlm2vec.media.images import open_image
+from vlm2vec.media.videos import read_frames, sample
 from vlm2vec.model import VLM2Vec
-from vlm2vec.prompts import layout, prepend
-from vlm2vec.videos import read_frames, sample
 
 
 def picture(width=60, height=40, mode="RGB", seed=0):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_generic import BUILDERS as GENERIC
-from tiny_models import BUILDERS, qwen3_vl
 
+from tests.helpers.tiny_generic import BUILDERS as GENERIC
+from tests.helpers.tiny_models import BUILDERS, qwen3_vl
 from vlm2vec.model import VLM2Vec
 
 st = pytest.importorskip("sentence_transformers")

@@ -14,7 +14,7 @@ from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
 from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_tiles, image_tokens, normalised_views, padded_size
 from vlm2vec.backbones.phi3_v_model import Phi3VModel
-from vlm2vec.images import Undecoded
+from vlm2vec.media.images import Undecoded
 
 IMAGE_PLACE = -1  # what the tokenised text holds for an image; never a token of the vocabulary
 PREPROCESSOR = "preprocessor_config.json"
@@ -47,7 +47,7 @@ class Phi3VProcessing(Processing):
     def from_folder(cls, folder, config, options=None, **hub):
         from transformers import AutoTokenizer
 
-        from vlm2vec.loading import read_json
+        from vlm2vec.checkpoint.loading import read_json
 
         settings = read_json(folder, PREPROCESSOR, **hub) or {}
         return cls(AutoTokenizer.from_pretrained(folder, **hub), settings, config, options)

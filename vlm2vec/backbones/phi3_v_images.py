@@ -1,6 +1,6 @@
 """HD transform of Phi-3.5-V: one picture -> a global view and h x w crops, all of `crop` x `crop` pixels.
 
-Rules (processing code of microsoft/Phi-3.5-vision-instruct; numbers checked by tests/vlm2vec/test_phi3_v_images.py):
+Rules (processing code of microsoft/Phi-3.5-vision-instruct; numbers checked by tests/vlm2vec/backbones/test_phi3_v_images.py):
 portrait pictures are transposed first; the longer side becomes k crops, with the largest k for which
 k * ceil(k / ratio) <= num_crops; the shorter side follows the ratio (rounded down) and is padded with white above and
 below to a multiple of the crop; transposed back; scaled to [0, 1] and normalised. The global view is a bicubic resize of
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm2vec.images import look_up
+from vlm2vec.media.images import look_up
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlm2vec.images import Undecoded, image_name, measure_image, open_image
+from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
+from vlm2vec.media.images import Undecoded, image_name, measure_image, open_image
 from vlm2vec.packing import Features, concat_vision
-from vlm2vec.prompts import LAYOUTS, layout
 
 OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
 
@@ -63,7 +63,7 @@ class Processing:
 
     Class attributes of a family:
         image_marker, video_marker: the text that stands for a visual in this family's vocabulary (None: not supported).
-        from_headers: `process_image` and `process_video` also take `vlm2vec.images.Undecoded`, and the four methods are there
+        from_headers: `process_image` and `process_video` also take `vlm2vec.media.images.Undecoded`, and the four methods are there
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
     """
@@ -146,7 +146,7 @@ class Processing:
         return ids + [self.tokenizer.eos_token_id] if self.options["append_eos"] else ids
 
     def render(self, item: Item) -> str:
-        """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.prompts`."""
+        """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.checkpoint.prompts`."""
         return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
 
     # -- shared ---------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class Processing:
         return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
 
     def frames(self, video, open_one=None) -> list:
-        from vlm2vec.videos import read_frames
+        from vlm2vec.media.videos import read_frames
 
         return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
 

@@ -79,18 +79,18 @@ def _with_hub(args, names, extra):
 
 
 def run(args):
-    from vlm2vec.evaluation.listing import list_tasks
+    from vlm2vec.evaluation.report.listing import list_tasks
 
     if args.list:
         print("\n".join(list_tasks()))
         return 0
     _need(args)
     tasks = _tasks(args)
-    from vlm2vec.evaluation.distributed import finish, local_device, process_group
-    from vlm2vec.evaluation.export import write_leaderboard
-    from vlm2vec.evaluation.report import write_report
+    from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
+    from vlm2vec.evaluation.report.export import write_leaderboard
+    from vlm2vec.evaluation.report.html import write_report
+    from vlm2vec.evaluation.report.summary import terminal, write_summary
     from vlm2vec.evaluation.runner import Options, run_tasks
-    from vlm2vec.evaluation.summary import terminal, write_summary
     from vlm2vec.evaluation.tasks import load_tasks
 
     rank, world, barrier = process_group()

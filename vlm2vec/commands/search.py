@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from vlm2vec.checkpoint.prompts import layout
 from vlm2vec.commands import common
-from vlm2vec.prompts import layout
 
 QUICKSTART_MODEL = "quickstart/model"
 # MMEB's words for the three sides, which models without prompts of their own were trained on (MSCOCO_t2i, NIGHTS, MSCOCO_t2i).

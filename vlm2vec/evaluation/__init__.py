@@ -8,9 +8,9 @@ _HOME = {
     "load_tasks": "tasks",
     "find_tasks": "tasks",
     "load_task": "loaders",
-    "EmbeddingStore": "store",
-    "rank": "ranking",
-    "ranking_metrics": "metrics",
+    "EmbeddingStore": "encode.store",
+    "rank": "score.ranking",
+    "ranking_metrics": "score.metrics",
     "run_task": "runner",
     "run_tasks": "runner",
 }

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vlm2vec.evaluation.encoding import fill_store
-from vlm2vec.evaluation.keys import ContentHashes, item_key, model_identity, write_json
-from vlm2vec.evaluation.store import EmbeddingStore
+from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity, write_json
+from vlm2vec.evaluation.encode.missing import fill_store
+from vlm2vec.evaluation.encode.store import EmbeddingStore
 
 MOST_EXCLUDED = 1024
 
@@ -105,7 +105,6 @@ def mine_dataset(model, root, name, images, output, options, *, store, batch_siz
         "negative_score"}, also written to OUTPUT/{name}/mined.json.
     """
     from contrastive_kernels import topk_similarity
-
     from vlm2vec.data.mmeb import read_train, to_item
 
     table = read_train(root, name, split=split)

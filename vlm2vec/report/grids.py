@@ -39,7 +39,7 @@ def inline_image(file) -> str:
     """A data URI: small PNG, JPEG, GIF and WebP files as they are, others resized to 224 pixels. "" when it cannot be read."""
     from PIL import Image
 
-    from vlm2vec.images import open_image
+    from vlm2vec.media.images import open_image
 
     file = Path(file)
     kinds = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from contrastive_kernels import roofline
-from contrastive_kernels.triton import configs
 
 from bench.gpu.check import Check
 from bench.gpu.clock import median
+from contrastive_kernels import roofline
+from contrastive_kernels.triton import configs
 
 PACKAGES = (
     "transformers",

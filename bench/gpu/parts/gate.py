@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 
 import torch
-from contrastive_kernels import info_nce_value_and_grad
 
 from bench.gpu import cases, errors
 from bench.gpu.check import Check
 from bench.gpu.losses import relative
+from contrastive_kernels import info_nce_value_and_grad
 
 
 def checks(machine):
@@ -79,7 +79,7 @@ def _verdict(case, path: str, first, second, truth: dict, eager: dict) -> dict:
 
 def far(device: str, rows: int, columns: int, width: int) -> dict:
     """Offsets beyond 2^31: one panel of more elements than that, its far corner against a product of its own."""
-    from contrastive_kernels.triton import exp_panel
+    from contrastive_kernels.triton.kernels import exp_panel
 
     generator = torch.Generator().manual_seed(0)
     x, y = (cases.unit(count, width, generator=generator).bfloat16().to(device) for count in (rows, columns))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from contrastive_kernels.triton import configs
 
 from bench.gpu import losses, timing
 from bench.gpu.check import Check, NotHere
 from bench.gpu.clock import median
 from bench.gpu.parts.env import model
+from contrastive_kernels.triton import configs
 
 CALLS = {"plain": {}, "normalize": {"normalize": True}, "symmetric, normalize": {"symmetric": True, "normalize": True}}
 PANELS = ("plain", "warp_specialised")
@@ -25,7 +25,7 @@ def checks(machine):
 
 def kernels(machine, name: str, options: dict) -> list[dict]:
     """Kernels of one call by device time; on a CPU operators by their own time."""
-    from contrastive_kernels.triton import work
+    from contrastive_kernels.triton import launch_log as work
 
     n, d = (16_384, 1536) if not machine.dry else (24, 16)
     run = losses.ours(backend="triton", **options)(*timing.operands(machine.device, n, n, d), timing.TEMPERATURE)
@@ -63,7 +63,7 @@ def kernels(machine, name: str, options: dict) -> list[dict]:
 
 def special(machine) -> None:
     """Raises NotHere where the warp-specialised panel cannot be had."""
-    from contrastive_kernels.triton import warp_specialised
+    from contrastive_kernels.triton.kernels import warp_specialised
 
     arch = configs.architecture(torch.device(machine.device))
     if reason := warp_specialised.obstacle(arch, torch.bfloat16, plain=True, columns=16_384):
@@ -73,7 +73,7 @@ def special(machine) -> None:
 def triton_share(machine, panel: str) -> list[dict]:
     """An exponential panel and the library's product at two widths: what more width costs is the main loop, the rest is the epilogue,
     whatever a model thinks of either. panel: as `exp_panel` takes it."""
-    from contrastive_kernels.triton.exp_panel import exp_panel
+    from contrastive_kernels.triton.kernels.exp_panel import exp_panel
 
     if panel == "warp_specialised":
         special(machine)

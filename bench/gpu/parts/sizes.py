@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from bench import loss_options
 from bench.gpu import losses, timing
 from bench.gpu.report import LIMIT
 from bench.gpu.timing import Contestant
+from bench.loss import options as loss_options
 
 SHAPES = ((4096, 1536), (16_384, 3584), (16_384, 768), (65_536, 1536))
 TOKENS = 4  # a packed sample of the pooled loss

@@ -6,12 +6,12 @@ import functools
 
 import torch
 import torch.distributed as dist
-from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
 
 from bench.gpu import cases, losses
 from bench.gpu.check import Check
 from bench.gpu.parts.gate import call
 from bench.gpu.parts.profile import special
+from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
 
 TEMPERATURE = 0.05
 # Errors against float64 of the inputs as rounded: float32 logits and sums; exponentials and factors rounded to 16 bits once.
@@ -98,7 +98,7 @@ def loss(machine, path: str) -> dict:
 
 def warp_specialised(machine) -> dict:
     """The panel that dispatch takes once it is measured to be faster: exponentials and row sums, positives left out, with norms."""
-    from contrastive_kernels.triton.exp_panel import exp_panel
+    from contrastive_kernels.triton.kernels.exp_panel import exp_panel
 
     special(machine)
     query, target = _pair(machine)
@@ -244,7 +244,7 @@ def gradcache_step(machine) -> dict:
     """Model, packing, attention, loss and both passes in bfloat16; the loss next to that of the same embeddings in float64."""
     import tempfile
 
-    from bench import encode_models
+    from bench.encode import models as encode_models
     from vlm2vec import VLM2Vec
 
     with tempfile.TemporaryDirectory() as folder:

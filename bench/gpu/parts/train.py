@@ -19,10 +19,11 @@ import yaml
 from bench import tables
 from bench.gpu import plans
 from bench.gpu.check import Check
-from train import plan_batch, plan_model
 from train.build import trained_parameters
-from train.media import Media
-from train.recipe import load_recipe
+from train.data.media_stream import Media
+from train.plan import batch as plan_batch
+from train.plan import fake_model as plan_model
+from train.recipe.schema import load_recipe
 from train.step import ContrastiveStep
 
 STEPS = 3
@@ -135,7 +136,7 @@ def _timed(step, batch, optimizer, parameters, recipe, device) -> dict:
 @contextlib.contextmanager
 def tiny_recipe():
     """A recipe of seconds on a CPU: a model of two layers, five pairs, several chunks."""
-    from bench import encode_models
+    from bench.encode import models as encode_models
 
     with tempfile.TemporaryDirectory() as folder:
         encode_models.write("tiny", folder)

@@ -14,7 +14,7 @@ def available() -> tuple[bool, str]:
         return False, "the triton package is not installed (it has no wheels for macOS and Windows)"
     import torch
 
-    from contrastive_kernels.triton.common import INTERPRET
+    from .kernels.common import INTERPRET
 
     if INTERPRET:
         return True, ""

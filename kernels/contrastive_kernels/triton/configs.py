@@ -1,7 +1,7 @@
 """Tile shapes, few of them, keyed by architecture, element size and how much the epilogue has to hold.
 
 Each was chosen by compiling for the architecture and reading registers, spills and instructions (`python -m bench aot` prints
-them, tests/kernels/test_aot.py holds them): the accumulator of a tile takes BLOCK_R * BLOCK_C / (32 warps) registers a thread,
+them, tests/bench/test_aot.py holds them): the accumulator of a tile takes BLOCK_R * BLOCK_C / (32 warps) registers a thread,
 128 at most, and the epilogue works in SLICES of columns so that its own values fit beside it. The last row of every table is
 the default for an architecture that is not listed; it fits in the 99 KiB of shared memory that any GPU since sm_80 has.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from contrastive_kernels import roofline
-from contrastive_kernels.triton.interpreter import INTERPRET
+from .. import roofline
+from .interpreter import INTERPRET
 
 ARCHITECTURES = (80, 90, 100)
 

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from contrastive_kernels.softmax import RowResult
-from contrastive_kernels.triton import work
-from contrastive_kernels.triton.common import INTERPRET, _narrow, on_its_device
-from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.row_state import _log1p
-from contrastive_kernels.triton.sides import stored
+from ..core.softmax import RowResult
+from . import launch_log as work
+from .kernels.common import INTERPRET, _narrow, on_its_device
+from .kernels.row_state import _log1p
+from .operand_views import stored
+from .products import matmul
 
 BLOCK_C = 4096
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from contrastive_kernels.triton.fused import FusedSums, fused_backward, fused_forward
-from contrastive_kernels.triton.row_state import Parts, RowState
+from .kernels.fused import FusedSums, fused_backward, fused_forward
+from .kernels.row_state import Parts, RowState
 
 
 def _sums(panel_sweep, rows: slice, wants_anchors) -> list[FusedSums]:

@@ -5,8 +5,8 @@ E is in the operands' type, results are float32: on CUDA by `out_dtype`, which t
 
 import torch
 
-from contrastive_kernels.triton import work
-from contrastive_kernels.triton.rows import scaled
+from . import launch_log as work
+from .kernels.rows import scaled
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -6,11 +6,11 @@ stored, and 6 n M D for the gradients.
 
 from __future__ import annotations
 
-from contrastive_kernels.softmax import RowSums
-from contrastive_kernels.triton import fused_sweep
-from contrastive_kernels.triton import panel as panels
-from contrastive_kernels.triton.row_state import RowState, finish
-from contrastive_kernels.triton.sweep import Panels
+from ..core.softmax import RowSums
+from . import fused_sweep
+from . import panel_sums as panels
+from .kernels.row_state import RowState, finish
+from .sweep import Panels
 
 
 def _state(panel_sweep: Panels, sums: RowSums) -> RowState:

@@ -1,4 +1,4 @@
-"""The sweep over panels of rows with the Triton kernels: what `contrastive_kernels.panels.sweep` does in plain torch.
+"""The sweep over panels of rows with the Triton kernels: what `contrastive_kernels.eager.sweep.sweep` does in plain torch.
 
     E = exp(s - shift) of a panel, its sums        one launch a block (and two that mend unsafe rows)
     rows' sums, losses and factors f               one launch (row_state.py)
@@ -15,14 +15,14 @@ import functools
 
 import torch
 
-from contrastive_kernels import dispatch
-from contrastive_kernels.triton import configs, dense, fused_sweep
-from contrastive_kernels.triton import panel as panels
-from contrastive_kernels.triton.common import INTERPRET, check_dtype, scalar
-from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.row_state import Parts, RowState, finish
-from contrastive_kernels.triton.sides import Sides
-from contrastive_kernels.triton.writer import Writer
+from .. import dispatch
+from . import configs, dense, fused_sweep
+from . import panel_sums as panels
+from .gradient_writer import Writer
+from .kernels.common import INTERPRET, check_dtype, scalar
+from .kernels.row_state import Parts, RowState, finish
+from .operand_views import Sides
+from .products import matmul
 
 
 def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
@@ -59,7 +59,7 @@ def bounded(problem, direction) -> bool:
 class Panels:
     """Views, buffers and plan of one direction, and what is done to a panel of its rows.
 
-    Args: those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
+    Args: those of `contrastive_kernels.eager.sweep.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
 
     def __init__(self, problem, direction, gradients, workspace: int):
@@ -165,7 +165,7 @@ class Panels:
 def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
     """Reduce every row of `direction` and add its gradients. Returns (RowResult, RowSums) of all rows, (n,) each.
 
-    Arguments are those of `contrastive_kernels.panels.sweep`. Raises ValueError for a dtype that the kernels do not take.
+    Arguments are those of `contrastive_kernels.eager.sweep.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
     panel_sweep = Panels(problem, direction, gradients, workspace)
     if panel_sweep.path == "dense":

@@ -15,16 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-from contrastive_kernels import dispatch
-from contrastive_kernels.operands import norms
-from contrastive_kernels.triton import configs, work
-from contrastive_kernels.triton.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device, scalar
-from contrastive_kernels.triton.exp_panel import exp_panel
-from contrastive_kernels.triton.panel import LARGEST_LOGIT, ROUNDING, SHIFT_BELOW_TOP
-from contrastive_kernels.triton.products import matmul
-from contrastive_kernels.triton.row_state import Parts, RowState, finish
-from contrastive_kernels.triton.sides import Sides
-from contrastive_kernels.triton.writer import Writer
+from .. import dispatch
+from ..core.operands import norms
+from . import configs
+from . import launch_log as work
+from .gradient_writer import Writer
+from .kernels.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device, scalar
+from .kernels.exp_panel import exp_panel
+from .kernels.row_state import Parts, RowState, finish
+from .operand_views import Sides
+from .panel_sums import LARGEST_LOGIT, ROUNDING, SHIFT_BELOW_TOP
+from .products import matmul
 
 
 @triton.jit

@@ -1,0 +1,277 @@
+"""One training step of 256 mixed pairs, next to other ways to make the same gradients.
+
+    python -m bench step [--pairs 256] [--repeat 3] [--trained all vision-frozen] [--arms ...] [--csv FILE]
+
+Arms, on the encode benchmark's tiny model and mix of texts and images, each in a process of its own:
+    ours            GradCache over packed chunks by token budget (1,536), which takes less memory than reference-8
+    ours-3072       the same with twice the budget: as fast, and more memory than reference-8
+    ours-8, ours-16 the same with chunks of as many rows
+    ours-retained   the same with `retain="all"`: every graph kept, no second forward
+    reference-8     the reference implementation's way: whole batch padded, head on, all hidden states kept, everything twice; chunks of
+                    the 8 rows that its recipes have
+    reference-16    the same with chunks of 16
+    gradcache       PyPI's gradcache around the model without head, padded rows
+    one-batch       no GradCache: everything in one packed forward and backward
+    ours-mrope, st-tokens, st-fixed
+                    M-RoPE positions, which are all that sentence-transformers can be asked for: ours, then
+                    CachedMultipleNegativesRankingLoss with `mini_batch_num_tokens` and with fixed mini-batches
+
+All gradients must agree within a group of positions before a figure is shown. "step ms" and "cpu ms" are of whole steps on
+inputs preprocessed beforehand; "cpu ms" is the processor time of all threads and judges the aims where there is one thread.
+"live MiB" is the peak of live tensors above all that was alive before the step, inputs and weights first of all, from a step of its own
+that is not timed (views of the inputs that are made within it hold nothing new, whole storages though they have); "rss MiB"
+is how much the process grew over what it held when the first step began. "flops" are executed over the fewest that each sample alone, unpadded, without head, needs for one forward
+and one backward: attention counts as full squares, as `FlopCounterMode` counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from bench.encode import models as encode_models
+from bench.encode.run import timed
+from bench.plan import resident, restart_resident_peak
+
+BUDGET = 1536  # tokens of a chunk, where an arm takes a budget: resident growth below that of the reference's chunks of 8 rows
+TRAINED = ("all", "vision-frozen")
+POSITIONS = {
+    "sequential": ("ours", "ours-3072", "ours-8", "ours-16", "ours-retained", "reference-8", "reference-16", "gradcache", "one-batch"),
+    "mrope": ("ours-mrope", "st-tokens", "st-fixed"),
+}
+# (trained, ours, other, aim): how many times the other's samples per second; no more memory either, except at equal rows: sorted by length,
+# a chunk of ours holds the 8 or 16 longest of the batch.
+EQUAL_ROWS = ("ours-8", "ours-16")
+AIMS = (
+    *(
+        ("all", arm, other, 1.8)
+        for arm, other in (("ours", "reference-8"), ("ours", "reference-16"), ("ours-8", "reference-8"), ("ours-16", "reference-16"))
+    ),
+    *(("vision-frozen", arm, other, 2.8) for arm, other in (("ours", "reference-8"), ("ours", "reference-16"))),
+    ("all", "ours-mrope", "st-tokens", 1.2),
+)
+MOST_FLOPS = 1.05
+AGREE = 2e-3  # of a gradient's norm, in float32 at temperature 0.02
+
+
+def arms() -> dict:
+    from bench.step import models as m
+
+    ours = functools.partial(m.ours, budget=BUDGET)
+    return {
+        "ours": ours,
+        "ours-retained": functools.partial(ours, retain="all"),
+        "ours-3072": functools.partial(m.ours, budget=2 * BUDGET),
+        "ours-8": functools.partial(m.ours, rows=8),
+        "ours-16": functools.partial(m.ours, rows=16),
+        "reference-8": functools.partial(m.reference, rows=8),
+        "reference-16": functools.partial(m.reference, rows=16),
+        "gradcache": m.gradcache_package,
+        "one-batch": m.one_batch,
+        "ours-mrope": functools.partial(ours, positions="mrope"),
+        "st-tokens": functools.partial(m.sentence_transformers, budget=BUDGET),
+        "st-fixed": functools.partial(m.sentence_transformers, budget=None),
+    }
+
+
+def measure_time(arm: str, folder: str, count: int, frozen: bool, repeat: int) -> dict:
+    """Times and resident growth of an arm in this process; its gradients go into a file."""
+    import torch
+
+    from bench.step.models import gradients
+
+    make = arms()[arm]
+    make(folder, 4, frozen)[0]()  # loads what is loaded lazily
+    step, module = make(folder, count, frozen)
+    before = restart_resident_peak()
+
+    def run() -> float:
+        module.zero_grad(set_to_none=True)
+        return step()
+
+    loss, times = timed(run, repeat)
+    path = os.path.join(folder, f"{arm}-{'frozen' if frozen else 'all'}.pt")
+    torch.save(gradients(module), path)
+    return {"loss": loss, **times, "rss_mib": round(resident("VmHWM") - before), "gradients": path, "threads": torch.get_num_threads()}
+
+
+def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:
+    """FLOPs and peak of live tensors of one step."""
+    from bench.step.flops import counter
+    from train.plan.live_bytes import LiveBytes
+
+    step, module = arms()[arm](folder, count, frozen)
+    with counter() as flops, LiveBytes(alive()) as live:
+        before = live.current
+        step()
+    gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+    return {
+        "flops": flops.get_total_flops(),
+        "live_mib": round((live.peak - before) / 2**20, 1),
+        "gradients_mib": round(gradients / 2**20, 1),
+    }
+
+
+def alive() -> list:
+    """Every tensor that Python holds now: what an arm has prepared counts for no arm, wherever it keeps it."""
+    import torch
+
+    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+
+
+def in_child(what: str, *arguments) -> dict:
+    command = [sys.executable, "-m", "bench.step.run", "--child", what, json.dumps(arguments)]
+    # Without the threshold, freed blocks stay with malloc and the resident peak says more about it than about the step.
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    if done.returncode:
+        raise RuntimeError(f"{arguments[0]} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(names: list[str], count: int, trained: str, repeat: int) -> list[dict]:
+    """Rows of the arms; raises when arms that should agree do not."""
+    import torch
+
+    frozen = trained == "vision-frozen"
+    with tempfile.TemporaryDirectory() as folder:
+        encode_models.write("tiny", folder)
+        rows, grads = [], {}
+        for arm in names:
+            try:
+                row = {"trained": trained, "arm": arm, "pairs": count, **in_child("time", arm, folder, count, frozen, repeat)}
+            except RuntimeError as e:
+                if "No module named" not in str(e):
+                    raise
+                print(f"{arm}: {str(e).strip().splitlines()[-1]}; left out")
+                continue
+            grads[arm] = torch.load(row.pop("gradients"), weights_only=True)
+            row.update(in_child("work", arm, folder, count, frozen))
+            rows.append(row)
+        for row in rows:
+            row["apart"] = disagreement(grads, row["arm"])
+        least = in_child("fewest", folder, count, frozen)
+    for row in rows:
+        if row["apart"] > AGREE:
+            raise RuntimeError(f"{trained}: the gradients of {row['arm']} are {row['apart']:.1e} of their norm away: nothing to compare")
+        row["fewest_flops"] = least["flops"]
+    return rows
+
+
+def disagreement(grads: dict, arm: str) -> float:
+    """Largest distance of a weight's gradient from that of the first arm of the group, over that gradient's norm."""
+    first = next(name for group in POSITIONS.values() if arm in group for name in group if name in grads)
+    truth, had = grads[first], grads[arm]
+    if truth.keys() != had.keys():
+        raise RuntimeError(f"{arm} has gradients for {len(had)} weights, {first} for {len(truth)}: {sorted(truth.keys() ^ had.keys())[:5]}")
+    whole = sum(g.norm() ** 2 for g in truth.values()) ** 0.5
+    # A weight without influence (a key's bias) has a gradient of rounding errors alone: the whole gradient measures those.
+    return max(((had[n] - g).norm() / max(g.norm(), 1e-4 * whole)).item() for n, g in truth.items())
+
+
+def key_of(rows: list[dict]) -> str:
+    return "cpu_ms" if rows[0]["threads"] == 1 else "p50_ms"
+
+
+def show(trained: str, rows: list[dict]) -> None:
+    key, by = key_of(rows), {r["arm"]: r for r in rows}
+    print(f"\ntrained: {trained}; {rows[0]['pairs']} pairs, threads: {rows[0]['threads']}, compared by {key}")
+    heads = ("arm", "p20 ms", "p50 ms", "p80 ms", "cpu ms", "pairs/s", "ours is", "live MiB", "rss MiB", "flops", "grads apart")
+    print(" ".join(f"{h:>13}" for h in heads))
+    for r in rows:
+        own = by.get("ours-mrope" if r["arm"] in POSITIONS["mrope"] else "ours")
+        times = [f"{r[k]:.0f}" for k in ("p20_ms", "p50_ms", "p80_ms", "cpu_ms")]
+        cells = [r["arm"], *times, f"{1000 * r['pairs'] / r[key]:.2f}", "" if own is None or own is r else f"{r[key] / own[key]:.2f}x"]
+        cells += [f"{r['live_mib']:.0f}", f"{r['rss_mib']}", f"{r['flops'] / r['fewest_flops']:.3f}x", f"{r['apart']:.0e}"]
+        print(" ".join(f"{c:>13}" for c in cells))
+    print(f"gradients hold {rows[0]['gradients_mib']} MiB of it; fewest: {rows[0]['fewest_flops']:.3e} FLOPs")
+    if second := second_forward(by):
+        without = by["ours"]["flops"] - second
+        print(
+            f"second forward of ours: {second:.3e} FLOPs; without it ours executes {without / by['ours']['fewest_flops']:.3f}x the fewest"
+        )
+
+
+def second_forward(by: dict) -> int | None:
+    return by["ours"]["flops"] - by["ours-retained"]["flops"] if {"ours", "ours-retained"} <= by.keys() else None
+
+
+def verdicts(trained: str, rows: list[dict]) -> list[str]:
+    """Which of the aims are missed."""
+    by, key, missed = {r["arm"]: r for r in rows}, key_of(rows), []
+    for which, arm, other, aim in AIMS:
+        if which == trained and {arm, other} <= by.keys():
+            had = by[other][key] / by[arm][key]
+            if had < aim:
+                missed.append(f"{trained}: {arm} is {had:.2f}x as fast as {other}, aim {aim}x")
+            for memory in () if arm in EQUAL_ROWS else ("live_mib", "rss_mib"):
+                if by[arm][memory] > by[other][memory]:
+                    missed.append(f"{trained}: {arm} peaks at {by[arm][memory]} ({memory}), {other} at {by[other][memory]}")
+    if "ours-retained" in by:
+        share = by["ours-retained"]["flops"] / by["ours-retained"]["fewest_flops"]
+        if share > MOST_FLOPS:
+            missed.append(f"{trained}: ours without a second forward executes {share:.3f}x the fewest FLOPs, aim {MOST_FLOPS}x")
+    return missed
+
+
+def unmeasured(trained: str, names: set[str]) -> list[str]:
+    """Aims for which an arm was left out."""
+    needed = [(arm, other) for which, arm, other, _ in AIMS if which == trained] + [("ours-retained",)]
+    return [f"{trained}: {' against '.join(arms)} was not measured" for arms in needed if not names.issuperset(arms)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    every = [name for group in POSITIONS.values() for name in group]
+    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--trained", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--arms", nargs="+", choices=every, default=every)
+    parser.add_argument("--csv", help="write the rows to this file")
+
+
+def run(args) -> int:
+    """Print the tables; exit code 1 when an aim is missed."""
+    import torch
+    import transformers
+
+    every, missed, left = [], [], []
+    for trained in args.trained:
+        rows = compare(args.arms, args.pairs, trained, args.repeat)
+        show(trained, rows)
+        every += [{**r, "torch": torch.__version__, "transformers": transformers.__version__, "device": "cpu"} for r in rows]
+        missed += verdicts(trained, rows)
+        left += unmeasured(trained, {r["arm"] for r in rows})
+    if args.csv:
+        keys = list(dict.fromkeys(k for r in every for k in r))
+        with open(args.csv + ".part", "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, keys)
+            writer.writeheader()
+            writer.writerows(every)
+        os.replace(args.csv + ".part", args.csv)
+    print("\n" + "\n".join(missed + left or ["every aim is met"]))
+    return 1 if missed else 0
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        from transformers.utils import logging
+
+        from bench.step.flops import fewest
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        print(json.dumps({"time": measure_time, "work": measure_work, "fewest": fewest}[sys.argv[2]](*json.loads(sys.argv[3]))))
+    else:
+        sys.exit(main())

@@ -1,0 +1,67 @@
+"""Where gradients are added up: one accumulator a matrix, in the compute dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from ..eager.gemm import add_product, product
+from .operands import TILE_BYTES, scatter_rows
+from .problem import Direction, Problem
+
+MATRIX = {"all_queries": "query", "all_targets": "target", "positive": "target"}
+
+
+class Gradients:
+    """Accumulators by name, made when first written. "positive" is the rows' own targets, written through their index.
+
+    `wanted` names matrices: a sink is wanted when its matrix is ("all_targets" is the gathered "target").
+    """
+
+    def __init__(self, problem: Problem, wanted: frozenset[str]):
+        self.problem, self.wanted = problem, wanted
+        self.held: dict[str, torch.Tensor] = {}
+        self.projected: set[str] = set()  # matrices whose gradient is that of the rows as passed already
+        # sum over pairs of (d loss / d logit) * s, where wanted; the temperature's gradient is -1/temperature times this
+        self.temperature = torch.zeros((), dtype=problem.dtype, device=problem.device) if "temperature" in wanted else None
+
+    def wants(self, name: str) -> bool:
+        return MATRIX.get(name, name) in self.wanted
+
+    def of(self, name: str, rows: int) -> torch.Tensor:
+        if name not in self.held:
+            width, dtype = self.problem.query.width, self.problem.dtype
+            self.held[name] = torch.zeros(rows, width, dtype=dtype, device=self.problem.device)
+        return self.held[name]
+
+    def add_product(self, name: str, rows: int, start: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add a (m, k) @ b (D, k)^T to rows [start, start + m) of a matrix of `rows` rows."""
+        if name not in self.held and len(a) == rows:
+            self.held[name] = product(a, b)
+        else:
+            add_product(self.of(name, rows)[start : start + len(a)], a, b)
+
+    def add_anchors(self, name: str, start: int, stop: int, rows: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+        """Add gradients (times `factor`, one a row) of anchors [start, stop), which are the rows' queries or their positives."""
+        problem, own = self.problem, name == "positive"
+        held = self.of("target", problem.target.rows) if own else self.of(name, problem.query.rows)
+        if own and problem.own_targets.index is not None:
+            scatter_rows(held, problem.positives[start:stop], rows if factor is None else rows * factor[:, None])
+            return
+        held = problem.own_rows(held)[start:stop] if own else held[start:stop]
+        if factor is None:
+            held.add_(rows)
+        else:
+            held.addcmul_(rows, factor[:, None])
+
+    def add_positives(self, direction: Direction, coefficient: torch.Tensor) -> None:
+        """The positive's own term: q += g t, t += g q, with g (n,) the derivative with respect to its cosine."""
+        problem = self.problem
+        if self.wants("temperature"):
+            self.temperature += (coefficient * direction.positive).sum()
+        step = max(1, TILE_BYTES // (problem.query.width * problem.dtype.itemsize))
+        for start in range(0, problem.query.rows, step):
+            stop = min(start + step, problem.query.rows)
+            if self.wants("query"):
+                self.add_anchors("query", start, stop, problem.own_targets.tile(start, stop), coefficient[start:stop])
+            if self.wants("target"):
+                self.add_anchors("positive", start, stop, problem.query.tile(start, stop), coefficient[start:stop])

@@ -1,0 +1,307 @@
+"""From tensors and options to rows, columns, blocks of candidates and weights: what every compute path starts from.
+
+The loss is a set of softmaxes. One `Direction` is one softmax a row: `Block`s of candidates that share a denominator.
+`symmetric` is two directions. Rows belong to this rank. Columns (`Columns`) may be this rank's, those of all ranks
+(gather) or one rank's at a time (ring). Legend: n, m rows and targets of this rank; N, M columns; D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..options import InfoNCEOptions
+from .operands import Operand, compute_dtype, norms, product_dtype
+
+EPS = 1e-12
+UNMATCHABLE = torch.iinfo(torch.int64).min
+
+
+@dataclasses.dataclass
+class Columns:
+    """One side's embeddings as candidates, with what is known of each.
+
+    Args:
+        operand: (C, D). sink: name that its gradient is kept under.
+        ids: (C,) int64 or None. keep: (C,) bool or None, False where it is no candidate.
+        owners: (C,) int64 or None, for queries: the identity of the target that each belongs to, -1 for none.
+        offset: global number of the first column, or None where all columns are here.
+    """
+
+    operand: Operand
+    sink: str
+    ids: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    owners: torch.Tensor | None = None
+    offset: int | None = None
+
+    def narrow(self, start: int, stop: int) -> Columns:
+        """Columns [start, stop) alone."""
+
+        def cut(tensor):
+            return None if tensor is None else tensor[start:stop]
+
+        return Columns(
+            self.operand.narrow_rows(start, stop), self.sink, cut(self.ids), cut(self.keep), cut(self.owners), (self.offset or 0) + start
+        )
+
+
+@dataclasses.dataclass
+class Block:
+    """Candidates shared by all rows: logits = scale * anchors @ candidates^T, some of them dropped.
+
+    Args:
+        anchors: (n, D). anchor_sink: "query", or "positive" for the rows' own targets.
+        columns: the candidates. ids: pairs ((n,), (C,)); equal pairs are dropped, row ids are never -1.
+        exclude: (n,) global number of the column that is the row itself or its positive.
+        scale: what multiplies a cosine in the logit, 1 / temperature plus hardness.
+    """
+
+    anchors: Operand
+    anchor_sink: str
+    columns: Columns
+    exclude: torch.Tensor
+    scale: float | torch.Tensor
+    ids: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+    @property
+    def width(self) -> int:
+        return self.columns.operand.rows
+
+    def narrow(self, start: int, stop: int) -> Block:
+        """The block over columns [start, stop) alone."""
+        ids = tuple((own, columns[start:stop]) for own, columns in self.ids)
+        return dataclasses.replace(self, columns=self.columns.narrow(start, stop), ids=ids)
+
+
+@dataclasses.dataclass
+class Direction:
+    """One softmax a row; all (n,). `weight` multiplies row losses, and is 0 for rows left out."""
+
+    blocks: list[Block]
+    problem: Problem
+    weight: torch.Tensor
+    threshold: torch.Tensor | None  # cosine above which a negative is dropped
+    active: torch.Tensor | None  # bool: rows that see the blocks at all (not own_negatives_only)
+    forward: bool
+
+    @property
+    def positive(self) -> torch.Tensor:
+        """Cosine of each row's positive."""
+        return self.problem.positive
+
+
+@dataclasses.dataclass
+class Problem:
+    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept_rows` (n,) bool, None for all.
+
+    `own_targets`: (n, D) the rows' positives, without an index where they lie in a regular step. `step`: of the default positives,
+    row i's being target i * step; None where the caller named them.
+    """
+
+    options: InfoNCEOptions
+    backend: str  # "torch" or "triton": chosen once, here
+    dtype: torch.dtype
+    inverse_temperature: float | torch.Tensor
+    query: Operand  # (n, D)
+    target: Operand  # (m, D), own targets
+    own_targets: Operand
+    positives: torch.Tensor
+    step: int | None
+    kept_rows: torch.Tensor | None
+    share: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not kept
+    first_row: int = 0  # global numbers of this rank's first row and target
+    first_target: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.source.device
+
+    @functools.cached_property
+    def positive(self) -> torch.Tensor:
+        """(n,) cosines of the positives, worked out where somebody asks."""
+        from . import backends
+
+        return backends.row_dots(self.query, self.own_targets, self.backend)
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """(n,) bool: rows that count."""
+        if self.kept_rows is None:
+            return torch.ones(self.query.rows, dtype=torch.bool, device=self.device)
+        return self.kept_rows
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return product_dtype(self.query.source, self.target.source)
+
+    def own_rows(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(n, D) view of a target-shaped matrix: the rows of `own_targets`, which has no index."""
+        rows = self.query.rows
+        step = len(matrix) // rows
+        return matrix[: rows * step : step]
+
+    def largest_product(self) -> float:
+        """The greatest |cos| between rows at hand that Cauchy and Schwarz allow; waits for the device."""
+        longest = [norms(x.source, x.dtype, x.keep).max().item() for x in (self.query, self.target)]
+        return max(longest) ** 2
+
+
+def default_positives(rows: int, targets: int, device) -> torch.Tensor:
+    """Each positive followed by its own negatives, VLM2Vec's layout: i * (M // N)."""
+    step = targets // rows
+    return torch.arange(0, rows * step, step, device=device)
+
+
+def build(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    options: InfoNCEOptions,
+    rank: int = 0,
+    all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> Problem:
+    """Prepare this rank's rows. `query` (n, D), `target` (m, D) are its own; `all_sum` adds a tensor over ranks."""
+    from . import backends
+
+    device, n, dtype = query.device, len(query), compute_dtype(query, target)
+    backend = backends.choose(options.backend, product_dtype(query, target), device)
+    step = kept = None
+    if options.positives is None:
+        positives, step = default_positives(n, len(target), device), len(target) // n
+    else:
+        kept = options.positives != options.ignore_index
+        positives = torch.where(kept, options.positives, 0)
+    if options.query_mask is not None:
+        kept = options.query_mask if kept is None else kept & options.query_mask
+    if options.target_mask is not None:
+        own = options.target_mask[positives]
+        kept = own if kept is None else kept & own
+    own_query = operand(query, dtype, options.normalize, options.query_mask, backend)
+    own_target = operand(target, dtype, options.normalize, options.target_mask, backend)
+    if step is not None and backend == "torch":
+        own_targets = own_target.every(step, n)
+    else:
+        own_targets = own_target.gathered(positives)
+    return Problem(
+        options,
+        backend,
+        dtype,
+        _inverse_temperature(options.temperature, device, dtype),
+        own_query,
+        own_target,
+        own_targets,
+        positives,
+        step,
+        kept,
+        _share(options, kept, n, dtype, device, all_sum),
+        rank * n,
+        rank * len(target),
+    )
+
+
+def _share(options: InfoNCEOptions, kept, n: int, dtype, device, all_sum) -> torch.Tensor:
+    """(n,) weights over the mean's denominator, 0 where not kept."""
+    if options.weight is None and kept is None and options.group is None:
+        return torch.full((n,), 1 / n if options.reduction == "mean" else 1.0, dtype=dtype, device=device)
+    share = torch.ones(n, dtype=dtype, device=device) if options.weight is None else options.weight.to(dtype).contiguous()
+    share = share if kept is None else torch.where(kept, share, 0)
+    if options.reduction == "mean":
+        total = all_sum(share.sum())
+        share = share / torch.where(total == 0, 1, total)
+    return share
+
+
+def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None, backend: str = "torch") -> Operand:
+    from . import backends
+
+    return Operand(matrix, dtype, backends.inverse_norms(matrix, dtype, EPS, mask, backend) if normalize else None, mask)
+
+
+def own_columns(problem: Problem) -> tuple[Columns, Columns]:
+    """This rank's queries and targets as candidates."""
+    o = problem.options
+    owners = None
+    if o.symmetric and (o.positives is not None or o.target_ids is not None):
+        # a masked row still belongs to its target
+        there = torch.ones_like(problem.kept) if o.positives is None else o.positives != o.ignore_index
+        owners = torch.where(there, _identity(problem), -1)
+    queries = Columns(problem.query, "query", o.query_ids, o.query_mask, owners)
+    return queries, Columns(problem.target, "target", o.target_ids, o.target_mask)
+
+
+def _identity(problem: Problem) -> torch.Tensor:
+    """(n,) what tells rows' targets apart: the target's id, or, where it has none, its position (never equal to an id)."""
+    position = UNMATCHABLE + 1 + problem.first_target + problem.positives
+    if problem.options.target_ids is None:
+        return position
+    ids = problem.options.target_ids[problem.positives]
+    return torch.where(ids == -1, position, ids)
+
+
+def _inverse_temperature(temperature, device, dtype) -> float | torch.Tensor:
+    """A float wherever that needs no wait for a GPU, so that it can ride on the GEMM's alpha."""
+    if isinstance(temperature, torch.Tensor):
+        if temperature.device.type == "cpu":
+            return 1.0 / temperature.item()
+        return temperature.detach().to(device=device, dtype=dtype).reciprocal()
+    return 1.0 / float(temperature)
+
+
+def row_dots(a: Operand, b: Operand) -> torch.Tensor:
+    """(n,) dot products of matching rows, a few MiB at a time."""
+    out = torch.empty(a.rows, dtype=a.dtype, device=a.source.device)
+    step = max(1, (1 << 18) // max(1, a.width))  # products that stay in the cache
+    for start in range(0, a.rows, step):
+        stop = min(start + step, a.rows)
+        out[start:stop] = (a.tile(start, stop) * b.tile(start, stop)).sum(1)
+    return out
+
+
+def _threshold(problem: Problem) -> torch.Tensor | None:
+    options, bounds = problem.options, []
+    if options.mask_margin is not None:
+        bounds.append(problem.positive + options.mask_margin)
+    if options.mask_relative is not None:
+        bounds.append(problem.positive + options.mask_relative * problem.positive.abs())
+    if not bounds:
+        return None
+    return bounds[0] if len(bounds) == 1 else torch.minimum(*bounds)
+
+
+def matchable(ids: torch.Tensor) -> torch.Tensor:
+    """Row ids with -1 turned into a value that no column bears."""
+    return torch.where(ids == -1, UNMATCHABLE, ids)
+
+
+def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Direction]:
+    """The softmaxes of this rank's rows over the given columns; for a ring, the part of them that these columns are."""
+    o, positives = problem.options, problem.positives
+    own_targets = problem.own_targets
+    active = None if o.own_negatives_only is None else ~o.own_negatives_only
+    scale = problem.inverse_temperature
+    scale = scale + o.hardness if o.hardness_scope in ("all", "in_batch") else scale
+    myself = None
+    if o.symmetric or o.query_negatives:
+        myself = torch.arange(problem.first_row, problem.first_row + problem.query.rows, device=problem.device)
+    my_positive = positives + problem.first_target if problem.first_target else positives
+    query_ids = () if o.query_ids is None else ((matchable(o.query_ids), queries.ids),)
+    target_ids = () if o.target_ids is None else ((matchable(o.target_ids[positives]), targets.ids),)
+
+    blocks = [Block(problem.query, "query", targets, my_positive, scale, target_ids)]
+    if o.query_negatives:
+        blocks.append(Block(problem.query, "query", queries, myself, scale, query_ids))
+    if o.target_negatives:
+        blocks.append(Block(own_targets, "positive", targets, my_positive, scale, target_ids))
+    weight = problem.share * 0.5 if o.symmetric else problem.share
+    threshold = _threshold(problem)
+    out = [Direction(blocks, problem, weight, threshold, active, forward=True)]
+    if o.symmetric:
+        ids = query_ids
+        if queries.owners is not None:
+            ids += ((_identity(problem), queries.owners),)
+        reverse = Block(own_targets, "positive", queries, myself, scale, ids)
+        out.append(Direction([reverse], problem, weight, threshold, active, forward=False))
+    return out

@@ -1,0 +1,1 @@
+"""The Triton kernels: a file each, launchers beside them."""

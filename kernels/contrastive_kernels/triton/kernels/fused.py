@@ -1,0 +1,407 @@
+"""Small D: loss and gradients without any panel in memory, the whole width of a tile on the chip.
+
+    forward    per row: best cosine, sum of exp(logit - best's), and A_i = sum_j exp(logit_ij - best's) y_j     (online softmax)
+    backward   dY_j = sum_i f_i exp(logit_ij - shift_i) x_i, logits computed again
+
+The forward is attention with the candidates as both keys and values, so that the anchors' gradient, diag(f) A, comes with the sums:
+4 R C D FLOP, and 4 R C D again for the candidates. That is 8 instead of 6 R C D, but no exponential is ever written: bytes are the
+operands (re-read from L2) and the results. Long loops are cut into shares whose partial results lie apart and are added in a fixed
+order: deterministic. The factor of a row is applied in float32 before the one rounding of exp(...) to the operands' type.
+Source: the recurrence of Milakov and Gimelshein (2018), Rabe and Staats (2021); which gradient rides on it is this repository's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import configs
+from .. import launch_log as work
+from .common import (
+    INTERPRET,
+    TRITON_DTYPE,
+    _dot,
+    _drop,
+    _narrow,
+    accumulator,
+    cdiv,
+    check_columns,
+    check_dtype,
+    dot_precision,
+    on_its_device,
+    scalar,
+    whole_blocks,
+)
+
+# Above it the accumulators of a tile leave no registers for the epilogue, and the panels are faster anyway.
+MAXIMUM_WIDTH = 128
+# float16 keeps exponentials down to 2^-24 of the greatest; this gain gives them ten bits more.
+GAIN = {torch.float16: 1024.0}
+
+
+@triton.jit
+def _fused_fwd_kernel(
+    p_x,
+    p_y,
+    p_exponent,
+    p_row_scale,
+    p_col_scale,
+    p_positive,
+    p_row_id,
+    p_col_id,
+    p_row_id2,
+    p_col_id2,
+    p_threshold,
+    p_keep,
+    p_shift,
+    p_total,
+    p_best,
+    p_out,
+    R,
+    C,
+    stride_x,
+    stride_y,
+    per_share,
+    column_offset,
+    gain,
+    HAS_SCALE: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    IDS: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_r, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < R
+    o_d = tl.arange(0, BLOCK_D)
+    b_x = tl.load(p_x + tl.where(m_r, o_r, 0)[:, None] * stride_x + o_d[None, :])
+    b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634
+    b_best = tl.full((BLOCK_R,), -1e30, ACC)
+    b_total = tl.zeros((BLOCK_R,), ACC)
+    b_out = tl.zeros((BLOCK_R, BLOCK_D if WITH_SUM else 16), ACC)
+    first = i_share * per_share
+    for start in range(first, tl.minimum(first + per_share, C), BLOCK_C):
+        o_c = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        m_c = o_c < C
+        # columns past the end read column 0; _drop takes them out
+        b_y = tl.load(p_y + tl.where(m_c, o_c, 0)[:, None] * stride_y + o_d[None, :])
+        b_cos = _dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_R, BLOCK_C), ACC), PRECISION, UPCAST)
+        if HAS_SCALE:
+            b_col_scale = tl.load(p_col_scale + o_c, mask=m_c, other=0.0)
+            b_cos = b_cos * tl.load(p_row_scale + o_r, mask=m_r, other=0.0)[:, None] * b_col_scale[None, :]
+        b_cos = _drop(
+            b_cos,
+            o_r,
+            o_c,
+            m_r,
+            m_c,
+            o_c + column_offset,
+            p_positive,
+            p_row_id,
+            p_col_id,
+            p_row_id2,
+            p_col_id2,
+            p_threshold,
+            p_keep,
+            HAS_POSITIVE,
+            IDS,
+            HAS_THRESHOLD,
+            HAS_KEEP,
+            EVEN_C,
+            False,
+        )
+        b_new = tl.maximum(b_best, tl.max(b_cos, 1))
+        # nothing kept so far: relative to 0, where -1e30 gives 0 and not exp(0)
+        b_base = tl.where(b_new > -1e29, b_new, 0.0) * b_k
+        b_rescale = tl.exp2(b_best * b_k - b_base)
+        b_e = tl.exp2(b_cos * b_k - b_base[:, None])
+        b_total = b_total * b_rescale + tl.sum(b_e, 1)
+        b_best = b_new
+        if WITH_SUM:
+            if HAS_SCALE:
+                b_e = b_e * b_col_scale[None, :]
+            b_out = _dot(_narrow(b_e * gain, b_x.dtype, UPCAST), b_y, b_out * b_rescale[:, None], PRECISION, UPCAST)
+    o_part = i_share * R + o_r
+    b_any = b_best > -1e29
+    tl.store(p_best + o_part, tl.where(b_any, b_best, float("-inf")), mask=m_r)
+    tl.store(p_shift + o_part, tl.where(b_any, b_best * tl.load(p_exponent).to(ACC), float("-inf")), mask=m_r)
+    tl.store(p_total + o_part, b_total, mask=m_r)
+    if WITH_SUM:
+        tl.store(p_out + o_part[:, None] * BLOCK_D + o_d[None, :], b_out / gain, mask=m_r[:, None])
+
+
+@triton.jit
+def _fused_bwd_kernel(
+    p_x,
+    p_y,
+    p_exponent,
+    p_shift,
+    p_factor,
+    p_row_scale,
+    p_col_scale,
+    p_positive,
+    p_row_id,
+    p_col_id,
+    p_row_id2,
+    p_col_id2,
+    p_threshold,
+    p_keep,
+    p_out,
+    R,
+    C,
+    stride_x,
+    stride_y,
+    per_share,
+    column_offset,
+    HAS_SCALE: tl.constexpr,
+    HAS_POSITIVE: tl.constexpr,
+    IDS: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # tiles stand on their side, (columns, rows): the product that follows takes them as they lie in registers
+    i_c, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_d = tl.arange(0, BLOCK_D)
+    b_y = tl.load(p_y + tl.where(m_c, o_c, 0)[:, None] * stride_y + o_d[None, :])
+    b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634
+    b_out = tl.zeros((BLOCK_C, BLOCK_D), ACC)
+    first = i_share * per_share
+    for start in range(first, tl.minimum(first + per_share, R), BLOCK_R):
+        o_r = start + tl.arange(0, BLOCK_R).to(tl.int64)
+        m_r = o_r < R
+        b_x = tl.load(p_x + tl.where(m_r, o_r, 0)[:, None] * stride_x + o_d[None, :])
+        b_cos = _dot(b_y, tl.trans(b_x), tl.zeros((BLOCK_C, BLOCK_R), ACC), PRECISION, UPCAST)
+        # a row that takes no part, or is past the end, has shift +inf and factor 0
+        b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf")).to(ACC) * 1.4426950408889634
+        b_factor = tl.load(p_factor + o_r, mask=m_r, other=0.0).to(ACC)
+        if HAS_SCALE:
+            b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=0.0)
+            b_cos = b_cos * tl.load(p_col_scale + o_c, mask=m_c, other=0.0)[:, None] * b_row_scale[None, :]
+            b_factor = b_factor * b_row_scale
+        b_cos = _drop(
+            b_cos,
+            o_r,
+            o_c,
+            m_r,
+            m_c,
+            o_c + column_offset,
+            p_positive,
+            p_row_id,
+            p_col_id,
+            p_row_id2,
+            p_col_id2,
+            p_threshold,
+            p_keep,
+            HAS_POSITIVE,
+            IDS,
+            HAS_THRESHOLD,
+            HAS_KEEP,
+            EVEN_C,
+            True,
+        )
+        b_e = tl.exp2(b_cos * b_k - b_shift[None, :]) * b_factor[None, :]
+        b_out = _dot(_narrow(b_e, b_x.dtype, UPCAST), b_x, b_out, PRECISION, UPCAST)
+    tl.store(p_out + (i_share * C + o_c)[:, None] * BLOCK_D + o_d[None, :], b_out, mask=m_c[:, None])
+
+
+@dataclass
+class FusedSums:
+    """(R,) each, accumulator type: shift (greatest logit), sum of exp(logit - shift), greatest cosine; -inf, 0, -inf without one.
+
+    weighted: (R, D), sum_j exp(logit_ij - shift_i) y_j with unit y where norms were given; None unless asked for.
+    """
+
+    shift: torch.Tensor
+    total: torch.Tensor
+    best: torch.Tensor
+    weighted: torch.Tensor | None
+
+
+def block_width(width: int) -> int:
+    """The power of two that holds the width, 32 at least so that a tile of rows is 16 bytes for every thread; rows are padded to it."""
+    return max(32, triton.next_power_of_2(width))
+
+
+def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset):
+    check_dtype("fused", x.dtype)
+    check_columns("fused", column_offset + len(y))
+    if x.shape[1] > MAXIMUM_WIDTH:
+        raise ValueError(f"fused: expected D of at most {MAXIMUM_WIDTH}, got {x.shape[1]}; take the panels")
+    if row_scale is not None and x.dtype == torch.float16:
+        raise ValueError("fused: float16 cannot hold exponentials times inverse norms; normalise first or take the panels")
+    block_d = block_width(x.shape[1])
+    (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
+    pointers = [x if v is None else v for v in (row_scale, col_scale, positive, row_id, col_id, row_id2, col_id2, threshold)]
+    pointers.append(x if keep is None else keep.view(torch.uint8))
+    flags = dict(
+        HAS_SCALE=row_scale is not None,
+        HAS_POSITIVE=positive is not None,
+        IDS=len(ids),
+        HAS_THRESHOLD=threshold is not None,
+        HAS_KEEP=keep is not None,
+        ACC=TRITON_DTYPE[accumulator(x.dtype)],
+        PRECISION=dot_precision(x.dtype),
+        UPCAST=INTERPRET,
+        BLOCK_D=block_d,
+    )
+    return whole_blocks(x, block_d), whole_blocks(y, block_d), block_d, pointers, flags
+
+
+def _cut(steps: int, programs: int, device, shares) -> tuple[int, int]:
+    """(shares, steps of each): a few programs for every multiprocessor, and no more partial results than that needs."""
+    shares = min(steps, shares or configs.fused_shares(device, programs))
+    per_share = cdiv(steps, shares)
+    return cdiv(steps, per_share), per_share
+
+
+@on_its_device
+def fused_forward(
+    x,
+    y,
+    *,
+    scale,
+    weighted=True,
+    row_scale=None,
+    col_scale=None,
+    positive=None,
+    ids=(),
+    threshold=None,
+    keep=None,
+    column_offset=0,
+    tile=None,
+    shares=None,
+) -> FusedSums:
+    """Row sums of x (R, D) against y (C, D), D at most 128, and with `weighted` the exponentials' product with y.
+
+    Masks as for `exp_panel`. shares: pieces that the columns are cut into, instead of what the device suggests.
+    Raises: ValueError for a dtype or width that the kernel does not take.
+    """
+    rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
+    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
+    tile = tile or configs.fused(
+        configs.architecture(device), block_d, "forward", configs.is_rich(columns, ids, threshold, keep, row_scale)
+    )
+    tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
+    shares, per_share = _cut(tiles_c, tiles_r, device, shares) if columns else (1, 0)
+    shift, total, best = (torch.empty(shares, rows, dtype=acc, device=device) for _ in range(3))
+    out = torch.empty(shares, rows, block_d, dtype=acc, device=device) if weighted else shift
+    if rows:
+        _fused_fwd_kernel[(tiles_r, shares)](
+            x,
+            y,
+            scalar(scale, acc, device),
+            *pointers,
+            shift,
+            total,
+            best,
+            out,
+            rows,
+            columns,
+            x.stride(0),
+            y.stride(0),
+            per_share * tile.block_c,
+            column_offset,
+            GAIN.get(x.dtype, 1.0),
+            WITH_SUM=weighted,
+            EVEN_C=columns % tile.block_c == 0,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+            **flags,
+            **tile.options,
+        )
+    flops = (4 if weighted else 2) * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d
+    work.note(
+        "fused_forward", tiles_r * shares, flops, work.size(x, y), work.size(shift, total, best) + (work.size(out) if weighted else 0)
+    )
+    if shares == 1:
+        return FusedSums(shift[0], total[0], best[0], out[0][:, :width] if weighted else None)
+    top = shift.amax(0)
+    part = (shift - torch.where(top == float("-inf"), 0.0, top)).exp()
+    merged = (out * part[:, :, None]).sum(0)[:, :width] if weighted else None
+    return FusedSums(top, (total * part).sum(0), best.amax(0), merged)
+
+
+@on_its_device
+def fused_backward(
+    x,
+    y,
+    *,
+    scale,
+    shift,
+    factor,
+    row_scale=None,
+    col_scale=None,
+    positive=None,
+    ids=(),
+    threshold=None,
+    keep=None,
+    column_offset=0,
+    tile=None,
+    shares=None,
+) -> torch.Tensor:
+    """(C, D) accumulator type: sum_i factor_i exp(logit_ij - shift_i) x_i, with unit x where norms are given.
+
+    shift: (R,), at least the row's greatest logit, +inf for a row without part. factor: (R,). The rest as for `fused_forward`.
+    """
+    rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
+    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
+    tile = tile or configs.fused(
+        configs.architecture(device), block_d, "backward", configs.is_rich(columns, ids, threshold, keep, row_scale)
+    )
+    tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
+    shares, per_share = _cut(tiles_r, tiles_c, device, shares) if rows else (1, 0)
+    out = torch.empty(shares, columns, block_d, dtype=acc, device=device)
+    rest = None
+    if x.dtype in GAIN:
+        # float16 has no exponents for factors such as 1e-9: the greatest becomes GAIN, and comes back afterwards
+        top = factor.abs().amax()
+        rest = torch.where(top > 0, top, 1.0) / GAIN[x.dtype]
+        factor = factor / rest
+    if columns:
+        _fused_bwd_kernel[(tiles_c, shares)](
+            x,
+            y,
+            scalar(scale, acc, device),
+            shift.to(acc),
+            factor.to(acc),
+            *pointers,
+            out,
+            rows,
+            columns,
+            x.stride(0),
+            y.stride(0),
+            per_share * tile.block_r,
+            column_offset,
+            EVEN_C=columns % tile.block_c == 0,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+            **flags,
+            **tile.options,
+        )
+    work.note(
+        "fused_backward",
+        tiles_c * shares,
+        4 * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d,
+        work.size(x, y, shift, factor),
+        work.size(out),
+    )
+    out = (out[0] if shares == 1 else out.sum(0))[:, :width]
+    return out if rest is None else out * rest

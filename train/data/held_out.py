@@ -1,0 +1,98 @@
+"""Held-out rows, encoded every so many steps: whether a run learns more than its batches.
+
+The last rows of every source never enter a batch. They are encoded chunk by chunk, without gradients and with dropout off, and each
+query is ranked among the targets of its source.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from contrastive_kernels import info_nce
+from contrastive_kernels.gradcache.chunking import row_chunks, token_budget_chunks
+from contrastive_kernels.gradcache.generator_state import GeneratorState
+
+from ..recipe.schema import Recipe
+from ..step import ContrastiveStep
+from .media_stream import Side
+from .rows import PairDataset, collate
+
+
+def evaluate(step: ContrastiveStep, dataset: PairDataset, recipe: Recipe, rank: int = 0, world_size: int = 1) -> dict[str, float]:
+    """Loss and accuracy (the share of queries whose own target comes first) of the held-out rows, by source and on average.
+
+    Collective over the ranks, which share the chunks. Draws from no generator and leaves gradients alone.
+
+    Returns:
+        `eval_loss` and `eval_accuracy`, means over the sources, and `eval_SOURCE_accuracy` of each; empty where no source is
+        large enough to hold rows back.
+    """
+    model, was_training = step.unwrapped, step.unwrapped.training
+    generators = GeneratorState.capture()
+    figures: dict[str, tuple[float, float]] = {}
+    model.eval()
+    try:
+        for source, rows in enumerate(dataset.held_out_rows()):
+            if len(rows):
+                name = recipe.data.sources[source].name
+                figures[name] = _score(step, collate([dataset[source, row] for row in rows]), recipe, rank, world_size)
+    finally:
+        model.train(was_training)
+        generators.restore()
+    if not figures:
+        return {}
+    losses, accuracies = zip(*figures.values())
+    mean = {"eval_loss": float(np.mean(losses)), "eval_accuracy": float(np.mean(accuracies))}
+    return mean | {f"eval_{name}_accuracy": accuracy for name, (_, accuracy) in figures.items()}
+
+
+def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: int, world_size: int) -> tuple[float, float]:
+    """(loss, accuracy) of one source's rows."""
+
+    def unreadable(row: int, message: str) -> None:
+        batch["kept"][row] = False
+
+    owners = range(len(batch["rows"]))
+    sides = [step.media.side(batch[name], owners, unreadable) for name in ("query", "target")]
+    try:
+        query, target = (_encoded(step, side, recipe, rank, world_size) for side in sides)
+    finally:
+        for side in sides:
+            side.close()
+    kept = torch.from_numpy(batch["kept"]).to(query.device)
+    if world_size > 1:  # a rank knows of the images that it decoded
+        whole = kept.to(torch.uint8)
+        dist.all_reduce(whole, op=dist.ReduceOp.MIN)
+        kept = whole.bool()
+    options: dict[str, Any] = {}
+    if recipe.loss.mask_duplicates:
+        options["target_ids"] = torch.from_numpy(batch["target_ids"]).to(query.device)
+    loss, stats = info_nce(
+        query, target, temperature=recipe.loss.temperature, normalize=True, query_mask=kept, target_mask=kept, return_stats=True, **options
+    )
+    return float(loss), float(stats.accuracy)
+
+
+@torch.no_grad()
+def _encoded(step: ContrastiveStep, side: Side, recipe: Recipe, rank: int, world_size: int) -> torch.Tensor:
+    """(rows, D) float32 embeddings of a side, the same on every rank."""
+    lengths = side.lengths
+    chunks = row_chunks(lengths, recipe.chunk_rows) if recipe.chunk_rows else token_budget_chunks(lengths, step.gradcache.chunk_tokens)
+    # Every rank runs as many: a sharded model's forward is collective. The last turn may do a chunk twice.
+    turns = [range(first, first + world_size) for first in range(0, len(chunks), world_size)]
+    whole = None
+    for turn in turns:
+        index = turn[rank]
+        rows = chunks[min(index, len(chunks) - 1)]
+        hidden = step.embed(side, rows).float()
+        if whole is None:
+            whole = hidden.new_zeros(len(lengths), hidden.shape[1])
+        if index < len(chunks):
+            whole[torch.tensor(rows, device=hidden.device)] = hidden
+    if world_size > 1:
+        dist.all_reduce(whole)
+    return whole

@@ -1,0 +1,146 @@
+"""Training rows: rows of a recipe's sources in, tokenised samples out, images measured but not decoded where the family allows it.
+
+Runs in data-loader workers, without weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm2vec.packing import Features
+
+from ..recipe.schema import Data
+from .sources import open_source
+
+logger = logging.getLogger(__name__)
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Rows of all sources of a recipe, indexed by (source, row).
+
+    Args:
+        data: the recipe's data section.
+        processing: the model's (`vlm2vec.backbones.processing`), picklable.
+        held_out: how many of each source's last rows to keep out of training, at most a tenth of it; see `held_out_rows`.
+
+    A row that cannot be read keeps its place in the batch with `error` set, and is left out of the loss by the
+    trainer; with `data.strict` it raises.
+    """
+
+    def __init__(self, data: Data, processing: Any, held_out: int = 0):
+        self.data = data
+        self.processing = processing
+        self.tables = [open_source(data, source) for source in data.sources]
+        self.frames = processing.options["frames"]
+        self._held_out = [min(held_out, len(table) // 10) for table in self.tables]
+        self._placeholder: Features | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each source that are trained on."""
+        return [len(table) - held for table, held in zip(self.tables, self._held_out, strict=True)]
+
+    def held_out_rows(self) -> list[range]:
+        """The rows of each source that are not."""
+        return [range(size, size + held) for size, held in zip(self.sizes, self._held_out, strict=True)]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        source, row = key
+        name = self.data.sources[source].name
+        sample: dict[str, Any] = {"source": source, "row": row, "error": None}
+        ids = (-1, -1, [])
+        try:
+            query, target, negatives = self.tables[source].row(row, self.frames)
+            negatives = negatives if self.data.hard_negatives else []
+            ids = (content_id(query), content_id(target), [content_id(negative) for negative in negatives])
+            sample["query"], sample["target"] = self.processing.measure(query), self.processing.measure(target)
+            sample["negatives"] = [self.processing.measure(negative) for negative in negatives]
+        except Exception as error:  # Pillow's plugins and rows of a wrong shape raise whatever comes: struct.error, EOFError, KeyError
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            message = " ".join(f"{name}, row {row}: {kind}{error}".split())
+            if self.data.strict:
+                raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
+            sample.update(query=self._blank(), target=self._blank(), negatives=[], error=message)
+        sample["query_id"], sample["target_id"] = ids[:2]
+        sample["negative_ids"] = ids[2] if sample["negatives"] else []
+        return sample
+
+    def _blank(self) -> Features:
+        if self._placeholder is None:
+            self._placeholder = self.processing("  ")  # what the reference feeds for a missing example
+        return self._placeholder
+
+
+def content_id(item: dict[str, Any]) -> int:
+    """The same non-negative 63-bit number for the same content, on every rank and in every run."""
+    visual = item.get("image") or item.get("video") or ""
+    parts = visual if isinstance(visual, list) else [visual]
+    digest = hashlib.blake2b(item["text"].encode(), digest_size=8)
+    for part in parts:
+        digest.update(b"\0")
+        digest.update(part if isinstance(part, bytes) else Path(part).as_posix().encode() if part else b"")
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A rank's share of a step. Arrays instead of tensors: they cross from a worker without a file descriptor each."""
+    negatives = [f for s in samples for f in s["negatives"]]
+    return {
+        "query": [_to_arrays(s["query"]) for s in samples],
+        "target": [_to_arrays(s["target"]) for s in samples],
+        "negatives": [_to_arrays(f) for f in negatives],
+        "hard_offsets": np.cumsum([0] + [len(s["negatives"]) for s in samples]),
+        "query_ids": np.array([s["query_id"] for s in samples], dtype=np.int64),
+        "target_ids": np.array([s["target_id"] for s in samples], dtype=np.int64),
+        "hard_ids": np.array([i for s in samples for i in s["negative_ids"]], dtype=np.int64),
+        "kept": np.array([s["error"] is None for s in samples]),
+        "errors": [s["error"] for s in samples if s["error"]],
+        "rows": [(s["source"], s["row"]) for s in samples],
+    }
+
+
+def longest_sample(batch: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """((source, row), tokens) of the longest sample of a collated batch."""
+    tokens, at = max((len(f["input_ids"]), at) for side in ("query", "target") for at, f in enumerate(batch[side]))
+    for negative, f in enumerate(batch["negatives"]):
+        if len(f["input_ids"]) > tokens:
+            tokens, at = len(f["input_ids"]), int(np.searchsorted(batch["hard_offsets"], negative, side="right")) - 1
+    return tuple(batch["rows"][at]), tokens
+
+
+_INDICES = ("input_ids", "visual_index")
+
+
+def _to_arrays(features: Features) -> dict[str, Any]:
+    arrays = {field.name: _map_tensors(getattr(features, field.name), torch.Tensor, torch.Tensor.numpy) for field in fields(features)}
+    for name in _INDICES:  # a batch of 32,768 images of 1,225 tokens is 640 MB of int64 in these two
+        if arrays[name] is not None:
+            arrays[name] = arrays[name].astype(np.int32)
+    return arrays
+
+
+def to_features(arrays: dict[str, Any]) -> Features:
+    """The sample that `collate` took apart; shares its memory but for the token indices."""
+    values = {name: _map_tensors(value, np.ndarray, torch.from_numpy) for name, value in arrays.items()}
+    return Features(**values | {name: values[name].long() for name in _INDICES if values[name] is not None})
+
+
+def _map_tensors(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return convert(value)
+    if isinstance(value, dict):
+        return {name: _map_tensors(entry, kind, convert) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(entry, kind, convert) for entry in value)
+    return value

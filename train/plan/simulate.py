@@ -1,0 +1,203 @@
+"""One step of a recipe under fake tensors: its peak of live bytes by part, its FLOPs and a predicted time."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..build import trained_parameters
+from ..parallel import sharding
+from ..recipe.schema import Recipe
+from . import fake_model as plan_model
+from . import repeated_layers as plan_alike
+from .fake_step import PlannedStep
+from .meter import Meter, Work
+
+
+@dataclass
+class Simulation:
+    """What a simulated step took. Bytes are of one rank's device.
+
+    Attributes:
+        peak: most live bytes at one time; `parts`: what they were.
+        resident: bytes that are there between steps.
+        largest: (bytes, tokens) of the chunk that needs most beyond what stood before it.
+        chunks: of the step, on this rank; `kept`: those whose graph is kept; `graphs`: bytes of each of these, in order.
+        gathered: bytes of weights that one pass over the model gathers from other ranks.
+    """
+
+    peak: int
+    parts: dict[str, int]
+    resident: int
+    largest: tuple[int, int]
+    chunks: int
+    kept: int
+    graphs: list[int]
+    work: Work
+    trained: int
+    weights: int
+    gathered: int = 0
+
+
+def simulate(
+    recipe: Recipe,
+    batch: dict[str, Any] | None,
+    *,
+    ranks: int = 1,
+    flop_rate: float = 1e14,
+    byte_rate: float = 1e12,
+    flash: bool = True,
+    make_batch=None,
+    most_chunks: int = 8,
+    every_layer: bool = False,
+) -> Simulation:
+    """Runs rank 0's step.
+
+    Args:
+        batch: what `train.data.rows.collate` made for it, or None and `make_batch(processing)`.
+        most_chunks: how many are run one by one; beyond it some stand for their neighbours.
+        every_layer: also run layers that are alike, of which a few tell what the others take.
+        flash: attention as on a GPU; False: as the CPU does it, to compare with a run there.
+    """
+    for outer in () if every_layer else (1, 2):
+        try:
+            return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, outer)
+        except plan_alike.NotAlike:
+            pass
+    return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, None)
+
+
+def _simulated(
+    recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, outer: int | None
+) -> Simulation:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = plan_model.fake_model(recipe, mode).train()
+    batch = make_batch(model.processing) if batch is None else batch
+    counts = trained_parameters(model)
+    is_sharded = recipe.distributed == "fsdp" and ranks > 1
+    with _ranks(ranks):
+        if is_sharded:
+            _shard(recipe, model, mode, ranks)
+        meter = Meter([*model.parameters(), *model.buffers()], *rates)
+        gathered = _gathered(model, recipe, ranks) if is_sharded else 0
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Shards as plain tensors: the optimizer's own dispatch over hundreds of sharded ones takes longer than the step.
+        own = [nn.Parameter(p._local_tensor) if is_sharded and hasattr(p, "_local_tensor") else p for p in trained]
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: meter.relabel(p.grad, "gradients"))
+        optimizer = plan_model.optimizer(recipe, own, on_gpu=flash)
+        alike = None if outer is None else plan_alike.LikeLayers(model, meter, is_sharded, outer)
+        with mode, meter, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # what is returned is not written to
+            buckets = _reducer(trained, meter) if ranks > 1 and not is_sharded else None  # noqa: F841  keeps them alive
+            _make_state(optimizer, own, meter)
+            resident = meter.current
+            meter.restart_peak()
+            meter.work.clear()
+            step = PlannedStep(recipe, model, mode, meter, ranks=ranks, flash=flash)
+            step.gradcache.is_sharded = is_sharded
+            step.gradcache.sync.parameters = lambda: trained  # stand-ins have none
+            if is_sharded:
+                step.gradcache.after_chunk = lambda: _label_gradients(model, alike, meter)
+            elif ranks > 1:
+                step.gradcache.sync.group = torch.distributed.group.WORLD
+            step.gradcache.most_chunks = most_chunks
+            with meter.booking(None):
+                step(batch)
+                meter.relabel([p.grad for p in trained], "gradients")
+                if recipe.max_grad_norm and not is_sharded:
+                    torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+                if is_sharded:
+                    _hand_over_gradients(trained, own, alike, mode)
+                with meter.counting_as("optimizer"):
+                    optimizer.step()
+    cache = step.gradcache
+    return Simulation(
+        peak=meter.peak,
+        parts={part: size for part, size in meter.at_peak.items() if size},
+        resident=resident,
+        largest=cache.largest,
+        chunks=cache.count,
+        kept=cache.kept,
+        graphs=cache.graphs,
+        work=cache.total(),
+        trained=counts[0],
+        weights=counts[1],
+        gathered=gathered,
+    )
+
+
+def _gathered(model, recipe: Recipe, ranks: int) -> int:
+    size = getattr(torch, recipe.autocast or recipe.dtype).itemsize
+    return sum(p.numel() for p in model.parameters() if hasattr(p, "_local_tensor")) * size * (ranks - 1) // ranks
+
+
+def _label_gradients(model, alike: plan_alike.LikeLayers | None, meter: Meter) -> None:
+    """Gradients between two chunks: of plain weights, and the whole ones that FSDP2 holds until the last backward."""
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+        for held in group.fsdp_params if group is not None else ():
+            whole = getattr(held, "_unsharded_param", None)
+            meter.relabel([held.unsharded_accumulated_grad, None if whole is None else whole.grad], "gradients")
+    if alike is not None:
+        alike.label_gradients()
+
+
+def _hand_over_gradients(trained: list, own: list, alike: plan_alike.LikeLayers | None, mode: FakeTensorMode) -> None:
+    """Shards of the gradients, to the plain tensors that the optimizer knows the shards of the weights as."""
+    counted = set() if alike is None else {id(p) for p in alike.sharded_weights()}
+    for parameter, plain in zip(trained, own, strict=True):
+        if parameter.grad is not None:
+            plain.grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
+        elif id(parameter) in counted:
+            with _disable_current_modes(), mode:  # no meter counts it: its bytes are there already
+                plain.grad = torch.empty_like(plain)
+
+
+def _make_state(optimizer: torch.optim.Optimizer, trained: list, meter: Meter) -> None:
+    """Brings the optimizer to where it is from the second step on."""
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with meter.counting_as("optimizer"):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _reducer(trained: list, meter: Meter) -> list[torch.Tensor]:
+    """What DistributedDataParallel makes when it wraps a model and holds from then on: buckets of all gradients.
+
+    A step reduces in buckets of its own (`gradient_sync.py`), which come on top and run here as they are.
+    """
+    with meter.counting_as("all-reduce buckets"):
+        return [torch.empty_like(p) for p in trained]
+
+
+@contextlib.contextmanager
+def _ranks(ranks: int) -> Iterator[None]:
+    """A process group that only says how many ranks there are, where there are several."""
+    if ranks == 1:
+        yield
+        return
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(recipe: Recipe, model, mode: FakeTensorMode, ranks: int) -> None:
+    """Shards the model as `train.run` does."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
+    with mode:
+        sharding.shard(model, getattr(torch, recipe.autocast) if recipe.autocast else None, mesh)

@@ -1,0 +1,194 @@
+"""What makes a recipe impossible on any machine: values out of range, options that contradict each other, what is not installed.
+
+`train.preflight` holds a recipe against the machine, the model and the data at hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .schema import Recipe
+
+FORMATS = ("mmeb", "page_question", "visrag", "video_to_caption", "caption_to_video", "video_question")
+# Those of the library's that need nothing but the steps and the warm-up.
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+# Module that an optimizer comes in, by a part of its name; the first that fits counts.
+_OPTIMIZER_MODULES = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "torch_4bit": "torchao",
+    "torch_8bit": "torchao",
+    **dict.fromkeys(("8bit", "paged", "bnb", "lion", "ademamix"), "bitsandbytes"),
+}
+# Modules of the places to report to, where they bear another name; one of them is enough.
+_REPORTER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
+_COUNTS = (
+    "steps",
+    "global_batch",
+    "interleave_batch_size",
+    "chunk_tokens",
+    "save_steps",
+    "logging_steps",
+    "keep_checkpoints",
+    "decode_threads",
+    "chunk_rows",
+)
+_NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps", "weight_decay", "max_grad_norm")
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ValueError for the first thing that cannot run: what was expected, what is there, and the mend."""
+    _check_numbers(recipe)
+    _check_data(recipe)
+    _check_loss(recipe)
+    _check_memory(recipe)
+    _check_optimizer(recipe)
+    _check_reports(recipe)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    if recipe.held_out is not None and min(recipe.held_out.rows, recipe.held_out.steps) < 1:
+        rows, steps = recipe.held_out.rows, recipe.held_out.steps
+        raise ValueError(
+            f"held_out.rows and held_out.steps must be at least 1, got {rows} and {steps}; leave the section out to train on all rows"
+        )
+    for key in _COUNTS:
+        value = getattr(recipe, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key} must be at least 1, got {value}")
+    for key in _NOT_NEGATIVE:
+        value = getattr(recipe, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{key} must be 0 or more, got {value}")
+    if not 0 <= recipe.seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {recipe.seed}")
+    if not 0 < recipe.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0, got {recipe.learning_rate}; 2e-5 is usual")
+    if recipe.global_batch % recipe.interleave_batch_size:
+        raise ValueError(
+            f"interleave_batch_size ({recipe.interleave_batch_size}) must divide global_batch ({recipe.global_batch}): "
+            "a step is made of whole blocks, each from one source"
+        )
+    if recipe.warmup_steps > recipe.steps:
+        raise ValueError(f"warmup_steps ({recipe.warmup_steps}) exceeds steps ({recipe.steps})")
+    if recipe.lr_schedule not in SCHEDULES:
+        raise ValueError(f"lr_schedule {recipe.lr_schedule!r} is unknown; {_nearest(recipe.lr_schedule, SCHEDULES)}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    sources = recipe.data.sources
+    if not sources:
+        raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
+    for source in sources:
+        if source.format not in FORMATS:
+            raise ValueError(f"source {source.name}: format {source.format!r} is none of {', '.join(FORMATS)}")
+        if not 0 < source.weight < math.inf:
+            raise ValueError(f"source {source.name}: weight must be above 0, got {source.weight}; leave the source out instead")
+        if source.rows is not None and source.rows < 1:
+            raise ValueError(f"source {source.name}: rows must be at least 1, got {source.rows}; leave the source out instead")
+        if source.from_step < 0:
+            raise ValueError(f"source {source.name}: from_step must be 0 or more, got {source.from_step}")
+    if recipe.data.rows is not None and recipe.data.rows < 1:
+        raise ValueError(f"data.rows must be at least 1, got {recipe.data.rows}")
+    if all(source.from_step for source in sources):
+        raise ValueError("every source has a from_step above 0, so the first step has no rows; give one of them from_step: 0")
+
+
+def _check_loss(recipe: Recipe) -> None:
+    loss = recipe.loss
+    if not 0 < loss.temperature < math.inf:
+        raise ValueError(f"loss.temperature must be above 0, got {loss.temperature}; it divides the similarities (0.02 is usual)")
+    if not 0 <= loss.hardness < math.inf:
+        raise ValueError(f"loss.hardness must be 0 or more, got {loss.hardness}; 0 turns it off")
+    if not 0 <= loss.label_smoothing < 1:
+        raise ValueError(f"loss.label_smoothing must be in [0, 1), got {loss.label_smoothing}; 0 turns it off")
+    if loss.matryoshka_dims is not None and (not loss.matryoshka_dims or min(loss.matryoshka_dims) < 1):
+        raise ValueError(f"loss.matryoshka_dims must list widths of at least 1, got {loss.matryoshka_dims}; leave it out")
+
+
+def _check_memory(recipe: Recipe) -> None:
+    """How weights, gradients and graphs are held: adapters, four bits, shards, dtypes, chunks."""
+    lora = recipe.lora
+    if recipe.quantization not in (None, "nf4"):
+        raise ValueError(f'quantization must be "nf4" or left out, got {recipe.quantization!r}')
+    if recipe.quantization and lora is None:
+        raise ValueError("quantised weights cannot be trained in full; add a `lora:` section or drop `quantization`")
+    if recipe.quantization and recipe.distributed == "fsdp":
+        raise ValueError('four-bit weights cannot be sharded here; drop `quantization`, or train with distributed: "ddp"')
+    if recipe.distributed not in ("ddp", "fsdp"):
+        raise ValueError(f'distributed must be "ddp" or "fsdp", got {recipe.distributed!r}')
+    if lora is not None and (lora.r < 1 or not 0 <= lora.dropout < 1):
+        raise ValueError(f"lora.r must be at least 1 and lora.dropout in [0, 1), got {lora.r} and {lora.dropout}")
+    if lora is not None and not (lora.alpha > 0 and math.isfinite(lora.alpha)):
+        raise ValueError(f"lora.alpha must be a number above 0, got {lora.alpha}; twice lora.r is usual")
+    if lora is not None and recipe.freeze_vision and lora.vision:
+        raise ValueError("freeze_vision and lora.vision contradict each other: an adapted tower is trained; drop one of them")
+    longest = recipe.model_options.get("max_length")
+    if longest is not None and recipe.chunk_rows is None and recipe.chunk_tokens < longest:
+        raise ValueError(
+            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample (model_options.max_length {longest}); "
+            "raise the one or lower the other"
+        )
+    if recipe.dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {recipe.dtype!r}")
+    if recipe.autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"autocast must be bfloat16, float16 or left out, got {recipe.autocast!r}")
+    if recipe.autocast == "float16" and recipe.distributed == "fsdp":
+        raise ValueError("autocast: float16 scales gradients, sharded ones are not scaled; choose autocast: bfloat16, or distributed: ddp")
+    if recipe.autocast == "float16" and recipe.dtype == "float16" and lora is None:
+        raise ValueError("gradients of float16 weights cannot be unscaled; with autocast: float16 choose dtype: float32")
+    if recipe.autocast == "float16" and recipe.cpu:
+        raise ValueError("autocast: float16 needs a GPU; with cpu: true choose autocast: bfloat16, or leave it out")
+    if recipe.retain not in ("all", "auto") and not (isinstance(recipe.retain, int) and recipe.retain >= 0):
+        raise ValueError(f'retain must be a number of chunks, "all" or "auto", got {recipe.retain!r}')
+    if recipe.retain == "auto" and recipe.retain_mib is None and recipe.cpu:
+        raise ValueError("retain: auto measures free GPU memory, and cpu is true; give retain_mib, or a number of chunks to retain")
+    if recipe.retain == "auto" and recipe.retain_mib is None and recipe.offload_activations:
+        raise ValueError(
+            "retain: auto and offload_activations contradict each other: auto keeps as many graphs as free GPU memory holds, but offloaded "
+            "ones wait in host memory, which it does not measure; give retain_mib (MiB of host memory for them), a number of chunks to "
+            "retain, or drop offload_activations"
+        )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    from transformers.training_args import OptimizerNames
+
+    known = [name.value for name in OptimizerNames]
+    name = recipe.optimizer
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "adamw_torch, adamw_8bit and paged_adamw_8bit are usual"
+        raise ValueError(f"optimizer {name!r} is unknown; {hint}")
+    if recipe.distributed == "fsdp" and any(kind in name for kind in ("8bit", "4bit", "paged")):
+        raise ValueError(f"{name} does not take sharded weights; choose adamw_torch, or distributed: ddp")
+    module = next((module for part, module in _OPTIMIZER_MODULES.items() if part in name), None)
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise ValueError(f"optimizer {name} needs {module}; pip install {module.replace('_', '-')}, or choose adamw_torch")
+
+
+def _check_reports(recipe: Recipe) -> None:
+    if not recipe.report_to:
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in recipe.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: {name!r} is unknown; {_nearest(name, list(INTEGRATION_TO_CALLBACK))}")
+        modules = _REPORTER_MODULES.get(name, (name,))
+        if not any(importlib.util.find_spec(module) for module in modules):
+            raise ValueError(f"report_to: {name} is not installed; pip install {modules[0].replace('_', '-')}, or pass --report_to none")
+
+
+def _nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

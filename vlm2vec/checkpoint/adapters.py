@@ -1,0 +1,266 @@
+"""LoRA and DoRA adapters: loaded with every tensor counted, saved under PEFT's names, merged exactly.
+
+A plain PEFT load of the public adapters matches nothing on current transformers, whose text stack moved under
+`model.language_model`, and only warns. Here names go through the family's `adapter_renames`, targets are taken from the tensors
+themselves, and a tensor without a place, or a place without a tensor, is an error.
+"""
+
+import os
+import re
+from dataclasses import fields
+
+import torch
+
+from vlm2vec.checkpoint.loading import file_of, renamed
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+# What the reference trains: attention and down projections under the names of all its backbones.
+REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_up_proj", "down_proj")
+_PARTS = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<tail>\.weight)?$")
+
+
+def base_of(source: str, adapter: dict, base: str | None) -> str:
+    """The base model of an adapter folder: `base`, else what its config names."""
+    named = base or adapter.get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{source}: adapter_config.json names no base model; pass base=NAME_OR_DIR")
+    named = os.fspath(named)
+    beside = os.path.join(source, named)
+    if not os.path.isabs(named) and os.path.isdir(source) and os.path.isdir(beside):
+        return beside
+    if (os.path.isabs(named) or named.startswith(".")) and not os.path.isdir(named):
+        raise ValueError(f"{source}: its base model {named} is not there; pass base=NAME_OR_DIR")
+    return named
+
+
+def read_tensors(source: str, **hub) -> dict[str, torch.Tensor]:
+    """An adapter's tensors from safetensors, or from a .bin file read without unpickling anything but tensors."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        path = file_of(source, name, **hub)
+        if path is None:
+            continue
+        try:
+            if name.endswith(".safetensors"):
+                from safetensors.torch import load_file
+
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); download it again or convert it to safetensors") from e
+    raise ValueError(f"{source} has adapter_config.json but neither adapter_model.safetensors nor adapter_model.bin")
+
+
+def own_names(backbone, tensors: dict) -> dict[str, torch.Tensor]:
+    """Adapter tensors under the module's names: PEFT's prefix off, the family's first matching rename applied."""
+    return renamed({key.removeprefix(PREFIX): value for key, value in tensors.items()}, backbone.adapter_renames)
+
+
+def lora_config(settings: dict, **overrides):
+    """A LoraConfig from adapter_config.json; keys of other PEFT versions are left out."""
+    from peft import LoraConfig
+
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(f"adapter of type {kind}: only LORA (DoRA included) can be loaded")
+    known = {f.name for f in fields(LoraConfig)}
+    kept = {k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping", "task_type")}
+    return LoraConfig(**{**kept, **overrides})
+
+
+def load(model, source: str, settings: dict, **hub) -> int:
+    """Put an adapter folder's tensors into the model. Returns how many were used: all of them.
+
+    Raises:
+        ValueError: lists tensors without a place (the adapter does not fit the base) and places without a tensor.
+    """
+    tensors = own_names(model.backbone, read_tensors(source, **hub))
+    parts, strange = {}, []
+    modules = dict(model.model.named_modules())
+    for name in tensors:
+        match = _PARTS.match(name)
+        if match is None or match["module"] not in modules:
+            strange.append(name)
+        else:
+            parts.setdefault(match["module"], {})[match["part"]] = name
+    if strange or not parts:
+        raise ValueError(
+            f"adapter {source} does not fit {model.base_source} ({type(model.model).__name__}): {len(strange)} of {len(tensors)} "
+            f"tensors have no place, among them {', '.join(sorted(strange)[:10]) or 'none'}; pass the base it was trained on with base="
+        )
+    patterns = {field: own_names(model.backbone, settings.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
+    dora = any("lora_magnitude_vector" in p for p in parts.values())
+    config = lora_config(
+        settings,
+        target_modules=sorted(parts),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        use_dora=dora,
+        init_lora_weights=True,
+        inference_mode=False,
+        **patterns,
+    )
+    inject(model, config)
+    own = dict(model.model.named_parameters())
+    expected = {n for n in own if ".lora_" in n}
+    used = set()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            match = _PARTS.match(name)
+            kind = match["part"]
+            place = f"{match['module']}.{kind}.{ADAPTER}" + ("" if kind.startswith("lora_embedding") else ".weight")
+            if place not in own or own[place].shape != value.shape:
+                had = tuple(own[place].shape) if place in own else "no such parameter"
+                raise ValueError(
+                    f"adapter {source}: {name} has shape {tuple(value.shape)}, the model {had}; is {model.base_source} its base?"
+                )
+            own[place].copy_(value)
+            used.add(place)
+    if left := sorted(expected - used):
+        raise ValueError(f"adapter {source} lacks {len(left)} tensors that the model expects: {', '.join(left[:10])}")
+    model.adapter_settings = {**config.to_dict(), "target_modules": settings.get("target_modules") or sorted(parts)}
+    return len(used)
+
+
+def inject(model, config) -> None:
+    """Wrap the target layers in place; everything but the adapter is frozen, the adapter is float32 at least."""
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    for parameter in model.model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        inject_adapter_in_model(config, model.model, adapter_name=ADAPTER)
+    except ValueError as e:
+        raise ValueError(f"the adapter's targets are not in {type(model.model).__name__}: {e}") from e
+    cast_adapter_dtype(model.model, ADAPTER)
+    model.adapter_settings = config.to_dict()
+
+
+def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: bool = False, targets=REFERENCE_TARGETS, vision=None) -> None:
+    """Give the model a fresh adapter to train.
+
+    Args:
+        targets: layer names (their last part), a regular expression over full names, or "all-linear". Names that the family
+            does not have are ignored, as long as one matches.
+        vision: False adapts nothing in the vision tower, True all its linear layers, None those that `targets` names.
+    """
+    from peft import LoraConfig
+
+    if has_adapter(model):
+        raise ValueError("the model has an adapter already; merge it first (model.merge_adapter())")
+    targets = targets if isinstance(targets, str) else list(targets)
+    if targets == "all-linear":
+        linear = {n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Linear4bit"}
+        targets = sorted({n.rpartition(".")[2] for n in linear if not n.startswith("visual") and "vision" not in n})
+    tower, excluded = tower_layers(model), None
+    if vision and not tower:
+        raise ValueError(f"vision=True: {model.base_source} has no vision tower of its own with linear layers; leave it out")
+    if vision:
+        targets = "|".join([f"(?:{targets})", *map(re.escape, tower)]) if isinstance(targets, str) else [*targets, *tower]
+    elif vision is False and tower:
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in tower)
+    # The reference's adapters start from a Gaussian A and a zero B.
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=dora,
+        target_modules=targets,
+        exclude_modules=excluded,
+        init_lora_weights="gaussian",
+    )
+    inject(model, config)
+
+
+def tower_layers(model) -> list[str]:
+    """Names of the linear layers of the vision tower."""
+    tower = model.backbone.vision_tower(model.model)
+    inside = set() if tower is None else {id(module) for module in tower.modules()}
+    return [name for name, m in model.model.named_modules() if id(m) in inside and isinstance(m, torch.nn.Linear)]
+
+
+def has_adapter(model) -> bool:
+    return getattr(model, "adapter_settings", None) is not None
+
+
+def adapter_tensors(model, state: dict | None = None) -> dict[str, torch.Tensor]:
+    """The adapter under the names that PEFT gives it on transformers' generation class."""
+    state = model.model.state_dict() if state is None else state
+    cut = f".{ADAPTER}"
+    return {PREFIX + "model." + n.replace(cut + ".weight", ".weight").replace(cut, ""): v for n, v in state.items() if ".lora_" in n}
+
+
+def save(model, folder: str, state: dict | None = None) -> None:
+    """Write adapter_model.safetensors and adapter_config.json."""
+    import json
+
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().to("cpu").contiguous() for k, v in adapter_tensors(model, state).items()}
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in model.adapter_settings.items()}
+    settings = {k: getattr(v, "value", v) for k, v in settings.items() if k != "runtime_config"}
+    settings.update(base_model_name_or_path=model.base_source, inference_mode=True)
+    with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as f:
+        json.dump(settings, f, indent=2, sort_keys=True, default=str)
+        f.write("\n")
+
+
+def merged_weight(layer) -> torch.Tensor:
+    """W + scaling * B A, its rows brought to the DoRA magnitudes where there are any; computed in float32 (float64 if it is)."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = layer.get_base_layer()
+    stored = dequantize_module_weight(base)
+    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    weight = stored.detach().to(wide)
+    if ADAPTER in getattr(layer, "lora_embedding_A", {}):
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+        return (weight + layer.scaling[ADAPTER] * (b.detach().to(wide) @ a.detach().to(wide)).T).to(stored.dtype)
+    a, b = (getattr(layer, f"lora_{k}")[ADAPTER].weight.detach().to(wide) for k in "AB")
+    weight = weight + layer.scaling[ADAPTER] * (b @ a)
+    if ADAPTER in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(wide)
+        weight = weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
+    return weight.to(stored.dtype)
+
+
+def lora_layers(model) -> dict:
+    from peft.tuners.lora import LoraLayer
+
+    return {n: m for n, m in model.model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def merged_state(model) -> dict[str, torch.Tensor]:
+    """The module's state dict with the adapter folded in and nothing in four bits; the model itself is left as it is."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    layers = lora_layers(model)
+    four_bit = {f"{n}.weight": m for n, m in model.model.named_modules() if type(m).__name__ == "Linear4bit"}
+    state = {}
+    for name, value in model.model.state_dict().items():
+        if ".lora_" in name or any(name.startswith(f"{weight}.") for weight in four_bit):
+            continue
+        owner, base, rest = name.partition(".base_layer.")
+        if base and owner in layers:
+            state[f"{owner}.{rest}"] = merged_weight(layers[owner]) if rest == "weight" else value
+        else:
+            state[name] = dequantize_module_weight(four_bit[name]).detach() if name in four_bit else value
+    return state
+
+
+def merge(model) -> None:
+    """Fold the adapter into the layers for good: they become ordinary ones, as fast as the base model's."""
+    for name, layer in lora_layers(model).items():
+        base = layer.get_base_layer()
+        if type(base).__name__ == "Linear4bit":
+            raise ValueError("an adapter cannot be merged into 4-bit layers; save_pretrained(folder, merge=True) writes a merged model")
+        weight = merged_weight(layer)
+        with torch.no_grad():
+            base.weight.copy_(weight)
+        parent, _, child = name.rpartition(".")
+        setattr(model.model.get_submodule(parent), child, base)
+    model.model.__dict__.pop("peft_config", None)
+    model.adapter_settings = None

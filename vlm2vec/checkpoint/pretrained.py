@@ -1,0 +1,96 @@
+"""`VLM2Vec.from_pretrained`: which family, which files, which options; and all of it without the weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vlm2vec.backbones import backbone_for
+from vlm2vec.checkpoint import loading
+
+
+@dataclass
+class Description:
+    """A model without its weights.
+
+    Attributes:
+        weights: folder or hub name of the weights: an adapter's base, else the source itself.
+        adapter: adapter_config.json of the source, None where it is no adapter.
+        settings: vlm2vec.json; for an adapter over its base's.
+        hub, weights_hub: hub options (a revision) of the source and of `weights`.
+    """
+
+    backbone: Any
+    config: Any
+    processing: Any
+    weights: str
+    adapter: dict | None
+    settings: dict
+    hub: dict
+    weights_hub: dict
+
+
+def describe(source: str, base=None, *, revision=None, options: dict | None = None) -> Description:
+    """Everything of a model but its weights: family, config and processing. See `VLM2Vec.from_pretrained`."""
+    loading.check_source(source)
+    hub = {"revision": revision} if revision else {}
+    settings = loading.read_json(source, loading.SETTINGS, **hub) or {}
+    family = settings.get("family")
+    adapter = loading.read_json(source, "adapter_config.json", **hub)
+    weights, weights_hub = source, hub
+    if adapter is not None:
+        from vlm2vec.checkpoint import adapters
+
+        weights = adapters.base_of(source, adapter, base)
+        loading.check_source(weights)
+        # PEFT notes the revision of the base that it names
+        weights_hub = {"revision": adapter["revision"]} if base is None and adapter.get("revision") else {}
+        inherited = loading.read_json(weights, loading.SETTINGS, **weights_hub) or {}
+        settings = {k: {**inherited.get(k, {}), **settings.get(k, {})} for k in ("options", "prompts")}
+    elif base is not None:
+        raise ValueError(f"base={base!r} was given, but {source} is not an adapter (it has no adapter_config.json); leave base out")
+    raw = loading.read_json(weights, "config.json", **weights_hub)
+    if raw is None:
+        raise ValueError(loading.unknown(weights))
+    backbone = backbone_for(raw.get("model_type"))
+    if family not in (None, backbone.name):
+        raise ValueError(
+            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base="
+        )
+    config = backbone.config(weights, raw, **weights_hub)
+    known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
+    options = {**known, **settings.get("options", {}), **(options or {})}
+    processing = None
+    for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
+        if loading.has_processor(folder, **of):
+            processing = backbone.processing_class.from_folder(folder, config, options, **of)
+            break
+    if processing is None:
+        raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
+    return Description(backbone, config, processing, weights, adapter, settings, hub, weights_hub)
+
+
+def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, liger, options: dict):
+    """See `VLM2Vec.from_pretrained`."""
+    found = describe(source, base, revision=revision, options=options)
+    device = loading.resolve_device(device)
+    dtype = loading.resolve_dtype(dtype, found.config)
+    quantization = None
+    if quantize is not None:
+        from vlm2vec.checkpoint.quantization import keep_layout, nf4_config
+
+        quantization = nf4_config(quantize, dtype, found.backbone)
+    module = loading.load_module(
+        found.backbone, found.weights, found.config, dtype=dtype, device=device, quantization=quantization, **found.weights_hub
+    )
+    if quantization is not None:
+        keep_layout(module)
+    model = cls(module, found.backbone, found.processing, attn=attn, source=source, prompts=found.settings.get("prompts"))
+    model.base_source, model.revision = found.weights, revision
+    if found.adapter is not None:
+        from vlm2vec.checkpoint import adapters
+
+        adapters.load(model, source, found.adapter, **found.hub)
+    if liger:
+        from vlm2vec.checkpoint.quantization import apply_liger
+
+        apply_liger(model)
+    return model.eval()

@@ -1,0 +1,112 @@
+"""Embeddings on disk: safetensors shards that carry their own keys.
+
+    STORE/{model digest}/identity.json                what the vectors depend on, for people
+    STORE/{model digest}/shard-{digest}.safetensors   "embeddings" (n, D) float32, "keys" (n, 16) uint8
+
+The keys in the shards are the index; it is rebuilt by reading them when the store is opened. Shards are written to a temporary
+name and renamed, so a shard exists whole or not at all; one that does not read back (cut short by a full disk, say) is
+set aside as *.broken, counted, and encoded again. A changed model, image limit or library version has another digest;
+a changed prompt, text or picture has another key.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest, write_json
+
+
+class EmbeddingStore:
+    """Read and append embeddings of one model.
+
+    Args:
+        folder: the store; several models may share it.
+        identity: from `keys.model_identity`.
+    """
+
+    def __init__(self, folder, identity):
+        self.folder = Path(folder) / identity_digest(identity)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "identity.json").exists():
+            write_json(self.folder / "identity.json", identity)
+        self.index = {}
+        self.broken = []
+        self._seen = set()
+        self.dim = None
+        self.refresh()
+
+    def refresh(self):
+        """Read the keys of shards that appeared since (other processes write into the same folder)."""
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            if path.name not in self._seen:
+                self._open(path)
+
+    def _open(self, path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as shard:
+                keys = shard.get_tensor("keys")
+                rows, dim = shard.get_slice("embeddings").get_shape()
+            if keys.shape != (rows, DIGEST) or keys.dtype != torch.uint8:
+                raise ValueError(f"{len(keys)} keys for {rows} vectors")
+        except (SafetensorError, ValueError, OSError) as error:
+            aside = path.with_suffix(".broken")
+            try:
+                os.replace(path, aside)
+            except FileNotFoundError:  # another process has set it aside
+                return
+            self.broken.append(f"{path}: {error}")
+            return
+        self._seen.add(path.name)
+        self.dim = dim
+        raw = keys.numpy().tobytes()
+        for row in range(rows):
+            self.index.setdefault(raw[row * DIGEST : (row + 1) * DIGEST], (path.name, row))
+
+    def __contains__(self, key):
+        return key in self.index
+
+    def __len__(self):
+        return len(self.index)
+
+    def add(self, keys, embeddings):
+        """Write one shard.
+
+        Args: keys, n 16-byte keys; embeddings, (n, D) float tensor.
+        Raises: ValueError when a vector is not finite (index named) or the width differs from what is stored.
+        """
+        from safetensors.torch import save_file
+
+        embeddings = embeddings.detach().to("cpu", torch.float32).contiguous()
+        if len(keys) != len(embeddings):
+            raise ValueError(f"expected one embedding per input, got {len(embeddings)} for {len(keys)}")
+        if self.dim is not None and embeddings.shape[1] != self.dim:
+            raise ValueError(f"the store {self.folder} holds vectors of width {self.dim}, got {embeddings.shape[1]}")
+        raw = b"".join(keys)
+        name = f"shard-{hashlib.blake2b(raw, digest_size=12).hexdigest()}.safetensors"
+        part = self.folder / f"{name}.{os.getpid()}.part"
+        table = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(len(keys), DIGEST)
+        save_file({"embeddings": embeddings, "keys": table}, part)
+        os.replace(part, self.folder / name)
+        self._open(self.folder / name)
+
+    def get(self, keys):
+        """(len(keys), D) float32 vectors, in the order of `keys`; KeyError for one that is not stored.
+
+        Reads each shard once, one at a time: memory is the result plus one shard.
+        """
+        from safetensors import safe_open
+
+        wanted = {}
+        for place, key in enumerate(keys):
+            name, row = self.index[key]
+            wanted.setdefault(name, []).append((place, row))
+        out = torch.empty(len(keys), self.dim or 0)
+        for name, pairs in wanted.items():
+            places, rows = zip(*pairs)
+            with safe_open(self.folder / name, framework="pt") as shard:
+                out[list(places)] = shard.get_tensor("embeddings")[list(rows)]
+        return out

@@ -1,0 +1,145 @@
+"""MMEB's image tasks: the V1 rows (whole strings) and the V2 annotations (instruction and text apart), one loader.
+
+V1 columns: qry_text, qry_img_path, tgt_text (list), tgt_img_path (list); the positive is entry 0. V2 adds qry_inst and
+tgt_inst, from which the V1 strings are rebuilt. An unused side is the empty string. Image paths are relative to the
+image root.
+"""
+
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from vlm2vec.evaluation.loaders.tables import read_table
+from vlm2vec.evaluation.tasks import load_tasks
+from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+
+MARKER = "<|image_1|>"
+V1_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+V2_COLUMNS = ("qry_inst", "tgt_inst")
+
+
+def item(text, image, root):
+    """Model input of one side; `"image": None` tells the model that a marker in the text is text (WebQA, EDIS).
+
+    Raises: ValueError for a path that is absolute or climbs out of the image root.
+    """
+    if image and (PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts):
+        raise ValueError(f"image path {image!r} leaves the image folder; expected a path relative to it")
+    return {"text": text, "image": str(Path(root) / image) if image else None}
+
+
+def _joined(*parts):
+    return " ".join(p for p in parts if p)
+
+
+def rebuild_query(form, instruction, text, has_image, extra=""):
+    """The V1 query string from V2's parts (published rules: mmeb_v1, hub_v2_annotations); `extra` is VisDial's newline."""
+    instruction, text = instruction or "", text or ""
+    if form == "image_t2i" or not has_image:
+        return f"{instruction} {text}\n{extra}"
+    instruction = instruction.replace(MARKER, "")
+    if form in ("image_qa", "image_i2i_vg"):
+        instruction = "\n" + instruction.strip()
+    return _joined(f"{MARKER} {instruction}", text).replace(" \n", "\n") + "\n"
+
+
+def rebuild_target(form, instruction, text, has_image):
+    """The V1 target string from V2's parts; text targets stay bare."""
+    instruction, text = instruction or "", text or ""
+    if not has_image:
+        return text
+    instruction = instruction.replace(MARKER, "")
+    if text.strip():
+        return f"{MARKER} {instruction} {text}".replace(" \n", "\n") + "\n"
+    plain = f"{MARKER} {instruction}".replace(" \n", "\n")
+    return plain + "\n" if form == "image_t2i" else plain
+
+
+def candidate_name(form, text, path):
+    """What V2 calls a candidate: the text, the image path, or "path:text" where both tell candidates apart."""
+    if not path:
+        return text
+    if form == "image_i2i_vg" or (form is None and text):
+        return f"{path}:{text.strip(chr(34))}"
+    return path
+
+
+def _as_list(value):
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check(task, row, i):
+    texts, paths = row["tgt_text"], row["tgt_img_path"]
+    for column in ("qry_text", "qry_img_path"):
+        if row[column] is not None and not isinstance(row[column], str):
+            raise ValueError(f"task {task.name}, row {i}: {column} is text, got {type(row[column]).__name__}")
+    if not isinstance(texts, list) or not isinstance(paths, list):
+        raise ValueError(f"task {task.name}, row {i}: tgt_text and tgt_img_path are lists, one entry per candidate")
+    if len(texts) != len(paths):
+        raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
+
+
+def own_prompts(task):
+    """The task with the prompts that its rows still lack: those of a task of one's own. Published rows hold theirs already."""
+    published = load_tasks().get(task.name)
+    if published is None:
+        return task
+    same = {key: None for key in ("query_prompt", "target_prompt") if getattr(task, key) == getattr(published, key)}
+    return replace(task, **same)
+
+
+def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
+    """Read one MMEB image task.
+
+    Args:
+        task: the Task; `form` tells how V2 strings are put together, the prompts of an own task wrap
+            the rows' texts.
+        root: folder of annotation folders. images: folder the image paths are relative to.
+        protocol: "v1" keys candidates by (text, path); "v2" by name (text, path, or "path:text"), the first one wins.
+
+    Returns: TaskData with local candidates (all of them when the task says global).
+    Raises: ValueError that names file, column or row.
+    """
+    table = read_table(root, task, columns=V1_COLUMNS, hub=hub)
+    parts = all(column in table.column_names for column in V2_COLUMNS)
+    data, pool, own = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
+    for i, row in enumerate(table):
+        _check(task, row, i)
+        qry_text, qry_image = row["qry_text"] or "", row["qry_img_path"] or ""
+        tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
+        if parts:
+            query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
+        elif own.query_prompt:
+            query = own.query_prompt.replace("{text}", qry_text)
+        else:
+            query = qry_text
+        if not query.strip() and not qry_image:
+            data.problems.add("unreadable_query", i, f"row {i} has neither text nor image")
+        data.queries.append(item(query, qry_image, images))
+        mine = []
+        for j, (text, path) in enumerate(zip(row["tgt_text"], row["tgt_img_path"])):
+            text, path = text or "", path or ""
+            if not text and not path and not tgt_inst[j % len(tgt_inst)]:
+                data.problems.add("absent_positive" if j == 0 else "unreadable_candidate", i, f"row {i}, candidate {j} is empty")
+                mine.append(-1)
+                continue
+            name = candidate_name(task.form, text, path)
+            key = (text, path) if protocol == "v1" else name
+            if parts:
+                full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
+            else:
+                full = own.target_prompt.replace("{text}", text) if own.target_prompt else text
+            mine.append(pool.add(key, lambda f=full, p=path: item(f, p, images), name))
+        real = [c for c in mine if c >= 0]
+        if not real:
+            data.problems.add("empty_candidates", i, f"row {i}")
+        positive = mine[0] if mine else -1
+        distinct = list(dict.fromkeys(real))
+        if len(distinct) < len(real):
+            data.problems.add("duplicate_candidates", i, f"row {i}: {len(real) - len(distinct)} repeated")
+        data.local.append(distinct)
+        data.labels.append([positive])
+        data.label_names.append([pool.names[positive] if positive >= 0 else ""])
+    data.candidates, data.names = pool.items, pool.names
+    if task.candidates == "global":
+        data.local = None
+    return data

@@ -1,0 +1,128 @@
+"""Exports: predictions as parquet for `datasets`, candidate vectors as a FAISS index, scores as a leaderboard file."""
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+
+from vlm2vec.evaluation.encode.keys import write_json
+from vlm2vec.evaluation.report.outputs import write_lines
+from vlm2vec.evaluation.tasks import MODALITIES, load_tasks
+
+
+def write_predictions(path, data, scores, indices, ranks, depth):
+    """One parquet file of one task, the same columns for every task: load_dataset("parquet", data_files="OUT/predictions/*").
+
+    Columns: task, row, query_text, query_image, labels [text], predictions [text], prediction_texts [text],
+    prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, texts = pa.string(), pa.list_(pa.string())
+    columns = {
+        "task": text,
+        "row": pa.int64(),
+        "query_text": text,
+        "query_image": text,
+        "labels": texts,
+        "predictions": texts,
+        "prediction_texts": texts,
+        "prediction_images": texts,
+        "scores": pa.list_(pa.float32()),
+        "rank": pa.int64(),
+        "hit": pa.bool_(),
+    }
+    rows = []
+    for i, query in enumerate(data.queries):
+        best = [c for c in indices[i, :depth].tolist() if c >= 0]
+        items = [data.candidates[c] for c in best]
+        rows.append(
+            {
+                "task": data.task.name,
+                "row": i,
+                "query_text": query.get("text") or "",
+                "query_image": _path(query),
+                "labels": data.label_names[i],
+                "predictions": [data.names[c] for c in best],
+                "prediction_texts": [x.get("text") or "" for x in items],
+                "prediction_images": [_path(x) for x in items],
+                "scores": scores[i, : len(best)].tolist(),
+                "rank": ranks[i],
+                "hit": ranks[i] == 1,
+            }
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), part, compression="zstd")
+    os.replace(part, path)
+
+
+def _path(item):
+    image = item.get("image")
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    video = item.get("video")
+    return str(video[0]) if isinstance(video, list) and video else str(video) if isinstance(video, str) else ""
+
+
+def write_faiss(folder, name, vectors, names):
+    """FOLDER/{name}.index (exact inner product) and FOLDER/{name}.names.jsonl, line i naming vector i.
+
+    Raises: ValueError when faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("--faiss needs the faiss package; pip install faiss-cpu") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors.cpu().float().contiguous().numpy())
+    part = folder / f"{name}.index.{os.getpid()}.part"
+    faiss.write_index(index, str(part))
+    os.replace(part, folder / f"{name}.index")
+    write_lines(folder / f"{name}.names.jsonl", (json.dumps(n, ensure_ascii=False) for n in names))
+
+
+def leaderboard(rows, model_name, **metadata):
+    """The public leaderboard's one JSON per model.
+
+    Args: rows, per-task summaries; metadata: model_backbone, model_size, url, ... as far as known.
+    Returns: {"metadata": .., "metrics": {"image": {dataset: score object}, "video": .., "visdoc": ..}}; a published task
+        that was not run is the string FILE_N/A, a modality without any DIR_N/A. Own tasks are left out.
+    """
+    known = {
+        "model_name": model_name,
+        "model_backbone": None,
+        "model_size": None,
+        "embedding_dimension": None,
+        "max_length_tokens": None,
+        "model_release_date": None,
+        "data_source": "Self-Reported",
+        "url": None,
+        "report_generated_date": date.today().isoformat(),
+    }
+    done = {row["task"]: row for row in rows}
+    metrics = {}
+    for modality in MODALITIES:
+        part = {}
+        for task in load_tasks().values():
+            if task.modality != modality:
+                continue
+            row = done.get(task.name)
+            part[task.report_name] = (
+                {**row["metrics"], "num_pred": row["num_queries"], "num_data": row["num_queries"]} if row else "FILE_N/A"
+            )
+        metrics[modality] = (
+            part if any(name in done for name in (t.name for t in load_tasks().values() if t.modality == modality)) else "DIR_N/A"
+        )
+    return {"metadata": {**known, **metadata}, "metrics": metrics}
+
+
+def write_leaderboard(output, rows, model_name, **metadata):
+    """OUTPUT/{model_name}.json, the file that the leaderboard takes."""
+    path = Path(output) / f"{model_name.replace('/', '_')}.json"
+    write_json(path, leaderboard(rows, model_name, **metadata))
+    return path

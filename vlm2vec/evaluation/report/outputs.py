@@ -1,0 +1,104 @@
+"""Files of one task: what the reference writes where that is not a pickle, and ours beside it.
+
+OUTPUT/
+  {dataset}_score.json            V1 (image tasks): {"acc", "num_correct", "num_pred"}
+  {dataset}_pred.txt              V1: the chosen candidate of each query, one (text, path) pair a line
+  {dataset}_top.jsonl             ours: query, label and the best candidates with scores, for reports
+  {image|video|visdoc}/{dataset}_score.json, _pred.jsonl, _info.jsonl      V2 (image tasks: _info under --protocol v2)
+
+The reference's `_qry` and `_tgt` files are pickles: neither written nor read. The vectors are in the embedding store.
+The reference skips a data set whose `_score.json` is there, so its tools run on this folder without the pickles.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from vlm2vec.evaluation.encode.keys import write_json
+
+
+def write_lines(path, lines):
+    """Write text lines to a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+    os.replace(part, path)
+
+
+def _side(item):
+    video = item.get("video")
+    frames = {"video": [str(f) for f in video] if isinstance(video, (list, tuple)) else str(video)} if video else {}
+    image = item.get("image")
+    return {"text": item.get("text") or "", "image": str(image) if isinstance(image, (str, os.PathLike)) else "", **frames}
+
+
+def top_rows(data, scores, indices, ranks, depth):
+    """One dict per query: {"row", "query", "labels", "rank", "top": [{"text", "image", "name", "score", "correct"}]}.
+
+    `rank` is the 1-based rank of the best label among those looked at, None when it is not there.
+    """
+    for i, query in enumerate(data.queries):
+        right = set(data.labels[i]) - {-1}
+        top = []
+        for score, c in zip(scores[i, :depth].tolist(), indices[i, :depth].tolist()):
+            if c >= 0:
+                name = data.names[c]
+                top.append({**_side(data.candidates[c]), "name": name, "score": round(score, 6), "correct": c in right})
+        labels = [
+            {**(_side(data.candidates[c]) if c >= 0 else {"text": "", "image": ""}), "name": name}
+            for c, name in zip(data.labels[i], data.label_names[i])
+        ]
+        yield {"row": i, "query": _side(query), "labels": labels, "rank": ranks[i], "top": top}
+
+
+def write_v1(folder, data, indices, correct):
+    """`{dataset}_score.json` and `{dataset}_pred.txt` as V1 writes them. Returns the score object."""
+    name = data.task.name
+    lines = []
+    for best in indices[:, 0].tolist():
+        item = data.candidates[best] if best >= 0 else {}
+        lines.append(repr((item.get("text") or "", _relative(item.get("image"), data))))
+    write_lines(Path(folder) / f"{name}_pred.txt", lines)
+    count = int(sum(correct))
+    score = {"acc": count / len(correct) if len(correct) else 0.0, "num_correct": count, "num_pred": len(correct)}
+    write_json(Path(folder) / f"{name}_score.json", score)
+    return score
+
+
+def _relative(path, data):
+    return os.path.relpath(path, data.media) if path and data.media else path or ""
+
+
+def write_v2(folder, data, indices, metrics, info=True):
+    """`_score.json`, `_pred.jsonl`, `_info.jsonl` in OUTPUT/{modality} as V2 writes them; predictions cut at our depth.
+
+    `info=False` leaves `_info.jsonl` out: with a thousand local candidates a query it is the largest file by far.
+    """
+    folder, name = Path(folder) / data.task.modality, data.task.name
+
+    def predictions():
+        for i, row in enumerate(indices.tolist()):
+            grades = data.grades[i] if data.grades is not None else None
+            yield json.dumps(
+                {"prediction": [data.names[c] for c in row if c >= 0], "label": data.label_names[i], "rel_scores": grades},
+                ensure_ascii=False,
+            )
+
+    def infos():
+        for i in range(len(data.queries)):
+            names = data.label_names[i]
+            cand = [data.names[c] for c in data.local[i]] if data.local is not None else names
+            info = {"cand_names": cand, "label_name": names[0] if len(names) == 1 else names}
+            if data.grades is not None:
+                info["rel_scores"] = data.grades[i]
+            yield json.dumps(info, ensure_ascii=False)
+
+    write_lines(folder / f"{name}_pred.jsonl", predictions())
+    if info:
+        write_lines(folder / f"{name}_info.jsonl", infos())
+    score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries)}
+    write_json(folder / f"{name}_score.json", score)
+    return score

@@ -1,0 +1,111 @@
+"""summary.json, summary.md and the table on the terminal: our scores next to the published rows."""
+
+from pathlib import Path
+
+from vlm2vec.evaluation.encode.keys import write_json
+from vlm2vec.evaluation.report.outputs import write_lines
+from vlm2vec.evaluation.score.aggregate import aggregate
+from vlm2vec.evaluation.tasks import GROUPS, published
+
+V1_COLUMNS = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
+V2_COLUMNS = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
+
+
+def percent(value):
+    """One decimal, as the papers print; a dash where there is nothing."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def own_row(means):
+    """{column: fraction} in the columns of both published tables."""
+    row = {name: part["score"] for name, part in means["meta_task"].items() if name in V1_COLUMNS}
+    row |= {name: part["score"] for name, part in means["split"].items()}
+    row |= {name: part["score"] for name, part in means["group"].items()}
+    row |= {name: part["score"] for name, part in means["modality"].items()}
+    if set(means["modality"]) == {"image"}:
+        row["overall"] = means["overall"]["score"]
+    row["all"] = means["overall"]["score"]
+    return row
+
+
+def markdown(rows, means, model, broken_shards=()):
+    """Lines of summary.md."""
+    books = published()
+    columns = list(books["columns"])
+    known = any(r["task"] in books["models"] for r in rows)
+    head = ["task", "group", "metric", model, *(books["columns"][c] for c in columns if known)]
+    lines = [f"# {model}", "", "Scores in percent; the means are unweighted over data sets.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        theirs = books["models"].get(r["task"], {})
+        cells = [r["task"], r["group"], r["metric"], f"**{percent(r['score'])}**"]
+        cells += [str(theirs.get(c, "-")) for c in columns if known]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## Means", "", "| mean over | data sets | score |", "|---|---|---|"]
+    for field, title in (("meta_task", ""), ("group", "group "), ("split", "split "), ("modality", "modality ")):
+        for name, part in means[field].items():
+            lines.append(f"| {title}{name} | {part['tasks']} | {percent(part['score'])} |")
+    lines.append(f"| all | {means['overall']['tasks']} | {percent(means['overall']['score'])} |")
+    own = own_row(means)
+    for key, wanted, title in (("v1", V1_COLUMNS, "MMEB (arXiv:2410.05160)"), ("v2", V2_COLUMNS, "MMEB-V2 (arXiv:2507.04590)")):
+        if not known or (key == "v1" and not any(r["modality"] == "image" for r in rows)):
+            continue
+        whole = "" if means["complete"][key] else " (ours: only the data sets above)"
+        lines += ["", f"## Next to {title}{whole}", ""]
+        lines += ["| model | " + " | ".join(wanted) + " |", "|" + "---|" * (len(wanted) + 1)]
+        lines.append(f"| **{model}** | " + " | ".join(percent(own.get(c)) for c in wanted) + " |")
+        for name, row in books["tables"][key].items():
+            lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
+    bad = [r for r in rows if r["problems"]]
+    lines += ["", "## Data problems", ""]
+    if not bad and not broken_shards:
+        lines.append("None.")
+    lines += [f"* a shard of the embedding store did not read back, 0 rows affected (encoded again): {line}" for line in broken_shards]
+    for r in bad:
+        kinds = [f"{k.replace('_', ' ')} {v['rows']} rows" for k, v in r["problems"].items() if isinstance(v, dict)]
+        lines.append(f"* {r['task']}: {r['problems']['affected_rows']} of {r['num_queries']} rows affected ({'; '.join(kinds)})")
+        for kind, value in r["problems"].items():
+            if isinstance(value, dict) and value["examples"]:
+                lines.append(f"  * {kind.replace('_', ' ')}: {'; '.join(value['examples'])}")
+    return lines
+
+
+def write_summary(output, rows, model, extra=None, broken_shards=()):
+    """Write OUTPUT/summary.json and OUTPUT/summary.md. Returns the summary dict.
+
+    summary.json: {"model", "tasks": [per-task rows], "means": aggregate(...), "affected_rows": int, "broken_shards": [...],
+    ...extra}.
+    """
+    means = aggregate(rows)
+    affected = sum(r["problems"].get("affected_rows", 0) for r in rows)
+    summary = {
+        "model": model,
+        **(extra or {}),
+        "tasks": rows,
+        "means": means,
+        "affected_rows": affected,
+        "broken_shards": list(broken_shards),
+    }
+    write_json(Path(output) / "summary.json", summary)
+    write_lines(Path(output) / "summary.md", markdown(rows, means, model, broken_shards))
+    return summary
+
+
+def terminal(rows, means):
+    """Lines for the terminal: one per task, then the means."""
+    width = max([len(r["task"]) for r in rows] + [20])
+    lines = [f"{'task':<{width}}  {'meta-task':<24} {'metric':<14} {'score':>6}  {'queries':>7} {'cand.':>6}"]
+    for r in rows:
+        mark = f"  {r['problems']['affected_rows']} rows affected" if r["problems"].get("affected_rows") else ""
+        lines.append(
+            f"{r['task']:<{width}}  {r['meta_task']:<24} {r['metric']:<14} {percent(r['score']):>6}  {r['num_queries']:>7} "
+            f"{r['candidates_per_query']:>6.0f}{mark}"
+        )
+    for field in ("meta_task", "split", "modality"):
+        if len(means[field]) > 1 or field == "meta_task":
+            for name, part in means[field].items():
+                lines.append(f"{'mean ' + name:<{width}}  {'':<24} {'':<14} {percent(part['score']):>6}  {part['tasks']:>7} tasks")
+    lines.append(
+        f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks"
+    )
+    return lines

@@ -1,0 +1,227 @@
+"""The task table: MMEB's 36 image tasks, MMEB-V2's 42 more, and tasks of your own, all as data.
+
+A task of your own is a folder in one of the known layouts, or a few lines of YAML (`--tasks FILE.yaml`):
+
+    tasks:
+      - name: Products
+        loader: mmeb            # a folder ROOT/Products/test-00000.parquet with MMEB's columns
+        group: image_ret
+        meta_task: retrieval
+        metric: hit@5
+        query_prompt: "<|image_1|>\\nFind a photo of the same product: {text}\\n"     # optional: left out, rows hold theirs
+        target_prompt: "<|image_1|>\\nRepresent the given image.\\n"                    # likewise
+
+`options` names the columns that the video loaders read (see tasks.yaml for each); a folder with queries, corpus and qrels is a
+document task without any YAML.
+
+In a data folder, `tasks.json` or `tasks.yaml` may name the meta-task of each dataset: {"Products": "retrieval"} or
+{"Products": {"meta_task": "retrieval", "split": "ood", "metric": "hit@5"}}.
+"""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+MODALITIES = ("image", "video", "visdoc")
+META_OF_GROUP = {
+    "image_cls": "classification",
+    "image_qa": "vqa",
+    "image_ret": "retrieval",
+    "image_vg": "grounding",
+    "video_cls": "video classification",
+    "video_qa": "video question answering",
+    "video_ret": "video retrieval",
+    "video_mret": "moment retrieval",
+    "vidore_v1": "document retrieval",
+    "vidore_v2": "document retrieval",
+    "visrag": "document retrieval",
+    "visdoc_ood": "document retrieval",
+}
+GROUPS = tuple(META_OF_GROUP)
+GROUP_OF_META = {"classification": "image_cls", "vqa": "image_qa", "retrieval": "image_ret", "grounding": "image_vg"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of tasks.yaml; the comments at the top of that file say what the keys mean."""
+
+    name: str
+    modality: str = "image"
+    group: str = "custom"
+    meta_task: str = "custom"
+    split: str | None = None
+    loader: str = "mmeb"
+    form: str | None = None
+    metric: str = "hit@1"
+    candidates: str = "local"
+    queries: int | None = None
+    per_query: int | str | None = None
+    query_prompt: str | dict | None = None
+    target_prompt: str | None = None
+    hub: dict = field(default_factory=dict)
+    frames: str | None = None
+    path: str | None = None
+    report_as: str | None = None
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        from vlm2vec.evaluation.score.metrics import METRICS
+
+        if self.modality not in MODALITIES:
+            raise ValueError(f"task {self.name!r}: modality is one of {', '.join(MODALITIES)}, got {self.modality!r}")
+        if self.candidates not in ("local", "global"):
+            raise ValueError(f"task {self.name!r}: candidates is local or global, got {self.candidates!r}")
+        metric, _, k = self.metric.partition("@")
+        if metric not in METRICS or not k.isdigit() or int(k) < 1:
+            raise ValueError(f"task {self.name!r}: metric is one of {', '.join(METRICS)} with @k, got {self.metric!r}")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"a task's name also names its files: no slash, no leading dot, got {self.name!r}")
+
+    @property
+    def report_name(self):
+        """Key of the task in a leaderboard file."""
+        return self.report_as or self.name
+
+
+def make_task(values, source):
+    """A Task from a mapping; ValueError names the source and the keys that no task has."""
+    if not isinstance(values, dict) or "name" not in values:
+        raise ValueError(f"{source}: a task is a mapping with at least a name, got {values!r}")
+    known = {f.name for f in fields(Task)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{source}: task {values['name']!r} has unknown keys {unknown}; known are {sorted(known)}")
+    values = dict(values, name=str(values["name"]))
+    if "meta_task" not in values and values.get("group") in META_OF_GROUP:
+        values["meta_task"] = META_OF_GROUP[values["group"]]
+    if "group" not in values and values.get("meta_task") in GROUP_OF_META and values.get("modality", "image") == "image":
+        values["group"] = GROUP_OF_META[values["meta_task"]]
+    return Task(**values)
+
+
+def _read_yaml(path):
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no task file {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+
+
+def read_task_file(path):
+    """{name: Task} of a YAML file with a `tasks:` list."""
+    content = _read_yaml(path)
+    rows = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list under the key tasks")
+    tasks = {}
+    for row in rows:
+        task = make_task(row, str(path))
+        if task.name in tasks:
+            raise ValueError(f"{path}: two tasks are named {task.name!r}")
+        tasks[task.name] = task
+    return tasks
+
+
+@lru_cache(maxsize=1)
+def load_tasks():
+    """The 78 published tasks as {name: Task}, in the order of the papers. Do not change the dict."""
+    return read_task_file(HERE / "tasks.yaml")
+
+
+@lru_cache(maxsize=1)
+def label_sets():
+    """{name: [labels]} of the video classification tasks."""
+    return _read_yaml(HERE / "labels.yaml")
+
+
+@lru_cache(maxsize=1)
+def published():
+    """Published scores in percent: {"tables": .., "columns": .., "models": {task: {column: score}}}."""
+    return _read_yaml(HERE / "published.yaml")
+
+
+def read_hints(root):
+    """{dataset: {task keys}} from ROOT/tasks.json or ROOT/tasks.yaml; {} when there is neither."""
+    for name in ("tasks.json", "tasks.yaml", "tasks.yml"):
+        path = Path(root) / name
+        if not path.is_file():
+            continue
+        if name.endswith("json"):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from None
+        else:
+            content = _read_yaml(path)
+        if isinstance(content, dict) and isinstance(content.get("tasks"), (dict, list)):
+            content = content["tasks"]
+        if isinstance(content, list):
+            content = {str(row.get("name")): {k: v for k, v in row.items() if k != "name"} for row in content}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected a mapping of dataset names")
+        return {k: {"meta_task": v} if isinstance(v, str) else dict(v or {}) for k, v in content.items()}
+    return {}
+
+
+def _usable(hint):
+    """The keys of a hint that describe a task; a benchmark's file may hold much else (counts, chance levels, notes)."""
+    kept = {k: hint[k] for k in ("meta_task", "group", "metric", "modality", "loader", "query_prompt") if hint.get(k)}
+    if hint.get("split") in ("ind", "ood"):
+        kept["split"] = hint["split"]
+    if hint.get("candidates") in ("local", "global"):
+        kept["candidates"] = hint["candidates"]
+    return kept
+
+
+def custom_task(name, hint=None, documents=False):
+    """A task for a folder that the table does not know; `documents` for one with queries, corpus and qrels, prompted as ViDoRe is."""
+    like = {}
+    if documents:
+        model = load_tasks()["ViDoRe_arxivqa"]
+        like = {key: getattr(model, key) for key in ("modality", "loader", "metric", "candidates", "query_prompt", "target_prompt")}
+    return make_task({"name": name, **like, **_usable(hint or {})}, f"dataset {name!r}")
+
+
+def find_tasks(root, names=None, extra=None):
+    """The tasks a data folder holds.
+
+    Args:
+        root: folder with one sub-folder per dataset (tests: test-*.parquet; documents: queries/corpus/qrels).
+        names: task, group, meta-task or modality names to keep, or None for all that are there.
+        extra: {name: Task} of one's own, which win over the published table.
+
+    Returns: list of Tasks in the table's order, own tasks last. Raises ValueError for a name that matches nothing.
+    """
+    from vlm2vec.evaluation.loaders.tables import holds_tables
+
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"no data folder {root}; expected a folder with one sub-folder per dataset")
+    table, hints = {**load_tasks(), **(extra or {})}, read_hints(root)
+    found = []
+    for task in table.values():
+        if holds_tables(root, task):
+            hint = _usable(hints.get(task.name, {}))
+            found.append(replace(task, **hint) if hint else task)
+    taken = {task.path or task.name for task in found} | {task.name for task in found}
+    order = {name: i for i, name in enumerate(hints)}
+    folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
+    for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
+        task = custom_task(folder.name, hints.get(folder.name), documents=(folder / "corpus").is_dir() and (folder / "qrels").is_dir())
+        if holds_tables(root, task):
+            found.append(task)
+    if names:
+        wanted, found_all = list(names), found
+        found = [t for t in found if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
+        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in found_all)]
+        if missing:
+            there = ", ".join(t.name for t in found_all) or "nothing"
+            raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {there}")
+    if not found:
+        raise ValueError(f"{root} holds no dataset; expected e.g. {root}/ImageNet-1K/test-00000.parquet")
+    return found

@@ -1,0 +1,47 @@
+"""One loaded task: what is encoded, what is ranked against what, and what is right."""
+
+from dataclasses import dataclass, field
+
+from vlm2vec.evaluation.tasks import Task
+from vlm2vec.evaluation.tasks.problems import Problems
+
+
+@dataclass
+class TaskData:
+    """A task read from disk; nothing is decoded yet.
+
+    `queries` and `candidates` are inputs of `model.encode` ({"text":, "image":, "video":}; images are paths). `names`
+    identifies candidates in files. `local[i]` lists candidate indices of query i in the data's order, or `local` is
+    None when every query sees all candidates. `labels[i]` are candidate indices, -1 for a label that is not among
+    them; `label_names[i]` the same as text; `grades[i]` None or one number per label. `media`
+    is the folder that image paths are made relative to in the files.
+    """
+
+    task: Task
+    queries: list = field(default_factory=list)
+    candidates: list = field(default_factory=list)
+    names: list = field(default_factory=list)
+    labels: list = field(default_factory=list)
+    label_names: list = field(default_factory=list)
+    grades: list | None = None
+    local: list | None = None
+    media: str = ""
+    problems: Problems = field(default_factory=Problems)
+
+
+class Pool:
+    """Distinct candidates by key, in order of first appearance."""
+
+    def __init__(self):
+        self.index = {}
+        self.items = []
+        self.names = []
+
+    def add(self, key, item, name=None):
+        """Index of the candidate; the first one with a key stands for all."""
+        where = self.index.get(key)
+        if where is None:
+            where = self.index[key] = len(self.items)
+            self.items.append(item() if callable(item) else item)
+            self.names.append(str(key) if name is None else name)
+        return where
