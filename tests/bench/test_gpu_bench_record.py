@@ -72,7 +72,8 @@ def test_the_cost_model_takes_what_was_measured(checkout):
     root, folder, _ = checkout
     record.main(folder, root)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import contrastive_kernels.roofline.measured as m; exec(open(sys.argv[2]).read(), m.__dict__);"
+        "import sys, importlib.util as u; sys.path.insert(0, sys.argv[1]); name = 'contrastive_kernels.roofline.measured';"
+        "spec = u.spec_from_file_location(name, sys.argv[2]); spec.loader.exec_module(m := u.module_from_spec(spec)); sys.modules[name] = m;"
         "from contrastive_kernels import dispatch, roofline as r;"
         "t = lambda g: dispatch.plan(16384, 16384, 1536, 'bfloat16', workspace=8 << 30, gpu=g).chosen.seconds;"
         "print(r.H100.achieved, r.H100.bandwidth, r.H100.launch, r.H100.triton_share);"
