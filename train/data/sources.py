@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from vlm2vec.data.mmeb import TRAIN_COLUMNS, read_train, to_item
-from vlm2vec.media.videos import IMAGE_SUFFIXES
+from vlm2vec.media.sampling import frame_files, sample
 
 from ..recipe.schema import MIXTURES, Data, Source
 
@@ -186,13 +185,12 @@ def _turns(values: dict) -> tuple[str, str]:
 
 
 def _frames(values: dict, images: str, count: int) -> list[str]:
-    """Paths of `count` frames of a row's video, spread by whole numbers as the reference picks them."""
+    """Paths of `count` frames of a row's video."""
     folder = os.path.join(images, values["video"])
-    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)) if os.path.isdir(folder) else []
-    if not names:
+    stored = frame_files(folder)
+    if not stored:
         raise ValueError(f"no frames in {folder}; unpack the frames of the video below `images`")
-    picked = range(len(names)) if len(names) <= count else np.linspace(0, len(names) - 1, count).astype(int)
-    return [os.path.join(folder, names[i]) for i in picked]
+    return sample(stored, count)
 
 
 def _encoded(image: Any) -> Any:

@@ -15,8 +15,9 @@ from torch import nn
 
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.backbones.pixels import look_up, plain_size
 from vlm2vec.inputs import MARKER, Item, as_item
-from vlm2vec.media.images import Undecoded, look_up, plain_size
+from vlm2vec.media.images import Undecoded
 
 LONGEST_SIDE = 1344
 

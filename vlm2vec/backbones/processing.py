@@ -9,7 +9,9 @@ import torch
 
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
+from vlm2vec.media.films import read_frames
 from vlm2vec.media.images import Undecoded, image_name, measure_image, open_image
+from vlm2vec.media.sampling import FRAMES
 from vlm2vec.packing import Features, concat_vision
 
 OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
@@ -72,7 +74,7 @@ class Processing:
     video_marker: str | None = None
     from_headers = False
     defaults: dict = {}
-    shared_defaults = {"max_length": None, "layout": "image", "frames": 8, "max_image_pixels": None, "append_eos": False}
+    shared_defaults = {"max_length": None, "layout": "image", "frames": FRAMES, "max_image_pixels": None, "append_eos": False}
 
     def __init__(self, tokenizer, image_processor, config, options: dict | None = None):
         self.tokenizer = tokenizer
@@ -258,8 +260,6 @@ class Processing:
         return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
 
     def frames(self, video, open_one=None) -> list:
-        from vlm2vec.media.videos import read_frames
-
         return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
 
     def assemble(self, ids: list[int], visuals: list[Visual]) -> Features:

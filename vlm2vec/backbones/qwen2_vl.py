@@ -11,7 +11,8 @@ import torch
 
 from vlm2vec.attention import Segments
 from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patches_as_linear
-from vlm2vec.media.images import Undecoded, look_up, patchify, pixel_table, plain_size, smart_resize
+from vlm2vec.backbones.pixels import look_up, patchify, pixel_table, plain_size, smart_resize
+from vlm2vec.media.images import Undecoded
 
 
 class Qwen2VLProcessing(Processing):

@@ -3,8 +3,7 @@
 import json
 import os
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+from vlm2vec.media.endings import PICTURES
 
 
 def add_model_arguments(parser) -> None:
@@ -48,11 +47,9 @@ def images_below(folder: str) -> list[str]:
     """Image files in a folder and below it, in order of their paths."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder of images")
-    found = sorted(
-        os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(IMAGE_SUFFIXES)
-    )
+    found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES))
     if not found:
-        raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"{folder}: no images in it ({', '.join(PICTURES)})")
     return found
 
 

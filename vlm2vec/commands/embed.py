@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.media.endings import FILMS
 
 
 def add_arguments(parser) -> None:
@@ -36,7 +37,7 @@ def collect(args) -> tuple[list[str], list]:
             raise ValueError(f"{path}: no such file or folder; a text goes behind --text")
         else:
             keys.append(path)
-            inputs.append({"video": path} if path.lower().endswith(common.VIDEO_SUFFIXES) else Path(path))
+            inputs.append({"video": path} if path.lower().endswith(FILMS) else Path(path))
     keys += args.text
     inputs += args.text
     if not inputs:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlm2vec.checkpoint.prompts import layout
 from vlm2vec.commands import common
+from vlm2vec.media.endings import PICTURES
 
 QUICKSTART_MODEL = "quickstart/model"
 # MMEB's words for the three sides, which models without prompts of their own were trained on (MSCOCO_t2i, NIGHTS, MSCOCO_t2i).
@@ -69,7 +70,7 @@ def run(args) -> int:
     paths = common.images_below(args.images) if args.images else None
     stored = common.read_embeddings(args.embeddings) if args.embeddings else None
     model = common.load_model(name, args)
-    is_file = query.lower().endswith(common.IMAGE_SUFFIXES) and os.path.isfile(query)
+    is_file = query.lower().endswith(PICTURES) and os.path.isfile(query)
     asked, prompt = _asked(model, [Path(query) if is_file else query], args.prompt, "query", FIND_BY_IMAGE if is_file else FIND_BY_TEXT)
     vector = model.encode(asked, prompt=prompt, convert_to_tensor=True)
     if stored is not None:

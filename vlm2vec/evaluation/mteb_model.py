@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm2vec.media.sampling import FRAMES
+
 IMAGE_DOCUMENT = "Represent the given image."
-FRAMES = 8
 
 
 class MTEBEncoder:

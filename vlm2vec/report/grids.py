@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-LARGEST = 224  # pixels of the longer side of an inlined picture
+from vlm2vec.media.images import measure_image
+from vlm2vec.media.inline import inline_image
 
 
 @dataclass(frozen=True)
@@ -33,28 +32,6 @@ class Query:
     answers: list[Answer]
     right: Side | None = None
     rank: int | None = None
-
-
-def inline_image(file) -> str:
-    """A data URI: small PNG, JPEG, GIF and WebP files as they are, others resized to 224 pixels. "" when it cannot be read."""
-    from PIL import Image
-
-    from vlm2vec.media.images import open_image
-
-    file = Path(file)
-    kinds = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
-    try:
-        picture = open_image(file)
-        if max(picture.size) <= LARGEST and file.suffix.lower() in kinds:
-            kind, content = kinds[file.suffix.lower()], file.read_bytes()
-        else:
-            picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-            kind, buffer = "jpeg", io.BytesIO()
-            picture.save(buffer, "JPEG", quality=85)
-            content = buffer.getvalue()
-    except (ValueError, OSError):
-        return ""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def grid(queries: list[Query]) -> str:
@@ -99,7 +76,5 @@ def _picture(side, flat=False):
 
 
 def _is_wide(file):
-    from PIL import Image
-
-    with Image.open(file) as picture:
-        return picture.width > 1.3 * picture.height
+    width, height = measure_image(file).size
+    return width > 1.3 * height

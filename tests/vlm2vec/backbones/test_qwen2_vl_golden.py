@@ -5,7 +5,7 @@ import torch
 
 from contrastive_kernels import GradCache, info_nce
 from tests.helpers.golden_files import read
-from vlm2vec.media.images import smart_resize
+from vlm2vec.backbones.pixels import smart_resize
 from vlm2vec.model import VLM2Vec
 
 

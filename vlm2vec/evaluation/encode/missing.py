@@ -11,16 +11,18 @@ from dataclasses import replace
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import ContentHashes, write_json
+from vlm2vec.evaluation.encode.keys import ContentHashes
+from vlm2vec.files import write_json
+from vlm2vec.media.sampling import FRAMES
 
 SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 texts or 55 pictures in a shard; two are in memory
 
 
 def visuals_of(item):
-    """(images, video frames) of an input; a video file that is not split yet counts as 8 frames."""
+    """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it."""
     images, videos = item.get("image") or [], item.get("video") or []
     images = images if isinstance(images, (list, tuple)) else [images]
-    frames = len(videos) if isinstance(videos, (list, tuple)) else 8
+    frames = len(videos) if isinstance(videos, (list, tuple)) else FRAMES
     return len(images), frames
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path, PurePosixPath
 
 from vlm2vec.evaluation.loaders.tables import read_table
+from vlm2vec.evaluation.loaders.video_root import VideoRoot
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
-from vlm2vec.media.frames import VideoRoot, natural
+from vlm2vec.media.sampling import natural_order
 
 
 def load_moments(task, root, media, *, hub=False, protocol="v2", cache="media"):
@@ -20,7 +21,7 @@ def load_moments(task, root, media, *, hub=False, protocol="v2", cache="media"):
         video = PurePosixPath(row[o["video"]]).stem
         data.queries.append(videos.item(task.query_prompt.replace("{text}", row[o["text"]]), f"{video}/query"))
         folder = next((r / video for r in videos.roots if (r / video).is_dir()), None)
-        clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural) if folder else []
+        clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural_order) if folder else []
         mine, right, names = [], [], []
         for clip in clips:
             where = pool.add(str(clip), lambda c=clip: videos.item(task.target_prompt, f"{video}/{c.name}"))

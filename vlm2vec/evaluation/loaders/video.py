@@ -3,9 +3,9 @@
 from pathlib import PurePosixPath
 
 from vlm2vec.evaluation.loaders.tables import configs_of, read_table
+from vlm2vec.evaluation.loaders.video_root import VideoRoot
 from vlm2vec.evaluation.tasks import label_sets
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
-from vlm2vec.media.frames import VideoRoot
 
 
 def _prompt(template, text):

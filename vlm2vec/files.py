@@ -1,0 +1,148 @@
+"""Files and folders that appear whole or not at all: written under another name, brought to disk, renamed.
+
+A reader sees the old content or the new one, never half of it, also after a kill or a power cut. What an error or a kill left
+behind ends in `.part` and is nobody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PART = ".part"
+
+
+def sync_to_disk(path: str | os.PathLike) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some file systems refuse to sync a folder; the rename itself stays atomic there.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree_to_disk(folder: str | os.PathLike) -> None:
+    """`sync_to_disk` for every file in a folder and below it."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync_to_disk(os.path.join(root, name))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, *, durable: bool = True, make_parents: bool = True) -> Iterator[Path]:
+    """Gives a path to write to, which takes the name `path` when the block ends; an error in the block leaves `path` as it was.
+
+    Args:
+        durable: on disk before it takes the name. False is for what is made again at no cost, such as unpacked frames.
+        make_parents: make the folder of `path` where it is not there.
+    """
+    path = Path(path)
+    if make_parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part_of(path)
+    try:
+        yield part
+        if durable:
+            sync_to_disk(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | os.PathLike, *, durable: bool = True, keep_existing: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the name `folder` when the block ends; an error leaves `folder` as it was.
+
+    Args:
+        durable: as for `replacing`.
+        keep_existing: a `folder` that is there by then stays (several processes make the same one); default, it is replaced.
+    """
+    folder = Path(folder)
+    part = _part_of(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if durable:
+            sync_tree_to_disk(part)
+        _rename_folder(part, folder, keep_existing)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if durable:
+        sync_to_disk(folder.parent)
+
+
+def merge_into(source: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Move each file of `source`, and below it, into `folder`, on disk before it takes its name there; other files there stay."""
+    sync_tree_to_disk(source)
+    for root, _, names in os.walk(source):
+        target = os.path.join(folder, os.path.relpath(root, source))
+        os.makedirs(target, exist_ok=True)
+        for name in names:
+            os.replace(os.path.join(root, name), os.path.join(target, name))
+        sync_to_disk(target)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
+    """A file of these bytes; see `replacing`."""
+    with replacing(path, durable=durable) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike, text: str, *, make_parents: bool = True) -> None:
+    """A UTF-8 file of this text; see `replacing`."""
+    with replacing(path, make_parents=make_parents) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
+    """A UTF-8 file of these lines, which are written as they come; see `replacing`."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+
+
+def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
+    """A UTF-8 file of `content` as indented JSON with a newline at its end; `options` go to `json.dumps`. See `replacing`."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n")
+
+
+def write_table(path: str | os.PathLike, table: Any) -> None:
+    """A zstd-compressed parquet file of a `pyarrow.Table`; see `replacing`."""
+    import pyarrow.parquet as pq
+
+    with replacing(path) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def _part_of(path: Path) -> Path:
+    """The name to write under, in the same folder; processes and threads have their own."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{PART}")
+
+
+def _rename_folder(part: Path, folder: Path, keep_existing: bool) -> None:
+    old = folder.with_name(f"{folder.name}.old.{os.getpid()}{PART}")
+    try:
+        if keep_existing or not folder.exists():
+            os.replace(part, folder)
+            return
+    except OSError:  # another process was first
+        if not folder.is_dir():
+            raise
+        if keep_existing:
+            return
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
