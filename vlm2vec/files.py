@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,37 +62,62 @@ def replacing(path: str | os.PathLike, *, durable: bool = True, make_parents: bo
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: str | os.PathLike, *, durable: bool = True, keep_existing: bool = False) -> Iterator[Path]:
+def replacing_folder(folder: str | os.PathLike, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the name `folder` when the block ends; an error leaves `folder` as it was.
 
     Args:
         durable: as for `replacing`.
-        keep_existing: a `folder` that is there by then stays (several processes make the same one); default, it is replaced.
+        shared: several processes may make the same folder: each writes its own, and the first one to be whole stays. Otherwise
+            what an interrupted process left is removed, and a `folder` that is there is replaced.
+
+    Raises:
+        ValueError: no folder can be made there.
     """
     folder = Path(folder)
-    part = _part_of(folder)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part = _part_of(folder) if shared else folder.with_name(folder.name + PART)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that can be written") from error
     try:
         yield part
         if durable:
             sync_tree_to_disk(part)
-        _rename_folder(part, folder, keep_existing)
+        if shared:
+            try:
+                os.replace(part, folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        else:
+            _replace_folder(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if durable:
         sync_to_disk(folder.parent)
 
 
-def merge_into(source: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Move each file of `source`, and below it, into `folder`, on disk before it takes its name there; other files there stay."""
-    sync_tree_to_disk(source)
-    for root, _, names in os.walk(source):
-        target = os.path.join(folder, os.path.relpath(root, source))
-        os.makedirs(target, exist_ok=True)
-        for name in names:
-            os.replace(os.path.join(root, name), os.path.join(target, name))
-        sync_to_disk(target)
+@contextlib.contextmanager
+def filling_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Gives an empty folder whose files go into `folder` when the block ends, each whole; other files there stay.
+
+    A kill before the end of the block leaves `folder` as it was; one while the files are moved, some old and some new.
+    """
+    folder = Path(os.path.abspath(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    work = tempfile.mkdtemp(prefix=".saving-", dir=folder.parent)
+    try:
+        yield Path(work)
+        sync_tree_to_disk(work)
+        for root, _, names in os.walk(work):
+            target = folder / os.path.relpath(root, work)
+            target.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                os.replace(os.path.join(root, name), target / name)
+            sync_to_disk(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
@@ -131,18 +157,11 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{PART}")
 
 
-def _rename_folder(part: Path, folder: Path, keep_existing: bool) -> None:
-    old = folder.with_name(f"{folder.name}.old.{os.getpid()}{PART}")
-    try:
-        if keep_existing or not folder.exists():
-            os.replace(part, folder)
-            return
-    except OSError:  # another process was first
-        if not folder.is_dir():
-            raise
-        if keep_existing:
-            return
+def _replace_folder(part: Path, folder: Path) -> None:
+    """A folder that is there goes only after the new one is in its place."""
+    old = folder.with_name(f"{folder.name}.old{PART}")
     shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)

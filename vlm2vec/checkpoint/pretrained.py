@@ -53,7 +53,8 @@ def describe(source: str, base=None, *, revision=None, options: dict | None = No
     backbone = backbone_for(raw.get("model_type"))
     if family not in (None, backbone.name):
         raise ValueError(
-            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base="
+            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; "
+            "pass its own base with base="
         )
     config = backbone.config(weights, raw, **weights_hub)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import shutil
-import tempfile
 
 from vlm2vec.checkpoint import adapters
 from vlm2vec.checkpoint import sentence_transformers_files as st_files
 from vlm2vec.checkpoint.loading import SETTINGS, renamed
+from vlm2vec.files import filling_folder, write_json
 
 _STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -22,36 +21,25 @@ def settings_of(model) -> dict:
 
 
 def save(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
-    """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are made beside and moved one by one."""
-    folder = os.path.abspath(folder)
-    os.makedirs(folder, exist_ok=True)
-    work = tempfile.mkdtemp(prefix=".saving-", dir=os.path.dirname(folder))
-    try:
-        write_weights(model, work, merge=merge, state=state)
-        model.processing.save(work)
-        with open(os.path.join(work, SETTINGS), "w", encoding="utf-8") as f:
-            json.dump(settings_of(model), f, indent=2, ensure_ascii=False)
-            f.write("\n")
-        st_files.write(model, work, full=merge or not adapters.has_adapter(model))
-        kept = set(os.listdir(work))
-        for root, _, names in os.walk(work):
-            target = os.path.join(folder, os.path.relpath(root, work))
-            os.makedirs(target, exist_ok=True)
-            for name in names:
-                os.replace(os.path.join(root, name), os.path.join(target, name))
-        if merge or not adapters.has_adapter(model):
-            remove_stale(folder, kept)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are written elsewhere and moved one by one."""
+    full = merge or not adapters.has_adapter(model)
+    with filling_folder(folder) as part:
+        write_weights(model, os.fspath(part), merge=merge, state=state)
+        model.processing.save(os.fspath(part))
+        write_json(part / SETTINGS, settings_of(model))
+        st_files.write(model, os.fspath(part), full=full)
+        written = set(os.listdir(part))
+    if full:
+        remove_stale(folder, written)
 
 
-def remove_stale(folder: str, kept: set[str]) -> None:
+def remove_stale(folder: str, written: set[str]) -> None:
     """Take away what an earlier save left and a reload would prefer to the full model just written: an adapter, other shards.
 
     An adapter saved into a full model's folder removes nothing: the full model may be its base.
     """
     for name in os.listdir(folder):
-        if name not in kept and _STALE.fullmatch(name):
+        if name not in written and _STALE.fullmatch(name):
             os.remove(os.path.join(folder, name))
 
 
@@ -83,6 +71,4 @@ def write_config(model, folder: str) -> None:
     written["architectures"] = [model.backbone.architecture or type(model.model).__name__]
     written["dtype"] = str(model.dtype).removeprefix("torch.")
     written.pop("quantization_config", None)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(written, f, indent=2)
-        f.write("\n")
+    write_json(path, written)

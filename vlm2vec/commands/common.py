@@ -3,6 +3,7 @@
 import json
 import os
 
+from vlm2vec.files import replacing
 from vlm2vec.media.endings import PICTURES
 
 
@@ -101,12 +102,9 @@ def write_embeddings(path: str, embeddings, keys: list[str], about: dict) -> Non
     """A safetensors file: tensor "embeddings" (N, D) float32, metadata "keys" (a JSON list) and what else is told."""
     from safetensors.torch import save_file
 
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    part = path + ".part"
     metadata = {"keys": json.dumps(keys), **{k: str(v) for k, v in about.items()}}
-    save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
 
 
 def read_embeddings(path: str):

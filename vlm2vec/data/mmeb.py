@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePosixPath
 
+from vlm2vec.files import write_table
+
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 MARKER = "<|image_1|>"
@@ -199,10 +201,5 @@ def _dataset(table):
 
 
 def _write(table, file: Path) -> Path:
-    import pyarrow.parquet as pq
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".part")
-    pq.write_table(table, beside, compression="zstd")
-    os.replace(beside, file)
+    write_table(file, table)
     return file

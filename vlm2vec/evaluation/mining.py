@@ -5,16 +5,16 @@ window, margins against the row's own positive. Margins keep false negatives out
 arXiv:2407.15831: relative margin 0.95).
 """
 
-import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity, write_json
+from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import fill_store
 from vlm2vec.evaluation.encode.store import EmbeddingStore
+from vlm2vec.files import write_json, write_table
 
 MOST_EXCLUDED = 1024
 
@@ -184,7 +184,6 @@ def _column(root, name, split, column):
 def _write(table, negatives, count, path):
     """Rows with neg_text and neg_image_path: strings for one negative a row (MMEB's layout), lists for several."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     texts, paths = list(table["pos_text"]), list(table["pos_image_path"])
     columns = {c: list(table[c]) for c in ("qry", "qry_image_path", "pos_text", "pos_image_path")}
@@ -197,7 +196,4 @@ def _write(table, negatives, count, path):
         columns["neg_image_path"] = [[paths[i] for i in n] for n in negatives]
         kind = pa.list_(pa.string())
     schema = pa.schema([(c, kind if c.startswith("neg") else pa.string()) for c in columns])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.table(columns, schema=schema), part, compression="zstd")
-    os.replace(part, path)
+    write_table(path, pa.table(columns, schema=schema))

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity, write_json
+from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
-from vlm2vec.evaluation.report.outputs import top_rows, write_lines, write_v1, write_v2
+from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
 from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
+from vlm2vec.files import write_json, write_lines
 
 TOP = 100
 MISSING_SHARE = 0.5

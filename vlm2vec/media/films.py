@@ -61,7 +61,7 @@ def unpack(path: str | os.PathLike, folder: str | os.PathLike, limit: int = STOR
         step = max(1, total // limit)
         return range(0, limit * step, step)
 
-    with replacing_folder(folder, durable=False, keep_existing=True) as part:
+    with replacing_folder(folder, durable=False, shared=True) as part:
         for number, frame in enumerate(decode(path, every_nth)):
             frame.save(part / f"{number:04d}.jpeg", quality=95)
     return frame_files(folder)

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 
 from vlm2vec.data import mmeb
-from vlm2vec.quickstart.build import VERSION, finish_folder, read_summary, start_folder
+from vlm2vec.files import replacing_folder
+from vlm2vec.quickstart.build import VERSION, read_summary
 
 SPECIAL = (
     "<|endoftext|>",
@@ -48,13 +49,12 @@ def build_model(out, seed: int = 0, say=print) -> Path:
         if say:
             say(f"{folder}: already made with seed {seed}")
         return folder
-    part = start_folder(folder)
-    tokenizer = train_tokenizer(_texts(out / "data" / "train"))
-    model = random_model(tokenizer, seed)
-    _processor(tokenizer).save_pretrained(part)
-    model.save_pretrained(part)
-    (part / "quickstart.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-    finish_folder(part, folder)
+    with replacing_folder(folder) as part:
+        tokenizer = train_tokenizer(_texts(out / "data" / "train"))
+        model = random_model(tokenizer, seed)
+        _processor(tokenizer).save_pretrained(part)
+        model.save_pretrained(part)
+        (part / "quickstart.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     if say:
         say(
             f"{folder}: Qwen2-VL architecture, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, "

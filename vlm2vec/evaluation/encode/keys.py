@@ -6,7 +6,6 @@ Keys hold file contents, not paths or times: a picture that was replaced is enco
 import hashlib
 import json
 import os
-from pathlib import Path
 
 DIGEST = 16
 READ_BYTES = 1 << 20
@@ -126,12 +125,3 @@ def model_identity(model, **extra):
 def identity_digest(identity):
     """Hex digest that names a model's folder in the store."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def write_json(path, content, **options):
-    """Write JSON to a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n", encoding="utf-8")
-    os.replace(part, path)

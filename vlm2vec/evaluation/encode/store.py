@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest, write_json
+from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest
+from vlm2vec.files import replacing, write_json
 
 
 class EmbeddingStore:
@@ -87,10 +88,9 @@ class EmbeddingStore:
             raise ValueError(f"the store {self.folder} holds vectors of width {self.dim}, got {embeddings.shape[1]}")
         raw = b"".join(keys)
         name = f"shard-{hashlib.blake2b(raw, digest_size=12).hexdigest()}.safetensors"
-        part = self.folder / f"{name}.{os.getpid()}.part"
         table = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(len(keys), DIGEST)
-        save_file({"embeddings": embeddings, "keys": table}, part)
-        os.replace(part, self.folder / name)
+        with replacing(self.folder / name) as part:
+            save_file({"embeddings": embeddings, "keys": table}, part)
         self._open(self.folder / name)
 
     def get(self, keys):

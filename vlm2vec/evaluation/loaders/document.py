@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlm2vec.evaluation.loaders.tables import read_table
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.files import write_bytes
 
 
 def stored_name(corpus_id):
@@ -30,10 +31,7 @@ def _page(corpus_id, image, task, media, cache):
     if content is None:
         return str(Path(media) / task.name / names[0])
     if not path.is_file() or path.stat().st_size != len(content):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_bytes(content)
-        os.replace(part, path)
+        write_bytes(path, content, durable=False)
     return str(path)
 
 

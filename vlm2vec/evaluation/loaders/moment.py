@@ -24,7 +24,7 @@ def load_moments(task, root, media, *, hub=False, protocol="v2", cache="media"):
         clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural_order) if folder else []
         mine, right, names = [], [], []
         for clip in clips:
-            where = pool.add(str(clip), lambda c=clip: videos.item(task.target_prompt, f"{video}/{c.name}"))
+            where = pool.add(str(clip), lambda name=f"{video}/{clip.name}": videos.item(task.target_prompt, name))
             mine.append(where)
             if clip.name.startswith("positive"):
                 right.append(where)

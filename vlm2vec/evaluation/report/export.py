@@ -5,9 +5,8 @@ import os
 from datetime import date
 from pathlib import Path
 
-from vlm2vec.evaluation.encode.keys import write_json
-from vlm2vec.evaluation.report.outputs import write_lines
 from vlm2vec.evaluation.tasks import MODALITIES, load_tasks
+from vlm2vec.files import replacing, write_json, write_lines, write_table
 
 
 def write_predictions(path, data, scores, indices, ranks, depth):
@@ -17,7 +16,6 @@ def write_predictions(path, data, scores, indices, ranks, depth):
     prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1).
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     text, texts = pa.string(), pa.list_(pa.string())
     columns = {
@@ -52,11 +50,7 @@ def write_predictions(path, data, scores, indices, ranks, depth):
                 "hit": ranks[i] == 1,
             }
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), part, compression="zstd")
-    os.replace(part, path)
+    write_table(path, pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))))
 
 
 def _path(item):
@@ -77,12 +71,10 @@ def write_faiss(folder, name, vectors, names):
     except ImportError:
         raise ValueError("--faiss needs the faiss package; pip install faiss-cpu") from None
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors.cpu().float().contiguous().numpy())
-    part = folder / f"{name}.index.{os.getpid()}.part"
-    faiss.write_index(index, str(part))
-    os.replace(part, folder / f"{name}.index")
+    with replacing(folder / f"{name}.index") as part:
+        faiss.write_index(index, str(part))
     write_lines(folder / f"{name}.names.jsonl", (json.dumps(n, ensure_ascii=False) for n in names))
 
 

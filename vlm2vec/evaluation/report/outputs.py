@@ -14,18 +14,7 @@ import json
 import os
 from pathlib import Path
 
-from vlm2vec.evaluation.encode.keys import write_json
-
-
-def write_lines(path, lines):
-    """Write text lines to a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line + "\n")
-    os.replace(part, path)
+from vlm2vec.files import write_json, write_lines
 
 
 def _side(item):

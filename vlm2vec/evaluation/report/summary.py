@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from vlm2vec.evaluation.encode.keys import write_json
-from vlm2vec.evaluation.report.outputs import write_lines
 from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import GROUPS, published
+from vlm2vec.files import write_json, write_lines
 
 V1_COLUMNS = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
 V2_COLUMNS = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")

@@ -16,7 +16,7 @@ KS = (1, 5, 10)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 
 
-def relevance_table(ranked, labels, grades=None, *, depth=max(KS)):
+def relevance_table(ranked, labels, grades=None, *, depth=KS[-1]):
     """Grades found at each rank, and the labels' own grades from best to worst.
 
     Args:
