@@ -44,13 +44,13 @@ def with_prompt(model, inputs: list, prompt: str | None) -> list:
     if not prompt:
         return inputs
     prompt = model.prompts.get(prompt, prompt)
-    items = []
+    items, markers = [], model.processing.markers
     for x in inputs:
-        item = as_item(x)
+        item = as_item(x, markers)
         if model.processing.prompt_is_instruction:
             items.append(replace(item, instruction=item.instruction or prompt))
         else:
-            items.append(replace(item, text=prepend(prompt, item.text)))
+            items.append(replace(item, text=prepend(prompt, item.text, markers)))
     return items
 
 

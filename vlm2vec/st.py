@@ -11,8 +11,11 @@ import os
 
 from sentence_transformers.base.modules.input_module import InputModule
 
+from vlm2vec.inputs import MODALITIES
+
 MODULE = "vlm2vec.st.VLM2VecModule"
-MODALITIES = ["text", "image", "video", ("image", "text"), ("text", "image"), ("text", "video"), ("video", "text"), "message"]
+# What one input may hold: sentence-transformers asks for each order of two by itself.
+COMBINATIONS = [*MODALITIES, *(pair for kind in ("image", "video") for pair in ((kind, "text"), ("text", kind))), "message"]
 
 
 class VLM2VecModule(InputModule):
@@ -30,7 +33,7 @@ class VLM2VecModule(InputModule):
 
     @property
     def modalities(self):
-        return MODALITIES
+        return COMBINATIONS
 
     @property
     def max_seq_length(self):

@@ -10,6 +10,7 @@ FAMILIES = {
     "phi3_v": "vlm2vec.backbones.phi3_v:Phi3V",
     "qwen2_vl": "vlm2vec.backbones.qwen2_vl:Qwen2VL",
 }
+EXAMPLE = "Qwen/Qwen2-VL-2B-Instruct"  # a hub name to show in messages
 
 
 def backbone_for(model_type: str | None):

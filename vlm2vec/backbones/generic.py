@@ -58,7 +58,7 @@ class GenericProcessing(Processing):
         return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def __call__(self, x):
-        item = as_item(x)
+        item = as_item(x, self.markers)
         text, kinds = self.native_text(item)
         if item.markers_are_text or not kinds:
             features = self.assemble(self.tokenize(text), [])

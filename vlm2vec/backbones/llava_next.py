@@ -96,10 +96,10 @@ class LlavaNextProcessing(Processing):
         return self.options["pixels"] == "pil" and whole and same and bool(ip.do_center_crop)
 
     def __call__(self, x):
-        return super().__call__(self._frames_as_images(as_item(x)))
+        return super().__call__(self._frames_as_images(as_item(x, self.markers)))
 
     def measure(self, x):
-        return super().measure(self._frames_as_images(as_item(x)))
+        return super().measure(self._frames_as_images(as_item(x, self.markers)))
 
     def _frames_as_images(self, item: Item) -> Item:
         """A video is its frames, each an `<image>`."""

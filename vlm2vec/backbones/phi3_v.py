@@ -5,7 +5,6 @@ transform, positions 0..L-1. The text is split at each image marker and every pa
 before AND behind an image; the public weights were trained that way. Samples are packed, so no padding side is left to force.
 """
 
-import json
 import os
 
 import torch
@@ -14,6 +13,7 @@ from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
 from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_tiles, image_tokens, normalised_views, padded_size
 from vlm2vec.backbones.phi3_v_model import Phi3VModel
+from vlm2vec.files import write_json
 from vlm2vec.media.images import Undecoded
 
 IMAGE_PLACE = -1  # what the tokenised text holds for an image; never a token of the vocabulary
@@ -64,9 +64,7 @@ class Phi3VProcessing(Processing):
             **{k: v for k, v in self.image_processor.items() if k != "auto_map"},  # auto_map names the hub's remote code
             "num_crops": self.options["num_crops"],
         }
-        with open(os.path.join(folder, PREPROCESSOR), "w", encoding="utf-8") as f:
-            json.dump(settings, f, indent=2)
-            f.write("\n")
+        write_json(os.path.join(folder, PREPROCESSOR), settings)
 
     def native_text(self, item):
         if item.markers_are_text:

@@ -122,6 +122,11 @@ class Processing:
         return {}
 
     @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts that stand for a visual in this family's vocabulary."""
+        return tuple(dict.fromkeys(marker for marker in (self.image_marker, self.video_marker) if marker is not None))
+
+    @property
     def prompt_is_instruction(self) -> bool:
         """Whether a prompt goes where the chat template holds an instruction, and not before the text."""
         return bool(self.options.get("chat_template"))
@@ -149,7 +154,7 @@ class Processing:
 
     def render(self, item: Item) -> str:
         """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.checkpoint.prompts`."""
-        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
+        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"], self.markers)
 
     # -- shared ---------------------------------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class Processing:
         Raises:
             ValueError: names what is wrong with the input and the mend.
         """
-        return self._features(as_item(x), self.open)[0]
+        return self._features(as_item(x, self.markers), self.open)[0]
 
     def measure(self, x) -> Features:
         """As `__call__`, but where the family knows a visual's tokens from its size, image files are not decoded.
@@ -199,7 +204,7 @@ class Processing:
         Only their headers are read; the files are named in `Features.pending`. An input with visuals that must be seen (a
         video file, a PIL image) comes back whole, as do all inputs of a family that cannot tell.
         """
-        item = as_item(x)
+        item = as_item(x, self.markers)
         if self.from_headers and item.visuals and not item.markers_are_text:
             features, opened = self._features(item, self._measured)
             if all(isinstance(frame, Undecoded) for frames in opened for frame in frames):

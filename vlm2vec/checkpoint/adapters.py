@@ -12,6 +12,7 @@ from dataclasses import fields
 import torch
 
 from vlm2vec.checkpoint.loading import file_of, renamed
+from vlm2vec.files import write_json
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -194,8 +195,6 @@ def adapter_tensors(model, state: dict | None = None) -> dict[str, torch.Tensor]
 
 def save(model, folder: str, state: dict | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json."""
-    import json
-
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in adapter_tensors(model, state).items()}
@@ -203,9 +202,7 @@ def save(model, folder: str, state: dict | None = None) -> None:
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in model.adapter_settings.items()}
     settings = {k: getattr(v, "value", v) for k, v in settings.items() if k != "runtime_config"}
     settings.update(base_model_name_or_path=model.base_source, inference_mode=True)
-    with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as f:
-        json.dump(settings, f, indent=2, sort_keys=True, default=str)
-        f.write("\n")
+    write_json(os.path.join(folder, "adapter_config.json"), settings, sort_keys=True, default=str)
 
 
 def merged_weight(layer) -> torch.Tensor:

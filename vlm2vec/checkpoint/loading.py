@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from vlm2vec.backbones import EXAMPLE
+
 SETTINGS = "vlm2vec.json"
 
 
@@ -31,7 +33,7 @@ def file_of(source: str, name: str, **hub) -> str | None:
 def unknown(source: str) -> str:
     """What to say of a source that has no config.json."""
     if os.path.isdir(source):
-        return f"{source} has no config.json; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+        return f"{source} has no config.json; give a model folder or a hub name such as {EXAMPLE}"
     return f"{source}: no such folder here, and the hub has no such model or cannot be reached"
 
 
@@ -55,7 +57,7 @@ def check_source(source: str) -> None:
         if not any(os.path.isfile(os.path.join(source, n)) for n in ("config.json", "adapter_config.json")):
             raise ValueError(f"{source} is not a model folder: it has neither config.json nor adapter_config.json")
     elif looks_local:
-        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as {EXAMPLE}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """modules.json and its companions in a saved folder, written without importing sentence-transformers."""
 
-import json
-import os
+from pathlib import Path
+
+from vlm2vec.files import write_json
+from vlm2vec.inputs import MODALITIES
 
 STOCK = "sentence_transformers."
 
@@ -26,10 +28,9 @@ def write(model, folder: str, *, full: bool) -> None:
         ]
         about["default_prompt_name"] = next((n for n in ("document", "query") if n in prompts), None)
         method = {"method": "forward", "method_output_name": "last_hidden_state"}
-        modalities = {kind: method for kind in ("text", "image", "video")} | {"message": {**method, "format": "structured"}}
-        _dump(
-            folder,
-            "sentence_bert_config.json",
+        modalities = {kind: method for kind in MODALITIES} | {"message": {**method, "format": "structured"}}
+        write_json(
+            Path(folder, "sentence_bert_config.json"),
             {
                 "transformer_task": "feature-extraction",
                 "modality_config": modalities,
@@ -37,15 +38,7 @@ def write(model, folder: str, *, full: bool) -> None:
                 "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
             },
         )
-        _dump(folder, "1_Pooling/config.json", {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
-        _dump(folder, "2_Normalize/config.json", {})
-    _dump(folder, "modules.json", modules)
-    _dump(folder, "config_sentence_transformers.json", about)
-
-
-def _dump(folder: str, name: str, value) -> None:
-    path = os.path.join(folder, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.write("\n")
+        write_json(Path(folder, "1_Pooling/config.json"), {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
+        write_json(Path(folder, "2_Normalize/config.json"), {})
+    write_json(Path(folder, "modules.json"), modules)
+    write_json(Path(folder, "config_sentence_transformers.json"), about)

@@ -4,6 +4,7 @@ import json
 import os
 
 from vlm2vec.files import replacing
+from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
 
 
@@ -81,7 +82,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
             raise ValueError(f"{path}, line {number}: expected an object with text, image, video or instruction")
         row = dict(row)
         key = row.pop("key", row.pop("id", None))
-        for kind in ("image", "images", "video", "videos"):
+        for kind in VISUAL_KEYS:
             if row.get(kind):
                 try:
                     row[kind] = _below(root, row[kind])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlm2vec.checkpoint.prompts import layout
 from vlm2vec.commands import common
+from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.media.endings import PICTURES
 
 QUICKSTART_MODEL = "quickstart/model"
@@ -52,7 +53,7 @@ def _asked(model, inputs: list, prompt: str | None, role: str, instruction: str)
         return inputs, model.prompts.get(role) if prompt is None else prompt
     pictured = [isinstance(one, Path) for one in inputs]
     return [
-        {"text": layout(instruction, "<|image_1|>"), "image": one} if image else layout(instruction, one)
+        {"text": layout(instruction, IMAGE_MARKER), "image": one} if image else layout(instruction, one)
         for one, image in zip(inputs, pictured)
     ], None
 

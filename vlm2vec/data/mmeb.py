@@ -15,10 +15,10 @@ import os
 from pathlib import Path, PurePosixPath
 
 from vlm2vec.files import write_table
+from vlm2vec.inputs import IMAGE_MARKER
 
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-MARKER = "<|image_1|>"
 
 _OPTIONAL = frozenset({"neg_text", "neg_image_path"})  # some sources were released without negatives
 _LISTS = frozenset({"tgt_text", "tgt_img_path"})
@@ -165,7 +165,7 @@ def _typed(table, columns, file):
 def _check_pairs(table, files, text, image, trouble):
     """Every row has a text or an image; the marker alone is not a text."""
     for row, (one_text, one_image) in enumerate(zip(table[text].to_pylist(), table[image].to_pylist())):
-        if not one_image and not one_text.replace(MARKER, "").strip():
+        if not one_image and not one_text.replace(IMAGE_MARKER, "").strip():
             raise ValueError(f"{_place(files, row)}, columns {text!r} and {image!r}: the row {trouble}; fill one of them or drop the row")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm2vec.inputs import MODALITIES
 from vlm2vec.media.sampling import FRAMES
 
 IMAGE_DOCUMENT = "Represent the given image."
@@ -53,9 +54,9 @@ class MTEBEncoder:
 
     def items(self, batch, instruction, is_document):
         """Inputs of `VLM2Vec.encode` from one of mteb's batches ({"text": [..], "image": [..], "video": [..]})."""
-        columns = {name: batch[name] for name in ("text", "image", "video") if batch.get(name) is not None}
+        columns = {name: batch[name] for name in MODALITIES if batch.get(name) is not None}
         if not columns:
-            raise ValueError(f"expected a batch with text, image or video, got {', '.join(batch)}")
+            raise ValueError(f"expected a batch with {', '.join(MODALITIES)}, got {', '.join(batch)}")
         out = []
         for row in zip(*columns.values()):
             item = {name: value for name, value in zip(columns, row) if value is not None}
@@ -147,5 +148,5 @@ def model_meta(encoder):
         similarity_fn_name="cosine",
         use_instructions=encoder.use_instructions,
         training_datasets=None,
-        modalities=["text", "image", "video"],
+        modalities=list(MODALITIES),
     )

@@ -5,7 +5,8 @@
     OUT/data/tasks.json             what was built: seed, tasks, chance levels, counts, credits; also in OUT/data/eval
     OUT/model-init                  the untrained model
 
-Each of the two folders appears whole or not at all (`vlm2vec.files`). A second run with the same seed reuses it; an interrupted one is written again.
+Each of the two folders appears whole or not at all (`vlm2vec.files`). A second run with the same seed reuses
+it; an interrupted one is written again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.quickstart.build import read_summary
 from vlm2vec.quickstart.tasks import META_TASKS
 from vlm2vec.report import (
@@ -140,7 +141,7 @@ def _html(folder, data, scores, log, result) -> str:
 
 
 def _asked(task) -> str:
-    words = task["prompt"].replace("<|image_1|>", "").replace("{}", "…").strip()
+    words = task["prompt"].replace(IMAGE_MARKER, "").replace("{}", "…").strip()
     return f"{task['about']} Asked as: {words}"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlm2vec.data import mmeb
 from vlm2vec.files import replacing_folder
+from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.quickstart.build import VERSION, read_summary
 
 SPECIAL = (
@@ -156,7 +157,7 @@ def _texts(train: Path):
     for name in mmeb.dataset_names(train, "original"):
         rows = mmeb.read_train(train, name)
         for column in ("qry", "pos_text"):
-            yield from (text.replace(mmeb.MARKER, "") for text in rows[column])
+            yield from (text.replace(IMAGE_MARKER, "") for text in rows[column])
 
 
 def _finished(folder: Path, stamp) -> bool:

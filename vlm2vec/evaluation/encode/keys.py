@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 
+from vlm2vec.inputs import VISUAL_KEYS
+
 DIGEST = 16
 READ_BYTES = 1 << 20
 
@@ -65,11 +67,11 @@ def item_key(item, hashes, prompt=None):
         raise ValueError(item["unreadable"])
     digest = _hash()
     text = item.get("text") or ""
-    given = [name for name in ("image", "images", "video", "videos") if name in item]
+    given = [name for name in VISUAL_KEYS if name in item]
     # a side that says "no image" feeds a marker in its text as an ordinary token; without a marker that changes nothing
     marker_is_text = "<|" in text and bool(given) and not any(item[name] for name in given)
     digest.update(json.dumps([prompt, text, item.get("instruction"), marker_is_text]).encode())
-    for name in ("image", "images", "video", "videos"):
+    for name in VISUAL_KEYS:
         value = item.get(name)
         if value is None or value == "":
             continue

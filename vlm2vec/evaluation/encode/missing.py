@@ -13,6 +13,7 @@ import torch
 
 from vlm2vec.evaluation.encode.keys import ContentHashes
 from vlm2vec.files import write_json
+from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.sampling import FRAMES
 
 SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 texts or 55 pictures in a shard; two are in memory
@@ -35,7 +36,7 @@ def cost_of(item):
 def visual_key(item, hashes):
     """Content of an input's visuals, b"" without any; inputs that share it share the vision tower's work."""
     digests = []
-    for name in ("image", "images", "video", "videos"):
+    for name in VISUAL_KEYS:
         value = item.get(name) or []
         for visual in value if isinstance(value, (list, tuple)) else [value]:
             digests += [hashes.of(frame) for frame in (visual if isinstance(visual, (list, tuple)) else [visual])]

@@ -8,12 +8,12 @@ image root.
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from vlm2vec.data.mmeb import EVAL_COLUMNS
 from vlm2vec.evaluation.loaders.tables import read_table
 from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.inputs import IMAGE_MARKER
 
-MARKER = "<|image_1|>"
-V1_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 V2_COLUMNS = ("qry_inst", "tgt_inst")
 
 
@@ -36,10 +36,10 @@ def rebuild_query(form, instruction, text, has_image, extra=""):
     instruction, text = instruction or "", text or ""
     if form == "image_t2i" or not has_image:
         return f"{instruction} {text}\n{extra}"
-    instruction = instruction.replace(MARKER, "")
+    instruction = instruction.replace(IMAGE_MARKER, "")
     if form in ("image_qa", "image_i2i_vg"):
         instruction = "\n" + instruction.strip()
-    return _joined(f"{MARKER} {instruction}", text).replace(" \n", "\n") + "\n"
+    return _joined(f"{IMAGE_MARKER} {instruction}", text).replace(" \n", "\n") + "\n"
 
 
 def rebuild_target(form, instruction, text, has_image):
@@ -47,10 +47,10 @@ def rebuild_target(form, instruction, text, has_image):
     instruction, text = instruction or "", text or ""
     if not has_image:
         return text
-    instruction = instruction.replace(MARKER, "")
+    instruction = instruction.replace(IMAGE_MARKER, "")
     if text.strip():
-        return f"{MARKER} {instruction} {text}".replace(" \n", "\n") + "\n"
-    plain = f"{MARKER} {instruction}".replace(" \n", "\n")
+        return f"{IMAGE_MARKER} {instruction} {text}".replace(" \n", "\n") + "\n"
+    plain = f"{IMAGE_MARKER} {instruction}".replace(" \n", "\n")
     return plain + "\n" if form == "image_t2i" else plain
 
 
@@ -99,7 +99,7 @@ def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
     Returns: TaskData with local candidates (all of them when the task says global).
     Raises: ValueError that names file, column or row.
     """
-    table = read_table(root, task, columns=V1_COLUMNS, hub=hub)
+    table = read_table(root, task, columns=EVAL_COLUMNS, hub=hub)
     parts = all(column in table.column_names for column in V2_COLUMNS)
     data, pool, own = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
     for i, row in enumerate(table):

@@ -5,7 +5,7 @@ import os
 from datetime import date
 from pathlib import Path
 
-from vlm2vec.evaluation.tasks import MODALITIES, load_tasks
+from vlm2vec.evaluation.tasks import TASK_MODALITIES, load_tasks
 from vlm2vec.files import replacing, write_json, write_lines, write_table
 
 
@@ -98,7 +98,7 @@ def leaderboard(rows, model_name, **metadata):
     }
     done = {row["task"]: row for row in rows}
     metrics = {}
-    for modality in MODALITIES:
+    for modality in TASK_MODALITIES:
         part = {}
         for task in load_tasks().values():
             if task.modality != modality:

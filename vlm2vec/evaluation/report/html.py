@@ -9,6 +9,7 @@ from vlm2vec.evaluation.report.summary import percent
 from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import published
 from vlm2vec.files import write_text
+from vlm2vec.inputs import MARKER
 from vlm2vec.media.inline import inline_thumbnail
 
 WRONG, RIGHT = 6, 2  # answers of each task that are shown
@@ -18,7 +19,7 @@ STYLE = Path(__file__).with_name("report.css")
 
 
 def _short(text, length=140):
-    text = (text or "").replace("<|image_1|>", "").replace("<|video_1|>", "").strip()
+    text = MARKER.sub("", text or "").strip()
     return html.escape(text if len(text) <= length else text[: length - 1] + "…")
 
 

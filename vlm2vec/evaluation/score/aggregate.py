@@ -6,8 +6,6 @@ is marked by its count, so that a part of the benchmark is not mistaken for the 
 
 from vlm2vec.evaluation.tasks import load_tasks
 
-PUBLISHED_COUNTS = {"image": 36, "video": 18, "visdoc": 24}
-
 
 def _mean(rows):
     return sum(r["score"] for r in rows) / len(rows)

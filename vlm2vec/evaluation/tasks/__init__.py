@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).resolve().parent
-MODALITIES = ("image", "video", "visdoc")
+TASK_MODALITIES = ("image", "video", "visdoc")
 META_OF_GROUP = {
     "image_cls": "classification",
     "image_qa": "vqa",
@@ -71,8 +71,8 @@ class Task:
     def __post_init__(self):
         from vlm2vec.evaluation.score.metrics import METRICS
 
-        if self.modality not in MODALITIES:
-            raise ValueError(f"task {self.name!r}: modality is one of {', '.join(MODALITIES)}, got {self.modality!r}")
+        if self.modality not in TASK_MODALITIES:
+            raise ValueError(f"task {self.name!r}: modality is one of {', '.join(TASK_MODALITIES)}, got {self.modality!r}")
         if self.candidates not in ("local", "global"):
             raise ValueError(f"task {self.name!r}: candidates is local or global, got {self.candidates!r}")
         metric, _, k = self.metric.partition("@")
