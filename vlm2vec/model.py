@@ -8,7 +8,7 @@ from torch import nn
 
 from vlm2vec import encoding
 from vlm2vec.attention import choose_provider
-from vlm2vec.checkpoint import adapters, saving
+from vlm2vec.checkpoint import adapters, saving, sentence_transformers_files
 from vlm2vec.packing import Features, PackedBatch
 
 
@@ -227,9 +227,7 @@ class VLM2Vec(nn.Module):
 
     def to_sentence_transformer(self):
         """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`)."""
-        from vlm2vec.st import to_sentence_transformer
-
-        return to_sentence_transformer(self)
+        return sentence_transformers_files.to_sentence_transformer(self)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 

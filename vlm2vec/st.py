@@ -13,7 +13,6 @@ from sentence_transformers.base.modules.input_module import InputModule
 
 from vlm2vec.inputs import MODALITIES
 
-MODULE = "vlm2vec.st.VLM2VecModule"
 # What one input may hold: sentence-transformers asks for each order of two by itself.
 COMBINATIONS = [*MODALITIES, *(pair for kind in ("image", "video") for pair in ((kind, "text"), ("text", kind))), "message"]
 

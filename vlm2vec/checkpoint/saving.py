@@ -8,14 +8,13 @@ from vlm2vec.checkpoint import adapters
 from vlm2vec.checkpoint import sentence_transformers_files as st_files
 from vlm2vec.checkpoint.loading import SETTINGS, renamed
 from vlm2vec.files import filling_folder, write_json
+from vlm2vec.version import __version__
 
 _STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def settings_of(model) -> dict:
     """What vlm2vec.json holds: enough to reload the model as it was trained."""
-    from vlm2vec import __version__
-
     settings = {"vlm2vec": __version__, "family": model.family, "options": model.options, "prompts": model.prompts}
     return settings
 

@@ -1,11 +1,20 @@
 """modules.json and its companions in a saved folder, written without importing sentence-transformers."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from vlm2vec.files import write_json
 from vlm2vec.inputs import MODALITIES
 
+MODULE = "vlm2vec.st.VLM2VecModule"  # what saved folders name, and what sentence-transformers imports by that name
 STOCK = "sentence_transformers."
+
+
+def to_sentence_transformer(model) -> Any:
+    """`vlm2vec.st.to_sentence_transformer`, found by the name that saved folders hold: that module knows the model, not the reverse."""
+    module, _, _ = MODULE.rpartition(".")
+    return import_module(module).to_sentence_transformer(model)
 
 
 def stock(model) -> bool:
@@ -19,7 +28,7 @@ def write(model, folder: str, *, full: bool) -> None:
     prompts = {name: text for name, text in model.prompts.items() if text}
     about = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     if not (full and stock(model)):
-        modules = [{"idx": 0, "name": "0", "path": "", "type": "vlm2vec.st.VLM2VecModule"}]
+        modules = [{"idx": 0, "name": "0", "path": "", "type": MODULE}]
     else:
         modules = [
             {"idx": 0, "name": "0", "path": "", "type": STOCK + "base.modules.transformer.Transformer"},

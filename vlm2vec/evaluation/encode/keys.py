@@ -8,6 +8,7 @@ import json
 import os
 
 from vlm2vec.inputs import VISUAL_KEYS
+from vlm2vec.version import __version__
 
 DIGEST = 16
 READ_BYTES = 1 << 20
@@ -106,8 +107,6 @@ def model_identity(model, **extra):
     A model may say it itself: `model.identity()` -> dict. Otherwise: family, digest of the weights, dtype, the family
     options in force (image limits, crops, positions), the image processor's settings and the named prompts.
     """
-    from vlm2vec import __version__
-
     if callable(getattr(model, "identity", None)):
         known = dict(model.identity())
     else:
