@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 PART = ".part"
+AnyPath = str | os.PathLike  # what functions of this project take for a file or folder
 
 
-def sync_to_disk(path: str | os.PathLike) -> None:
+def sync_to_disk(path: AnyPath) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -30,7 +31,7 @@ def sync_to_disk(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def sync_tree_to_disk(folder: str | os.PathLike) -> None:
+def sync_tree_to_disk(folder: AnyPath) -> None:
     """`sync_to_disk` for every file in a folder and below it."""
     for root, _, names in os.walk(folder):
         for name in names:
@@ -38,7 +39,7 @@ def sync_tree_to_disk(folder: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, *, durable: bool = True, make_parents: bool = True) -> Iterator[Path]:
+def replacing(path: AnyPath, *, durable: bool = True, make_parents: bool = True) -> Iterator[Path]:
     """Gives a path to write to, which takes the name `path` when the block ends; an error in the block leaves `path` as it was.
 
     Args:
@@ -62,7 +63,7 @@ def replacing(path: str | os.PathLike, *, durable: bool = True, make_parents: bo
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: str | os.PathLike, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
+def replacing_folder(folder: AnyPath, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the name `folder` when the block ends; an error leaves `folder` as it was.
 
     Args:
@@ -99,7 +100,7 @@ def replacing_folder(folder: str | os.PathLike, *, durable: bool = True, shared:
 
 
 @contextlib.contextmanager
-def filling_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def filling_folder(folder: AnyPath) -> Iterator[Path]:
     """Gives an empty folder whose files go into `folder` when the block ends, each whole; other files there stay.
 
     A kill before the end of the block leaves `folder` as it was; one while the files are moved, some old and some new.
@@ -120,31 +121,31 @@ def filling_folder(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes, *, durable: bool = True) -> None:
+def write_bytes(path: AnyPath, content: bytes, *, durable: bool = True) -> None:
     """A file of these bytes; see `replacing`."""
     with replacing(path, durable=durable) as part:
         part.write_bytes(content)
 
 
-def write_text(path: str | os.PathLike, text: str, *, make_parents: bool = True) -> None:
+def write_text(path: AnyPath, text: str, *, make_parents: bool = True) -> None:
     """A UTF-8 file of this text; see `replacing`."""
     with replacing(path, make_parents=make_parents) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
+def write_lines(path: AnyPath, lines: Iterable[str]) -> None:
     """A UTF-8 file of these lines, which are written as they come; see `replacing`."""
     with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
         for line in lines:
             file.write(line + "\n")
 
 
-def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
+def write_json(path: AnyPath, content: Any, **options: Any) -> None:
     """A UTF-8 file of `content` as indented JSON with a newline at its end; `options` go to `json.dumps`. See `replacing`."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n")
 
 
-def write_table(path: str | os.PathLike, table: Any) -> None:
+def write_table(path: AnyPath, table: Any) -> None:
     """A zstd-compressed parquet file of a `pyarrow.Table`; see `replacing`."""
     import pyarrow.parquet as pq
 

@@ -1,7 +1,10 @@
 """`VLM2Vec`: one embedding model for any mix of text, images and video."""
 
+from __future__ import annotations
+
 import os
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,6 +13,14 @@ from vlm2vec import encoding
 from vlm2vec.attention import choose_provider
 from vlm2vec.checkpoint import adapters, saving, sentence_transformers_files
 from vlm2vec.packing import Features, PackedBatch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from transformers import PretrainedConfig, ProcessorMixin
+
+    from vlm2vec.backbones.base import Backbone
+    from vlm2vec.backbones.processing import Processing
 
 
 class VLM2Vec(nn.Module):
@@ -24,7 +35,16 @@ class VLM2Vec(nn.Module):
             visuals. For sharded towers, whose forward all ranks must enter together.
     """
 
-    def __init__(self, model: nn.Module, backbone, processing, *, attn: str | None = None, source: str = "", prompts=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        processing: Processing,
+        *,
+        attn: str | None = None,
+        source: str = "",
+        prompts: dict[str, str] | None = None,
+    ):
         super().__init__()
         self.model = model
         self.backbone = backbone
@@ -42,17 +62,17 @@ class VLM2Vec(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_dir,
+        name_or_dir: str | os.PathLike,
         base: str | None = None,
         *,
-        dtype="auto",
-        device=None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
         attn: str | None = None,
         revision: str | None = None,
         quantize: str | None = None,
         liger: bool = False,
-        **family_options,
-    ) -> "VLM2Vec":
+        **family_options: Any,
+    ) -> VLM2Vec:
         """Load a public checkpoint, a base model, a PEFT adapter, or a folder that `save_pretrained` wrote.
 
         Args:
@@ -91,7 +111,7 @@ class VLM2Vec(nn.Module):
         return self.backbone.name
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
         return self.model.config
 
     @property
@@ -112,7 +132,7 @@ class VLM2Vec(nn.Module):
         return self.backbone.text_model(self.model).get_input_embeddings().weight.dtype
 
     @property
-    def processor(self):
+    def processor(self) -> ProcessorMixin | None:
         """The image processor and tokenizer holder as transformers' own processor class, None when the family has none."""
         return self.processing.hf_processor()
 
@@ -166,15 +186,15 @@ class VLM2Vec(nn.Module):
 
     def encode(
         self,
-        inputs,
+        inputs: Any,
         *,
-        prompt=None,
-        batch_size=32,
-        show_progress_bar=None,
-        convert_to_tensor=False,
-        normalize_embeddings=True,
-        truncate_dim=None,
-    ):
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray | torch.Tensor:
         """Embed one input or a list of inputs, in the caller's order.
 
         Args:
@@ -200,22 +220,22 @@ class VLM2Vec(nn.Module):
             truncate_dim=truncate_dim,
         )
 
-    def encode_query(self, inputs, **kwargs):
+    def encode_query(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
         """`encode` with the family's query prompt (empty for the reference's families)."""
         return self.encode(inputs, **{"prompt": self.prompts.get("query"), **kwargs})
 
-    def encode_document(self, inputs, **kwargs):
+    def encode_document(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
         """`encode` with the family's document prompt (empty for the reference's families)."""
         return self.encode(inputs, **{"prompt": self.prompts.get("document"), **kwargs})
 
-    def similarity(self, a, b) -> torch.Tensor:
+    def similarity(self, a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Cosine similarity of two sets of embeddings, (N, D) and (M, D) -> (N, M) float32."""
         a, b = (nn.functional.normalize(torch.as_tensor(x).float().reshape(-1, x.shape[-1]), dim=-1) for x in (a, b))
         return a @ b.to(a.device).T
 
     # -- saving ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder, merge: bool = False, state_dict: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, merge: bool = False, state_dict: dict | None = None) -> None:
         """Write weights (an adapter alone when there is one and `merge` is False), processor files and vlm2vec.json.
 
         Args:
@@ -225,17 +245,17 @@ class VLM2Vec(nn.Module):
         state = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         saving.save(self, os.fspath(folder), merge=merge, state=state)
 
-    def to_sentence_transformer(self):
+    def to_sentence_transformer(self) -> SentenceTransformer:
         """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`)."""
         return sentence_transformers_files.to_sentence_transformer(self)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, **lora) -> None:
+    def add_adapter(self, **lora: Any) -> None:
         """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.checkpoint.adapters.add`)."""
         adapters.add(self, **lora)
 
-    def merge_adapter(self) -> "VLM2Vec":
+    def merge_adapter(self) -> VLM2Vec:
         """Fold the adapter into the weights, so that encoding costs what the base model costs."""
         if adapters.has_adapter(self):
             adapters.merge(self)

@@ -1,12 +1,22 @@
 """From an opened picture to what a vision tower takes: sizes, normalised values, patches. Shared by the families."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}  # the reference's names of plain resizes
 
 
-def plain_size(resolution, others: tuple[str, ...] = ()) -> tuple[int, int] | None:
+def plain_size(resolution: str | Sequence[int] | None, others: tuple[str, ...] = ()) -> tuple[int, int] | None:
     """(width, height) of a plain resize: one of `RESOLUTIONS`, or a pair of numbers; None for None and for names in `others`.
 
     Raises:
@@ -50,7 +60,7 @@ def smart_resize(
 
 
 @lru_cache(maxsize=16)
-def pixel_table(scale: float, mean: tuple, std: tuple):
+def pixel_table(scale: float, mean: tuple, std: tuple) -> np.ndarray:
     """(256, 3) float32: the normalised value of each 8-bit value, by the reference's own arithmetic (float64 product, then
     float32 minus mean over std), so that looking pixels up is exact and skips three passes over the image."""
     import numpy as np
@@ -59,7 +69,7 @@ def pixel_table(scale: float, mean: tuple, std: tuple):
     return (value - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
 
 
-def look_up(pixels, table, out):
+def look_up(pixels: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Normalised values of 8-bit pixels, on the device they are on: out[:, c] = table[pixels[:, c], c], broadcast.
 
     Args:
@@ -78,7 +88,7 @@ def look_up(pixels, table, out):
     return out
 
 
-def patchify(frames, *, patch: int, merge: int, temporal: int):
+def patchify(frames: np.ndarray, *, patch: int, merge: int, temporal: int) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut frames into Qwen's flat patches.
 
     Args:

@@ -1,9 +1,13 @@
 """From an input to `Features`, on the CPU: what families share of it, and the hooks in which they differ."""
 
+from __future__ import annotations
+
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +17,10 @@ from vlm2vec.media.films import read_frames
 from vlm2vec.media.images import Undecoded, image_name, measure_image, open_image
 from vlm2vec.media.sampling import FRAMES
 from vlm2vec.packing import Features, concat_vision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
 
@@ -44,7 +52,7 @@ class Visual:
         return self.tokens + sum(1 for p in self.pieces or () if isinstance(p, int))
 
 
-def check_option(name: str, value, default) -> None:
+def check_option(name: str, value: Any, default: Any) -> None:
     """A ValueError unless an option is of its default's kind; numbers are positive. Names and sizes are the families' own to check."""
     if isinstance(default, bool):
         fits, wanted = isinstance(value, bool), "true or false"
@@ -76,7 +84,7 @@ class Processing:
     defaults: dict = {}
     shared_defaults = {"max_length": None, "layout": "image", "frames": FRAMES, "max_image_pixels": None, "append_eos": False}
 
-    def __init__(self, tokenizer, image_processor, config, options: dict | None = None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         options = dict(options or {})
@@ -99,7 +107,7 @@ class Processing:
     # -- hooks ----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_folder(cls, folder: str, config, options: dict | None = None, **hub):
+    def from_folder(cls, folder: str, config: PretrainedConfig, options: dict | None = None, **hub: Any) -> Processing:
         """Read tokenizer and image processor from a model folder or hub name."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -131,11 +139,11 @@ class Processing:
         """Whether a prompt goes where the chat template holds an instruction, and not before the text."""
         return bool(self.options.get("chat_template"))
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         """transformers' own processor object, None when there is none."""
         return None
 
-    def process_image(self, image) -> Visual:
+    def process_image(self, image: Any) -> Visual:
         """One RGB PIL image -> its inputs for the vision tower."""
         raise ValueError(f"{type(self).__name__} takes no images")
 
@@ -190,7 +198,7 @@ class Processing:
                 )
                 raise ValueError(f"input {item.text[:80]!r} has {kinds.count(kind)} {kind} markers and {given} {kind}s; {mend}")
 
-    def __call__(self, x) -> Features:
+    def __call__(self, x: Any) -> Features:
         """One input -> `Features`. Thread- and process-safe but for the counter of shortened texts.
 
         Raises:
@@ -198,7 +206,7 @@ class Processing:
         """
         return self._features(as_item(x, self.markers), self.open)[0]
 
-    def measure(self, x) -> Features:
+    def measure(self, x: Any) -> Features:
         """As `__call__`, but where the family knows a visual's tokens from its size, image files are not decoded.
 
         Only their headers are read; the files are named in `Features.pending`. An input with visuals that must be seen (a
@@ -237,7 +245,7 @@ class Processing:
         """Shape of what `normalised` makes of pixels of the given shape."""
         return tuple(shape)
 
-    def not_as_measured(self, source) -> ValueError:
+    def not_as_measured(self, source: Any) -> ValueError:
         """The error of `decode` for an image that fills other tokens than its header promised; the batch is laid out by then."""
         return ValueError(f"image {image_name(source)}: decoded it has another size than its header says; save it anew")
 
@@ -253,7 +261,7 @@ class Processing:
         visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
         return self.assemble(self.tokenize(text), visuals), opened
 
-    def open(self, image):
+    def open(self, image: Any) -> Any:
         limit = self.options["max_image_pixels"]
         return open_image(image) if limit is None else open_image(image, max_pixels=limit)
 
@@ -264,7 +272,7 @@ class Processing:
         limit = self.options["max_image_pixels"]
         return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
 
-    def frames(self, video, open_one=None) -> list:
+    def frames(self, video: Any, open_one: Callable | None = None) -> list:
         return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
 
     def assemble(self, ids: list[int], visuals: list[Visual]) -> Features:

@@ -1,10 +1,15 @@
 """`VLM2Vec.from_pretrained`: which family, which files, which options; and all of it without the weights."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm2vec.backbones import backbone_for
 from vlm2vec.checkpoint import loading
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Description:
     weights_hub: dict
 
 
-def describe(source: str, base=None, *, revision=None, options: dict | None = None) -> Description:
+def describe(source: str, base: str | None = None, *, revision: str | None = None, options: dict | None = None) -> Description:
     """Everything of a model but its weights: family, config and processing. See `VLM2Vec.from_pretrained`."""
     loading.check_source(source)
     hub = {"revision": revision} if revision else {}
@@ -69,7 +74,19 @@ def describe(source: str, base=None, *, revision=None, options: dict | None = No
     return Description(backbone, config, processing, weights, adapter, settings, hub, weights_hub)
 
 
-def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, liger, options: dict):
+def load(
+    cls,
+    source: str,
+    base: str | None,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    attn: str | None,
+    revision: str | None,
+    quantize: str | None,
+    liger: bool,
+    options: dict,
+) -> Any:
     """See `VLM2Vec.from_pretrained`."""
     found = describe(source, base, revision=revision, options=options)
     device = loading.resolve_device(device)

@@ -1,8 +1,12 @@
 """Saving: weights, processor files, settings; every file under a temporary name first."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
+
+from torch import nn
 
 from vlm2vec.checkpoint import adapters
 from vlm2vec.checkpoint import sentence_transformers_files as st_files
@@ -13,13 +17,13 @@ from vlm2vec.version import __version__
 _STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
-def settings_of(model) -> dict:
+def settings_of(model: nn.Module) -> dict:
     """What vlm2vec.json holds: enough to reload the model as it was trained."""
     settings = {"vlm2vec": __version__, "family": model.family, "options": model.options, "prompts": model.prompts}
     return settings
 
 
-def save(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
+def save(model: nn.Module, folder: str, *, merge: bool, state: dict | None = None) -> None:
     """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are written elsewhere and moved one by one."""
     full = merge or not adapters.has_adapter(model)
     with filling_folder(folder) as part:
@@ -42,7 +46,7 @@ def remove_stale(folder: str, written: set[str]) -> None:
             os.remove(os.path.join(folder, name))
 
 
-def write_weights(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
+def write_weights(model: nn.Module, folder: str, *, merge: bool, state: dict | None = None) -> None:
     """Weights and config.json. With an adapter and merge=False only the adapter: the base stays where it is."""
     if adapters.has_adapter(model) and not merge:
         adapters.save(model, folder, state)
@@ -61,7 +65,7 @@ def write_state(state: dict, folder: str) -> None:
     save_torch_state_dict({k: v.detach() for k, v in state.items()}, folder, max_shard_size="5GB", safe_serialization=True)
 
 
-def write_config(model, folder: str) -> None:
+def write_config(model: nn.Module, folder: str) -> None:
     """config.json naming the class that transformers and vLLM expect for the family."""
     model.model.config.save_pretrained(folder)
     path = os.path.join(folder, "config.json")

@@ -1,8 +1,12 @@
 """modules.json and its companions in a saved folder, written without importing sentence-transformers."""
 
+from __future__ import annotations
+
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from vlm2vec.files import write_json
 from vlm2vec.inputs import MODALITIES
@@ -11,19 +15,19 @@ MODULE = "vlm2vec.st.VLM2VecModule"  # what saved folders name, and what sentenc
 STOCK = "sentence_transformers."
 
 
-def to_sentence_transformer(model) -> Any:
+def to_sentence_transformer(model: nn.Module) -> Any:
     """`vlm2vec.st.to_sentence_transformer`, found by the name that saved folders hold: that module knows the model, not the reverse."""
     module, _, _ = MODULE.rpartition(".")
     return import_module(module).to_sentence_transformer(model)
 
 
-def stock(model) -> bool:
+def stock(model: nn.Module) -> bool:
     """Whether sentence-transformers' own modules compute the model: its own positions, behind a chat template."""
     options = model.options
     return options.get("positions") == "mrope" and bool(options.get("chat_template"))
 
 
-def write(model, folder: str, *, full: bool) -> None:
+def write(model: nn.Module, folder: str, *, full: bool) -> None:
     """Describe the folder to sentence-transformers; `full` says that it holds all weights and not an adapter alone."""
     prompts = {name: text for name, text in model.prompts.items() if text}
     about = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}

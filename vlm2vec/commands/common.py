@@ -1,14 +1,23 @@
 """Arguments and file walking that several commands share."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
+from typing import TYPE_CHECKING
 
 from vlm2vec.files import replacing
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
 
+if TYPE_CHECKING:
+    import torch
 
-def add_model_arguments(parser) -> None:
+    from vlm2vec.model import VLM2Vec
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="base model of a PEFT adapter, when its config names another")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
@@ -36,7 +45,7 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
-def load_model(name: str, args):
+def load_model(name: str, args: argparse.Namespace) -> VLM2Vec:
     from vlm2vec import VLM2Vec
 
     model = VLM2Vec.from_pretrained(
@@ -99,7 +108,7 @@ def _below(root: str, value):
     return [_below(root, v) for v in value] if isinstance(value, list) else os.path.join(root, value)
 
 
-def write_embeddings(path: str, embeddings, keys: list[str], about: dict) -> None:
+def write_embeddings(path: str, embeddings: torch.Tensor, keys: list[str], about: dict) -> None:
     """A safetensors file: tensor "embeddings" (N, D) float32, metadata "keys" (a JSON list) and what else is told."""
     from safetensors.torch import save_file
 
@@ -108,7 +117,7 @@ def write_embeddings(path: str, embeddings, keys: list[str], about: dict) -> Non
         save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
 
 
-def read_embeddings(path: str):
+def read_embeddings(path: str) -> tuple[torch.Tensor, list[str], dict[str, str]]:
     """(embeddings (N, D), keys, metadata) of a file that `vlm2vec embed` wrote."""
     from safetensors import safe_open
 

@@ -1,5 +1,8 @@
 """`vlm2vec embed MODEL INPUT ... --output FILE`: images, videos, folders of images, texts or a JSONL to embeddings."""
 
+from __future__ import annotations
+
+import argparse
 import os
 from pathlib import Path
 
@@ -7,7 +10,7 @@ from vlm2vec.commands import common
 from vlm2vec.media.endings import FILMS
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub name")
     parser.add_argument(
         "inputs", nargs="*", help="image or video files, folders of images, or .jsonl files (rows with text, image, video, key)"
@@ -21,7 +24,7 @@ def add_arguments(parser) -> None:
     common.add_model_arguments(parser)
 
 
-def collect(args) -> tuple[list[str], list]:
+def collect(args: argparse.Namespace) -> tuple[list[str], list]:
     """Keys (path, JSONL key or the text itself) and inputs."""
     keys, inputs = [], []
     for path in args.inputs:
@@ -45,7 +48,7 @@ def collect(args) -> tuple[list[str], list]:
     return keys, inputs
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .safetensors")
     keys, inputs = collect(args)

@@ -1,11 +1,14 @@
 """`vlm2vec mine MODEL --data TRAIN --images DIR --output DIR`: training rows with hard negatives that the model found."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 from vlm2vec.commands import common
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub name")
     parser.add_argument("--data", required=True, help="training folder, one sub-folder per data set (original-*.parquet)")
     parser.add_argument("--images", required=True, help="folder that image paths are relative to")
@@ -32,7 +35,7 @@ def add_arguments(parser):
     common.add_model_arguments(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     from vlm2vec.data.mmeb import dataset_names
     from vlm2vec.evaluation.mining import MineOptions, mine_dataset
 

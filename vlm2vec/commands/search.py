@@ -1,5 +1,8 @@
 """`vlm2vec search [MODEL] QUERY --images DIR`: the images that fit a text (or an image) best, with their scores."""
 
+from __future__ import annotations
+
+import argparse
 import os
 from pathlib import Path
 
@@ -15,7 +18,7 @@ FIND_BY_IMAGE = "Find a day-to-day image that looks similar to the provided imag
 IMAGE = "Represent the given image."
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
@@ -58,7 +61,7 @@ def _asked(model, inputs: list, prompt: str | None, role: str, instruction: str)
     ], None
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     from contrastive_kernels import topk_similarity
 
     name, query = _model_and_query(args)

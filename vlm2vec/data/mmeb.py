@@ -13,9 +13,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from vlm2vec.files import write_table
+from vlm2vec.files import AnyPath, write_table
 from vlm2vec.inputs import IMAGE_MARKER
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
@@ -24,7 +29,7 @@ _OPTIONAL = frozenset({"neg_text", "neg_image_path"})  # some sources were relea
 _LISTS = frozenset({"tgt_text", "tgt_img_path"})
 
 
-def read_train(root, name: str, *, image_root=None, split: str = "original"):
+def read_train(root: AnyPath, name: str, *, image_root: AnyPath | None = None, split: str = "original") -> Dataset:
     """Training rows of one dataset, checked.
 
     Args:
@@ -48,7 +53,7 @@ def read_train(root, name: str, *, image_root=None, split: str = "original"):
     return _dataset(table)
 
 
-def read_eval(root, name: str, *, image_root=None, split: str = "test"):
+def read_eval(root: AnyPath, name: str, *, image_root: AnyPath | None = None, split: str = "test") -> Dataset:
     """Evaluation rows of one dataset, checked as in `read_train`.
 
     Returns:
@@ -76,7 +81,7 @@ def read_eval(root, name: str, *, image_root=None, split: str = "test"):
     return _dataset(table)
 
 
-def write_train(root, name: str, rows: list[dict]) -> Path:
+def write_train(root: AnyPath, name: str, rows: list[dict]) -> Path:
     """Write rows with TRAIN_COLUMNS (negatives may be left out); complete or not at all. Returns the file."""
     import pyarrow as pa
 
@@ -85,7 +90,7 @@ def write_train(root, name: str, rows: list[dict]) -> Path:
     return _write(pa.Table.from_pylist(filled, schema=schema), Path(root) / name / "original-00000.parquet")
 
 
-def write_eval(root, name: str, rows: list[dict]) -> Path:
+def write_eval(root: AnyPath, name: str, rows: list[dict]) -> Path:
     """Write rows with EVAL_COLUMNS, the positive first in both lists; complete or not at all. Returns the file."""
     import pyarrow as pa
 
@@ -93,7 +98,7 @@ def write_eval(root, name: str, rows: list[dict]) -> Path:
     return _write(pa.Table.from_pylist(rows, schema=schema), Path(root) / name / "test-00000.parquet")
 
 
-def dataset_names(root, split: str | None = None) -> list[str]:
+def dataset_names(root: AnyPath, split: str | None = None) -> list[str]:
     """Names of the datasets below `root`, sorted: the folders that hold a parquet file (of `split`, where given)."""
     root = Path(root)
     if not root.is_dir():
@@ -102,7 +107,7 @@ def dataset_names(root, split: str | None = None) -> list[str]:
     return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and any(folder.glob(pattern)))
 
 
-def to_item(text: str, image_path: str, image_root) -> dict:
+def to_item(text: str, image_path: str, image_root: AnyPath) -> dict:
     """One side of a row as `model.encode` takes it: {"text": str, "image": absolute or root-relative path, or None}.
 
     The text keeps MMEB's <|image_1|>; with no image it is an ordinary token, as in WebQA's queries.

@@ -5,16 +5,20 @@ window, margins against the row's own positive. Margins keep false negatives out
 arXiv:2407.15831: relative margin 0.95).
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import fill_store
 from vlm2vec.evaluation.encode.store import EmbeddingStore
-from vlm2vec.files import write_json, write_table
+from vlm2vec.files import AnyPath, write_json, write_table
 
 MOST_EXCLUDED = 1024
 
@@ -47,7 +51,7 @@ class MineOptions:
             raise ValueError(f"--relative is above 0 and at most 1, got {self.relative}")
 
 
-def exclusions(query_ids, positive_ids, extra_ids=None):
+def exclusions(query_ids: Sequence[int], positive_ids: Sequence[int], extra_ids: Sequence[Hashable | None] | None = None) -> torch.Tensor:
     """(N, E) int64, -1 padded: for each row the targets that may not be its negatives.
 
     Args: query_ids, positive_ids: lists of ints (equal content, equal id). extra_ids: any hashable per row, or None; rows
@@ -71,7 +75,7 @@ def exclusions(query_ids, positive_ids, extra_ids=None):
     return table
 
 
-def choose(scores, indices, positive_scores, options):
+def choose(scores: torch.Tensor, indices: torch.Tensor, positive_scores: torch.Tensor, options: MineOptions) -> tuple[list[list[int]], int]:
     """Pick negatives from ranked candidates.
 
     Args: scores, indices: (N, K) descending, -1 pads. positive_scores: (N,).
@@ -97,7 +101,19 @@ def choose(scores, indices, positive_scores, options):
     return picks, dropped
 
 
-def mine_dataset(model, root, name, images, output, options, *, store, batch_size=32, split="original", progress=True):
+def mine_dataset(
+    model: Any,
+    root: AnyPath,
+    name: str,
+    images: AnyPath,
+    output: AnyPath,
+    options: MineOptions,
+    *,
+    store: AnyPath,
+    batch_size: int = 32,
+    split: str = "original",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Mine one data set and write OUTPUT/{name}/original-00000.parquet in the training layout.
 
     Args: root, images: training folder and image root. store: an embedding store folder.

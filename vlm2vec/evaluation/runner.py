@@ -1,9 +1,13 @@
 """Score a model on tasks: read all, encode each distinct input once, rank task by task, write files."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +19,12 @@ from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
 from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
-from vlm2vec.files import write_json, write_lines
+from vlm2vec.files import AnyPath, write_json, write_lines
+
+if TYPE_CHECKING:
+    from vlm2vec.evaluation.tasks import Task
+    from vlm2vec.evaluation.tasks.task_data import TaskData
+
 
 TOP = 100
 MISSING_SHARE = 0.5
@@ -53,7 +62,7 @@ class Prepared:
     reasons: dict = field(default_factory=dict)
 
 
-def prepare(data, hashes, prompt=None):
+def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) -> Prepared:
     """Key every input of a task; unreadable files are noted, not raised. ValueError when most of a task's files are missing."""
     reasons = {}
 
@@ -113,12 +122,12 @@ class Ranked:
     labels: list
 
     @property
-    def lists(self):
+    def lists(self) -> list[list[int | None]]:
         """Candidate numbers per query, best first; None where nothing is left to rank."""
         return [[c if c >= 0 else None for c in row] for row in self.indices.tolist()]
 
 
-def rank_task(prepared, store, unreadable, options):
+def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes, str], options: Options) -> Ranked:
     """Rank the candidates of one task; notes its data problems. ValueError under --strict when there are any."""
     data = prepared.data
     bad_query, blocked = _note_unreadable(prepared, unreadable)
@@ -141,7 +150,9 @@ def rank_task(prepared, store, unreadable, options):
     return Ranked(scores, indices, target, target_row, blocked, labels)
 
 
-def score_task(prepared, store, unreadable, options, output):
+def score_task(
+    prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes, str], options: Options, output: AnyPath
+) -> dict[str, Any]:
     """Rank one task and write its files. Returns its summary row."""
     data, task, output = prepared.data, prepared.data.task, Path(output)
     found = rank_task(prepared, store, unreadable, options)
@@ -191,7 +202,16 @@ def _other_metric(ranked, labels, grades, metric):
     return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
 
 
-def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
+def run_tasks(
+    model: Any,
+    tasks: Sequence[Task],
+    data: AnyPath | None,
+    media: AnyPath,
+    output: AnyPath,
+    *,
+    store: AnyPath | None = None,
+    options: Options | None = None,
+) -> list[dict[str, Any]]:
     """Score a model on several tasks.
 
     Args:
@@ -257,6 +277,6 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
     return [summaries[p.data.task.name] for p in prepared]
 
 
-def run_task(model, task, data, media, output, **options):
+def run_task(model: Any, task: Task, data: AnyPath | None, media: AnyPath, output: AnyPath, **options: Any) -> dict[str, Any]:
     """Score a model on one task; see `run_tasks`."""
     return run_tasks(model, [task], data, media, output, options=Options(**options))[0]

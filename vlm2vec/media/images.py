@@ -1,12 +1,19 @@
 """Opening pictures: every mode to RGB, with a pixel limit, and errors that name the item."""
 
+from __future__ import annotations
+
 import io
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 MAX_PIXELS = 178_956_970  # Pillow's own bomb limit: beyond it a small file may unpack to gigabytes
 
 
-def image_name(x) -> str:
+def image_name(x: Any) -> str:
     if isinstance(x, (bytes, bytearray)):
         return f"{len(x)} bytes"
     if isinstance(x, (str, os.PathLike)):
@@ -36,18 +43,18 @@ def _to_rgb(image, name: str):
 class Undecoded:
     """An image of which only the header was read: where it comes from, and its (width, height)."""
 
-    def __init__(self, source, size: tuple[int, int]):
+    def __init__(self, source: Any, size: tuple[int, int]):
         self.source, self.size, self.info = source, size, {}
 
 
-def measure_image(x, *, max_pixels: int = MAX_PIXELS) -> Undecoded:
+def measure_image(x: Any, *, max_pixels: int = MAX_PIXELS) -> Undecoded:
     """Read an image file's header and nothing more. Arguments and errors as `open_image`; damage behind the header goes unseen."""
     image, _ = _open(x, max_pixels)
     with image:
         return Undecoded(x, image.size)
 
 
-def open_image(x, *, max_pixels: int = MAX_PIXELS):
+def open_image(x: Any, *, max_pixels: int = MAX_PIXELS) -> Image:
     """Open one image as RGB.
 
     Args:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from vlm2vec.data import mmeb
-from vlm2vec.files import replacing_folder
+from vlm2vec.files import AnyPath, replacing_folder
 from vlm2vec.quickstart.benchmark import Plan, Size, plan
 from vlm2vec.quickstart.tasks import TASKS
 
@@ -34,7 +35,9 @@ LEAKAGE = (
 )
 
 
-def build_data(out, seed: int = 0, size: Size | None = None, workers: int | None = None, say=print) -> Path:
+def build_data(
+    out: AnyPath, seed: int = 0, size: Size | None = None, workers: int | None = None, say: Callable[[str], object] | None = print
+) -> Path:
     """Draw the pictures and write the rows below OUT/data.
 
     Args:
@@ -74,7 +77,7 @@ def build_data(out, seed: int = 0, size: Size | None = None, workers: int | None
     return folder
 
 
-def read_summary(folder) -> dict:
+def read_summary(folder: AnyPath) -> dict:
     """tasks.json of a built benchmark (`OUT/data` or `OUT/data/eval`)."""
     file = Path(folder) / "tasks.json"
     try:

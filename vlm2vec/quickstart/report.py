@@ -7,8 +7,10 @@ Read: data/tasks.json (what was asked, chance), scores-before and scores-after (
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from vlm2vec.files import AnyPath
 from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.quickstart.build import read_summary
 from vlm2vec.quickstart.tasks import META_TASKS
@@ -40,7 +42,7 @@ LEGEND = (
 )
 
 
-def report(folder, say=print) -> Path:
+def report(folder: AnyPath, say: Callable[[str], object] | None = print) -> Path:
     """Write FOLDER/report.html and print the table of scores.
 
     Returns:

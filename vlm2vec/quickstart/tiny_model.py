@@ -8,12 +8,18 @@ AutoProcessor, AutoModelForImageTextToText and VLM2Vec.from_pretrained.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm2vec.data import mmeb
-from vlm2vec.files import replacing_folder
+from vlm2vec.files import AnyPath, replacing_folder
 from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.quickstart.build import VERSION, read_summary
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+
 
 SPECIAL = (
     "<|endoftext|>",
@@ -33,7 +39,7 @@ SPREAD = 0.08
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28  # the reference's limits (VLM2Vec-V2)
 
 
-def build_model(out, seed: int = 0, say=print) -> Path:
+def build_model(out: AnyPath, seed: int = 0, say: Callable[[str], object] | None = print) -> Path:
     """Make OUT/model-init from the text in OUT/data, unless it is there for this seed.
 
     Args:
@@ -64,7 +70,7 @@ def build_model(out, seed: int = 0, say=print) -> Path:
     return folder
 
 
-def train_tokenizer(texts):
+def train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     """Qwen2's tokenizer class over a byte-level BPE of these texts. The same texts give the same tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -96,7 +102,7 @@ def train_tokenizer(texts):
     return tokenizer
 
 
-def random_model(tokenizer, seed: int):
+def random_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2VLForConditionalGeneration:
     """Qwen2VLForConditionalGeneration with random float32 weights; torch's global generator is left as it was."""
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration

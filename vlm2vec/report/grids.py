@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from vlm2vec.files import AnyPath
 from vlm2vec.media.images import measure_image
 from vlm2vec.media.inline import inline_image
 
@@ -39,7 +41,7 @@ def grid(queries: list[Query]) -> str:
     return '<div class="grid">' + "".join(_line(query) for query in queries) + "</div>"
 
 
-def picture_strip(files) -> str:
+def picture_strip(files: Iterable[AnyPath]) -> str:
     """A row of small pictures, cut off where the page ends; decoration, so hidden from screen readers."""
     return '<div class="strip" aria-hidden="true">' + "".join(f'<img alt="" src="{inline_image(f)}">' for f in files) + "</div>"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from vlm2vec.files import write_text
+from vlm2vec.files import AnyPath, write_text
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -50,7 +50,7 @@ def facts(entries: list[tuple[str, str]]) -> str:
     return '<dl class="facts">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in entries) + "</dl>"
 
 
-def write_page(file, html: str) -> Path:
+def write_page(file: AnyPath, html: str) -> Path:
     """Write a page whole or not at all. Returns the file.
 
     Raises:

@@ -3,9 +3,14 @@
 Keys hold file contents, not paths or times: a picture that was replaced is encoded again, one that was moved is not.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
+from typing import Any
+
+from torch import nn
 
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.version import __version__
@@ -24,7 +29,7 @@ class ContentHashes:
     def __init__(self):
         self._known = {}
 
-    def of(self, visual):
+    def of(self, visual: Any) -> bytes:
         """16-byte digest of a path's content, of bytes, or of a PIL image's pixels. ValueError when a file is missing."""
         if isinstance(visual, (str, os.PathLike)):
             path = os.fspath(visual)
@@ -55,7 +60,7 @@ class ContentHashes:
         return digest.digest()
 
 
-def item_key(item, hashes, prompt=None):
+def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = None) -> bytes:
     """16-byte key of one model input under one prompt.
 
     Args:
@@ -86,7 +91,7 @@ def item_key(item, hashes, prompt=None):
     return digest.digest()
 
 
-def weights_digest(module):
+def weights_digest(module: nn.Module) -> str:
     """Hex digest of a module's parameters and buffers, bytes and names; about one second per GB."""
     import torch
 
@@ -101,7 +106,7 @@ def weights_digest(module):
     return digest.hexdigest()
 
 
-def model_identity(model, **extra):
+def model_identity(model: Any, **extra: Any) -> dict[str, Any]:
     """Everything a stored vector depends on besides the input, as a JSON-able dict.
 
     A model may say it itself: `model.identity()` -> dict. Otherwise: family, digest of the weights, dtype, the family
@@ -123,6 +128,6 @@ def model_identity(model, **extra):
     return json.loads(json.dumps({**known, "vlm2vec": __version__, **extra}, sort_keys=True, default=str))
 
 
-def identity_digest(identity):
+def identity_digest(identity: dict[str, Any]) -> str:
     """Hex digest that names a model's folder in the store."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -4,10 +4,14 @@ The plan is a pure function of the set of inputs: sorted by visuals, text length
 to the processes in turn. Task order, the number of processes and earlier kills change neither batches nor vectors.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,10 +20,14 @@ from vlm2vec.files import write_json
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.sampling import FRAMES
 
+if TYPE_CHECKING:
+    from vlm2vec.evaluation.encode.store import EmbeddingStore
+
+
 SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 texts or 55 pictures in a shard; two are in memory
 
 
-def visuals_of(item):
+def visuals_of(item: dict[str, Any]) -> tuple[int, int]:
     """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it."""
     images, videos = item.get("image") or [], item.get("video") or []
     images = images if isinstance(images, (list, tuple)) else [images]
@@ -27,13 +35,13 @@ def visuals_of(item):
     return len(images), frames
 
 
-def cost_of(item):
+def cost_of(item: dict[str, Any]) -> int:
     """Rough cost of encoding, in the units of SHARD_COST."""
     images, frames = visuals_of(item)
     return 4 + len(item.get("text") or "") // 64 + 32 * (images + frames)
 
 
-def visual_key(item, hashes):
+def visual_key(item: dict[str, Any], hashes: ContentHashes) -> bytes:
     """Content of an input's visuals, b"" without any; inputs that share it share the vision tower's work."""
     digests = []
     for name in VISUAL_KEYS:
@@ -43,7 +51,7 @@ def visual_key(item, hashes):
     return b"".join(digests)
 
 
-def plan_shards(items, shard_cost=SHARD_COST, hashes=None):
+def plan_shards(items: dict[bytes, dict[str, Any]], shard_cost: int = SHARD_COST, hashes: ContentHashes | None = None) -> list[list[bytes]]:
     """Lists of keys. `items` is {key: input}; the plan depends on the set alone, not on its order.
 
     Inputs with the same picture stand together, texts by length.
@@ -96,7 +104,7 @@ class Encoder:
     inputs that cannot be decoded. An error that no single input explains is raised as it came.
     """
 
-    def __init__(self, model, batch_size=32, prompt=None, workers=None):
+    def __init__(self, model: Any, batch_size: int = 32, prompt: str | None = None, workers: int | None = None):
         self.model, self.batch_size, self.prompt = model, batch_size, prompt
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.staged = hasattr(model, "processing") and hasattr(model, "pack")
@@ -107,7 +115,9 @@ class Encoder:
         except (ValueError, OSError) as reason:
             return str(reason)
 
-    def run(self, shards, groups):
+    def run(
+        self, shards: list[list[dict[str, Any]]], groups: list[list[bytes]]
+    ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
         if not self.staged:
             for inputs in shards:
                 yield _encode(self.model, inputs, self.batch_size, self.prompt)
@@ -157,8 +167,19 @@ class Encoder:
 
 
 def fill_store(
-    model, store, items, *, rank=0, world=1, batch_size=32, prompt=None, shard_cost=SHARD_COST, progress=True, workers=None, hashes=None
-):
+    model: Any,
+    store: EmbeddingStore,
+    items: dict[bytes, dict[str, Any]],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 32,
+    prompt: str | None = None,
+    shard_cost: int = SHARD_COST,
+    progress: bool = True,
+    workers: int | None = None,
+    hashes: ContentHashes | None = None,
+) -> dict[bytes, str]:
     """Encode this process's share of what the store lacks.
 
     Args:
@@ -206,7 +227,7 @@ def fill_store(
     return unreadable
 
 
-def describe(item):
+def describe(item: dict[str, Any]) -> str:
     """A short name of an input for messages."""
     visual = item.get("image") or item.get("video") or ""
     visual = visual if isinstance(visual, (str, os.PathLike)) else type(visual).__name__
@@ -214,12 +235,12 @@ def describe(item):
     return " ".join(part for part in (str(visual), repr(text[:60]) if text else "") if part)
 
 
-def share_unreadable(store, unreadable, rank):
+def share_unreadable(store: EmbeddingStore, unreadable: dict[bytes, str], rank: int) -> None:
     """Leave this process's failures where the others find them (plain JSON; nothing is unpickled)."""
     write_json(store.folder / f"unreadable-{rank}.json", {key.hex(): reason for key, reason in unreadable.items()})
 
 
-def collect_unreadable(store, world):
+def collect_unreadable(store: EmbeddingStore, world: int) -> dict[bytes, str]:
     """{key: reason} over all processes."""
     import json
 

@@ -5,19 +5,23 @@ tgt_inst, from which the V1 strings are rebuilt. An unused side is the empty str
 image root.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vlm2vec.data.mmeb import EVAL_COLUMNS
 from vlm2vec.evaluation.loaders.tables import read_table
-from vlm2vec.evaluation.tasks import load_tasks
+from vlm2vec.evaluation.tasks import Task, load_tasks
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.files import AnyPath
 from vlm2vec.inputs import IMAGE_MARKER
 
 V2_COLUMNS = ("qry_inst", "tgt_inst")
 
 
-def item(text, image, root):
+def item(text: str, image: str, root: AnyPath) -> dict[str, Any]:
     """Model input of one side; `"image": None` tells the model that a marker in the text is text (WebQA, EDIS).
 
     Raises: ValueError for a path that is absolute or climbs out of the image root.
@@ -31,7 +35,7 @@ def _joined(*parts):
     return " ".join(p for p in parts if p)
 
 
-def rebuild_query(form, instruction, text, has_image, extra=""):
+def rebuild_query(form: str | None, instruction: str | None, text: str | None, has_image: bool, extra: str = "") -> str:
     """The V1 query string from V2's parts (published rules: mmeb_v1, hub_v2_annotations); `extra` is VisDial's newline."""
     instruction, text = instruction or "", text or ""
     if form == "image_t2i" or not has_image:
@@ -42,7 +46,7 @@ def rebuild_query(form, instruction, text, has_image, extra=""):
     return _joined(f"{IMAGE_MARKER} {instruction}", text).replace(" \n", "\n") + "\n"
 
 
-def rebuild_target(form, instruction, text, has_image):
+def rebuild_target(form: str | None, instruction: str | None, text: str | None, has_image: bool) -> str:
     """The V1 target string from V2's parts; text targets stay bare."""
     instruction, text = instruction or "", text or ""
     if not has_image:
@@ -54,7 +58,7 @@ def rebuild_target(form, instruction, text, has_image):
     return plain + "\n" if form == "image_t2i" else plain
 
 
-def candidate_name(form, text, path):
+def candidate_name(form: str | None, text: str, path: str) -> str:
     """What V2 calls a candidate: the text, the image path, or "path:text" where both tell candidates apart."""
     if not path:
         return text
@@ -78,7 +82,7 @@ def _check(task, row, i):
         raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
 
 
-def own_prompts(task):
+def own_prompts(task: Task) -> Task:
     """The task with the prompts that its rows still lack: those of a task of one's own. Published rows hold theirs already."""
     published = load_tasks().get(task.name)
     if published is None:
@@ -87,7 +91,9 @@ def own_prompts(task):
     return replace(task, **same)
 
 
-def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
+def load_mmeb(
+    task: Task, root: AnyPath | None, images: AnyPath, *, hub: bool = False, protocol: str = "v1", cache: AnyPath = "media"
+) -> TaskData:
     """Read one MMEB image task.
 
     Args:

@@ -1,14 +1,17 @@
 """report.html: one self-contained page with the scores and, for each task, pictures of what went wrong and right."""
 
+from __future__ import annotations
+
 import html
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from vlm2vec.evaluation.report.summary import percent
 from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import published
-from vlm2vec.files import write_text
+from vlm2vec.files import AnyPath, write_text
 from vlm2vec.inputs import MARKER
 from vlm2vec.media.inline import inline_thumbnail
 
@@ -23,7 +26,7 @@ def _short(text, length=140):
     return html.escape(text if len(text) <= length else text[: length - 1] + "…")
 
 
-def figure(side, caption="", kind="", length=140):
+def figure(side: dict[str, Any], caption: str = "", kind: str = "", length: int = 140) -> str:
     """One picture or text card. side: {"text", "image", "video"}."""
     image = side.get("image") or (side["video"][0] if isinstance(side.get("video"), list) and side["video"] else "")
     uri = inline_thumbnail(image, THUMBNAIL) if image else None
@@ -32,7 +35,7 @@ def figure(side, caption="", kind="", length=140):
     return f'<figure class="{kind}"><div class="pic">{inside}</div><figcaption>{below}</figcaption></figure>'
 
 
-def grid(row):
+def grid(row: dict[str, Any]) -> str:
     """One query with its best candidates; the label at the end when it is not among them."""
     cells = [figure(row["query"], kind="query")]
     for place, answer in enumerate(row["top"], 1):
@@ -44,7 +47,7 @@ def grid(row):
     return f'<div class="row">{"".join(cells)}</div>'
 
 
-def pick_rows(rows, wrong=WRONG, right=RIGHT):
+def pick_rows(rows: list[dict[str, Any]], wrong: int = WRONG, right: int = RIGHT) -> list[dict[str, Any]]:
     """The failures the model was surest of, then a few successes with the smallest lead."""
 
     def lead(row):
@@ -56,7 +59,7 @@ def pick_rows(rows, wrong=WRONG, right=RIGHT):
     return failures + sorted((r for r in ranked if r["top"][0]["correct"]), key=lead)[:right]
 
 
-def read_rows(path):
+def read_rows(path: AnyPath) -> list[dict[str, Any]]:
     """Rows of a {dataset}_top.jsonl."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -98,7 +101,7 @@ def _means_table(means):
     )
 
 
-def write_report(output, rows, model):
+def write_report(output: AnyPath, rows: list[dict[str, Any]], model: str) -> Path:
     """Write OUTPUT/report.html from the summaries and the {dataset}_top.jsonl files. Returns the path."""
     output = Path(output)
     affected = sum(r["problems"].get("affected_rows", 0) for r in rows)

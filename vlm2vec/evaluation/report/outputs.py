@@ -10,11 +10,20 @@ The reference's `_qry` and `_tgt` files are pickles: neither written nor read. T
 The reference skips a data set whose `_score.json` is there, so its tools run on this folder without the pickles.
 """
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm2vec.files import write_json, write_lines
+from vlm2vec.files import AnyPath, write_json, write_lines
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
 def _side(item):
@@ -24,7 +33,9 @@ def _side(item):
     return {"text": item.get("text") or "", "image": str(image) if isinstance(image, (str, os.PathLike)) else "", **frames}
 
 
-def top_rows(data, scores, indices, ranks, depth):
+def top_rows(
+    data: TaskData, scores: torch.Tensor, indices: torch.Tensor, ranks: Sequence[int | None], depth: int
+) -> Iterator[dict[str, Any]]:
     """One dict per query: {"row", "query", "labels", "rank", "top": [{"text", "image", "name", "score", "correct"}]}.
 
     `rank` is the 1-based rank of the best label among those looked at, None when it is not there.
@@ -43,7 +54,7 @@ def top_rows(data, scores, indices, ranks, depth):
         yield {"row": i, "query": _side(query), "labels": labels, "rank": ranks[i], "top": top}
 
 
-def write_v1(folder, data, indices, correct):
+def write_v1(folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Sequence[bool]) -> dict[str, Any]:
     """`{dataset}_score.json` and `{dataset}_pred.txt` as V1 writes them. Returns the score object."""
     name = data.task.name
     lines = []
@@ -61,7 +72,7 @@ def _relative(path, data):
     return os.path.relpath(path, data.media) if path and data.media else path or ""
 
 
-def write_v2(folder, data, indices, metrics, info=True):
+def write_v2(folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: dict[str, float], info: bool = True) -> dict[str, Any]:
     """`_score.json`, `_pred.jsonl`, `_info.jsonl` in OUTPUT/{modality} as V2 writes them; predictions cut at our depth.
 
     `info=False` leaves `_info.jsonl` out: with a thousand local candidates a query it is the largest file by far.

@@ -1,21 +1,25 @@
 """summary.json, summary.md and the table on the terminal: our scores next to the published rows."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import GROUPS, published
-from vlm2vec.files import write_json, write_lines
+from vlm2vec.files import AnyPath, write_json, write_lines
 
 V1_COLUMNS = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
 V2_COLUMNS = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
 
 
-def percent(value):
+def percent(value: float | None) -> str:
     """One decimal, as the papers print; a dash where there is nothing."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def own_row(means):
+def own_row(means: dict[str, Any]) -> dict[str, float]:
     """{column: fraction} in the columns of both published tables."""
     row = {name: part["score"] for name, part in means["meta_task"].items() if name in V1_COLUMNS}
     row |= {name: part["score"] for name, part in means["split"].items()}
@@ -27,7 +31,7 @@ def own_row(means):
     return row
 
 
-def markdown(rows, means, model, broken_shards=()):
+def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, broken_shards: Sequence[str] = ()) -> list[str]:
     """Lines of summary.md."""
     books = published()
     columns = list(books["columns"])
@@ -69,7 +73,9 @@ def markdown(rows, means, model, broken_shards=()):
     return lines
 
 
-def write_summary(output, rows, model, extra=None, broken_shards=()):
+def write_summary(
+    output: AnyPath, rows: list[dict[str, Any]], model: str, extra: dict[str, Any] | None = None, broken_shards: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write OUTPUT/summary.json and OUTPUT/summary.md. Returns the summary dict.
 
     summary.json: {"model", "tasks": [per-task rows], "means": aggregate(...), "affected_rows": int, "broken_shards": [...],
@@ -90,7 +96,7 @@ def write_summary(output, rows, model, extra=None, broken_shards=()):
     return summary
 
 
-def terminal(rows, means):
+def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     """Lines for the terminal: one per task, then the means."""
     width = max([len(r["task"]) for r in rows] + [20])
     lines = [f"{'task':<{width}}  {'meta-task':<24} {'metric':<14} {'score':>6}  {'queries':>7} {'cand.':>6}"]

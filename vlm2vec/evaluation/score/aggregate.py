@@ -4,6 +4,10 @@ The overall mean is over data sets, not over modalities or meta-tasks. A mean ov
 is marked by its count, so that a part of the benchmark is not mistaken for the whole.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from vlm2vec.evaluation.tasks import load_tasks
 
 
@@ -11,7 +15,7 @@ def _mean(rows):
     return sum(r["score"] for r in rows) / len(rows)
 
 
-def aggregate(rows):
+def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over per-task summaries.
 
     Args: rows, dicts with "task", "score" (fraction), "meta_task", "group", "split", "modality".

@@ -10,13 +10,23 @@ candidate that is no label. Conventions, where libraries differ (and what MMEB-V
 * a label given twice counts once, with the higher grade.
 """
 
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
 import numpy as np
 
 KS = (1, 5, 10)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 
 
-def relevance_table(ranked, labels, grades=None, *, depth=KS[-1]):
+def relevance_table(
+    ranked: Sequence[Sequence[Hashable | None]],
+    labels: Sequence[Sequence[Hashable]],
+    grades: Sequence[Sequence[float] | None] | None = None,
+    *,
+    depth: int = KS[-1],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Grades found at each rank, and the labels' own grades from best to worst.
 
     Args:
@@ -56,7 +66,13 @@ def _ratio(top, bottom):
     return np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0)
 
 
-def per_query_metrics(ranked, labels, grades=None, *, ks=KS):
+def per_query_metrics(
+    ranked: Sequence[Sequence[Hashable | None]],
+    labels: Sequence[Sequence[Hashable]],
+    grades: Sequence[Sequence[float] | None] | None = None,
+    *,
+    ks: Iterable[int] = KS,
+) -> dict[str, np.ndarray]:
     """{"metric@k": (N,) float64} for every metric of `METRICS` and every k; see the module text for conventions."""
     ks = sorted(set(int(k) for k in ks))
     if not ks or ks[0] < 1:
@@ -84,7 +100,13 @@ def per_query_metrics(ranked, labels, grades=None, *, ks=KS):
     return out
 
 
-def ranking_metrics(ranked, labels, grades=None, *, ks=KS):
+def ranking_metrics(
+    ranked: Sequence[Sequence[Hashable | None]],
+    labels: Sequence[Sequence[Hashable]],
+    grades: Sequence[Sequence[float] | None] | None = None,
+    *,
+    ks: Iterable[int] = KS,
+) -> dict[str, float]:
     """Means over queries, in the key order of the reference's score files: {"hit@1": .., "hit@5": .., ...}.
 
     Args, conventions: see `per_query_metrics`. No queries at all gives 0 everywhere.

@@ -5,13 +5,25 @@ Ties: the candidate that comes first in the data wins. MMEB puts the positive fi
 content share one vector, so their scores are equal to the last bit and the rule decides between them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 
 CHUNK_BYTES = 64 * 2**20
 WORKSPACE_MIB = 128  # of the search among all candidates
 
 
-def rank(query, target, k, *, local=None, target_row=None, blocked=None):
+def rank(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    k: int,
+    *,
+    local: Sequence[Sequence[int]] | None = None,
+    target_row: Sequence[int] | torch.Tensor | None = None,
+    blocked: Sequence[bool] | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best k candidates of each query.
 
     Args:
