@@ -33,6 +33,13 @@ class VLM2Vec(nn.Module):
         prompts: {"query": str, "document": str, ...}, used by `encode_query` and `encode_document`.
         always_vision: run the vision tower in every forward, on a grey placeholder that adds nothing where a chunk has no
             visuals. For sharded towers, whose forward all ranks must enter together.
+
+    Example:
+        >>> model = VLM2Vec.from_pretrained("quickstart/model")  # a folder, or a name on the hub
+        >>> queries = model.encode_query(["a fox in the snow", {"text": "the same animal", "image": Path("fox.png")}])
+        >>> documents = model.encode_document([Path("fox.png"), "a red fox"])
+        >>> model.similarity(queries, documents).shape
+        torch.Size([2, 2])
     """
 
     def __init__(
@@ -88,6 +95,11 @@ class VLM2Vec(nn.Module):
 
         Raises:
             ValueError: not a model folder, an unknown family or option, weights that do not fit, a missing base.
+
+        Example:
+            >>> model = VLM2Vec.from_pretrained("quickstart/model", dtype="float32", device="cpu", max_pixels=56 * 56)
+            >>> model.options["max_pixels"]
+            3136
         """
         from vlm2vec.checkpoint.pretrained import load
 
@@ -108,61 +120,125 @@ class VLM2Vec(nn.Module):
 
     @property
     def family(self) -> str:
+        """Name of the backbone's family, as vlm2vec.json holds it.
+
+        Example:
+            >>> model.family
+            'qwen2_vl'
+        """
         return self.backbone.name
 
     @property
     def config(self) -> PretrainedConfig:
+        """The transformers module's configuration.
+
+        Example:
+            >>> model.config.model_type
+            'qwen2_vl'
+        """
         return self.model.config
 
     @property
     def options(self) -> dict:
-        """The family options in force, as `save_pretrained` writes them."""
+        """The family options in force, as `save_pretrained` writes them.
+
+        Example:
+            >>> model.options["positions"], model.options["frames"]
+            ('sequential', 8)
+        """
         return self.processing.options
 
     @property
     def embedding_dim(self) -> int:
+        """D, the width of an embedding.
+
+        Example:
+            >>> model.encode("a fox").shape == (model.embedding_dim,)
+            True
+        """
         return self.backbone.embedding_dim(self.model.config)
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are.
+
+        Example:
+            >>> model.device
+            device(type='cpu')
+        """
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights, a four-bit base's compute dtype.
+
+        Example:
+            >>> model.dtype
+            torch.float32
+        """
         return self.backbone.text_model(self.model).get_input_embeddings().weight.dtype
 
     @property
     def processor(self) -> ProcessorMixin | None:
-        """The image processor and tokenizer holder as transformers' own processor class, None when the family has none."""
+        """The image processor and tokenizer holder as transformers' own processor class, None when the family has none.
+
+        Example:
+            >>> type(model.processor).__name__
+            'Qwen2VLProcessor'
+        """
         return self.processing.hf_processor()
 
     # -- running --------------------------------------------------------------------------------------------------------
 
     def preprocess(self, inputs: list) -> list[Features]:
-        """CPU work on each input. Errors name the position of the input in the list."""
+        """CPU work on each input. Errors name the position of the input in the list.
+
+        Example:
+            >>> text, both = model.preprocess(["a fox", {"text": "a fox", "image": Path("fox.png")}])
+            >>> text.length < both.length
+            True
+        """
         return encoding.preprocess(self.processing, inputs)
 
     def pack(self, features: list[Features]) -> PackedBatch:
-        """One packed sequence, on the CPU; move it with `.to(device)`."""
+        """One packed sequence, on the CPU; move it with `.to(device)`.
+
+        Example:
+            >>> packed = model.pack(model.preprocess(["a fox", "a red fox"]))
+            >>> packed.input_ids.shape[0] == sum(packed.seqlens)
+            True
+        """
         return self.backbone.pack(features, choose_provider(self.attn, self.device, self.dtype))
 
     def vision(self, packed: PackedBatch) -> torch.Tensor | None:
         """Vision features of all visuals of the chunk (V, width), None without visuals or when the family fuses its tower.
 
         Hand them to `forward` as `vision_features`: a frozen tower then runs once for two passes.
+
+        Example:
+            >>> packed = model.pack(model.preprocess([Path("fox.png")]))
+            >>> features = model.vision(packed)
+            >>> torch.equal(model(packed, vision_features=features), model(packed))
+            True
         """
         return self.backbone.vision(self.model, packed)
 
     def forward(self, packed: PackedBatch, vision_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states of the last tokens after the final norm, (B, D), in the model's dtype, not normalised."""
+        """Hidden states of the last tokens after the final norm, (B, D), in the model's dtype, not normalised.
+
+        Example:
+            >>> packed = model.pack(model.preprocess(["a fox", "a red fox"])).to(model.device)
+            >>> model(packed).shape == (2, model.embedding_dim)
+            True
+        """
         features = self.backbone.vision(self.model, packed) if vision_features is None else vision_features
-        seen = None
+        placeholder_features = None
         if features is None and self.always_vision and not packed.vision:
             # A sharded tower's forward and backward are collective: another rank's chunk may have visuals. The tower runs
             # before the decoder, as it does there, and its backward after the decoder's.
-            seen = self.backbone.vision(self.model, self._placeholder().to(packed.input_ids.device))
+            placeholder_features = self.backbone.vision(self.model, self._placeholder().to(packed.input_ids.device))
         hidden = self.backbone.last_hidden(self.model, packed, features)
-        return hidden if seen is None else hidden + 0 * seen.sum().to(hidden.dtype)
+        return hidden if placeholder_features is None else hidden + 0 * placeholder_features.sum().to(hidden.dtype)
 
     def _placeholder(self) -> PackedBatch:
         """A chunk of one small grey image."""
@@ -171,13 +247,27 @@ class VLM2Vec(nn.Module):
         return self.pack([self.processing({"image": Image.new("RGB", (64, 64), (128, 128, 128))})])
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute layers in the backward pass (transformers' own switch; non-reentrant)."""
+        """Recompute layers in the backward pass (transformers' own switch; non-reentrant).
+
+        Example:
+            >>> model.gradient_checkpointing_enable()
+            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            True
+        """
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6, the old name serves both
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass again.
+
+        Example:
+            >>> model.gradient_checkpointing_enable()
+            >>> model.gradient_checkpointing_disable()
+            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            False
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.model.gradient_checkpointing_disable()
@@ -208,6 +298,12 @@ class VLM2Vec(nn.Module):
 
         Raises:
             ValueError: names the input that cannot be read, by its position.
+
+        Example:
+            >>> model.encode(["a fox", Path("fox.png"), {"text": "a fox", "image": Path("fox.png")}], truncate_dim=16).shape
+            (3, 16)
+            >>> model.encode("gone.png is text, Path('gone.png') a file").shape == (model.embedding_dim,)
+            True
         """
         return encoding.encode(
             self,
@@ -221,15 +317,33 @@ class VLM2Vec(nn.Module):
         )
 
     def encode_query(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
-        """`encode` with the family's query prompt (empty for the reference's families)."""
+        """`encode` with the family's query prompt (empty for the reference's families).
+
+        Example:
+            >>> model.prompts["query"] = "Find: "
+            >>> bool((model.encode_query("a fox") == model.encode("Find: a fox")).all())
+            True
+        """
         return self.encode(inputs, **{"prompt": self.prompts.get("query"), **kwargs})
 
     def encode_document(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
-        """`encode` with the family's document prompt (empty for the reference's families)."""
+        """`encode` with the family's document prompt (empty for the reference's families).
+
+        Example:
+            >>> bool((model.encode_document("a fox") == model.encode("a fox")).all())
+            True
+        """
         return self.encode(inputs, **{"prompt": self.prompts.get("document"), **kwargs})
 
     def similarity(self, a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Cosine similarity of two sets of embeddings, (N, D) and (M, D) -> (N, M) float32."""
+        """Cosine similarity of two sets of embeddings, (N, D) and (M, D) -> (N, M) float32.
+
+        Example:
+            >>> foxes = model.encode(["a fox", "a red fox"])
+            >>> scores = model.similarity(foxes, foxes)
+            >>> scores.shape, bool(scores.diagonal().allclose(torch.ones(2)))
+            (torch.Size([2, 2]), True)
+        """
         a, b = (nn.functional.normalize(torch.as_tensor(x).float().reshape(-1, x.shape[-1]), dim=-1) for x in (a, b))
         return a @ b.to(a.device).T
 
@@ -241,22 +355,45 @@ class VLM2Vec(nn.Module):
         Args:
             merge: fold the adapter in and write a full model, laid out as the family's hub checkpoints are.
             state_dict: weights gathered from shards, under the names of `self.state_dict()`; default is the model's own.
+
+        Example:
+            >>> model.save_pretrained("saved")
+            >>> again = VLM2Vec.from_pretrained("saved")
+            >>> bool((again.encode("a fox") == model.encode("a fox")).all())
+            True
         """
         state = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         saving.save(self, os.fspath(folder), merge=merge, state=state)
 
     def to_sentence_transformer(self) -> SentenceTransformer:
-        """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`)."""
+        """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`).
+
+        Example:
+            >>> model.to_sentence_transformer().encode(["a fox"]).shape == (1, model.embedding_dim)
+            True
+        """
         return sentence_transformers_files.to_sentence_transformer(self)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
     def add_adapter(self, **lora: Any) -> None:
-        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.checkpoint.adapters.add`)."""
+        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.checkpoint.adapters.add`).
+
+        Example:
+            >>> model.add_adapter(r=4, alpha=8, targets=["q_proj", "v_proj"])
+            >>> sum(p.numel() for p in model.parameters() if p.requires_grad) < sum(p.numel() for p in model.parameters()) / 4
+            True
+        """
         adapters.add(self, **lora)
 
     def merge_adapter(self) -> VLM2Vec:
-        """Fold the adapter into the weights, so that encoding costs what the base model costs."""
+        """Fold the adapter into the weights, so that encoding costs what the base model costs.
+
+        Example:
+            >>> model.add_adapter(r=4, alpha=8)
+            >>> any("lora" in name for name in model.merge_adapter().state_dict())
+            False
+        """
         if adapters.has_adapter(self):
             adapters.merge(self)
         return self

@@ -42,14 +42,14 @@ class GenericProcessing(Processing):
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(folder, **hub)
-        made = cls(processor.tokenizer, getattr(processor, "image_processor", None), config, options)
-        made.hf = processor
+        processing = cls(processor.tokenizer, getattr(processor, "image_processor", None), config, options)
+        processing.hf = processor
         # Gemma 3's processor wants the token that opens an image and writes the image tokens itself.
-        made.image_marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-        made.video_marker = getattr(processor, "video_token", None)
+        processing.image_marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        processing.video_marker = getattr(processor, "video_token", None)
         ids = (getattr(config, "image_token_id", None), getattr(config, "image_token_index", None), getattr(config, "video_token_id", None))
-        made.kept_ids = frozenset(i for i in (*ids, *processor.tokenizer.all_special_ids) if i is not None)
-        return made
+        processing.kept_ids = frozenset(i for i in (*ids, *processor.tokenizer.all_special_ids) if i is not None)
+        return processing
 
     def hf_processor(self) -> Any:
         return self.hf
@@ -73,32 +73,32 @@ class GenericProcessing(Processing):
             if "token_type_ids" in self.hf.model_input_names:  # Gemma 3 wants them in training, zero for text
                 features.vision = {"token_type_ids": features.input_ids.new_zeros(1, features.length)}
             return features
-        made = self.hf(
+        inputs = self.hf(
             text=[text],
             images=[[self.open(i) for i in item.images]] if item.images else None,
             **({"videos": [[self.frames(v) for v in item.videos]]} if item.videos else {}),
             return_tensors="pt",
         )
-        ids = made["input_ids"][0]
+        ids = inputs["input_ids"][0]
         if self.options["append_eos"]:
             ids = torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
-        kept = self._kept(ids.tolist())
+        kept_positions = self._kept(ids.tolist())
         vision = {}
-        for key, value in made.items():
+        for key, value in inputs.items():
             if key in TEXT_KEYS:
                 continue
-            if isinstance(value, torch.Tensor) and value.shape == made["input_ids"].shape:
+            if isinstance(value, torch.Tensor) and value.shape == inputs["input_ids"].shape:
                 # one number per token (token types): cut as the text is
-                value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept]
+                value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept_positions]
             vision[key] = value
         patches = sum(v.shape[:-3].numel() for k, v in vision.items() if k.startswith("pixel_values") and v.dim() > 3)
-        return Features(ids[kept], vision, None, None, patches)
+        return Features(ids[kept_positions], vision, None, None, patches)
 
     def _kept(self, ids: list[int]) -> list[int]:
         """Positions that stay when the text is cut to max_length."""
         marked = [Visual(1, {}, token_id=at) if token in self.kept_ids else at for at, token in enumerate(ids)]
-        kept = self._truncate(marked, kept_ids=frozenset())  # positions here, not ids
-        return [piece.token_id if isinstance(piece, Visual) else piece for piece in kept]
+        pieces = self._truncate(marked, kept_ids=frozenset())  # positions here, not ids
+        return [piece.token_id if isinstance(piece, Visual) else piece for piece in pieces]
 
 
 class Generic(Backbone):
@@ -129,8 +129,8 @@ class Generic(Backbone):
         return model.get_decoder() or model
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None:
-        found = (getattr(model, name, None) for name in ("visual", "vision_tower", "vision_model"))
-        return next((tower for tower in found if tower is not None), None)
+        towers = (getattr(model, name, None) for name in ("visual", "vision_tower", "vision_model"))
+        return next((tower for tower in towers if tower is not None), None)
 
     def pack(self, features: list[Features], provider: str = "sdpa") -> PackedBatch:
         packed = pack([replace(f, vision={}) for f in features])

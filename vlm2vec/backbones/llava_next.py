@@ -43,11 +43,11 @@ def image_tokens(width: int, height: int, grid: tuple[int, int], side: int) -> t
     """
     lines, columns = grid[0] * side, grid[1] * side
     if width / height > columns / lines:
-        kept = int(round(height * (columns / width), 7))
-        lines -= (lines - kept) // 2 * 2
+        picture_lines = int(round(height * (columns / width), 7))
+        lines -= (lines - picture_lines) // 2 * 2
     else:
-        kept = int(round(width * (lines / height), 7))
-        columns -= (columns - kept) // 2 * 2
+        picture_columns = int(round(width * (lines / height), 7))
+        columns -= (columns - picture_columns) // 2 * 2
     return lines, columns
 
 
@@ -99,9 +99,9 @@ class LlavaNextProcessing(Processing):
     def from_headers(self) -> bool:
         """Where the image processor cuts the tiles that config.json says; torchvision's pixels come as floats."""
         ip, side = self.image_processor, {"height": self.tile, "width": self.tile}
-        whole = all(edge % self.tile == 0 for pinpoint in self.pinpoints for edge in pinpoint)
+        cut_evenly = all(edge % self.tile == 0 for pinpoint in self.pinpoints for edge in pinpoint)
         same = [list(p) for p in ip.image_grid_pinpoints] == self.pinpoints and dict(ip.crop_size or {}) == side
-        return self.options["pixels"] == "pil" and whole and same and bool(ip.do_center_crop)
+        return self.options["pixels"] == "pil" and cut_evenly and same and bool(ip.do_center_crop)
 
     def __call__(self, x: Any) -> Features:
         return super().__call__(self._frames_as_images(as_item(x, self.markers)))
@@ -133,10 +133,10 @@ class LlavaNextProcessing(Processing):
 
     @staticmethod
     def _next(visuals: Iterator, kind: str):
-        found = next(visuals, None)
-        if found is None:
+        visual = next(visuals, None)
+        if visual is None:
             raise ValueError(f"input has more {kind} markers than {kind}s; give the missing one or take the marker out")
-        return found
+        return visual
 
     def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) that `resize` makes of an image of this size."""

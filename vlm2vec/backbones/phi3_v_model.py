@@ -119,8 +119,8 @@ class Phi3VImageEmbedding(nn.Module):
         patches = self.img_processor(crops)
         rows, at = [], 0
         for h, w in grids:
-            whole, parts = patches[at : at + 1], patches[at + 1 : at + 1 + h * w]
-            rows += [self._lines(parts, h, w), self.glb_GN[0], self._lines(whole, 1, 1)]
+            overview, parts = patches[at : at + 1], patches[at + 1 : at + 1 + h * w]
+            rows += [self._lines(parts, h, w), self.glb_GN[0], self._lines(overview, 1, 1)]
             at += 1 + h * w
         return self.img_projection(torch.cat(rows))
 

@@ -334,9 +334,9 @@ class Processing:
                 f"(the last one had {text} besides {fixed} that stay)",
                 stacklevel=3,
             )
-        kept = []
+        shortened = []
         for piece, cuttable in zip(pieces, free):
             if not cuttable or room > 0:
-                kept.append(piece)
+                shortened.append(piece)
                 room -= cuttable
-        return kept
+        return shortened

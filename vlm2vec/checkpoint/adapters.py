@@ -76,8 +76,8 @@ def lora_config(settings: dict, **overrides: Any) -> LoraConfig:
     if kind != "LORA":
         raise ValueError(f"adapter of type {kind}: only LORA (DoRA included) can be loaded")
     known = {f.name for f in fields(LoraConfig)}
-    kept = {k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping", "task_type")}
-    return LoraConfig(**{**kept, **overrides})
+    settings_of_peft = {k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping", "task_type")}
+    return LoraConfig(**{**settings_of_peft, **overrides})
 
 
 def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
@@ -114,20 +114,20 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
         **patterns,
     )
     inject(model, config)
-    own = dict(model.model.named_parameters())
-    expected = {n for n in own if ".lora_" in n}
+    parameters = dict(model.model.named_parameters())
+    expected = {n for n in parameters if ".lora_" in n}
     used = set()
     with torch.no_grad():
         for name, value in tensors.items():
             match = _PARTS.match(name)
             kind = match["part"]
             place = f"{match['module']}.{kind}.{ADAPTER}" + ("" if kind.startswith("lora_embedding") else ".weight")
-            if place not in own or own[place].shape != value.shape:
-                had = tuple(own[place].shape) if place in own else "no such parameter"
+            if place not in parameters or parameters[place].shape != value.shape:
+                had = tuple(parameters[place].shape) if place in parameters else "no such parameter"
                 raise ValueError(
                     f"adapter {source}: {name} has shape {tuple(value.shape)}, the model {had}; is {model.base_source} its base?"
                 )
-            own[place].copy_(value)
+            parameters[place].copy_(value)
             used.add(place)
     if left := sorted(expected - used):
         raise ValueError(f"adapter {source} lacks {len(left)} tensors that the model expects: {', '.join(left[:10])}")

@@ -88,25 +88,31 @@ def load(
     options: dict,
 ) -> Any:
     """See `VLM2Vec.from_pretrained`."""
-    found = describe(source, base, revision=revision, options=options)
+    description = describe(source, base, revision=revision, options=options)
     device = loading.resolve_device(device)
-    dtype = loading.resolve_dtype(dtype, found.config)
+    dtype = loading.resolve_dtype(dtype, description.config)
     quantization = None
     if quantize is not None:
         from vlm2vec.checkpoint.quantization import keep_layout, nf4_config
 
-        quantization = nf4_config(quantize, dtype, found.backbone)
+        quantization = nf4_config(quantize, dtype, description.backbone)
     module = loading.load_module(
-        found.backbone, found.weights, found.config, dtype=dtype, device=device, quantization=quantization, **found.weights_hub
+        description.backbone,
+        description.weights,
+        description.config,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        **description.weights_hub,
     )
     if quantization is not None:
         keep_layout(module)
-    model = cls(module, found.backbone, found.processing, attn=attn, source=source, prompts=found.settings.get("prompts"))
-    model.base_source, model.revision = found.weights, revision
-    if found.adapter is not None:
+    model = cls(module, description.backbone, description.processing, attn=attn, source=source, prompts=description.settings.get("prompts"))
+    model.base_source, model.revision = description.weights, revision
+    if description.adapter is not None:
         from vlm2vec.checkpoint import adapters
 
-        adapters.load(model, source, found.adapter, **found.hub)
+        adapters.load(model, source, description.adapter, **description.hub)
     if liger:
         from vlm2vec.checkpoint.quantization import apply_liger
 

@@ -58,10 +58,10 @@ def images_below(folder: str) -> list[str]:
     """Image files in a folder and below it, in order of their paths."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder of images")
-    found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES))
-    if not found:
+    pictures = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES))
+    if not pictures:
         raise ValueError(f"{folder}: no images in it ({', '.join(PICTURES)})")
-    return found
+    return pictures
 
 
 def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict]]:

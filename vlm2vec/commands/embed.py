@@ -33,9 +33,9 @@ def collect(args: argparse.Namespace) -> tuple[list[str], list]:
             keys += more_keys
             inputs += more
         elif os.path.isdir(path):
-            found = common.images_below(path)
-            keys += found
-            inputs += [Path(p) for p in found]
+            pictures = common.images_below(path)
+            keys += pictures
+            inputs += [Path(p) for p in pictures]
         elif not os.path.isfile(path):
             raise ValueError(f"{path}: no such file or folder; a text goes behind --text")
         else:

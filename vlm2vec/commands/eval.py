@@ -53,9 +53,9 @@ def _tasks(args):
     extra, names = {}, []
     for word in args.tasks:
         if word.endswith((".yaml", ".yml")):
-            own = read_task_file(word)
-            extra |= own
-            names += list(own)
+            file_tasks = read_task_file(word)
+            extra |= file_tasks
+            names += list(file_tasks)
         else:
             names.append(word)
     if args.data:

@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
         args.seed,
         args.id_column,
     )
-    there = dataset_names(args.data, args.split)
-    names = args.datasets or there
-    missing = [n for n in names if n not in there]
+    datasets = dataset_names(args.data, args.split)
+    names = args.datasets or datasets
+    missing = [n for n in names if n not in datasets]
     if missing or not names:
-        raise ValueError(f"{args.data} holds no data set {', '.join(missing) or 'at all'}; it holds {', '.join(there) or 'nothing'}")
+        raise ValueError(f"{args.data} holds no data set {', '.join(missing) or 'at all'}; it holds {', '.join(datasets) or 'nothing'}")
     model = common.load_model(args.model, args)
     print(f"{'data set':<24} {'rows':>7} {'pool':>7} {'mined':>7} {'without':>7} {'pos.':>6} {'neg.':>6}")
     for name in names:

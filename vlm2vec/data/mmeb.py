@@ -121,12 +121,12 @@ def _load(root, name, split, columns):
     import pyarrow.parquet as pq
 
     folder = Path(root) / name
-    found = sorted(folder.glob(f"{split}-*.parquet"))
-    if not found:
+    shards = sorted(folder.glob(f"{split}-*.parquet"))
+    if not shards:
         have = ", ".join(dataset_names(root)[:12]) if Path(root).is_dir() else "nothing: the folder does not exist"
         raise ValueError(f"{folder}: expected {split}-*.parquet, found none; {root} holds {have}")
     tables, files, rows = [], [], 0
-    for file in found:
+    for file in shards:
         try:
             table = pq.read_table(file, partitioning=None)
         except (pa.ArrowInvalid, OSError) as error:
@@ -140,7 +140,7 @@ def _load(root, name, split, columns):
         files.append((rows, file))
         rows += table.num_rows
     if not rows:
-        raise ValueError(f"{found[0]}: expected at least one row, got none; write the dataset again")
+        raise ValueError(f"{shards[0]}: expected at least one row, got none; write the dataset again")
     return pa.concat_tables(tables), files
 
 
@@ -175,13 +175,13 @@ def _check_pairs(table, files, text, image, trouble):
 
 
 def _check_paths(columns, files, image_root):
-    seen = set()
+    checked = set()
     for column, values in columns:
         for row, value in enumerate(values):
             for path in value if isinstance(value, list) else (value,):
-                if not path or path in seen:
+                if not path or path in checked:
                     continue
-                seen.add(path)
+                checked.add(path)
                 pure = PurePosixPath(path)
                 if pure.is_absolute() or ".." in pure.parts:
                     raise ValueError(

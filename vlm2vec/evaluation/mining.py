@@ -89,11 +89,11 @@ def choose(scores: torch.Tensor, indices: torch.Tensor, positive_scores: torch.T
     if options.relative is not None:
         # a positive at or below 0 has no meaningful share: then nothing may outrank the positive itself
         ceiling = torch.minimum(ceiling, torch.where(positive_scores > 0, options.relative * positive_scores, positive_scores))
-    kept = (indices >= 0) & (scores <= ceiling[:, None])
-    dropped = int(((indices >= 0) & ~kept).sum())
+    allowed = (indices >= 0) & (scores <= ceiling[:, None])
+    dropped = int(((indices >= 0) & ~allowed).sum())
     generator = torch.Generator().manual_seed(options.seed)
     picks = []
-    for row, mask in zip(indices, kept):
+    for row, mask in zip(indices, allowed):
         good = row[mask]
         if options.sampling == "random" and len(good) > options.negatives:
             good = good[torch.randperm(len(good), generator=generator)[: options.negatives].sort().values]
@@ -157,10 +157,10 @@ def mine_dataset(
     exclude = exclusions(queries, positives, [extra[i] for i in usable] if extra else None)
     target = vectors.get(list(pool_of))
     query = vectors.get([query_keys[i] for i in usable])
-    own = (query * target[torch.tensor(positives)]).sum(1)
+    positive_scores = (query * target[torch.tensor(positives)]).sum(1)
     width = min(options.window[1], len(source))
     scores, indices = topk_similarity(query, target, width, exclude=exclude)
-    picks, dropped = choose(scores.float(), indices, own, options)
+    picks, dropped = choose(scores.float(), indices, positive_scores, options)
     negatives = [[] for _ in range(len(table))]
     for i, pick in zip(usable, picks):
         negatives[i] = [source[c] for c in pick]
@@ -175,7 +175,7 @@ def mine_dataset(
         "rows_without": sum(not n for n in negatives),
         "unreadable": len(table) - len(usable),
         "dropped_by_margin": dropped,
-        "positive_score": float(own.mean()),
+        "positive_score": float(positive_scores.mean()),
         "negative_score": sum(chosen) / count if count else None,
         "options": asdict(options),
     }

@@ -97,8 +97,8 @@ def _note_unreadable(prepared, unreadable):
     for i, reason in enumerate(queries):
         if reason:
             data.problems.add("unreadable_query", i, reason)
-        seen = bad if data.local is None else bad.intersection(data.local[i]) if bad else ()
-        for c in seen:
+        bad_candidates = bad if data.local is None else bad.intersection(data.local[i]) if bad else ()
+        for c in bad_candidates:
             data.problems.add("unreadable_candidate", i, candidates[c])
         right = [c for c in data.labels[i] if c >= 0]
         if right and all(c in bad for c in right):
@@ -155,21 +155,23 @@ def score_task(
 ) -> dict[str, Any]:
     """Rank one task and write its files. Returns its summary row."""
     data, task, output = prepared.data, prepared.data.task, Path(output)
-    found = rank_task(prepared, store, unreadable, options)
-    ranked = found.lists
-    table = per_query_metrics(ranked, found.labels, data.grades)
+    ranking = rank_task(prepared, store, unreadable, options)
+    ranked = ranking.lists
+    table = per_query_metrics(ranked, ranking.labels, data.grades)
     metrics = {f"{m}@{k}": float(table[f"{m}@{k}"].mean()) for m in METRICS for k in KS}
-    ranks = [next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, found.labels)]
+    ranks = [
+        next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, ranking.labels)
+    ]
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
-        write_v1(output, data, found.indices, table["hit@1"] > 0)
-    write_v2(output, data, found.indices[:, : options.top], metrics, info=not v1)
-    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, found.scores, found.indices, ranks, options.report_top))
+        write_v1(output, data, ranking.indices, table["hit@1"] > 0)
+    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1)
+    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
     write_lines(output / f"{task.name}_top.jsonl", lines)
-    write_predictions(output / "predictions" / f"{task.name}.parquet", data, found.scores, found.indices, ranks, options.top)
-    if options.faiss and found.target is not None:
-        good = [c for c, bad in enumerate(found.blocked) if not bad]
-        write_faiss(output / "faiss", task.name, found.target[[found.target_row[c] for c in good]], [data.names[c] for c in good])
+    write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
+    if options.faiss and ranking.target is not None:
+        good = [c for c, bad in enumerate(ranking.blocked) if not bad]
+        write_faiss(output / "faiss", task.name, ranking.target[[ranking.target_row[c] for c in good]], [data.names[c] for c in good])
     sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)]
     summary = {
         "task": task.name,
@@ -178,7 +180,7 @@ def score_task(
         "meta_task": task.meta_task,
         "split": task.split,
         "metric": task.metric,
-        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, found.labels, data.grades, task.metric),
+        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, ranking.labels, data.grades, task.metric),
         "metrics": metrics,
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),

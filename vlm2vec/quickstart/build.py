@@ -57,22 +57,22 @@ def build_data(
     if _finished(folder, stamp):
         _tell(say, f"{folder}: already built with seed {seed}")
         return folder
-    made = plan(seed, size)
+    benchmark = plan(seed, size)
     with replacing_folder(folder, durable=False) as part:
         images = part / "images"
-        for place in sorted({os.path.dirname(file) for file in _files(made)}):
+        for place in sorted({os.path.dirname(file) for file in _files(benchmark)}):
             (images / place).mkdir(parents=True, exist_ok=True)
-        count = _draw(made, images, seed, workers, say)
+        count = _draw(benchmark, images, seed, workers, say)
         for split, write in (("train", mmeb.write_train), ("eval", mmeb.write_eval)):
-            for name, rows in made.rows[split].items():
+            for name, rows in benchmark.rows[split].items():
                 write(part / split, name, rows)
-        summary = json.dumps(_summary(made, stamp, count), indent=1, ensure_ascii=False)
+        summary = json.dumps(_summary(benchmark, stamp, count), indent=1, ensure_ascii=False)
         (part / "eval" / "tasks.json").write_text(summary, encoding="utf-8")
         (part / "tasks.json").write_text(summary, encoding="utf-8")
     _tell(
         say,
-        f"{folder}: {count} pictures, {sum(map(len, made.rows['train'].values()))} training rows and "
-        f"{sum(map(len, made.rows['eval'].values()))} evaluation queries in {len(TASKS)} tasks",
+        f"{folder}: {count} pictures, {sum(map(len, benchmark.rows['train'].values()))} training rows and "
+        f"{sum(map(len, benchmark.rows['eval'].values()))} evaluation queries in {len(TASKS)} tasks",
     )
     return folder
 

@@ -157,10 +157,10 @@ def save(scene: Scene, folder: str | os.PathLike, seed: int) -> int:
     import os
 
     picture, boxes = draw(scene, seed)
-    made = [(scene.file, picture), *((file, crop(picture, boxes[cell])) for cell, file in scene.crops)]
-    for file, image in made:
+    pictures = [(scene.file, picture), *((file, crop(picture, boxes[cell])) for cell, file in scene.crops)]
+    for file, image in pictures:
         image.save(os.path.join(folder, file), compress_level=3)
-    return len(made)
+    return len(pictures)
 
 
 def _ground(rng, colour, width, height):

@@ -64,12 +64,12 @@ def plan_shards(items: dict[bytes, dict[str, Any]], shard_cost: int = SHARD_COST
 
     shards, cost = [], 0
     for key in sorted(items, key=order):
-        here = cost_of(items[key])
-        if not shards or cost + here > shard_cost:
+        item_cost = cost_of(items[key])
+        if not shards or cost + item_cost > shard_cost:
             shards.append([])
             cost = 0
         shards[-1].append(key)
-        cost += here
+        cost += item_cost
     return shards
 
 
@@ -141,12 +141,12 @@ class Encoder:
         failures = {i: f for i, f in enumerate(features) if isinstance(f, str)}
         good = [i for i in range(len(features)) if i not in failures]
         kind = self.model.device.type
-        seen = self._towers({groups[i]: features[i] for i in reversed(good) if features[i].vision}, kind)
+        vision_features = self._towers({groups[i]: features[i] for i in reversed(good) if features[i].vision}, kind)
         vectors = torch.empty(len(good), self.model.embedding_dim)
         for rows in chunks([features[i].length for i in good], self.batch_size, kind):
             chunk, visuals = [features[good[r]] for r in rows], None
-            if seen:
-                visuals = [seen[groups[good[r]]] for r in rows if features[good[r]].vision]
+            if vision_features:
+                visuals = [vision_features[groups[good[r]]] for r in rows if features[good[r]].vision]
                 chunk, visuals = [replace(f, vision={}) for f in chunk], torch.cat(visuals) if visuals else None
             packed = self.model.pack(chunk).to(self.model.device)
             vectors[rows] = torch.nn.functional.normalize(self.model(packed, vision_features=visuals).float(), dim=-1).cpu()
@@ -159,10 +159,10 @@ class Encoder:
         names, out = list(distinct), {}
         for rows in chunks([distinct[n].length for n in names], self.batch_size, kind):
             chunk = [distinct[names[r]] for r in rows]
-            made = self.model.vision(self.model.pack(chunk).to(self.model.device))
-            if made is None:
+            features = self.model.vision(self.model.pack(chunk).to(self.model.device))
+            if features is None:
                 return {}
-            out.update(zip((names[r] for r in rows), made.split([len(f.visual_index) for f in chunk])))
+            out.update(zip((names[r] for r in rows), features.split([len(f.visual_index) for f in chunk])))
         return out
 
 
@@ -244,9 +244,9 @@ def collect_unreadable(store: EmbeddingStore, world: int) -> dict[bytes, str]:
     """{key: reason} over all processes."""
     import json
 
-    found = {}
+    reasons = {}
     for rank in range(world):
         path = store.folder / f"unreadable-{rank}.json"
         if path.exists():
-            found.update({bytes.fromhex(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()})
-    return found
+            reasons.update({bytes.fromhex(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()})
+    return reasons

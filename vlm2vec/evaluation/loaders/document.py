@@ -73,10 +73,10 @@ def load_documents(
     if task.options.get("language"):
         queries = queries.filter(lambda language: language == task.options["language"], input_columns="language")
     for row in queries:
-        found = qrels.get(row["query-id"], {})
+        relevant = qrels.get(row["query-id"], {})
         data.queries.append({"text": task.query_prompt.replace("{text}", row["query"])})
-        data.labels.append([pool.index.get(name, -1) for name in found])
-        data.label_names.append([str(name) for name in found])
-        data.grades.append([int(g) if g == int(g) else g for g in found.values()])
+        data.labels.append([pool.index.get(name, -1) for name in relevant])
+        data.label_names.append([str(name) for name in relevant])
+        data.grades.append([int(g) if g == int(g) else g for g in relevant.values()])
     data.candidates, data.names = pool.items, pool.names
     return data

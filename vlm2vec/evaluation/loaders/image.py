@@ -107,15 +107,15 @@ def load_mmeb(
     """
     table = read_table(root, task, columns=EVAL_COLUMNS, hub=hub)
     parts = all(column in table.column_names for column in V2_COLUMNS)
-    data, pool, own = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
+    data, pool, prompted = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
     for i, row in enumerate(table):
         _check(task, row, i)
         qry_text, qry_image = row["qry_text"] or "", row["qry_img_path"] or ""
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
         if parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
-        elif own.query_prompt:
-            query = own.query_prompt.replace("{text}", qry_text)
+        elif prompted.query_prompt:
+            query = prompted.query_prompt.replace("{text}", qry_text)
         else:
             query = qry_text
         if not query.strip() and not qry_image:
@@ -133,7 +133,7 @@ def load_mmeb(
             if parts:
                 full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
             else:
-                full = own.target_prompt.replace("{text}", text) if own.target_prompt else text
+                full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text
             mine.append(pool.add(key, lambda f=full, p=path: item(f, p, images), name))
         real = [c for c in mine if c >= 0]
         if not real:

@@ -94,10 +94,10 @@ def _means_table(means):
                 f'<tr><td>{field.replace("_", "-")} {html.escape(name)}</td><td class="n">{part["tasks"]}</td>'
                 f'<td class="n">{percent(part["score"])}</td></tr>'
             )
-    whole = means["overall"]
+    overall = means["overall"]
     return (
         "".join(out)
-        + f'<tr><td><b>all</b></td><td class="n">{whole["tasks"]}</td><td class="n"><b>{percent(whole["score"])}</b></td></tr></table>'
+        + f'<tr><td><b>all</b></td><td class="n">{overall["tasks"]}</td><td class="n"><b>{percent(overall["score"])}</b></td></tr></table>'
     )
 
 

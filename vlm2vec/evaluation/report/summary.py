@@ -49,14 +49,14 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
         for name, part in means[field].items():
             lines.append(f"| {title}{name} | {part['tasks']} | {percent(part['score'])} |")
     lines.append(f"| all | {means['overall']['tasks']} | {percent(means['overall']['score'])} |")
-    own = own_row(means)
+    own_scores = own_row(means)
     for key, wanted, title in (("v1", V1_COLUMNS, "MMEB (arXiv:2410.05160)"), ("v2", V2_COLUMNS, "MMEB-V2 (arXiv:2507.04590)")):
         if not known or (key == "v1" and not any(r["modality"] == "image" for r in rows)):
             continue
-        whole = "" if means["complete"][key] else " (ours: only the data sets above)"
-        lines += ["", f"## Next to {title}{whole}", ""]
+        incomplete = "" if means["complete"][key] else " (ours: only the data sets above)"
+        lines += ["", f"## Next to {title}{incomplete}", ""]
         lines += ["| model | " + " | ".join(wanted) + " |", "|" + "---|" * (len(wanted) + 1)]
-        lines.append(f"| **{model}** | " + " | ".join(percent(own.get(c)) for c in wanted) + " |")
+        lines.append(f"| **{model}** | " + " | ".join(percent(own_scores.get(c)) for c in wanted) + " |")
         for name, row in books["tables"][key].items():
             lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
     bad = [r for r in rows if r["problems"]]

@@ -117,12 +117,12 @@ def read_hints(root: AnyPath) -> dict[str, dict[str, Any]]:
 
 def _usable(hint):
     """The keys of a hint that describe a task; a benchmark's file may hold much else (counts, chance levels, notes)."""
-    kept = {k: hint[k] for k in ("meta_task", "group", "metric", "modality", "loader", "query_prompt") if hint.get(k)}
+    usable = {k: hint[k] for k in ("meta_task", "group", "metric", "modality", "loader", "query_prompt") if hint.get(k)}
     if hint.get("split") in ("ind", "ood"):
-        kept["split"] = hint["split"]
+        usable["split"] = hint["split"]
     if hint.get("candidates") in ("local", "global"):
-        kept["candidates"] = hint["candidates"]
-    return kept
+        usable["candidates"] = hint["candidates"]
+    return usable
 
 
 def custom_task(name: str, hint: dict[str, Any] | None = None, documents: bool = False) -> Task:
@@ -150,25 +150,25 @@ def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[st
     if not root.is_dir():
         raise ValueError(f"no data folder {root}; expected a folder with one sub-folder per dataset")
     table, hints = {**load_tasks(), **(extra or {})}, read_hints(root)
-    found = []
+    tasks = []
     for task in table.values():
         if holds_tables(root, task):
             hint = _usable(hints.get(task.name, {}))
-            found.append(replace(task, **hint) if hint else task)
-    taken = {task.path or task.name for task in found} | {task.name for task in found}
+            tasks.append(replace(task, **hint) if hint else task)
+    taken = {task.path or task.name for task in tasks} | {task.name for task in tasks}
     order = {name: i for i, name in enumerate(hints)}
     folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
     for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
         task = custom_task(folder.name, hints.get(folder.name), documents=(folder / "corpus").is_dir() and (folder / "qrels").is_dir())
         if holds_tables(root, task):
-            found.append(task)
+            tasks.append(task)
     if names:
-        wanted, found_all = list(names), found
-        found = [t for t in found if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
-        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in found_all)]
+        wanted, all_tasks = list(names), tasks
+        tasks = [t for t in tasks if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
+        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in all_tasks)]
         if missing:
-            there = ", ".join(t.name for t in found_all) or "nothing"
-            raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {there}")
-    if not found:
+            all_names = ", ".join(t.name for t in all_tasks) or "nothing"
+            raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {all_names}")
+    if not tasks:
         raise ValueError(f"{root} holds no dataset; expected e.g. {root}/ImageNet-1K/test-00000.parquet")
-    return found
+    return tasks
