@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlm2vec.version import __version__
+from vlm2vec.checkpoint.release import __version__
 
 __all__ = ["VLM2Vec", "__version__"]
 

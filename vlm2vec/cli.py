@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: vlm2vec COMMAND ...\n\n" + "\n".join(lines) + "\n\nvlm2vec COMMAND --help says more.")
         return 0 if argv else 2
     if argv[0] == "--version":
-        from vlm2vec.version import __version__
+        from vlm2vec.checkpoint.release import __version__
 
         print(__version__)
         return 0

@@ -1,10 +1,13 @@
 """What holds for the package as a whole: types on what people call, no import circles."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 from helpers.repository import ROOT
+
+import vlm2vec
 
 PACKAGES = ("vlm2vec",)
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
@@ -87,3 +90,8 @@ def test_no_import_circle():
 def test_a_circle_is_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_release_is_said_alike():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert declared == vlm2vec.__version__

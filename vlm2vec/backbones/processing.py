@@ -6,11 +6,12 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.backbones.options import check_option
+from vlm2vec.backbones.visual import Visual
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
 from vlm2vec.media.films import read_frames
@@ -20,52 +21,6 @@ from vlm2vec.packing import Features, concat_vision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
-
-
-@dataclass
-class Visual:
-    """One image or video after preprocessing.
-
-    Attributes:
-        tokens: how many tokens it takes in the language model.
-        tensors: inputs of the vision tower; first dimensions are joined over the visuals of a chunk.
-        patches: cost in the vision tower.
-        token_id: id that its tokens bear in `input_ids`.
-        grid: (t, h, w) in merged patches, where the family positions tokens by it.
-        pieces: how its tokens stand in the text when they are not one run: token ids (int) and runs of visual tokens
-            ((count, grid)), in order. None is one run of `tokens`.
-    """
-
-    tokens: int
-    tensors: dict = field(default_factory=dict)
-    patches: int = 0
-    token_id: int | None = None
-    grid: tuple[int, int, int] | None = None
-    pieces: list | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens that it takes in the text, those between its runs included."""
-        return self.tokens + sum(1 for p in self.pieces or () if isinstance(p, int))
-
-
-def check_option(name: str, value: Any, default: Any) -> None:
-    """A ValueError unless an option is of its default's kind; numbers are positive. Names and sizes are the families' own to check."""
-    if isinstance(default, bool):
-        fits, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(default, int) or name in OPTIONAL_COUNTS:
-        fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an integer of at least 1"
-        if name in OPTIONAL_COUNTS:
-            fits, wanted = fits or value is None, f"{wanted}, or None"
-    elif isinstance(default, float):
-        fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, "a number above 0"
-    else:
-        return
-    if not fits:
-        raise ValueError(f"{name}={value!r}: expected {wanted}")
 
 
 class Processing:

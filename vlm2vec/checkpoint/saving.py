@@ -11,8 +11,8 @@ from torch import nn
 from vlm2vec.checkpoint import adapters
 from vlm2vec.checkpoint import sentence_transformers_files as st_files
 from vlm2vec.checkpoint.loading import SETTINGS, renamed
+from vlm2vec.checkpoint.release import __version__
 from vlm2vec.files import filling_folder, write_json
-from vlm2vec.version import __version__
 
 _STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 

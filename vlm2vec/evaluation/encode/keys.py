@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from vlm2vec.checkpoint.release import __version__
 from vlm2vec.inputs import VISUAL_KEYS
-from vlm2vec.version import __version__
 
 DIGEST = 16
 READ_BYTES = 1 << 20

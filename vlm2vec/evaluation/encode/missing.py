@@ -216,7 +216,7 @@ def fill_store(
             finite = torch.isfinite(vectors).all(dim=1)
             if not bool(finite.all()):
                 worst = items[keys[good[int((~finite).nonzero()[0])]]]
-                raise ValueError(f"the model returned a vector that is not finite for {describe(worst)}; check weights and dtype")
+                raise ValueError(f"the model returned a vector that is not finite for {short_name(worst)}; check weights and dtype")
             if good:
                 store.add([keys[i] for i in good], vectors)
             bar.update(len(keys))
@@ -227,7 +227,7 @@ def fill_store(
     return unreadable
 
 
-def describe(item: dict[str, Any]) -> str:
+def short_name(item: dict[str, Any]) -> str:
     """A short name of an input for messages."""
     visual = item.get("image") or item.get("video") or ""
     visual = visual if isinstance(visual, (str, os.PathLike)) else type(visual).__name__

@@ -36,7 +36,7 @@ def _joined(*parts):
 
 
 def rebuild_query(form: str | None, instruction: str | None, text: str | None, has_image: bool, extra: str = "") -> str:
-    """The V1 query string from V2's parts (published rules: mmeb_v1, hub_v2_annotations); `extra` is VisDial's newline."""
+    """The V1 query string from V2's parts (TIGER-Lab/MMEB-V2's annotations against MMEB-eval's strings); `extra` is VisDial's newline."""
     instruction, text = instruction or "", text or ""
     if form == "image_t2i" or not has_image:
         return f"{instruction} {text}\n{extra}"

@@ -35,7 +35,7 @@ def figure(side: dict[str, Any], caption: str = "", kind: str = "", length: int 
     return f'<figure class="{kind}"><div class="pic">{inside}</div><figcaption>{below}</figcaption></figure>'
 
 
-def grid(row: dict[str, Any]) -> str:
+def answers_row(row: dict[str, Any]) -> str:
     """One query with its best candidates; the label at the end when it is not among them."""
     cells = [figure(row["query"], kind="query")]
     for place, answer in enumerate(row["top"], 1):
@@ -121,7 +121,7 @@ def write_report(output: AnyPath, rows: list[dict[str, Any]], model: str) -> Pat
         picked = pick_rows(read_rows(path)) if path.exists() else []
         first = " open" if r is rows[0] else ""
         parts.append(f"<details{first}><summary>{html.escape(r['task'])}<span>{r['metric']} {percent(r['score'])}</span></summary>")
-        parts += [grid(row) for row in picked] + ["</details>"]
+        parts += [answers_row(row) for row in picked] + ["</details>"]
     style = STYLE.read_text(encoding="utf-8")
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'

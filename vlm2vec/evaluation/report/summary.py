@@ -10,8 +10,8 @@ from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import GROUPS, published
 from vlm2vec.files import AnyPath, write_json, write_lines
 
-V1_COLUMNS = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
-V2_COLUMNS = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
+V1_TABLE = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
+V2_TABLE = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
 
 
 def percent(value: float | None) -> str:
@@ -21,7 +21,7 @@ def percent(value: float | None) -> str:
 
 def own_row(means: dict[str, Any]) -> dict[str, float]:
     """{column: fraction} in the columns of both published tables."""
-    row = {name: part["score"] for name, part in means["meta_task"].items() if name in V1_COLUMNS}
+    row = {name: part["score"] for name, part in means["meta_task"].items() if name in V1_TABLE}
     row |= {name: part["score"] for name, part in means["split"].items()}
     row |= {name: part["score"] for name, part in means["group"].items()}
     row |= {name: part["score"] for name, part in means["modality"].items()}
@@ -50,7 +50,7 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
             lines.append(f"| {title}{name} | {part['tasks']} | {percent(part['score'])} |")
     lines.append(f"| all | {means['overall']['tasks']} | {percent(means['overall']['score'])} |")
     own_scores = own_row(means)
-    for key, wanted, title in (("v1", V1_COLUMNS, "MMEB (arXiv:2410.05160)"), ("v2", V2_COLUMNS, "MMEB-V2 (arXiv:2507.04590)")):
+    for key, wanted, title in (("v1", V1_TABLE, "MMEB (arXiv:2410.05160)"), ("v2", V2_TABLE, "MMEB-V2 (arXiv:2507.04590)")):
         if not known or (key == "v1" and not any(r["modality"] == "image" for r in rows)):
             continue
         incomplete = "" if means["complete"][key] else " (ours: only the data sets above)"
