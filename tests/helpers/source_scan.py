@@ -5,7 +5,7 @@ import io
 import tokenize
 from collections.abc import Iterator
 
-from helpers.repository import ROOT
+from tests.helpers.repository import ROOT
 
 NAMED = {tokenize.NAME, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # f-strings are split from 3.12 on
 

@@ -7,8 +7,9 @@ import pytest
 @pytest.fixture(scope="session")
 def example_folder(tmp_path_factory):
     """A folder as a reader has it: quickstart/model, small and untrained, and a picture."""
-    from helpers.tiny_models import qwen2_vl
     from PIL import Image
+
+    from tests.helpers.tiny_models import qwen2_vl
 
     folder = tmp_path_factory.mktemp("examples")
     (folder / "quickstart" / "model").mkdir(parents=True)

@@ -1,8 +1,8 @@
 """Each fact has one home: a second list of it, or a second way of doing it, fails here."""
 
 import pytest
-from helpers.source_scan import code_words, literal_collections, modules
 
+from tests.helpers.source_scan import code_words, literal_collections, modules
 from vlm2vec.data.row_formats import FORMATS
 from vlm2vec.inputs import ITEM_KEYS
 from vlm2vec.media.endings import FILMS, PICTURES

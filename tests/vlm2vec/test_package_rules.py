@@ -5,9 +5,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from helpers.repository import ROOT
 
 import vlm2vec
+from tests.helpers.repository import ROOT
 
 PACKAGES = ("vlm2vec",)
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]

@@ -2,8 +2,7 @@
 
 import re
 
-from helpers.source_scan import code_words, modules
-
+from tests.helpers.source_scan import code_words, modules
 from vlm2vec.backbones import FAMILIES
 
 STEMS = sorted({re.match("[a-z]+", name).group() for name in FAMILIES})

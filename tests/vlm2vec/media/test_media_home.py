@@ -3,7 +3,8 @@
 import ast
 
 import pytest
-from helpers.repository import ROOT
+
+from tests.helpers.repository import ROOT
 
 # Modules that open pictures or films, whole or these names of them. PIL.Image.new and fromarray draw and wrap: they open nothing.
 LIBRARIES = {"av", "cv2", "decord", "imageio", "torchcodec", "torchvision.io", "moviepy", "skimage.io", "matplotlib.image"}
