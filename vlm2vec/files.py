@@ -43,7 +43,8 @@ def replacing(path: AnyPath, *, durable: bool = True, make_parents: bool = True)
     """Gives a path to write to, which takes the name `path` when the block ends; an error in the block leaves `path` as it was.
 
     Args:
-        durable: on disk before it takes the name. False is for what is made again at no cost, such as unpacked frames.
+        durable: on disk before it takes the name, which takes a disk milliseconds. False is for what a second run makes again from
+            what is kept: unpacked frames, scores of stored embeddings.
         make_parents: make the folder of `path` where it is not there.
     """
     path = Path(path)
@@ -127,29 +128,29 @@ def write_bytes(path: AnyPath, content: bytes, *, durable: bool = True) -> None:
         part.write_bytes(content)
 
 
-def write_text(path: AnyPath, text: str, *, make_parents: bool = True) -> None:
+def write_text(path: AnyPath, text: str, *, durable: bool = True, make_parents: bool = True) -> None:
     """A UTF-8 file of this text; see `replacing`."""
-    with replacing(path, make_parents=make_parents) as part:
+    with replacing(path, durable=durable, make_parents=make_parents) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_lines(path: AnyPath, lines: Iterable[str]) -> None:
+def write_lines(path: AnyPath, lines: Iterable[str], *, durable: bool = True) -> None:
     """A UTF-8 file of these lines, which are written as they come; see `replacing`."""
-    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+    with replacing(path, durable=durable) as part, open(part, "w", encoding="utf-8") as file:
         for line in lines:
             file.write(line + "\n")
 
 
-def write_json(path: AnyPath, content: Any, **options: Any) -> None:
+def write_json(path: AnyPath, content: Any, *, durable: bool = True, **options: Any) -> None:
     """A UTF-8 file of `content` as indented JSON with a newline at its end; `options` go to `json.dumps`. See `replacing`."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n", durable=durable)
 
 
-def write_table(path: AnyPath, table: Any) -> None:
+def write_table(path: AnyPath, table: Any, *, durable: bool = True) -> None:
     """A zstd-compressed parquet file of a `pyarrow.Table`; see `replacing`."""
     import pyarrow.parquet as pq
 
-    with replacing(path) as part:
+    with replacing(path, durable=durable) as part:
         pq.write_table(table, part, compression="zstd")
 
 

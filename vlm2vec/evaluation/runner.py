@@ -167,7 +167,7 @@ def score_task(
         write_v1(output, data, ranking.indices, table["hit@1"] > 0)
     write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1)
     lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
-    write_lines(output / f"{task.name}_top.jsonl", lines)
+    write_lines(output / f"{task.name}_top.jsonl", lines, durable=False)
     write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
     if options.faiss and ranking.target is not None:
         good = [c for c, bad in enumerate(ranking.blocked) if not bad]
@@ -188,7 +188,7 @@ def score_task(
         "chance": _chance(data),
         "problems": data.problems.summary(),
     }
-    write_json(output / "tasks" / f"{task.name}.json", summary)
+    write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
     return summary
 
 

@@ -61,7 +61,7 @@ def write_predictions(
                 "hit": ranks[i] == 1,
             }
         )
-    write_table(path, pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))))
+    write_table(path, pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), durable=False)
 
 
 def _path(item):

@@ -61,10 +61,10 @@ def write_v1(folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Se
     for best in indices[:, 0].tolist():
         item = data.candidates[best] if best >= 0 else {}
         lines.append(repr((item.get("text") or "", _relative(item.get("image"), data))))
-    write_lines(Path(folder) / f"{name}_pred.txt", lines)
+    write_lines(Path(folder) / f"{name}_pred.txt", lines, durable=False)
     count = int(sum(correct))
     score = {"acc": count / len(correct) if len(correct) else 0.0, "num_correct": count, "num_pred": len(correct)}
-    write_json(Path(folder) / f"{name}_score.json", score)
+    write_json(Path(folder) / f"{name}_score.json", score, durable=False)
     return score
 
 
@@ -96,9 +96,9 @@ def write_v2(folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: di
                 info["rel_scores"] = data.grades[i]
             yield json.dumps(info, ensure_ascii=False)
 
-    write_lines(folder / f"{name}_pred.jsonl", predictions())
+    write_lines(folder / f"{name}_pred.jsonl", predictions(), durable=False)
     if info:
-        write_lines(folder / f"{name}_info.jsonl", infos())
+        write_lines(folder / f"{name}_info.jsonl", infos(), durable=False)
     score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries)}
-    write_json(folder / f"{name}_score.json", score)
+    write_json(folder / f"{name}_score.json", score, durable=False)
     return score
