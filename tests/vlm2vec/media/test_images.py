@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm2vec.media.images import open_image
+from vlm2vec.media.images import measure_image, open_image
 
 
 def picture(width=60, height=40, seed=0, mode="RGB"):
@@ -64,3 +64,25 @@ def test_a_decompression_bomb_is_refused():
     Image.new("1", (30_000, 30_000)).save(header, "PNG")
     with pytest.raises(ValueError, match="pixels"):
         open_image(header.getvalue())
+
+
+def test_pictures_are_read_as_they_are_stored(tmp_path):
+    """As the reference reads them, for its scores: a camera's turn is not applied, and what lies under transparent pixels shows."""
+    camera = picture(60, 40)
+    exif = camera.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    camera.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "turned.png")), np.asarray(camera))
+    assert measure_image(tmp_path / "turned.png").size == (60, 40), "the header is read by the same rule"
+    hidden = camera.copy()
+    hidden.putalpha(0)
+    np.testing.assert_array_equal(np.asarray(open_image(hidden)), np.asarray(camera))
+
+
+def test_a_header_says_what_the_picture_turns_out_to_be(tmp_path):
+    for mode, name in (("RGB", "a.jpg"), ("P", "b.gif"), ("LA", "c.png"), ("CMYK", "d.tif"), ("1", "e.bmp"), ("RGBA", "f.webp")):
+        picture(61, 37, mode=mode).save(tmp_path / name)
+        assert measure_image(tmp_path / name).size == open_image(tmp_path / name).size == (61, 37), name
+    (tmp_path / "bomb.png").write_bytes((tmp_path / "c.png").read_bytes())
+    with pytest.raises(ValueError, match="limit of 100 pixels"):
+        measure_image(tmp_path / "bomb.png", max_pixels=100)
