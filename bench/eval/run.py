@@ -97,12 +97,12 @@ def write_benchmark(folder: Path, rows: int, apart: bool = False) -> None:
 
 def _own(row, name: str, place: int, images: Path):
     """The row with pictures of its own: one pixel and the name changed; texts with the data set's name in front."""
-    from vlm2vec.media.images import open_image
+    from PIL import Image
 
     def picture(file):
         own = f"{place}-{file}"
         if file and not (images / own).exists():
-            image = open_image(images / file)
+            image = Image.open(images / file)
             image.putpixel((0, 0), (place, place, place))
             image.save(images / own)
         return own if file else ""

@@ -48,8 +48,8 @@ def test_negatives_are_the_highest_that_pass(training):
     facts, rows = mine(training, negatives=3, window=(2, 9), relative=None, margin=0.05)
     table = read_train(training / "train", "Set")
 
-    def side(text, path):
-        return {"text": text, "image": str(training / "images" / path) if path else None}
+    def side(text, picture):
+        return {"text": text, "image": str(training / "images" / picture) if picture else None}
 
     pool = list(dict.fromkeys(zip(table["pos_text"], table["pos_image_path"])))
     target = model.encode([side(*p) for p in pool])

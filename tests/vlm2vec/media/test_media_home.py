@@ -11,6 +11,7 @@ LIBRARIES = {"av", "cv2", "decord", "imageio", "torchcodec", "torchvision.io", "
 OPENERS = {"PIL.Image.open", "PIL.ImageFile.Parser", "PIL.ImageSequence.Iterator", "transformers.image_utils.load_image"}
 OPENERS |= {"transformers.video_utils.load_video", "pyvips.Image.new_from_file"}
 CODE = ("vlm2vec", "train", "bench", "examples")
+EXCEPTIONS = {"bench/eval/": "changes one pixel of pictures that it has drawn itself, so that the reading it measures stays out of it"}
 
 
 def openers(source: str) -> set[str]:
@@ -57,6 +58,10 @@ def test_only_media_opens():
             seen[str(file.relative_to(ROOT))] = openers(file.read_text(encoding="utf-8"))
     assert len(seen) > 100, "the folders are where this test looks for them"
     opened = {file: sorted(names) for file, names in seen.items() if names}
+    for folder in EXCEPTIONS:
+        excepted = [file for file in opened if file.startswith(folder)]
+        assert excepted, f"nothing below {folder} opens any: the exception goes"
+        opened = {file: names for file, names in opened.items() if file not in excepted}
     assert not opened, f"open pictures and films by vlm2vec.media: {opened}"
     home = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "vlm2vec" / "media").glob("*.py"))
     assert {"av.open", "PIL.Image.open"} <= openers(home), "this test sees what media does"
