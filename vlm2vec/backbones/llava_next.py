@@ -199,7 +199,7 @@ class LlavaNext(Backbone):
     hub_names = [(r"^language_model\.", "language_model.model."), (r"^vision_tower\.", "vision_tower.vision_model.")]
     unused_keys = [r"^lm_head\.", r"^language_model\.lm_head\."]  # the embedding model has no language-model head
 
-    # checkpoints.yaml: this checkpoint was trained and scored on images squashed to 1344 x 1344
+    # VLM2Vec-LLaVa-Next was trained and scored on images squashed to 1344 x 1344 (arXiv:2410.05160, Table 2: high resolution)
     published = [(r"(^|/)vlm2vec-llava-next$", {"resolution": "high"})]
 
     def vision_tower(self, model):

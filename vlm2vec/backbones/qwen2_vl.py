@@ -197,7 +197,8 @@ class Qwen2VL(Backbone):
         (r"^model\.", "language_model."),
     ]
     hub_names = [(r"^language_model\.", "model.")]
-    # checkpoints.yaml: the V1 adapters are scored on images squashed to 1344 x 1344 first; V2.0 keeps the aspect ratio.
+    # The reference's V2 scripts score the V1 adapters with `--image_resolution high`: images squashed to 1344 x 1344 first. V2.0 keeps
+    # the aspect ratio.
     published = [(r"(^|/)vlm2vec-qwen2vl-[^/]*$", {"resolution": "high"})]
 
     def finish(self, model):

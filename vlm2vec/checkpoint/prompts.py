@@ -1,4 +1,4 @@
-"""Prompt layouts as the public checkpoints were trained and evaluated (lookup: Prompt layouts).
+"""Prompt layouts as the public checkpoints were trained and evaluated (the released rows of TIGER-Lab/MMEB-eval and MMEB-V2).
 
     image    `{marker}\\n{instruction} {text}\\n`; without a visual `{instruction} {text}\\n`    MMEB image tasks
     space    `{marker} {instruction} {text}`, no final newline                                  V2 video and visual documents
