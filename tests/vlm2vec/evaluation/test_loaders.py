@@ -189,7 +189,10 @@ def test_moments(tmp_path):
     for name in ("a_1", "a_2", "b_3", "q_9"):
         frames(seeker / "video_frames" / name, 10, len(name))
     picture(seeker / "query_pic.jpg", 1)
-    clip = lambda *names: [[{"output_path": n} for n in names]] * 3
+
+    def clip(*names):
+        return [[{"output_path": n} for n in names]] * 3
+
     parquet(
         tmp_path / "MomentSeeker" / "test.parquet",
         query=["t", "i", "v"],

@@ -47,7 +47,10 @@ def test_negatives_are_the_highest_that_pass(training):
     model = StubModel()
     facts, rows = mine(training, negatives=3, window=(2, 9), relative=None, margin=0.05)
     table = read_train(training / "train", "Set")
-    side = lambda t, p: {"text": t, "image": str(training / "images" / p) if p else None}
+
+    def side(text, picture):
+        return {"text": text, "image": str(training / "images" / picture) if picture else None}
+
     pool = list(dict.fromkeys(zip(table["pos_text"], table["pos_image_path"])))
     target = model.encode([side(*p) for p in pool])
     query = model.encode([side(t, "") for t in table["qry"]])
