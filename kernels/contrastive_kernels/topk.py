@@ -183,7 +183,8 @@ def topk_similarity(
         exclude: (N, E) int64 targets that a query must not get; -1 pads.
         workspace_mib: bound on scratch memory, default 256.
         backend: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton".
-        validate: run the checks that would wait for a GPU: the range of `exclude`, and NaN where the kernels run (plain torch finds it anyway).
+        validate: run the checks that would wait for a GPU: the range of `exclude`, and NaN where the kernels run (plain torch finds it
+            anyway).
 
     Returns:
         scores (N, k) float32 (float64 for float64 input), descending, and indices (N, k) int64; of equal scores the
@@ -191,6 +192,15 @@ def topk_similarity(
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
+
+    Example:
+        >>> import torch
+        >>> query, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]])
+        >>> scores, indices = topk_similarity(query, target, k=2)
+        >>> indices
+        tensor([[1, 2]])
+        >>> topk_similarity(query, target, k=2, exclude=torch.tensor([[1]]))[1]
+        tensor([[2, 0]])
     """
     check_matrices(query, target, empty=True)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:

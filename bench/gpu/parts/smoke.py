@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from bench.gpu import cases
+from bench.gpu.cases import result_on
 from bench.gpu.check import Check
-from bench.gpu.parts.gate import call
 from bench.gpu.parts.profile import special
 from bench.peers import on_gpu
 from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
@@ -89,7 +89,7 @@ def loss(machine, path: str) -> dict:
     d, dtype, options = LOSSES[path]
     n, options = _rows(machine), {"temperature": TEMPERATURE, **options}
     query, target = _pair(machine, d, dtype)
-    result = call(cases.Case(path, dtype, n, n, d), path, query, target, options)
+    result = result_on(cases.Case(path, dtype, n, n, d), path, query, target, options)
     if result is None:
         return {"wrong": f"the path {path} was not taken"}
     right = cases.truth_of(query, target, options, torch.float64)
