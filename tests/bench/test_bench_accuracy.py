@@ -1,11 +1,9 @@
 """`python -m bench accuracy` at a small size: loss and gradients as near to float64 as is claimed, and verdicts that can fail."""
 
-import argparse
-
 import pytest
 import torch
 
-from bench import accuracy
+from bench import accuracy, tables
 from bench.peers import emulated
 from contrastive_kernels import info_nce_value_and_grad
 from contrastive_kernels.eager import sweep as panels
@@ -13,7 +11,7 @@ from tests.kernels.helpers import products
 
 
 def arguments(tmp_path, *words):
-    parser = argparse.ArgumentParser()
+    parser = tables.parser("accuracy", accuracy.__doc__)
     accuracy.add_arguments(parser)
     return parser.parse_args(["--rows", "256", "--width", "256", "--csv", str(tmp_path / "accuracy.csv"), *words])
 
