@@ -68,5 +68,8 @@ aot: $(STAMP) $(TRITON:%=.triton/%/.installed)  ## Compile every kernel for sm_8
 bench: $(STAMP)  ## Short benchmarks
 	@$(PY) -m pytest bench --benchmark-only
 
+pictures: $(STAMP)-quickstart  ## Make the README's pictures anew from docs/measured.csv and the quickstart's report (needs chromium)
+	@$(PY) docs/pictures.py
+
 clean:  ## Remove the environments and everything the quickstart wrote
 	rm -rf $(VENV) .venv-old .triton quickstart build dist *.egg-info
