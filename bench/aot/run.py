@@ -124,7 +124,9 @@ def heading(columns: tuple[str, ...]) -> list[str]:
 
 
 def line(cells: list) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
+    """A row of a Markdown table."""
+    words = [str(cell).replace("|", "/") for cell in cells]
+    return "|" + "".join(f" {word} |" if word else " |" for word in words)
 
 
 def code_cells(row: dict) -> list[str]:

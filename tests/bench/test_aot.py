@@ -42,8 +42,6 @@ def test_no_kernel_has_a_fault(arch):
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault_of_its_own(monkeypatch, tmp_path):
-    from bench.aot import compile as aot_compile
-
     launch = CapturedLaunch(SimpleNamespace(fn=SimpleNamespace(__name__="_kernel")), {}, {}, (1,))
     good = next(row for row in compiled(90) if not aot.verdict(row))
 
@@ -83,7 +81,7 @@ FIXED = {"UPCAST": [False], "HAS_POSITIVE": [True]}
 def test_every_kernel_is_compiled_with_every_switch_both_ways(arch):
     """As the sources have them, so that neither a new kernel nor a new switch is left out."""
     folder = aot.ROOT / "kernels/contrastive_kernels/triton"
-    kernels = {name for path in folder.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
+    kernels = {name for path in folder.rglob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
     child = subprocess.run(
         [sys.executable, "-c", SWITCHES, str(arch)], capture_output=True, text=True, check=True, env=aot._environment(), cwd=aot.ROOT
     )
