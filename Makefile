@@ -1,4 +1,4 @@
-# make quickstart: train and evaluate a small model on real pictures.   make test: the whole test suite.
+# make quickstart: train and evaluate a small model on real pictures.   make check, make test: the linter, the whole test suite.
 # Each does its own set-up: a virtual environment in .venv, made once and again when pyproject.toml changes.
 # make test-old: the suite on the oldest versions, in .venv-old.   make aot TRITON=3.9.0: kernels compiled by that triton.
 SHELL := /bin/bash
@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 comma := ,
 
-.PHONY: help setup quickstart test test-old aot bench clean
+.PHONY: help setup quickstart check test test-old aot bench pictures clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,10 @@ quickstart: $(STAMP)-quickstart  ## Draw a benchmark, train a small model on it,
 	@$(VENV)/bin/vlm2vec eval quickstart/model --data quickstart/data/eval --images quickstart/data/images --output quickstart/scores-after
 	@$(PY) -m vlm2vec.quickstart report quickstart
 
+check: $(STAMP)  ## Lint and check the formatting (seconds)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
 test: $(STAMP)  ## Run the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
@@ -63,6 +67,9 @@ aot: $(STAMP) $(TRITON:%=.triton/%/.installed)  ## Compile every kernel for sm_8
 
 bench: $(STAMP)  ## Short benchmarks
 	@$(PY) -m pytest bench --benchmark-only
+
+pictures: $(STAMP)-quickstart  ## Make the README's pictures anew from docs/measured.csv and the quickstart's report (needs chromium)
+	@$(PY) docs/pictures.py
 
 clean:  ## Remove the environments and everything the quickstart wrote
 	rm -rf $(VENV) .venv-old .triton quickstart build dist *.egg-info

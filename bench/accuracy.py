@@ -14,37 +14,18 @@ error; extreme inputs give finite numbers.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
-import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from bench.loss import emulated
-from bench.loss.peers import torch_linear_cross_entropy
-from bench.loss.run import ROOT, about
+from bench import tables
+from bench.peers import emulated
+from bench.peers.autograd import step
+from bench.peers.on_cpu import sentence_transformers, torch_linear_cross_entropy
 
-FIELDS = (
-    "name",
-    "inputs",
-    "dtype",
-    "n",
-    "d",
-    "temperature",
-    "loss_error",
-    "d_query_error",
-    "d_target_error",
-    "note",
-    "threads",
-    "device",
-    "torch",
-    "python",
-    "commit",
-)
 PARTS = ("loss", "d_query", "d_target")
 
 
@@ -79,10 +60,8 @@ def truth(query, target, temperature):
 
 
 def _through(loss_of, query, target):
-    q, t = query.detach().requires_grad_(), target.detach().requires_grad_()
-    loss = loss_of(q, t)
-    loss.backward()
-    return loss.detach(), q.grad, t.grad
+    """(loss, d_query, d_target) through autograd."""
+    return step(loss_of, query, target)()
 
 
 def formulas(query, target, temperature) -> dict:
@@ -105,8 +84,6 @@ def formulas(query, target, temperature) -> dict:
         return _through(lambda q, t: loss(q / temperature, t, labels), query, target)
 
     def st():
-        from bench.loss.peers import sentence_transformers
-
         return sentence_transformers(query, target, temperature)()
 
     out = {
@@ -147,16 +124,16 @@ def errors_of(query, target, temperature) -> dict[str, tuple | str]:
 def rows_of(args) -> list[dict]:
     rows = []
     for name, kind, temperature in itertools.product(args.dtypes, ("isotropic", "crowded"), args.temperatures):
-        made = [embeddings(kind, args.rows, args.width, getattr(torch, name), seed) for seed in range(args.seeds)]
-        each = [errors_of(query, target, temperature) for query, target in made]
+        batches = [embeddings(kind, args.rows, args.width, getattr(torch, name), seed) for seed in range(args.seeds)]
+        each = [errors_of(query, target, temperature) for query, target in batches]
         for formula in each[0]:
             row = {"name": formula, "inputs": kind, "dtype": name, "n": args.rows, "d": args.width, "temperature": temperature}
-            found = [errors[formula] for errors in each]
-            if isinstance(found[0], str):
-                rows.append(row | {"note": found[0]})
+            of_seeds = [errors[formula] for errors in each]
+            if isinstance(of_seeds[0], str):
+                rows.append(row | {"note": of_seeds[0]})
                 continue
             rows.append(
-                row | {f"{part}_error": math.sqrt(sum(x * x for x in of_part) / len(each)) for part, of_part in zip(PARTS, zip(*found))}
+                row | {f"{part}_error": math.sqrt(sum(x * x for x in of_part) / len(each)) for part, of_part in zip(PARTS, zip(*of_seeds))}
             )
             show(rows[-1])
     return rows
@@ -221,7 +198,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 1.0])
     parser.add_argument("--seeds", type=int, default=4, help="batches that errors are averaged over")
-    parser.add_argument("--csv", type=Path, default=ROOT / "bench/scratch/accuracy.csv")
 
 
 def run(args) -> int:
@@ -232,19 +208,13 @@ def run(args) -> int:
     print()
     for good, sentence in judged:
         print(("PASS  " if good else "MISS  ") + sentence)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    part = args.csv.with_suffix(args.csv.suffix + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows({**about(), **row} for row in rows)
-    os.replace(part, args.csv)
+    tables.write_csv(args.csv, [{"part": "accuracy", **row} for row in rows])
     print(f"\nwritten to {args.csv}")
     return 0 if all(good for good, _ in judged) else 1
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=__doc__.splitlines()[0])
+    parser = tables.parser("accuracy", __doc__, tables.SCRATCH / "accuracy.csv")
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

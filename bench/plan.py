@@ -12,18 +12,14 @@ Aims: predicted over live between 1 and 1.02; at 100m, predicted over resident 0
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import ctypes
-import gc
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from bench import tables
-from bench.encode import models as encode_models
+from bench import measure, models, tables
+from bench.measure import resident, restart_resident_peak
 
 _MADV_DONTNEED = 4
 PAIRS = {"tiny": 32, "100m": 6}
@@ -39,9 +35,9 @@ def write(folder: Path, size: str) -> dict:
     """Model and rows of the encode benchmark's mix below `folder`; a recipe's values but for how it trains."""
     from vlm2vec.data.mmeb import write_train
 
-    encode_models.write(size, str(folder / "model"))
+    models.write(size, str(folder / "model"))
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    items = encode_models.inputs(size, 2 * PAIRS[size])
+    items = models.inputs(size, 2 * PAIRS[size])
     sides = []
     for number, item in enumerate(items):
         text = item if isinstance(item, str) else item.get("text", "") if isinstance(item, dict) else ""
@@ -64,21 +60,6 @@ def write(folder: Path, size: str) -> dict:
         "chunk_tokens": BUDGET[size],
         "cpu": True,
     }
-
-
-def restart_resident_peak() -> float:
-    """Resident MiB now; the peak that `resident("VmHWM")` reads begins anew."""
-    gc.collect()
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    return resident("VmRSS")
-
-
-def resident(field: str) -> float:
-    """MiB that Linux states for this process: VmRSS, resident now, or VmHWM, the most so far."""
-    with open("/proc/self/status", encoding="ascii") as f:
-        line = next(line for line in f if line.startswith(field + ":"))
-    return int(line.split()[1]) / 1024
 
 
 def _settle(model) -> None:
@@ -143,17 +124,24 @@ def planned(values: dict) -> dict:
     from train.recipe.schema import Recipe
 
     recipe = build(Recipe, values, where="")
-    made = simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), flash=False, most_chunks=64)
-    return {"peak": made.peak, "parts": made.parts}
+    plan = simulate(recipe, None, make_batch=lambda processing: first_batch(recipe, processing, 1), flash=False, most_chunks=64)
+    return {"peak": plan.peak, "parts": plan.parts}
+
+
+def last_of(what: str, *values: dict) -> dict:
+    """`measured` or `planned` of the last of `values`; those before it are run for what they leave behind in the process."""
+    work = {"measured": measured, "planned": planned}[what]
+    for earlier in values[:-1]:
+        work(earlier)
+    return work(values[-1])
+
+
+CHILDREN = {"last of": last_of}
 
 
 def in_child(what: str, *values: dict) -> dict:
-    """The result for the last of `values`; those before it are run for what they leave behind in the process."""
-    command = [sys.executable, "-m", "bench.plan", "--child", what, *map(json.dumps, values)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
-    if done.returncode:
-        raise RuntimeError(f"{what} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """`last_of` in a process of its own, whose resident peak tells of tensors."""
+    return measure.in_child("bench.plan", "last of", what, *values, **measure.BLOCKS_GIVEN_BACK)
 
 
 def compared(size: str, values: dict, warm: dict, kind: str, retain: str) -> dict:
@@ -184,14 +172,16 @@ def misses(row: dict) -> list[str]:
     return missed
 
 
-def _arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--retain", nargs="+", choices=("0", "all"), default=["0", "all"])
 
 
 def main(argv=None) -> int:
-    args = tables.parsed("plan", __doc__, _arguments, argv)
+    parser = tables.parser("plan", __doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         warm = write(Path(folder, "warm"), "tiny")
@@ -203,16 +193,8 @@ def main(argv=None) -> int:
                     if len(rows) == 1:
                         print(" ".join(f"{name:>23}" for name in rows[0]))
                     print(" ".join(f"{cell:>23}" for cell in rows[-1].values()), flush=True)
-    return tables.conclude(rows, [line for row in rows for line in misses(row)], args.csv)
+    return tables.conclude([{"part": "plan", **row} for row in rows], [line for row in rows for line in misses(row)], args.csv)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        tables.quiet()
-        *before, last = map(json.loads, sys.argv[3:])
-        work = {"measured": measured, "planned": planned}[sys.argv[2]]
-        for values in before:
-            work(values)
-        print(json.dumps(work(last)))
-    else:
-        sys.exit(main())
+    sys.exit(main())

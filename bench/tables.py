@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.measure import ROOT, processor
+
 SCRATCH = ROOT / "bench/scratch"  # where tables go by default; git ignores it
 RESULTS = ROOT / "bench/results"  # what was measured on a card and is committed
 
-# The schema of the house. A table has those columns that it fills, in this order, and its own behind them.
-# ms: milliseconds of one call; peak_mib: beyond what was there before; times_three_gemms: milliseconds over those of the three bare
-# products; share_of_limit: FLOP/s over the data sheet's; *_error: |got - truth| / |truth| in float64; value in `unit`, and what was
-# predicted of it.
+# The one schema. A table has those columns that it fills, in this order, and its own behind them.
+# part: which table; name: what a row measures, a peer or an option. Times are milliseconds of one call: ms_min the least of interleaved
+# runs, ms_p20 to ms_p80 percentiles, cpu_ms processor time of all threads. ratio, cpu_ratio: over (or, where the name says "times as
+# fast", under) what `ratio_to` or the name names. peak_mib: beyond what was there before; live_mib: live tensors of it, rss_mib: resident
+# growth, process_mib: the whole process. times_three_gemms: milliseconds over those of the three bare products; share_of_limit: FLOP/s
+# over the data sheet's; *_error: |got - truth| / |truth| in float64; value in `unit`, and what was predicted of it; aim and its verdict.
 SCHEMA = (
-    "part",
-    "name",
-    "dtype",
-    "n",
-    "m",
-    "d",
-    "temperature",
-    "ms_p20",
-    "ms_p50",
-    "ms_p80",
-    "peak_mib",
-    "times_three_gemms",
-    "tflops",
-    "share_of_limit",
-    "predicted_ms",
-    "loss_error",
-    "d_query_error",
-    "d_target_error",
-    "value",
-    "unit",
-    "predicted",
-    "note",
-    "device",
-    "threads",
-    "torch",
-    "triton",
-    "transformers",
-    "python",
-    "commit",
+    *("part", "name", "size", "dtype", "n", "m", "d", "temperature", "options", "repeat"),
+    *("ms_min", "ms_p20", "ms_p50", "ms_p80", "cpu_ms", "ratio", "cpu_ratio", "ratio_to"),
+    *("peak_mib", "live_mib", "rss_mib", "process_mib"),
+    *("times_three_gemms", "tflops", "share_of_limit", "predicted_ms"),
+    *("loss_error", "d_query_error", "d_target_error"),
+    *("value", "unit", "predicted", "aim", "verdict", "note"),
+    *("device", "threads", "torch", "triton", "transformers", "python", "commit"),
 )
 
 
-def versions(device: str = "cpu") -> dict:
-    """Columns that say what made a row. device: what it ran on."""
+def versions(device: str | None = None) -> dict:
+    """Columns that say what made a row. device: what it ran on, by default this machine's processor."""
     import platform
     from importlib import metadata
 
@@ -67,7 +49,7 @@ def versions(device: str = "cpu") -> dict:
     except OSError:  # no git
         commit = ""
     return {
-        "device": device,
+        "device": processor() if device is None else device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -95,11 +77,12 @@ def write_csv(path: str | os.PathLike, rows: list[dict], about: dict | None = No
     filled = dict.fromkeys(key for row in rows for key in row)
     columns = [name for name in SCHEMA if name in filled]
     columns += [name for name in filled if name not in columns]
-    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.part", path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def conclude(rows: list[dict], missed: list[str], path: str | None) -> int:
@@ -110,17 +93,11 @@ def conclude(rows: list[dict], missed: list[str], path: str | None) -> int:
     return 1 if missed else 0
 
 
-def parsed(name: str, meaning: str, add_arguments, argv) -> argparse.Namespace:
-    """The command line of `python -m bench NAME`, with --csv."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=meaning.splitlines()[0])
-    add_arguments(parser)
-    parser.add_argument("--csv", help="write the rows to this file")
-    return parser.parse_args(argv)
+def parser(name: str, meaning: str, csv_path: Path | None = None) -> argparse.ArgumentParser:
+    """The command line of `python -m bench NAME`, with --csv.
 
-
-def quiet() -> None:
-    """No load reports and progress bars of transformers: a child process prints one line of JSON."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    meaning: the table's docstring, whose first line is shown. csv_path: where rows go without --csv; None: nowhere.
+    """
+    made = argparse.ArgumentParser(prog=f"python -m bench {name}", description=meaning.splitlines()[0])
+    made.add_argument("--csv", type=Path, default=csv_path, help="write the rows to this file" + (f" ({csv_path})" if csv_path else ""))
+    return made

@@ -10,10 +10,10 @@ import torch
 
 # the package imports itself by its name on GitHub
 sys.modules.setdefault("grad_cache", gradcache)
-from gradcache.grad_cache import GradCache  # noqa: E402
-from gradcache.loss import SimpleContrastiveLoss  # noqa: E402
+from gradcache.grad_cache import GradCache  # noqa: E402 (after the name is set)
+from gradcache.loss import SimpleContrastiveLoss  # noqa: E402 (after the name is set)
 
-from contrastive_kernels import info_nce  # noqa: E402
+from contrastive_kernels import info_nce  # noqa: E402 (after the name is set)
 
 
 def fused_loss(query, target):

@@ -14,16 +14,13 @@ if not torch.cuda.is_available():
     # Read once, when triton is first imported; ahead-of-time compilation tests run in a child process without it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """Folder of outputs of the reference implementation; the tests that need it are skipped where it is absent."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the reference implementation's outputs (../shared/golden) are not on this machine")
-    return folder
+def golden() -> Path:
+    """Folder of the reference implementation's outputs (tests/golden/README.md), part of the repository."""
+    return GOLDEN
 
 
 @pytest.fixture(autouse=True)

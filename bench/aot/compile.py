@@ -8,23 +8,22 @@ strides are those of a real launch, not a second list of them.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from bench.aot import sass
+from bench.aot.launch_capture import CapturedLaunch
+from bench.aot.launches import launches
 from contrastive_kernels import roofline
 
 CACHE = Path(__file__).resolve().parents[1] / "scratch/aot"
@@ -45,40 +44,9 @@ TYPES = {
     torch.int8: "i8",
     torch.bool: "u1",
 }
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
-@dataclass
-class Caught:
-    """One launch: the function, what it was called with by name, its launch options and its grid."""
-
-    function: JITFunction
-    arguments: dict
-    options: dict
-    grid: tuple
-    flops: int = 0  # as its launcher notes them
-    bytes: int = 0
-    tiles: int = 0  # 0: as many as programs
-
-
-@contextlib.contextmanager
-def caught_launches():
-    """Instead of launching, note the launches made inside the block."""
-    launches: list[Caught] = []
-
-    def run(self, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        named = dict(zip(self.arg_names, args)) | kwargs
-        launches.append(Caught(self, named, options, grid if isinstance(grid, tuple) else grid(named)))
-
-    original, JITFunction.run = JITFunction.run, run
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
-
-
-def source(launch: Caught) -> ASTSource:
+def source(launch: CapturedLaunch) -> ASTSource:
     """Signature, constants and alignment as the run-time specialisation would find them."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.function.params):
@@ -101,7 +69,7 @@ def source(launch: Caught) -> ASTSource:
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compile_for(launch: Caught, arch: int):
+def compile_for(launch: CapturedLaunch, arch: int):
     return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options={**launch.options, "enable_fp_fusion": True})
 
 
@@ -130,8 +98,8 @@ def analyse(kernel, arch: int, threads: int) -> dict:
     inside = code.count(*loop) if loop else {}
     # of a warp-specialised kernel the exponentials' group may be another one than the products'
     tiles = code.first_with("MUFU") if everything["USETMAXREG"] else code.around(loop) if loop else None
-    own = loop and tiles and tiles[0] <= loop[0] <= tiles[1]
-    after = code.count(loop[1] + 1 if own or not tiles else tiles[0], tiles[1] if tiles else 1 << 60) if loop else everything
+    products_group = loop and tiles and tiles[0] <= loop[0] <= tiles[1]
+    after = code.count(loop[1] + 1 if products_group or not tiles else tiles[0], tiles[1] if tiles else 1 << 60) if loop else everything
     # warp specialisation adds warps to those that were asked for
     blocks, share = occupancy(gpu, registers, kernel.metadata.shared, max(threads, 32 * kernel.metadata.num_warps))
     return {
@@ -161,18 +129,18 @@ def analyse(kernel, arch: int, threads: int) -> dict:
     }
 
 
-def described(launch: Caught, arch: int, threads: int) -> dict:
+def described(launch: CapturedLaunch, arch: int, threads: int) -> dict:
     """`analyse` of the compiled launch, or what it gave before for the same source, constants, options and reader."""
     parts = [source(launch).hash(), str(sorted(launch.options.items())), str(arch), triton.__version__, READER]
-    held = CACHE / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.json"
-    if held.is_file():
-        return json.loads(held.read_text())
-    made = analyse(compile_for(launch, arch), arch, threads)
+    cached = CACHE / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.json"
+    if cached.is_file():
+        return json.loads(cached.read_text())
+    description = analyse(compile_for(launch, arch), arch, threads)
     CACHE.mkdir(parents=True, exist_ok=True)
-    part = held.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(made))
-    os.replace(part, held)
-    return made
+    part = cached.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(description))
+    os.replace(part, cached)
+    return description
 
 
 def operand_bytes(constants: dict, itemsize: int) -> int:
@@ -184,7 +152,7 @@ def operand_bytes(constants: dict, itemsize: int) -> int:
     return (constants["BLOCK_R"] + constants["BLOCK_C"]) * constants["BLOCK_K"] * itemsize
 
 
-def description(name: str, launch: Caught, arch: int, has_dot: bool) -> dict:
+def description(name: str, launch: CapturedLaunch, arch: int, has_dot: bool) -> dict:
     """A row of the table: what a launch is, and what its machine code is like."""
     threads = 32 * launch.options.get("num_warps", 4)
     constants = {k: v for k, v in launch.arguments.items() if k.isupper()}
@@ -209,15 +177,11 @@ def description(name: str, launch: Caught, arch: int, has_dot: bool) -> dict:
 
 def rows(arch: int, first: int = 0, step: int = 1):
     """Compile every `step`-th distinct launch from `first` on, and describe it."""
-    from bench.aot.launches import launches
-
     for number, (name, launch, has_dot) in enumerate(launches(arch)):
         if number % step == first:
             try:
                 yield description(name, launch, arch, has_dot)
-            except (
-                Exception
-            ) as error:  # of the compiler, whose own passes raise RuntimeError: the row is a fault, and the others are still built
+            except Exception as error:  # of the compiler, whose passes raise RuntimeError: the row is a fault, the others are still built
                 yield {"case": name, "kernel": launch.function.fn.__name__, "arch": arch, "error": f"{type(error).__name__}: {error}"[:400]}
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from bench.aot.compile import Caught, caught_launches
+from bench.aot.launch_capture import CapturedLaunch, captured_launches
 from contrastive_kernels.triton import launch_log as work
 
 R, C, D = 512, 1024, 1536  # multiples of every block; ODD is none
@@ -310,7 +310,7 @@ def _fused(dtype):
             if dtype == torch.float16 and width < 128:
                 continue  # bfloat16's code
             yield f"forward D={width}{name}", lambda x=x, y=y, o=options: fused_forward(x, y, **o)
-            yield f"backward D={width}{name}", lambda x=x, y=y, o=options: fused_backward(x, y, shift=row, factor=row, **o)
+            yield f"backward D={width}{name}", lambda x=x, y=y, row=row, o=options: fused_backward(x, y, shift=row, factor=row, **o)
     yield "sums alone", lambda: fused_forward(x, y, weighted=False, **masks)
     if dtype == torch.float16:
         return
@@ -357,17 +357,17 @@ def _families():
             yield name, dtype, cases(dtype)
 
 
-def launches(arch: int) -> list[tuple[str, Caught, bool]]:
+def launches(arch: int) -> list[tuple[str, CapturedLaunch, bool]]:
     """(case, launch, whether it multiplies 2-byte elements) for one architecture, equal ones once."""
     out, seen = [], set()
     with mock.patch("contrastive_kernels.triton.configs.architecture", lambda device: arch):
         for family, dtype, cases in _families():
             for case, make in cases:
-                with caught_launches() as caught, work.record() as noted:
+                with captured_launches() as captured, work.record() as noted:
                     make()
-                for launch, note in zip(caught, noted) if len(caught) == len(noted) else ():
+                for launch, note in zip(captured, noted) if len(captured) == len(noted) else ():
                     launch.flops, launch.bytes, launch.tiles = note.flops, note.bytes, note.grid
-                for launch in caught:
+                for launch in captured:
                     key = (
                         launch.function.fn.__name__,
                         *((k, str(v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()),

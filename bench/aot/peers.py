@@ -15,7 +15,9 @@ from unittest import mock
 
 import torch
 
-from bench.aot.compile import caught_launches, description
+from bench.aot.compile import description
+from bench.aot.launch_capture import captured_launches
+from bench.peers import on_gpu
 from contrastive_kernels import roofline
 
 N, D, TEMPERATURE = 1024, 1536, 0.05
@@ -34,10 +36,8 @@ def inf_cl():
 
 
 def cut_cross_entropy():
-    from bench.gpu.losses import cut_cross_entropy as make
-
     query, target, _ = _leaves()
-    make(query, target, TEMPERATURE)()
+    on_gpu.cut_cross_entropy(query, target, TEMPERATURE)()
 
 
 def liger():
@@ -48,10 +48,8 @@ def liger():
 
 
 def memeff():
-    from bench.gpu.losses import memeff as make
-
     query, target, _ = _leaves()
-    make(query, target, TEMPERATURE)()
+    on_gpu.memeff(query, target, TEMPERATURE)()
 
 
 PEERS = {"inf-cl": inf_cl, "cut-cross-entropy": cut_cross_entropy, "Liger": liger, "memeff": memeff}
@@ -99,14 +97,14 @@ def rows(arch: int):
     """A row for every kernel that a peer launches, or one with the reason why it could not be had."""
     for peer, call in PEERS.items():
         error, seen = None, set()
-        with pretended(arch), caught_launches() as caught:
+        with pretended(arch), captured_launches() as captured:
             try:
                 call()
             except Exception as raised:  # of a library that was not written for this
                 error = raised
         if isinstance(error, ImportError):
             continue
-        for launch in caught:
+        for launch in captured:
             name = launch.function.fn.__name__
             if name in seen:
                 continue

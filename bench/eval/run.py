@@ -6,7 +6,7 @@ End to end: a mixed benchmark in MMEB's layout (classification, questions, retri
 disk, to score files. Ours is `run_tasks` with an empty store. The reference's way: data set by data set, distinct inputs of
 each once, batches of 16 in the data's order, left-padded, language-model head and all hidden states, then one query at a
 time in Python: stack the candidates' vectors, cosine, argmax. Ranking alone: the full matrix of scores, argsort of each row
-(one row at a time, which spares it a second matrix) against `topk_similarity`. Each arm runs in its own process, so peak
+(one row at a time, which spares it a second matrix) against `topk_similarity`. Each peer runs in its own process, so peak
 memory is its own. The model has learnt eight rows of each data set by heart, so that scores are not 0; they must agree before a time is
 shown. The reference itself maps and processes row by row, which the imitation does not: it took 3.3 times ours where the imitation
 takes what is printed, and 4 to 5 times on the quickstart's data. With one thread (OMP_NUM_THREADS=1) end to end is judged by the
@@ -16,112 +16,33 @@ processor's time, which others on the machine do not change; ours decodes pictur
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench import tables
-from bench.encode.run import BATCH, padded_batch, resident_mib
+from bench import measure, models, tables
 from bench.eval import model as eval_model
+from bench.eval.benchmark import write_benchmark
+from bench.measure import process_peak_mib
+from bench.models import BATCH, padded_batch
 
-ARMS = ("ours", "reference")
+PEERS = ("ours", "reference")
 AIM_END_TO_END, AIM_RANKING, AIM_MIB, TOP = 2.0, 10.0, 512, 10
-LEAST_RIGHT = 2  # queries of a data set, on average: fewer could not tell arms apart
-WORDS = "red blue green small large old bright wooden round near under beside holding cat dog cup tree car boat lamp book chair".split()
-
-
-def write_benchmark(folder: Path, rows: int, apart: bool = False) -> None:
-    """Six data sets of `rows` queries over one set of pictures, shared labels and shared picture candidates.
-
-    With `apart` each data set has pictures, labels and captions of its own, so that no input of one occurs in another.
-    """
-    import random
-
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    from bench.encode.models import IMAGES
-
-    rng = random.Random(0)
-    (folder / "images").mkdir(parents=True)
-    for i in range(2 * rows):
-        pixels = np.random.default_rng(i).integers(0, 256, (*IMAGES[i % len(IMAGES)][::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-    say = lambda n: " ".join(rng.choice(WORDS) for _ in range(rng.randint(2, n)))
-    labels, captions = [f"{w} {v}" for w in WORDS[:8] for v in WORDS[8:]], [say(14) for _ in range(3 * rows)]
-    mark, ask = "<|image_1|>\n", lambda pool, i: [pool[(i * 7 + j) % len(pool)] for j in range(len(pool))]
-    pictures = [f"{i}.png" for i in range(rows)]
-    target = mark + "Represent the given image.\n"
-    sets = {
-        "ImageNet-1K": [
-            (mark + "Represent the given image for classification\n", f"{i + rows}.png", ask(labels, i), None) for i in range(rows)
-        ],
-        "ImageNet-A": [(mark + "Represent the given image for classification\n", f"{i}.png", ask(labels, i), None) for i in range(rows)],
-        "OK-VQA": [
-            (f"{mark}Represent the given image with the following question: {say(12)}?\n", f"{i}.png", ask(captions, i), None)
-            for i in range(rows)
-        ],
-        "MSCOCO_t2i": [
-            (f"Find me an everyday image that matches the given caption: {say(30)}\n", "", None, ask(pictures, i)) for i in range(rows)
-        ],
-        "MSCOCO_i2t": [
-            (mark + "Find an image caption describing the given everyday image.\n", f"{i}.png", ask(captions, i), None) for i in range(rows)
-        ],
-        "CIRR": [
-            (
-                f"{mark}Given an image, find a similar everyday image with the described changes: {say(12)}\n",
-                f"{i + rows}.png",
-                None,
-                ask(pictures, i),
-            )
-            for i in range(rows)
-        ],
-    }
-    for place, (name, made) in enumerate(sets.items()):
-        if apart:
-            made = [_own(row, name, place, folder / "images") for row in made]
-        table = {
-            "qry_text": [r[0] for r in made],
-            "qry_img_path": [r[1] for r in made],
-            "tgt_text": [r[2] or [target] * len(r[3]) for r in made],
-            "tgt_img_path": [r[3] or [""] * len(r[2]) for r in made],
-        }
-        (folder / "eval" / name).mkdir(parents=True)
-        pq.write_table(pa.table(table), folder / "eval" / name / "test-00000.parquet")
-
-
-def _own(row, name: str, place: int, images: Path):
-    """The row with pictures of its own: one pixel and the name changed; texts with the data set's name in front."""
-    from PIL import Image
-
-    def picture(file):
-        own = f"{place}-{file}"
-        if file and not (images / own).exists():
-            image = Image.open(images / file)
-            image.putpixel((0, 0), (place, place, place))
-            image.save(images / own)
-        return own if file else ""
-
-    text, file, texts, files = row
-    return text, picture(file), texts and [f"{name} {t}" for t in texts], files and [picture(f) for f in files]
+LEAST_RIGHT = 2  # queries of a data set, on average: fewer could not tell peers apart
 
 
 def ours(folder: Path) -> dict:
     """`run_tasks` with an empty store."""
-    import datasets  # noqa: F401 (seconds to import: before the clock, like transformers for both arms)
-    import pyarrow.parquet  # noqa: F401
+    import datasets  # noqa: F401 (seconds to import: before the clock, like transformers for both peers)
+    import pyarrow.parquet  # noqa: F401 (likewise)
 
     from vlm2vec import VLM2Vec
     from vlm2vec.evaluation.runner import Options, run_tasks
     from vlm2vec.evaluation.tasks import find_tasks
 
     model = VLM2Vec.from_pretrained(folder / "model", dtype="float32", device="cpu")
-    tasks, before, start, cpu = find_tasks(folder / "eval"), resident_mib(), time.perf_counter(), time.process_time()
+    tasks, before, start, cpu = find_tasks(folder / "eval"), process_peak_mib(), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as out:
         rows = run_tasks(model, tasks, folder / "eval", folder / "images", out, options=Options(progress=False, device="cpu"))
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -149,15 +70,15 @@ def reference(folder: Path) -> dict:
 
     processing = VLM2Vec.from_pretrained(folder / "model", dtype="float32", device="cpu").processing
     module = Qwen2VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa").eval()
-    before, start, cpu, scores, encoded = resident_mib(), time.perf_counter(), time.process_time(), {}, 0
+    before, start, cpu, scores, encoded = process_peak_mib(), time.perf_counter(), time.process_time(), {}, 0
 
     def encode(pairs):
         vectors = {}
         for at in range(0, len(pairs), BATCH):
             features = [processing(item(text, image, folder / "images")) for text, image in pairs[at : at + BATCH]]
             with torch.no_grad():
-                made = module(**padded_batch(torch, features), use_cache=False, output_hidden_states=True)
-            last = torch.nn.functional.normalize(made.hidden_states[-1][:, -1], dim=-1).numpy()
+                output = module(**padded_batch(features), use_cache=False, output_hidden_states=True)
+            last = torch.nn.functional.normalize(output.hidden_states[-1][:, -1], dim=-1).numpy()
             vectors.update(zip(pairs[at : at + BATCH], last))
         return vectors
 
@@ -177,7 +98,7 @@ def reference(folder: Path) -> dict:
     return {"seconds": seconds, "cpu_s": cpu, "encoded": encoded, "before_mib": before, "scores": scores}
 
 
-def ranking(arm: str, queries: int, candidates: int, dim: int) -> dict:
+def ranking(peer: str, queries: int, candidates: int, dim: int) -> dict:
     """Seconds and memory beyond the inputs of the top ten of `queries` among `candidates`."""
     import numpy as np
     import torch
@@ -189,10 +110,10 @@ def ranking(arm: str, queries: int, candidates: int, dim: int) -> dict:
     query /= query.norm(dim=1, keepdim=True)
     for at in range(0, candidates, 65536):  # in place: the inputs alone should be in memory before the clock starts
         target[at : at + 65536] /= target[at : at + 65536].norm(dim=1, keepdim=True)
-    before, start = resident_mib(), time.perf_counter()
-    if arm == "ours":
+    before, start = process_peak_mib(), time.perf_counter()
+    if peer == "ours":
         best = rank(query, target, TOP)[1].tolist()
-        return {"seconds": time.perf_counter() - start, "beyond_mib": resident_mib() - before, "best": best}
+        return {"seconds": time.perf_counter() - start, "peak_mib": process_peak_mib() - before, "best": best}
     names, best, parts = [f"candidate {i}" for i in range(candidates)], [], {}
     start = mark = time.perf_counter()
     matrix = query.numpy() @ target.numpy().T
@@ -206,93 +127,94 @@ def ranking(arm: str, queries: int, candidates: int, dim: int) -> dict:
         prediction = [names[i] for i in order]
         parts["names_s"] += time.perf_counter() - mark
         best.append([int(name.split()[1]) for name in prediction[:TOP]])
-    return {"seconds": time.perf_counter() - start, "beyond_mib": resident_mib() - before, "best": best, **parts}
+    return {"seconds": time.perf_counter() - start, "peak_mib": process_peak_mib() - before, "best": best, **parts}
 
 
-def in_child(*words) -> dict:
-    done = subprocess.run([sys.executable, "-m", "bench.eval.run", "--child", *map(str, words)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, words))} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def train(folder: str) -> dict:
+    """Teach the model in `folder` some of the rows, and tell its last loss."""
+    return {"loss": eval_model.train(Path(folder))}
 
 
-def child(words: list[str]) -> dict:
-    if words[0] == "ranking":
-        return ranking(words[1], *map(int, words[2:]))
-    tables.quiet()
-    if words[0] == "train":
-        return {"loss": eval_model.train(Path(words[1]))}
-    out = (ours if words[1] == "ours" else reference)(Path(words[2]))
-    return {**out, "peak_mib": resident_mib()}
+def end_to_end_of(peer: str, folder: str) -> dict:
+    """Times, scores and peak memory of one peer's evaluation of `folder`."""
+    out = (ours if peer == "ours" else reference)(Path(folder))
+    return {**out, "process_mib": process_peak_mib()}
+
+
+CHILDREN = {"train": train, "end to end": end_to_end_of, "ranking": ranking}
+
+
+def in_child(what: str, *arguments) -> dict:
+    """`CHILDREN[what]` in a process of its own, whose peak memory is its own."""
+    return measure.in_child("bench.eval.run", what, *arguments)
 
 
 def agree(own: dict[str, float], theirs: dict[str, float], rows: int) -> None:
-    """Raise where a score of the two arms differs by more than one of `rows` queries, or where the scores could not tell."""
+    """Raise where a score of the two peers differs by more than one of `rows` queries, or where the scores could not tell."""
     differing = {
         n: (own.get(n), theirs.get(n)) for n in own.keys() | theirs.keys() if abs(own.get(n, -1) - theirs.get(n, -1)) > 1.01 / rows
     }
     if differing:
-        raise RuntimeError(f"the arms score differently, nothing to compare: {differing}")
+        raise RuntimeError(f"the peers score differently, nothing to compare: {differing}")
     if sum(own.values()) * rows < len(own) * LEAST_RIGHT:
-        raise RuntimeError(f"the model is right too seldom for scores to say that the arms agree: {own}")
+        raise RuntimeError(f"the model is right too seldom for scores to say that the peers agree: {own}")
 
 
 def end_to_end(size: str, rows: int, repeat: int, apart: bool) -> tuple[list[dict], list[str]]:
     import torch
 
-    from bench.encode import models as encode_models
-
-    made = []
+    peers = []
     with tempfile.TemporaryDirectory() as folder:
         write_benchmark(Path(folder), rows, apart)
-        encode_models.write(size, str(Path(folder) / "model"))
+        models.write(size, str(Path(folder) / "model"))
         in_child("train", folder)
-        for arm in ARMS:
-            runs = sorted((in_child("end-to-end", arm, folder) for _ in range(repeat)), key=lambda r: r["seconds"])
-            made.append({"what": "end to end, apart" if apart else "end to end", "size": size, "arm": arm, **runs[(len(runs) - 1) // 2]})
-    own, theirs = made
-    agree(own["scores"], theirs["scores"], rows)
+        for peer in PEERS:
+            runs = sorted((in_child("end to end", peer, folder) for _ in range(repeat)), key=lambda r: r["seconds"])
+            peers.append({"part": "end to end, apart" if apart else "end to end", "size": size, "name": peer, **runs[(len(runs) - 1) // 2]})
+    mine, theirs = peers
+    agree(mine["scores"], theirs["scores"], rows)
     inputs = 6 * rows
     key = "cpu_s" if torch.get_num_threads() == 1 else "seconds"
     print(f"\nend to end, {size} model: 6 data sets, {inputs} queries, pictures {'apart' if apart else 'shared'}, compared by {key}")
     print(
-        f"{'arm':<10} {'seconds':>8} {'cpu s':>7} {'queries/s':>10} {'encoded':>8} {'inputs/s':>9} {'peak MiB':>9} {'of it model':>12} {'ours is':>8}"
+        f"{'peer':<10} {'seconds':>8} {'cpu s':>7} {'queries/s':>10} {'encoded':>8} {'inputs/s':>9} "
+        f"{'peak MiB':>9} {'of it model':>12} {'ours is':>8}"
     )
-    for r in made:
-        ratio = "" if r is own else f"{r[key] / own[key]:.2f}x"
+    for r in peers:
+        ratio = "" if r is mine else f"{r[key] / mine[key]:.2f}x"
         print(
-            f"{r['arm']:<10} {r['seconds']:>8.2f} {r['cpu_s']:>7.2f} {inputs / r['seconds']:>10.1f} {r['encoded']:>8} {r['encoded'] / r['seconds']:>9.1f} "
-            f"{r['peak_mib']:>9.0f} {r['before_mib']:>12.0f} {ratio:>8}"
+            f"{r['name']:<10} {r['seconds']:>8.2f} {r['cpu_s']:>7.2f} {inputs / r['seconds']:>10.1f} {r['encoded']:>8} "
+            f"{r['encoded'] / r['seconds']:>9.1f} {r['process_mib']:>9.0f} {r['before_mib']:>12.0f} {ratio:>8}"
         )
-    ratio = theirs[key] / own[key]
+    ratio = theirs[key] / mine[key]
     missed = [f"end to end ({size}): {ratio:.2f}x the reference's way, aim {AIM_END_TO_END}x"] if ratio < AIM_END_TO_END else []
-    return [{k: v for k, v in r.items() if k != "scores"} for r in made], missed
+    return [{k: v for k, v in r.items() if k != "scores"} for r in peers], missed
 
 
 def ranking_table(queries: int, candidates: int, dim: int) -> tuple[list[dict], list[str]]:
-    own, theirs = (in_child("ranking", arm, queries, candidates, dim) for arm in ARMS)
-    same = sum(set(a) == set(b) for a, b in zip(own["best"], theirs["best"])) / queries
+    mine, theirs = (in_child("ranking", peer, queries, candidates, dim) for peer in PEERS)
+    same = sum(set(a) == set(b) for a, b in zip(mine["best"], theirs["best"])) / queries
     if same < 0.99:
         raise RuntimeError(f"only {same:.1%} of the queries have the same top {TOP}: nothing to compare")
     print(f"\nranking: {queries} queries among {candidates} candidates, D = {dim}, top {TOP}")
-    print(f"{'arm':<10} {'seconds':>8} {'candidates/s':>14} {'MiB beyond the inputs':>22} {'ours is':>8}")
-    for arm, r in zip(ARMS, (own, theirs)):
-        ratio = "" if r is own else f"{r['seconds'] / own['seconds']:.1f}x"
-        print(f"{arm:<10} {r['seconds']:>8.2f} {queries * candidates / r['seconds']:>14.3g} {r['beyond_mib']:>22.0f} {ratio:>8}")
+    print(f"{'peer':<10} {'seconds':>8} {'candidates/s':>14} {'MiB beyond the inputs':>22} {'ours is':>8}")
+    for peer, r in zip(PEERS, (mine, theirs)):
+        ratio = "" if r is mine else f"{r['seconds'] / mine['seconds']:.1f}x"
+        print(f"{peer:<10} {r['seconds']:>8.2f} {queries * candidates / r['seconds']:>14.3g} {r['peak_mib']:>22.0f} {ratio:>8}")
     print("reference: " + ", ".join(f"{k.removesuffix('_s')} {theirs[k]:.1f} s" for k in ("product_s", "argsort_s", "names_s")))
-    ratio, missed = theirs["seconds"] / own["seconds"], []
+    ratio, missed = theirs["seconds"] / mine["seconds"], []
     if ratio < AIM_RANKING:
         missed.append(f"ranking: {ratio:.1f}x the reference's way, aim {AIM_RANKING}x")
-    if own["beyond_mib"] > AIM_MIB:
-        missed.append(f"ranking: {own['beyond_mib']:.0f} MiB beyond the inputs, aim {AIM_MIB}")
-    rows = [{"what": "ranking", "size": f"{queries}x{candidates}x{dim}", "arm": a, **r} for a, r in zip(ARMS, (own, theirs))]
+    if mine["peak_mib"] > AIM_MIB:
+        missed.append(f"ranking: {mine['peak_mib']:.0f} MiB beyond the inputs, aim {AIM_MIB}")
+    rows = [{"part": "ranking", "size": f"{queries}x{candidates}x{dim}", "name": a, **r} for a, r in zip(PEERS, (mine, theirs))]
     return [{k: v for k, v in r.items() if k != "best"} for r in rows], missed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=40, help="queries of each of the six data sets (default 40)")
     parser.add_argument("--size", nargs="*", choices=("tiny", "100m"), default=["tiny"], help="models; none for ranking alone")
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each end-to-end arm; the median is shown")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each end-to-end peer; the median is shown")
     parser.add_argument("--apart", action="store_true", help="data sets that share neither pictures nor labels")
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--candidates", type=int, default=1_000_000, help="0 leaves the ranking out; a million takes 6 GiB and minutes")
@@ -303,20 +225,19 @@ def run(args) -> int:
     """Print the tables; exit code 1 when an aim is missed."""
     rows, missed = [], []
     for size in args.size:
-        made, short = end_to_end(size, args.rows, args.repeat, args.apart)
-        rows, missed = rows + made, missed + short
+        table, short = end_to_end(size, args.rows, args.repeat, args.apart)
+        rows, missed = rows + table, missed + short
     if args.candidates:
-        made, short = ranking_table(args.queries, args.candidates, args.dim)
-        rows, missed = rows + made, missed + short
+        table, short = ranking_table(args.queries, args.candidates, args.dim)
+        rows, missed = rows + table, missed + short
     return tables.conclude(rows, missed, args.csv)
 
 
 def main(argv=None) -> int:
-    return run(tables.parsed("eval", __doc__, add_arguments, argv))
+    parser = tables.parser("eval", __doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(sys.argv[2:])))
-    else:
-        sys.exit(main())
+    sys.exit(main())

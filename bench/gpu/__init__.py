@@ -21,7 +21,7 @@ device unusable costs that process alone. Parts and checks for which no time is 
 ours failed, 2 without CUDA, else 0: what peers fail at, and packages that are not there, are notes.
 
 --dry runs all of it tiny on a CPU, kernels interpreted: a test of this program, no measurement. --record turns the results in DIR
-into files to commit: bench/results/CARD/, the rates that the cost model reads (contrastive_kernels/measured.py) and
+into files to commit: bench/results/CARD/, the rates that the cost model reads (contrastive_kernels/roofline/measured.py) and
 docs/performance.md. Without DIR it writes docs/performance.md anew from what is recorded.
 
 Peers that are pure Python can be brought as wheels to a machine without a network, and results taken away from a folder:
@@ -32,11 +32,3 @@ Peers that are pure Python can be brought as wheels to a machine without a netwo
 
 A part that failed runs again by itself: python3 -m bench gpu --parts smoke loss --minutes 3 --output RESULTS-again
 """
-
-from __future__ import annotations
-
-
-def main(argv: list[str] | None = None) -> int:
-    from bench.gpu import runner
-
-    return runner.main(argv)

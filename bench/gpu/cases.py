@@ -8,6 +8,8 @@ from unittest import mock
 
 import torch
 
+from bench.peers.on_gpu import relative
+from contrastive_kernels import info_nce_value_and_grad
 from contrastive_kernels.reference import info_nce_reference
 
 PATHS = ("exp", "chunk", "fused", "joint", "levels", "dense")
@@ -145,3 +147,21 @@ def truth_of(query, target, options, dtype) -> dict[str, torch.Tensor]:
     options = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()} | rest
     loss = info_nce_reference(leaves["query"], leaves["target"], **options)
     return {"loss": loss.detach()} | {f"d_{k}": g for k, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)}
+
+
+def result_on(case: Case, path: str, query, target, options):
+    """The result of one call on `path`, None where the path does not take the case."""
+    taken: list[str] = []
+    with forced(path, taken):
+        result = info_nce_value_and_grad(query, target, backend="triton", grad_dtype=torch.float32, **options)
+    return result if path in taken else None
+
+
+def errors_of(case: Case, path: str, device: str, seed: int = 0) -> dict[str, float] | None:
+    """Errors of the loss and of each gradient."""
+    query, target, options = case.made(device, seed)
+    result = result_on(case, path, query, target, options)
+    if result is None:
+        return None
+    truth = truth_of(query, target, options, torch.float64)
+    return {name: relative(getattr(result, name), right) for name, right in truth.items()}

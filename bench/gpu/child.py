@@ -10,29 +10,15 @@ import argparse
 import importlib
 import json
 import os
-import re
 import sys
 import time
 import traceback
 
 from bench.gpu.check import Check, Machine, NotHere
+from bench.gpu.faults import described, poisoned
 
 POISONED, TOLD = 3, 4  # exit codes: the device is lost; the part ends early, and it was said why
 TRACE = 1500  # characters of a traceback, from its end
-# errors after which every later call of the process fails; running out of memory is none
-_POISON = re.compile(
-    r"CUDA error: (?!out of memory)|illegal memory access|device-side assert|misaligned address|unspecified launch failure"
-)
-
-
-def poisoned(error: BaseException) -> bool:
-    """Whether the process lost its device by this error, as far as its text tells."""
-    return bool(_POISON.search(str(error)))
-
-
-def described(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def attempt(check: Check, machine: Machine, say) -> bool:

@@ -39,7 +39,7 @@ def allowed(case, path: str) -> dict[str, float]:
 
 def measured(case, path: str, device: str) -> dict[str, float] | None:
     """The largest errors over the seeds, None where the path does not take the case."""
-    from bench.gpu.parts.gate import errors_of
+    from bench.gpu.cases import errors_of
 
     worst: dict[str, float] = {}
     for seed in range(SEEDS.get(case.name, 1)):
@@ -58,18 +58,18 @@ def main(argv: list[str]) -> int:
     if not INTERPRET:
         print("python -m bench.gpu.errors: set TRITON_INTERPRET=1; what a GPU does is for the gate to judge", file=sys.stderr)
         return 2
-    found = dict(known()) if argv == ["--new"] else {}
+    table = dict(known()) if argv == ["--new"] else {}
     for case in [*cases.cases(cases.DRY_SHAPE, cases.DRY), *cases.cases()]:
         for path in case.paths:
-            if key(case, path) in found:
+            if key(case, path) in table:
                 continue
             errors = measured(case, path, "cpu")
             if errors is not None:
-                found[key(case, path)] = {name: float(f"{error:.2e}") for name, error in errors.items()}
-                print(key(case, path), found[key(case, path)], flush=True)
-    lines = ",\n".join(f"{json.dumps(at)}: {json.dumps(errors)}" for at, errors in found.items())
+                table[key(case, path)] = {name: float(f"{error:.2e}") for name, error in errors.items()}
+                print(key(case, path), table[key(case, path)], flush=True)
+    lines = ",\n".join(f"{json.dumps(at)}: {json.dumps(errors)}" for at, errors in table.items())
     tables.write_whole(FILE, "{\n" + lines + "\n}\n")
-    print(f"{len(found)} written to {FILE}")
+    print(f"{len(table)} written to {FILE}")
     return 0
 
 

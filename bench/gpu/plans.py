@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import tables
+from bench.measure import ROOT
 
 HERE = Path(__file__).parent / "planned"
 GPUS = ("h100-80", "h200-141")
@@ -29,7 +30,7 @@ class Planned:
     def loaded(self):
         from train.recipe.schema import load_recipe
 
-        return load_recipe(str(tables.ROOT / "train/recipes" / self.recipe), list(self.overrides), ranks=1)
+        return load_recipe(str(ROOT / "train/recipes" / self.recipe), list(self.overrides), ranks=1)
 
 
 PLANNED = {

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bench import tables
+from bench.measure import ROOT
 
 BEGIN, END = "<!-- python -m bench gpu --record: begin -->", "<!-- end -->"
 NOTHING = "not measured yet"
@@ -200,7 +201,7 @@ def write_page(root: Path) -> Path:
     return path
 
 
-def main(folder: Path | None, root: Path = tables.ROOT) -> int:
+def main(folder: Path | None, root: Path = ROOT) -> int:
     try:
         if folder is not None:
             print(f"recorded in {keep(folder, root)}")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu import losses
 from bench.gpu.check import Check, Machine
 from bench.gpu.clock import percentiles
 from bench.gpu.report import LIMIT
+from bench.peers import on_gpu
 from contrastive_kernels import dispatch, roofline
 from contrastive_kernels.triton import configs
 
@@ -22,8 +22,8 @@ MOST_LOSS_ERROR, MOST_GRADIENT_ERROR = 2**-19, 2**-8
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One row. kind: of its truth (`losses.truth`), "" where there is nothing to compare. predict: arguments of `dispatch.plan`."""
+class Peer:
+    """One row. kind: of its truth (`on_gpu.truth`), "" where there is nothing to compare. predict: arguments of `dispatch.plan`."""
 
     name: str
     make: object
@@ -53,18 +53,18 @@ def operands(device: str, n: int, m: int, d: int):
 
 @functools.lru_cache(maxsize=1)
 def expected(device: str, n: int, m: int, d: int, kind: str):
-    return losses.truth(*operands(device, n, m, d), TEMPERATURE, kind)
+    return on_gpu.truth(*operands(device, n, m, d), TEMPERATURE, kind)
 
 
-def checks(machine: Machine, contestants: list[Contestant], n: int, m: int, d: int, repeats: int, needs: float = 5.0):
+def checks(machine: Machine, peers: list[Peer], n: int, m: int, d: int, repeats: int, needs: float = 5.0):
     """A check for each contestant at one shape."""
-    for one in contestants:
+    for one in peers:
         if n <= one.largest:
             run = functools.partial(measured, machine, one, n, m, d, repeats)
             yield Check(f"{n} x {m} x {d} {one.name}", run, ours=one.ours, seconds=90, needs=needs)
 
 
-def measured(machine: Machine, one: Contestant, n: int, m: int, d: int, repeats: int) -> dict:
+def measured(machine: Machine, one: Peer, n: int, m: int, d: int, repeats: int) -> dict:
     """One row: milliseconds, memory, errors against float64 where there is room for it."""
     clock, shape = machine.clock, (machine.device, n, m, d)
     query, target = operands(*shape)
@@ -83,7 +83,7 @@ def measured(machine: Machine, one: Contestant, n: int, m: int, d: int, repeats:
     if truth is not None:
         bounds = (MOST_LOSS_ERROR, MOST_GRADIENT_ERROR, MOST_GRADIENT_ERROR)
         for field, got, right, most in zip(("loss_error", "d_query_error", "d_target_error"), result, truth, bounds, strict=True):
-            error = losses.relative(got, right)
+            error = on_gpu.relative(got, right)
             row[field] = f"{error:.2e}"
             if one.ours and not error <= most:
                 wrong.append(f"{field} {error:.2e}, at most {most:.2e} is expected")
@@ -96,20 +96,20 @@ def measured(machine: Machine, one: Contestant, n: int, m: int, d: int, repeats:
     return row | ({"wrong": wrong} if wrong else {})
 
 
-def ours(machine: Machine) -> list[Contestant]:
+def ours(machine: Machine) -> list[Peer]:
     """What parts loss and sizes time: the limit, ours in its forms, and what needs no package."""
-    plain, both = losses.ours(backend="triton"), {"symmetric": True, "normalize": True}
+    plain, both = on_gpu.ours(backend="triton"), {"symmetric": True, "normalize": True}
     table = [
-        Contestant(LIMIT, losses.three_gemms),
-        Contestant("three products, float32 out", losses.three_gemms_float32),
-        Contestant("ours", plain, "one", predict=PLAIN),
-        Contestant("ours, CUDA graph", losses.graphed(plain), "one", largest=16_384, holds_memory=True),
-        Contestant("ours, through autograd", losses.ours_autograd, "one", predict=PLAIN),
-        Contestant("ours, normalize", losses.ours(backend="triton", normalize=True), predict={"normalize": True}),
-        Contestant("ours, symmetric", losses.ours(backend="triton", symmetric=True), "both"),
-        Contestant("ours, symmetric, normalize", losses.ours(backend="triton", **both), predict=both),
-        Contestant("eager", losses.eager, "one", ours=False, largest=32_768),
-        Contestant("torch.compile", losses.compiled, "one", ours=False, largest=32_768),
+        Peer(LIMIT, on_gpu.three_gemms),
+        Peer("three products, float32 out", on_gpu.three_gemms_float32),
+        Peer("ours", plain, "one", predict=PLAIN),
+        Peer("ours, CUDA graph", on_gpu.graphed(plain), "one", largest=16_384, holds_memory=True),
+        Peer("ours, through autograd", on_gpu.ours_autograd, "one", predict=PLAIN),
+        Peer("ours, normalize", on_gpu.ours(backend="triton", normalize=True), predict={"normalize": True}),
+        Peer("ours, symmetric", on_gpu.ours(backend="triton", symmetric=True), "both"),
+        Peer("ours, symmetric, normalize", on_gpu.ours(backend="triton", **both), predict=both),
+        Peer("eager", on_gpu.eager, "one", ours=False, largest=32_768),
+        Peer("torch.compile", on_gpu.compiled, "one", ours=False, largest=32_768),
     ]
     if machine.device != "cuda":  # no graphs, and inductor would need a C++ compiler for a minute
         table = [one for one in table if one.name not in ("ours, CUDA graph", "torch.compile")]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from bench.loss import peers as loss_arms
-from bench.loss.options import cases
-from bench.loss.run import TEMPERATURE, gate, unit
+from bench.loss.run import TEMPERATURE, gate
+from bench.measure import unit_rows
+from bench.options import cases
+from bench.peers import on_cpu
 from contrastive_kernels import info_nce_value_and_grad, topk_similarity
 
 pytest.importorskip("pytest_benchmark")
@@ -14,17 +15,17 @@ N, D = 1024, 256
 
 @pytest.fixture(scope="module")
 def batch():
-    return unit(N, D, torch.float32, 0), unit(N, D, torch.float32, 1)
+    return unit_rows(N, D, torch.float32, 0), unit_rows(N, D, torch.float32, 1)
 
 
-@pytest.mark.parametrize("arm", ["ours", "naive", "F.linear_cross_entropy", "sentence-transformers", "three torch.mm", "three oneDNN"])
-def test_value_and_gradients(benchmark, batch, arm):
-    wrong = gate({"naive": loss_arms.naive, arm: loss_arms.ALL[arm]}, torch.float32)
-    if arm in wrong:
-        assert not wrong[arm].startswith("wrong"), wrong[arm]
-        pytest.skip(wrong[arm])
+@pytest.mark.parametrize("peer", ["ours", "naive", "F.linear_cross_entropy", "sentence-transformers", "three torch.mm", "three oneDNN"])
+def test_value_and_gradients(benchmark, batch, peer):
+    wrong = gate({"naive": on_cpu.naive, peer: on_cpu.ALL[peer]}, torch.float32)
+    if peer in wrong:
+        assert not wrong[peer].startswith("wrong"), wrong[peer]
+        pytest.skip(wrong[peer])
     try:
-        run = loss_arms.ALL[arm](*batch, TEMPERATURE)
+        run = on_cpu.ALL[peer](*batch, TEMPERATURE)
     except ImportError as error:
         pytest.skip(str(error))
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
@@ -38,7 +39,7 @@ def test_options(benchmark, batch, option):
 
 
 def test_topk(benchmark, batch):
-    query, target = batch[0][:256], unit(50_000, D, torch.float32, 3)
+    query, target = batch[0][:256], unit_rows(50_000, D, torch.float32, 3)
     scores, indices = benchmark.pedantic(lambda: topk_similarity(query, target, 10), rounds=3, warmup_rounds=1)
     torch.testing.assert_close(scores, (query @ target.T).topk(10).values)
     assert bool((indices >= 0).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bench.step.models import freeze, load, pairs
 from train.plan.flops import counter
 
 
@@ -13,8 +14,6 @@ def fewest(folder: str, count: int, frozen: bool) -> dict:
     Counted with fake tensors, once for each kind of sample.
     """
     from torch._subclasses import FakeTensorMode
-
-    from bench.step.models import freeze, load, pairs
 
     model = freeze(load(folder, "sequential"), frozen)
     known: dict[tuple, int] = {}

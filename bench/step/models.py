@@ -1,6 +1,6 @@
 """The pairs of `python -m bench step` and the ways of the others to make one training step of them.
 
-Every arm is a function that returns (step, module): `step()` makes the gradients of one batch of pairs on `module`'s weights
+Every peer is a function that returns (step, module): `step()` makes the gradients of one batch of pairs on `module`'s weights
 and returns the loss. Weights, inputs, temperature and float32 are the same in all.
 """
 
@@ -11,17 +11,17 @@ from collections.abc import Callable
 
 import torch
 
-from bench.encode import models as encode_models
-from bench.encode.run import padded_batch
+from bench import models
+from bench.models import padded_batch
 
 TEMPERATURE = 0.02
-ROWS = 16  # rows of a fixed mini-batch where an arm's name says nothing else; the reference publishes 8
+ROWS = 16  # rows of a fixed mini-batch where a peer's name says nothing else; the reference publishes 8
 Step = Callable[[], float]
 
 
 def pairs(count: int) -> tuple[list, list]:
     """(queries, targets): the encode benchmark's mix on either side."""
-    data = encode_models.inputs("tiny", 2 * count)
+    data = models.inputs("tiny", 2 * count)
     return data[:count], data[count:]
 
 
@@ -41,7 +41,7 @@ def freeze(module: torch.nn.Module, frozen: bool) -> torch.nn.Module:
 
 
 def canonical(name: str) -> str:
-    """A weight's name without what the arms' wrappers put before it."""
+    """A weight's name without what the peers' wrappers put before it."""
     return name[min(at for at in (name.find("visual."), name.find("language_model.")) if at >= 0) :]
 
 
@@ -58,7 +58,7 @@ class PaddedSide:
     """One side of a batch padded to its longest row, cut into runs of rows with their own pictures."""
 
     def __init__(self, features: list):
-        self.batch = padded_batch(torch, features)
+        self.batch = padded_batch(features)
         self.has_picture = torch.tensor([bool(f.vision) for f in features])
 
     def rows(self, first: int, last: int) -> dict:

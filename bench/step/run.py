@@ -1,8 +1,8 @@
 """One training step of 256 mixed pairs, next to other ways to make the same gradients.
 
-    python -m bench step [--pairs 256] [--repeat 3] [--trained all vision-frozen] [--arms ...] [--csv FILE]
+    python -m bench step [--pairs 256] [--repeat 3] [--trained all vision-frozen] [--peers ...] [--csv FILE]
 
-Arms, on the encode benchmark's tiny model and mix of texts and images, each in a process of its own:
+Peers, on the encode benchmark's tiny model and mix of texts and images, each in a process of its own:
     ours            GradCache over packed chunks by token budget (1,536), which takes less memory than reference-8
     ours-3072       the same with twice the budget: as fast, and more memory than reference-8
     ours-8, ours-16 the same with chunks of as many rows
@@ -20,27 +20,25 @@ All gradients must agree within a group of positions before a figure is shown. "
 inputs preprocessed beforehand; "cpu ms" is the processor time of all threads and judges the aims where there is one thread.
 "live MiB" is the peak of live tensors above all that was alive before the step, inputs and weights first of all, from a step of its own
 that is not timed (views of the inputs that are made within it hold nothing new, whole storages though they have); "rss MiB"
-is how much the process grew over what it held when the first step began. "flops" are executed over the fewest that each sample alone, unpadded, without head, needs for one forward
-and one backward: attention counts as full squares, as `FlopCounterMode` counts it.
+is how much the process grew over what it held when the first step began. "flops" are executed over the fewest that each sample alone,
+unpadded, without head, needs for one forward and one backward: attention counts as full squares, as `FlopCounterMode` counts it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import gc
-import json
 import os
-import subprocess
 import sys
 import tempfile
 
-from bench.encode import models as encode_models
-from bench.encode.run import timed
-from bench.plan import resident, restart_resident_peak
+from bench import measure, models, tables
+from bench.measure import resident, restart_resident_peak, timed
+from bench.step.flops import counter, fewest
+from bench.step.models import gradients
 
-BUDGET = 1536  # tokens of a chunk, where an arm takes a budget: resident growth below that of the reference's chunks of 8 rows
+BUDGET = 1536  # tokens of a chunk, where a peer takes a budget: resident growth below that of the reference's chunks of 8 rows
 TRAINED = ("all", "vision-frozen")
 POSITIONS = {
     "sequential": ("ours", "ours-3072", "ours-8", "ours-16", "ours-retained", "reference-8", "reference-16", "gradcache", "one-batch"),
@@ -51,17 +49,17 @@ POSITIONS = {
 EQUAL_ROWS = ("ours-8", "ours-16")
 AIMS = (
     *(
-        ("all", arm, other, 1.8)
-        for arm, other in (("ours", "reference-8"), ("ours", "reference-16"), ("ours-8", "reference-8"), ("ours-16", "reference-16"))
+        ("all", peer, other, 1.8)
+        for peer, other in (("ours", "reference-8"), ("ours", "reference-16"), ("ours-8", "reference-8"), ("ours-16", "reference-16"))
     ),
-    *(("vision-frozen", arm, other, 2.8) for arm, other in (("ours", "reference-8"), ("ours", "reference-16"))),
+    *(("vision-frozen", peer, other, 2.8) for peer, other in (("ours", "reference-8"), ("ours", "reference-16"))),
     ("all", "ours-mrope", "st-tokens", 1.2),
 )
 MOST_FLOPS = 1.05
 AGREE = 2e-3  # of a gradient's norm, in float32 at temperature 0.02
 
 
-def arms() -> dict:
+def makers() -> dict:
     from bench.step import models as m
 
     ours = functools.partial(m.ours, budget=BUDGET)
@@ -81,13 +79,11 @@ def arms() -> dict:
     }
 
 
-def measure_time(arm: str, folder: str, count: int, frozen: bool, repeat: int) -> dict:
-    """Times and resident growth of an arm in this process; its gradients go into a file."""
+def measure_time(peer: str, folder: str, count: int, frozen: bool, repeat: int) -> dict:
+    """Times and resident growth of a peer in this process; its gradients go into a file."""
     import torch
 
-    from bench.step.models import gradients
-
-    make = arms()[arm]
+    make = makers()[peer]
     make(folder, 4, frozen)[0]()  # loads what is loaded lazily
     step, module = make(folder, count, frozen)
     before = restart_resident_peak()
@@ -97,17 +93,16 @@ def measure_time(arm: str, folder: str, count: int, frozen: bool, repeat: int) -
         return step()
 
     loss, times = timed(run, repeat)
-    path = os.path.join(folder, f"{arm}-{'frozen' if frozen else 'all'}.pt")
+    path = os.path.join(folder, f"{peer}-{'frozen' if frozen else 'all'}.pt")
     torch.save(gradients(module), path)
     return {"loss": loss, **times, "rss_mib": round(resident("VmHWM") - before), "gradients": path, "threads": torch.get_num_threads()}
 
 
-def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:
+def measure_work(peer: str, folder: str, count: int, frozen: bool) -> dict:
     """FLOPs and peak of live tensors of one step."""
-    from bench.step.flops import counter
     from train.plan.live_bytes import LiveBytes
 
-    step, module = arms()[arm](folder, count, frozen)
+    step, module = makers()[peer](folder, count, frozen)
     with counter() as flops, LiveBytes(alive()) as live:
         before = live.current
         step()
@@ -120,74 +115,75 @@ def measure_work(arm: str, folder: str, count: int, frozen: bool) -> dict:
 
 
 def alive() -> list:
-    """Every tensor that Python holds now: what an arm has prepared counts for no arm, wherever it keeps it."""
+    """Every tensor that Python holds now: what a peer has prepared counts for no peer, wherever it keeps it."""
     import torch
 
     return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
 
 
+CHILDREN = {"time": measure_time, "work": measure_work, "fewest": fewest}
+
+
 def in_child(what: str, *arguments) -> dict:
-    command = [sys.executable, "-m", "bench.step.run", "--child", what, json.dumps(arguments)]
-    # Without the threshold, freed blocks stay with malloc and the resident peak says more about it than about the step.
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
-    if done.returncode:
-        raise RuntimeError(f"{arguments[0]} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """`CHILDREN[what]` in a process of its own, whose resident peak tells of tensors."""
+    return measure.in_child("bench.step.run", what, *arguments, **measure.BLOCKS_GIVEN_BACK)
 
 
 def compare(names: list[str], count: int, trained: str, repeat: int) -> list[dict]:
-    """Rows of the arms; raises when arms that should agree do not."""
+    """Rows of the peers; raises when peers that should agree do not."""
     import torch
 
     frozen = trained == "vision-frozen"
     with tempfile.TemporaryDirectory() as folder:
-        encode_models.write("tiny", folder)
+        models.write("tiny", folder)
         rows, grads = [], {}
-        for arm in names:
+        for peer in names:
             try:
-                row = {"trained": trained, "arm": arm, "pairs": count, **in_child("time", arm, folder, count, frozen, repeat)}
+                row = {"trained": trained, "name": peer, "pairs": count, **in_child("time", peer, folder, count, frozen, repeat)}
             except RuntimeError as e:
                 if "No module named" not in str(e):
                     raise
-                print(f"{arm}: {str(e).strip().splitlines()[-1]}; left out")
+                print(f"{peer}: {str(e).strip().splitlines()[-1]}; left out")
                 continue
-            grads[arm] = torch.load(row.pop("gradients"), weights_only=True)
-            row.update(in_child("work", arm, folder, count, frozen))
+            grads[peer] = torch.load(row.pop("gradients"), weights_only=True)
+            row.update(in_child("work", peer, folder, count, frozen))
             rows.append(row)
         for row in rows:
-            row["apart"] = disagreement(grads, row["arm"])
+            row["apart"] = disagreement(grads, row["name"])
         least = in_child("fewest", folder, count, frozen)
     for row in rows:
         if row["apart"] > AGREE:
-            raise RuntimeError(f"{trained}: the gradients of {row['arm']} are {row['apart']:.1e} of their norm away: nothing to compare")
+            raise RuntimeError(f"{trained}: the gradients of {row['name']} are {row['apart']:.1e} of their norm away: nothing to compare")
         row["fewest_flops"] = least["flops"]
     return rows
 
 
-def disagreement(grads: dict, arm: str) -> float:
-    """Largest distance of a weight's gradient from that of the first arm of the group, over that gradient's norm."""
-    first = next(name for group in POSITIONS.values() if arm in group for name in group if name in grads)
-    truth, had = grads[first], grads[arm]
+def disagreement(grads: dict, peer: str) -> float:
+    """Largest distance of a weight's gradient from that of the first peer of the group, over that gradient's norm."""
+    first = next(name for group in POSITIONS.values() if peer in group for name in group if name in grads)
+    truth, had = grads[first], grads[peer]
     if truth.keys() != had.keys():
-        raise RuntimeError(f"{arm} has gradients for {len(had)} weights, {first} for {len(truth)}: {sorted(truth.keys() ^ had.keys())[:5]}")
+        raise RuntimeError(
+            f"{peer} has gradients for {len(had)} weights, {first} for {len(truth)}: {sorted(truth.keys() ^ had.keys())[:5]}"
+        )
     whole = sum(g.norm() ** 2 for g in truth.values()) ** 0.5
     # A weight without influence (a key's bias) has a gradient of rounding errors alone: the whole gradient measures those.
     return max(((had[n] - g).norm() / max(g.norm(), 1e-4 * whole)).item() for n, g in truth.items())
 
 
 def key_of(rows: list[dict]) -> str:
-    return "cpu_ms" if rows[0]["threads"] == 1 else "p50_ms"
+    return "cpu_ms" if rows[0]["threads"] == 1 else "ms_p50"
 
 
 def show(trained: str, rows: list[dict]) -> None:
-    key, by = key_of(rows), {r["arm"]: r for r in rows}
+    key, by = key_of(rows), {r["name"]: r for r in rows}
     print(f"\ntrained: {trained}; {rows[0]['pairs']} pairs, threads: {rows[0]['threads']}, compared by {key}")
-    heads = ("arm", "p20 ms", "p50 ms", "p80 ms", "cpu ms", "pairs/s", "ours is", "live MiB", "rss MiB", "flops", "grads apart")
+    heads = ("peer", "p20 ms", "p50 ms", "p80 ms", "cpu ms", "pairs/s", "ours is", "live MiB", "rss MiB", "flops", "grads apart")
     print(" ".join(f"{h:>13}" for h in heads))
     for r in rows:
-        own = by.get("ours-mrope" if r["arm"] in POSITIONS["mrope"] else "ours")
-        times = [f"{r[k]:.0f}" for k in ("p20_ms", "p50_ms", "p80_ms", "cpu_ms")]
-        cells = [r["arm"], *times, f"{1000 * r['pairs'] / r[key]:.2f}", "" if own is None or own is r else f"{r[key] / own[key]:.2f}x"]
+        ours = by.get("ours-mrope" if r["name"] in POSITIONS["mrope"] else "ours")
+        times = [f"{r[k]:.0f}" for k in ("ms_p20", "ms_p50", "ms_p80", "cpu_ms")]
+        cells = [r["name"], *times, f"{1000 * r['pairs'] / r[key]:.2f}", "" if ours is None or ours is r else f"{r[key] / ours[key]:.2f}x"]
         cells += [f"{r['live_mib']:.0f}", f"{r['rss_mib']}", f"{r['flops'] / r['fewest_flops']:.3f}x", f"{r['apart']:.0e}"]
         print(" ".join(f"{c:>13}" for c in cells))
     print(f"gradients hold {rows[0]['gradients_mib']} MiB of it; fewest: {rows[0]['fewest_flops']:.3e} FLOPs")
@@ -204,15 +200,15 @@ def second_forward(by: dict) -> int | None:
 
 def verdicts(trained: str, rows: list[dict]) -> list[str]:
     """Which of the aims are missed."""
-    by, key, missed = {r["arm"]: r for r in rows}, key_of(rows), []
-    for which, arm, other, aim in AIMS:
-        if which == trained and {arm, other} <= by.keys():
-            had = by[other][key] / by[arm][key]
+    by, key, missed = {r["name"]: r for r in rows}, key_of(rows), []
+    for which, peer, other, aim in AIMS:
+        if which == trained and {peer, other} <= by.keys():
+            had = by[other][key] / by[peer][key]
             if had < aim:
-                missed.append(f"{trained}: {arm} is {had:.2f}x as fast as {other}, aim {aim}x")
-            for memory in () if arm in EQUAL_ROWS else ("live_mib", "rss_mib"):
-                if by[arm][memory] > by[other][memory]:
-                    missed.append(f"{trained}: {arm} peaks at {by[arm][memory]} ({memory}), {other} at {by[other][memory]}")
+                missed.append(f"{trained}: {peer} is {had:.2f}x as fast as {other}, aim {aim}x")
+            for memory in () if peer in EQUAL_ROWS else ("live_mib", "rss_mib"):
+                if by[peer][memory] > by[other][memory]:
+                    missed.append(f"{trained}: {peer} peaks at {by[peer][memory]} ({memory}), {other} at {by[other][memory]}")
     if "ours-retained" in by:
         share = by["ours-retained"]["flops"] / by["ours-retained"]["fewest_flops"]
         if share > MOST_FLOPS:
@@ -221,9 +217,9 @@ def verdicts(trained: str, rows: list[dict]) -> list[str]:
 
 
 def unmeasured(trained: str, names: set[str]) -> list[str]:
-    """Aims for which an arm was left out."""
-    needed = [(arm, other) for which, arm, other, _ in AIMS if which == trained] + [("ours-retained",)]
-    return [f"{trained}: {' against '.join(arms)} was not measured" for arms in needed if not names.issuperset(arms)]
+    """Aims for which a peer was left out."""
+    needed = [(peer, other) for which, peer, other, _ in AIMS if which == trained] + [("ours-retained",)]
+    return [f"{trained}: {' against '.join(peers)} was not measured" for peers in needed if not names.issuperset(peers)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,47 +227,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--trained", nargs="+", choices=TRAINED, default=list(TRAINED))
-    parser.add_argument("--arms", nargs="+", choices=every, default=every)
-    parser.add_argument("--csv", help="write the rows to this file")
+    parser.add_argument("--peers", "--peers", nargs="+", choices=every, default=every)
 
 
 def run(args) -> int:
     """Print the tables; exit code 1 when an aim is missed."""
-    import torch
-    import transformers
-
     every, missed, left = [], [], []
     for trained in args.trained:
-        rows = compare(args.arms, args.pairs, trained, args.repeat)
+        rows = compare(args.peers, args.pairs, trained, args.repeat)
         show(trained, rows)
-        every += [{**r, "torch": torch.__version__, "transformers": transformers.__version__, "device": "cpu"} for r in rows]
+        every += [{"part": "step", **row} for row in rows]
         missed += verdicts(trained, rows)
-        left += unmeasured(trained, {r["arm"] for r in rows})
+        left += unmeasured(trained, {r["name"] for r in rows})
     if args.csv:
-        keys = list(dict.fromkeys(k for r in every for k in r))
-        with open(args.csv + ".part", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, keys)
-            writer.writeheader()
-            writer.writerows(every)
-        os.replace(args.csv + ".part", args.csv)
+        tables.write_csv(args.csv, every)
     print("\n" + "\n".join(missed + left or ["every aim is met"]))
     return 1 if missed else 0
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench step", description=__doc__.splitlines()[0])
+    parser = tables.parser("step", __doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        from transformers.utils import logging
-
-        from bench.step.flops import fewest
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        print(json.dumps({"time": measure_time, "work": measure_work, "fewest": fewest}[sys.argv[2]](*json.loads(sys.argv[3]))))
-    else:
-        sys.exit(main())
+    sys.exit(main())

@@ -22,7 +22,14 @@ from .stats import InfoNCEStats
 
 @dataclasses.dataclass(frozen=True)
 class InfoNCEResult:
-    """Loss and gradients of `info_nce_value_and_grad`; gradients that were not asked for are None."""
+    """Loss and gradients of `info_nce_value_and_grad`; gradients that were not asked for are None.
+
+    Example:
+        >>> import torch
+        >>> result = info_nce_value_and_grad(torch.eye(4), torch.eye(4), wrt=["query"])
+        >>> result.d_query.shape, result.d_target
+        (torch.Size([4, 4]), None)
+    """
 
     loss: torch.Tensor
     d_query: torch.Tensor | None
@@ -49,6 +56,17 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
 
     Numerics: logits and sums in float32 (float64 for float64); gradients are formed with the value in one sweep,
     backward only scales them; reduction="none" recomputes them in backward. A second derivative raises.
+
+    Example:
+        >>> import torch
+        >>> query, target = torch.eye(4, requires_grad=True), torch.eye(4)  # four pairs, every other pair orthogonal
+        >>> loss = info_nce(query, target, temperature=1.0)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), query.grad.shape
+        (0.7437, torch.Size([4, 4]))
+        >>> ids = torch.tensor([7, 7, 8, 9])  # targets 0 and 1 show the same thing: no negatives of each other
+        >>> round(info_nce(query, target, temperature=1.0, target_ids=ids).item(), 4)
+        0.6476
     """
     made = InfoNCEOptions.make(options)
     check_inputs(query, target, made)
@@ -80,6 +98,12 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
 
     Raises:
         ValueError: as `info_nce`, and for reduction "none" or a name in `wrt` that has no tensor.
+
+    Example:
+        >>> import torch
+        >>> result = info_nce_value_and_grad(torch.eye(4).bfloat16(), torch.eye(4).bfloat16(), grad_dtype=torch.float32)
+        >>> result.d_query.dtype, result.d_hard_negatives
+        (torch.float32, None)
     """
     made = InfoNCEOptions.make(options)
     if made.reduction == "none":
@@ -135,6 +159,13 @@ class InfoNCELoss(torch.nn.Module):
 
     Raises:
         ValueError: options that do not fit; a learnable temperature that starts outside [0.001, 10].
+
+    Example:
+        >>> import torch
+        >>> loss = InfoNCELoss(temperature=0.05, learnable_temperature=True, symmetric=True, normalize=True)
+        >>> loss(torch.randn(8, 16), torch.randn(8, 16)).backward()
+        >>> [name for name, parameter in loss.named_parameters() if parameter.grad is not None]
+        ['log_temperature']
     """
 
     def __init__(self, *, temperature: float = 0.02, learnable_temperature: bool = False, **options):

@@ -31,6 +31,15 @@ def pooled_info_nce(
 
     Numerics: rows are read as they are and normalised by the loss in float32, so that a bfloat16 model's embeddings are not
     rounded once more on their way.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.randn(6, 8, requires_grad=True)  # two packed samples, of two and four tokens
+        >>> offsets = torch.tensor([0, 2, 6])
+        >>> loss = pooled_info_nce(hidden, hidden, query_cu_seqlens=offsets, target_cu_seqlens=offsets, temperature=0.5)
+        >>> loss.backward()
+        >>> hidden.grad.any(dim=1).tolist()  # the last tokens alone
+        [False, True, False, False, False, True]
     """
     backend = options.get("backend", "auto")
     how = {"backend": backend, "validate": options.get("validate", False)}

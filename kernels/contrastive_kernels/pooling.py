@@ -200,6 +200,17 @@ def last_token_pool(
 
     Raises:
         ValueError: shapes or offsets that do not fit, both or neither of attention_mask and cu_seqlens.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.arange(12.0).view(2, 3, 2)
+        >>> mask = torch.tensor([[1, 1, 0], [0, 1, 1]])  # one padded on the right, one on the left
+        >>> last_token_pool(hidden, attention_mask=mask, normalize=False)
+        tensor([[ 2.,  3.],
+                [10., 11.]])
+        >>> last_token_pool(hidden.view(6, 2), cu_seqlens=torch.tensor([0, 2, 6]), normalize=False)
+        tensor([[ 2.,  3.],
+                [10., 11.]])
     """
     check_switches(normalize=normalize, validate=validate)
     if not is_finite(eps) or eps <= 0:

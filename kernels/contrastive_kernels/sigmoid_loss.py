@@ -166,6 +166,14 @@ def sigmoid_loss(
         ValueError: shapes, dtypes or options that do not fit.
 
     Numerics: logits in float32 (float64); gradients are formed with the value in one sweep. A second derivative raises.
+
+    Example:
+        >>> import torch
+        >>> query, target = torch.eye(4, requires_grad=True), torch.eye(4)
+        >>> loss = sigmoid_loss(query, target, scale=10.0, bias=-5.0)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)  # log(1 + exp(-5)) of the pair and of each of the three others
+        0.0269
     """
     check_matrices(query, target)
     n, m = len(query), len(target)

@@ -19,6 +19,13 @@ class InfoNCEStats:
         positive_cosine: mean cosine of query and positive.
         hardest_negative_cosine: mean, over the rows that have a negative, of their greatest negative cosine.
         rows_masked: how many rows do not count: `ignore_index`, a masked query or a masked positive.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kernels import info_nce
+        >>> _, stats = info_nce(torch.eye(4), torch.eye(4), return_stats=True)
+        >>> float(stats.accuracy), float(stats.positive_cosine), float(stats.hardest_negative_cosine)
+        (1.0, 1.0, 0.0)
     """
 
     logsumexp: torch.Tensor

@@ -193,6 +193,15 @@ def topk_similarity(
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit.
+
+    Example:
+        >>> import torch
+        >>> query, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6]])
+        >>> scores, indices = topk_similarity(query, target, k=2)
+        >>> indices
+        tensor([[1, 2]])
+        >>> topk_similarity(query, target, k=2, exclude=torch.tensor([[1]]))[1]
+        tensor([[2, 0]])
     """
     check_matrices(query, target, empty=True)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:

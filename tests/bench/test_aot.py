@@ -13,8 +13,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 from bench.aot import compile as aot_compile
+from bench.aot import predictions, sass
 from bench.aot import run as aot
-from bench.aot import sass
+from bench.aot.launch_capture import CapturedLaunch
 from contrastive_kernels import roofline
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton.kernels import warp_specialised
@@ -41,10 +42,7 @@ def test_no_kernel_has_a_fault(arch):
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault_of_its_own(monkeypatch, tmp_path):
-    from bench.aot import compile as aot_compile
-    from bench.aot import launches as aot_launches
-
-    launch = aot_compile.Caught(SimpleNamespace(fn=SimpleNamespace(__name__="_kernel")), {}, {}, (1,))
+    launch = CapturedLaunch(SimpleNamespace(fn=SimpleNamespace(__name__="_kernel")), {}, {}, (1,))
     good = next(row for row in compiled(90) if not aot.verdict(row))
 
     def description(name, *rest):
@@ -52,7 +50,7 @@ def test_a_kernel_that_does_not_compile_is_a_fault_of_its_own(monkeypatch, tmp_p
             raise RuntimeError("PassManager::run | failed")
         return good
 
-    monkeypatch.setattr(aot_launches, "launches", lambda arch: [("bad", launch, False), ("good", launch, False)])
+    monkeypatch.setattr(aot_compile, "launches", lambda arch: [("bad", launch, False), ("good", launch, False)])
     monkeypatch.setattr(aot_compile, "description", description)
     rows = list(aot_compile.rows(90))
     assert [aot.verdict(row) for row in rows] == [["does not compile: RuntimeError: PassManager::run | failed"], []]
@@ -83,7 +81,7 @@ FIXED = {"UPCAST": [False], "HAS_POSITIVE": [True]}
 def test_every_kernel_is_compiled_with_every_switch_both_ways(arch):
     """As the sources have them, so that neither a new kernel nor a new switch is left out."""
     folder = aot.ROOT / "kernels/contrastive_kernels/triton"
-    kernels = {name for path in folder.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
+    kernels = {name for path in folder.rglob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
     child = subprocess.run(
         [sys.executable, "-c", SWITCHES, str(arch)], capture_output=True, text=True, check=True, env=aot._environment(), cwd=aot.ROOT
     )
@@ -116,7 +114,7 @@ def test_warps_are_specialised(arch, groups):
 
 @pytest.mark.parametrize("arch, most", [(80, 1.9), (90, 1.75), (100, 3.5 if OLDER == 1 else 4.5)])
 def test_predicted_time_of_a_search(arch, most):
-    pieces, bare = aot.search(compiled(arch), arch)
+    pieces, bare = predictions.search(compiled(arch), arch)
     assert 1 < sum(piece.seconds for piece in pieces) / bare <= most
 
 
@@ -151,19 +149,19 @@ def test_tensor_cores_of_the_architecture(arch, name):
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_epilogue_is_as_cheap_as_the_cost_model_says(arch):
     rows = compiled(arch)
-    assert aot.per_element(rows, arch) <= OLDER * roofline.EPILOGUE_INSTRUCTIONS[arch]
-    assert aot.per_element(rows, arch, "joint") <= OLDER * roofline.JOINT_INSTRUCTIONS[arch]
-    assert aot.per_element(rows, arch, "prefixes") <= OLDER * roofline.LEVEL_INSTRUCTIONS[arch]
-    assert aot.fused_per_element(rows, arch) <= OLDER * roofline.FUSED_INSTRUCTIONS[arch]
+    assert predictions.per_element(rows, arch) <= OLDER * roofline.EPILOGUE_INSTRUCTIONS[arch]
+    assert predictions.per_element(rows, arch, "joint") <= OLDER * roofline.JOINT_INSTRUCTIONS[arch]
+    assert predictions.per_element(rows, arch, "prefixes") <= OLDER * roofline.LEVEL_INSTRUCTIONS[arch]
+    assert predictions.fused_per_element(rows, arch) <= OLDER * roofline.FUSED_INSTRUCTIONS[arch]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("n", [16_384, 65_536])
-@pytest.mark.parametrize("d", aot.WIDTHS)
+@pytest.mark.parametrize("d", predictions.WIDTHS)
 def test_predicted_time_stays_near_three_products(arch, n, d):
-    pieces, limit = aot.predicted(roofline.for_arch(arch), n, d, aot.per_element(compiled(arch), arch, "plain"))
-    assert roofline.seconds(pieces) <= aot.bound(d) * limit
-    assert not aot.too_slow(compiled(arch))
+    pieces, limit = predictions.predicted(roofline.for_arch(arch), n, d, predictions.per_element(compiled(arch), arch, "plain"))
+    assert roofline.seconds(pieces) <= predictions.bound(d) * limit
+    assert not predictions.too_slow(compiled(arch))
 
 
 GROUPS = {  # what launchers note, by the piece of the cost model that stands for it

@@ -1,17 +1,17 @@
 """`python -m bench accuracy` at a small size: loss and gradients as near to float64 as is claimed, and verdicts that can fail."""
 
-import argparse
-
 import pytest
 import torch
 
-from bench import accuracy, emulated
+from bench import accuracy, tables
+from bench.peers import emulated
+from contrastive_kernels import info_nce_value_and_grad
 from contrastive_kernels.eager import sweep as panels
 from tests.kernels.helpers import products
 
 
 def arguments(tmp_path, *words):
-    parser = argparse.ArgumentParser()
+    parser = tables.parser("accuracy", accuracy.__doc__)
     accuracy.add_arguments(parser)
     return parser.parse_args(["--rows", "256", "--width", "256", "--csv", str(tmp_path / "accuracy.csv"), *words])
 
@@ -70,3 +70,19 @@ def test_peers_are_emulated_up_to_what_they_round(peer):
         errors = [accuracy.relative(a, b) for a, b in zip(made, accuracy.truth(query, target, 0.1))]
         assert 0 < max(errors) < allowed, errors
         assert made[1].dtype == made[2].dtype == dtype and made[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("products_of", products.FLOAT32_WAYS)
+@pytest.mark.parametrize("temperature", [0.02, 0.1])
+@pytest.mark.parametrize("kind", ["isotropic", "crowded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_at_a_tenth_of_eagers_error(products_of, dtype, kind, temperature, monkeypatch):
+    products.force(monkeypatch, products_of)
+    query, target = accuracy.embeddings(kind, 256, 96, dtype)
+    expected = accuracy.truth(query, target, temperature)
+    q, t = query.clone().requires_grad_(), target.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(q @ t.T / temperature, torch.arange(len(q))).backward()
+    ours = info_nce_value_and_grad(query, target, temperature=temperature, grad_dtype=torch.float32)
+    for got, eager, true in zip((ours.d_query, ours.d_target), (q.grad, t.grad), expected[1:]):
+        assert accuracy.relative(got, true) <= 0.1 * accuracy.relative(eager, true)
+    assert accuracy.relative(ours.loss, expected[0]) < 1e-6

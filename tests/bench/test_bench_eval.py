@@ -2,9 +2,10 @@
 
 import pytest
 
-from bench.encode import models as encode_models
+from bench import models
 from bench.eval import model as eval_model
 from bench.eval import run as bench_eval
+from bench.eval.benchmark import write_benchmark
 
 ROWS = 4
 
@@ -12,8 +13,8 @@ ROWS = 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
-    bench_eval.write_benchmark(folder, ROWS)
-    encode_models.write("tiny", str(folder / "model"))
+    write_benchmark(folder, ROWS)
+    models.write("tiny", str(folder / "model"))
     eval_model.train(folder, steps=48, known=ROWS)
     return folder
 
@@ -24,8 +25,8 @@ def test_the_gate_passes_and_fails(folder, monkeypatch):
     bench_eval.agree(own, theirs, ROWS)
     real = bench_eval.padded_batch
 
-    def reversed_patches(torch, features):
-        batch = real(torch, features)
+    def reversed_patches(features):
+        batch = real(features)
         return {name: x.flip(0) if name == "pixel_values" else x for name, x in batch.items()}
 
     monkeypatch.setattr(bench_eval, "padded_batch", reversed_patches)

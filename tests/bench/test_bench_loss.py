@@ -5,9 +5,12 @@ import csv
 import pytest
 import torch
 
+from bench import measure
+from bench import options as loss_options
 from bench.loss import memory as loss_memory
-from bench.loss import options as loss_options
 from bench.loss import run as loss
+from bench.loss import verdicts as judged
+from bench.peers import on_cpu
 
 
 @pytest.fixture
@@ -26,9 +29,9 @@ def verdicts(rows):
 
 
 @pytest.mark.parametrize("aim, code, verdict", [(0.0, 0, "PASS"), (1e9, 1, "MISS")])
-def test_arms(aim, code, verdict, run, monkeypatch, capsys):
+def test_peers(aim, code, verdict, run, monkeypatch, capsys):
     monkeypatch.setattr(loss, "FASTER_THAN_NAIVE", aim)
-    got, rows = run("--tables", "arms", "--shapes", "64x8", "--arms", "ours", "naive")
+    got, rows = run("--tables", "peers", "--shapes", "64x8", "--peers", "ours", "naive")
     assert got == code and verdicts(rows) == {"ours against naive, times as fast": verdict}
     assert [row["note"] for row in rows if row["verdict"]] == ["1 runs, 5 are asked for"]
     assert ("missed: ours against naive" in capsys.readouterr().out) == (verdict == "MISS")
@@ -43,25 +46,23 @@ def test_options(aim, code, run, monkeypatch):
     assert got == code and verdicts(rows) == {"normalize": "MISS" if code else "PASS", "weight": "PASS"}
 
 
-def test_an_arm_of_ours_that_is_wrong(run, monkeypatch):
-    from bench.loss import peers as loss_arms
-
-    monkeypatch.setitem(loss_arms.ALL, "ours", lambda q, t, temperature: loss_arms.naive(q, t, 2 * temperature))
-    got, rows = run("--tables", "arms", "--shapes", "64x8", "--arms", "ours", "naive")
+def test_ours_that_is_wrong(run, monkeypatch):
+    monkeypatch.setitem(on_cpu.ALL, "ours", lambda q, t, temperature: on_cpu.naive(q, t, 2 * temperature))
+    got, rows = run("--tables", "peers", "--shapes", "64x8", "--peers", "ours", "naive")
     assert got == 1 and verdicts(rows) == {"ours against float64": "MISS"}
 
 
 def test_the_wall_clock_decides():
-    assert loss.at_most("x", (2.0, 0.1), (1.0, 1.0), 1.5, 1, 1)["verdict"] == "MISS"
-    assert loss.at_most("x", (1.0, 9.0), (1.0, 1.0), 1.5, 1, 1)["verdict"] == "PASS"
-    assert loss.faster("x", (1.0, 0.1), (1.2, 1.0), 1.5, 1, 1)["verdict"] == "MISS"
-    assert loss.faster("x", (1.0, 9.0), (2.0, 1.0), 1.5, 1, 1)["verdict"] == "PASS"
+    assert judged.at_most("x", (2.0, 0.1), (1.0, 1.0), 1.5, 1, 1)["verdict"] == "MISS"
+    assert judged.at_most("x", (1.0, 9.0), (1.0, 1.0), 1.5, 1, 1)["verdict"] == "PASS"
+    assert judged.faster("x", (1.0, 0.1), (1.2, 1.0), 1.5, 1, 1)["verdict"] == "MISS"
+    assert judged.faster("x", (1.0, 9.0), (2.0, 1.0), 1.5, 1, 1)["verdict"] == "PASS"
 
 
 def test_turns_are_taken_and_the_first_is_not_counted(monkeypatch):
     order, clock = [], iter([*range(0, 100)])
-    monkeypatch.setattr(loss.time, "perf_counter", lambda: next(clock))
-    times = loss.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    times = measure.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
     assert order == ["a", "b"] * 3 and times["a"][0] == times["b"][0] == 1e3
 
 
@@ -82,7 +83,7 @@ def test_memory(bound, code, run, monkeypatch):
     monkeypatch.setattr(loss_memory, "WIDE", 64)
     monkeypatch.setattr(loss_memory, "WIDE_GIB", 1e6)
     monkeypatch.setattr(loss_memory, "in_child", lambda what, *given, malloc=None: loss_memory.CHILDREN[what](*given))
-    got, rows = run("--tables", "memory", "--memory-shape", "64x8", "--arms", "ours", "naive")
+    got, rows = run("--tables", "memory", "--memory-shape", "64x8", "--peers", "ours", "naive")
     assert got == code
-    shown = [(row["name"], row["options"]) for row in rows if row["table"] == "memory"]
+    shown = [(row["name"], row["options"]) for row in rows if row["part"] == "memory"]
     assert len(shown) == 8 and ("ours, scaled backward", "blocks given back") in shown

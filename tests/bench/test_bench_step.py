@@ -1,4 +1,4 @@
-"""`python -m bench step`: what it concludes from its rows. That the arms agree and what they take, only a run tells."""
+"""`python -m bench step`: what it concludes from its rows. That the peers agree and what they take, only a run tells."""
 
 import pytest
 import torch
@@ -7,19 +7,28 @@ from bench.step import run as step
 from bench.step.run import AIMS, measure_work, unmeasured, verdicts
 
 
-def row(arm, time, live=100, rss=100, flops=1.0):
-    return {"arm": arm, "cpu_ms": time, "p50_ms": time, "threads": 1, "live_mib": live, "rss_mib": rss, "flops": flops, "fewest_flops": 1.0}
+def row(peer, time, live=100, rss=100, flops=1.0):
+    return {
+        "name": peer,
+        "cpu_ms": time,
+        "ms_p50": time,
+        "threads": 1,
+        "live_mib": live,
+        "rss_mib": rss,
+        "flops": flops,
+        "fewest_flops": 1.0,
+    }
 
 
 def rows(trained, **changes):
-    out = {arm: row(arm, 100) for arm in ("ours", "ours-8", "ours-16", "ours-mrope", "ours-retained")}
+    out = {peer: row(peer, 100) for peer in ("ours", "ours-8", "ours-16", "ours-mrope", "ours-retained")}
     out |= {other: row(other, 1000) for which, _, other, _ in AIMS if which == trained}
-    return [{**made, **changes.get(arm.replace("-", "_"), {})} for arm, made in out.items()]
+    return [{**columns, **changes.get(peer.replace("-", "_"), {})} for peer, columns in out.items()]
 
 
 @pytest.mark.parametrize("trained", ["all", "vision-frozen"])
 def test_met(trained):
-    assert verdicts(trained, rows(trained)) == [] == unmeasured(trained, {r["arm"] for r in rows(trained)})
+    assert verdicts(trained, rows(trained)) == [] == unmeasured(trained, {r["name"] for r in rows(trained)})
 
 
 @pytest.mark.parametrize(
@@ -27,14 +36,14 @@ def test_met(trained):
     [
         (
             "all",
-            {"ours": {"cpu_ms": 590, "p50_ms": 590}, "reference_16": {"cpu_ms": 1100, "p50_ms": 1100}},
+            {"ours": {"cpu_ms": 590, "ms_p50": 590}, "reference_16": {"cpu_ms": 1100, "ms_p50": 1100}},
             "ours is 1.69x as fast as reference-8, aim 1.8x",
         ),
-        ("vision-frozen", {"reference_16": {"cpu_ms": 270, "p50_ms": 270}}, "ours is 2.70x as fast as reference-16, aim 2.8x"),
-        ("all", {"st_tokens": {"cpu_ms": 110, "p50_ms": 110}}, "ours-mrope is 1.10x as fast as st-tokens"),
+        ("vision-frozen", {"reference_16": {"cpu_ms": 270, "ms_p50": 270}}, "ours is 2.70x as fast as reference-16, aim 2.8x"),
+        ("all", {"st_tokens": {"cpu_ms": 110, "ms_p50": 110}}, "ours-mrope is 1.10x as fast as st-tokens"),
         ("all", {"ours": {"live_mib": 101}, "reference_16": {"live_mib": 200}}, "ours peaks at 101 (live_mib), reference-8 at 100"),
         ("all", {"reference_8": {"rss_mib": 99}, "ours_8": {"rss_mib": 90}}, "ours peaks at 100 (rss_mib), reference-8 at 99"),
-        ("all", {"ours_16": {"cpu_ms": 600, "p50_ms": 600, "rss_mib": 120}}, "ours-16 is 1.67x as fast as reference-16"),
+        ("all", {"ours_16": {"cpu_ms": 600, "ms_p50": 600, "rss_mib": 120}}, "ours-16 is 1.67x as fast as reference-16"),
         ("all", {"ours_mrope": {"rss_mib": 101}}, "ours-mrope peaks at 101"),
         ("all", {"ours_retained": {"flops": 1.06}}, "1.060x the fewest FLOPs"),
     ],
@@ -44,13 +53,13 @@ def test_missed(trained, changes, words):
     assert len(missed) == 1 and words in missed[0]
 
 
-def test_an_aim_without_its_arm_is_named():
+def test_an_aim_without_its_peer_is_named():
     had = {"ours", "ours-8", "ours-16", "reference-8", "reference-16"}
     assert unmeasured("all", had) == ["all: ours-mrope against st-tokens was not measured", "all: ours-retained was not measured"]
 
 
 class Sliced(torch.nn.Module):
-    """Holds its batch where no list of inputs names it, as the arms do, and slices it inside of the step."""
+    """Holds its batch where no list of inputs names it, as the peers do, and slices it inside of the step."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +73,7 @@ class Sliced(torch.nn.Module):
         return 0.0
 
 
-def test_views_of_the_batch_count_for_no_arm(monkeypatch):
+def test_views_of_the_batch_count_for_no_peer(monkeypatch):
     """Slices of 2 MiB of pixels within the step: a view's storage is the whole of what it looks at."""
-    monkeypatch.setattr(step, "arms", lambda: {"sliced": lambda folder, count, frozen: ((made := Sliced()).step, made)})
+    monkeypatch.setattr(step, "makers", lambda: {"sliced": lambda folder, count, frozen: ((made := Sliced()).step, made)})
     assert 0 < measure_work("sliced", "", 4, False)["live_mib"] < 1.5

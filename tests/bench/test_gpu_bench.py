@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.gpu import cases, clock, errors, losses, timing
+from bench.gpu import cases, clock, errors, timing
 from bench.gpu.check import Machine
 from bench.gpu.parts import attention, gate, profile, smoke
+from bench.peers import on_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the program itself")
 DRY = Machine("cpu", dry=True)
@@ -61,7 +62,7 @@ def test_a_lost_factor_of_ten_is_above_what_is_allowed_anywhere():
 
 def test_gate_sees_a_lost_factor_of_ten(monkeypatch):
     """Errors ten times what they are, in float32 as in bfloat16, gradients as the loss."""
-    made = gate.call
+    made = cases.result_on
 
     def worse(case, path, query, target, options):
         result = made(case, path, query, target, options)
@@ -69,7 +70,7 @@ def test_gate_sees_a_lost_factor_of_ten(monkeypatch):
         getattr(result, name).copy_(right + 10 * (getattr(result, name).double() - right))
         return result
 
-    monkeypatch.setattr(gate, "call", worse)
+    monkeypatch.setattr(cases, "result_on", worse)
     for dtype, name in ((torch.bfloat16, "d_target"), (torch.float16, "d_query"), (torch.float32, "d_query")):
         case = dry_case("plain", dtype)
         rows = gate.judged(case, "cpu")
@@ -86,21 +87,21 @@ def test_gate_sees_a_factor_in_the_row_update(monkeypatch):
 
 
 def test_one_path_that_raises_does_not_end_the_others(monkeypatch):
-    made = gate.call
+    made = cases.result_on
 
     def raising(case, path, *args):
         if path == "exp":
             raise RuntimeError("out of resource: shared memory, Required: 300000")
         return made(case, path, *args)
 
-    monkeypatch.setattr(gate, "call", raising)
+    monkeypatch.setattr(cases, "result_on", raising)
     rows = {row["name"]: row for row in gate.judged(dry_case("plain"), "cpu")}
     assert rows["plain, bfloat16, exp"]["wrong"] == "RuntimeError: out of resource: shared memory, Required: 300000"
     assert "wrong" not in rows["plain, bfloat16, chunk"] and len(rows) == 4
 
 
 def test_results_that_differ_from_run_to_run_are_wrong(monkeypatch):
-    made, calls = gate.call, []
+    made, calls = cases.result_on, []
 
     def drifting(*args):
         result = made(*args)
@@ -108,7 +109,7 @@ def test_results_that_differ_from_run_to_run_are_wrong(monkeypatch):
         result.d_query.mul_(1 + 2**-20 * (len(calls) % 2))
         return result
 
-    monkeypatch.setattr(gate, "call", drifting)
+    monkeypatch.setattr(cases, "result_on", drifting)
     assert all("d_query differs from run to run" in row["wrong"] for row in gate.judged(dry_case("plain"), "cpu"))
 
 
@@ -130,13 +131,13 @@ def test_smoke_judges_numbers():
 
 def test_rows_of_times_are_judged_where_they_are_ours():
     def off(query, target, temperature):
-        run = losses.eager(query, target, temperature)
+        run = on_gpu.eager(query, target, temperature)
         return lambda: tuple(value * 1.1 for value in run())
 
     for ours, wrong in ((True, 3), (False, 0)):
-        row = timing.measured(DRY, timing.Contestant("off", off, "one", ours=ours), 20, 20, 16, 2)
+        row = timing.measured(DRY, timing.Peer("off", off, "one", ours=ours), 20, 20, 16, 2)
         assert len(row.get("wrong", [])) == wrong and row["ms_p50"] > 0 and float(row["loss_error"]) > 0.05
-    row = timing.measured(DRY, timing.Contestant("ours", losses.ours(backend="triton"), "one", predict={}), 20, 20, 16, 2)
+    row = timing.measured(DRY, timing.Peer("ours", on_gpu.ours(backend="triton"), "one", predict={}), 20, 20, 16, 2)
     assert "wrong" not in row and row["predicted_ms"] > 0 and row["tflops"] > 0
 
 

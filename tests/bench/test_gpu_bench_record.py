@@ -73,7 +73,8 @@ def test_the_cost_model_takes_what_was_measured(checkout):
     record.main(folder, root)
     code = (
         "import sys, importlib.util as u; sys.path.insert(0, sys.argv[1]); name = 'contrastive_kernels.roofline.measured';"
-        "spec = u.spec_from_file_location(name, sys.argv[2]); spec.loader.exec_module(m := u.module_from_spec(spec)); sys.modules[name] = m;"
+        "spec = u.spec_from_file_location(name, sys.argv[2]);"
+        "m = u.module_from_spec(spec); spec.loader.exec_module(m); sys.modules[name] = m;"
         "from contrastive_kernels import dispatch, roofline as r;"
         "t = lambda g: dispatch.plan(16384, 16384, 1536, 'bfloat16', workspace=8 << 30, gpu=g).chosen.seconds;"
         "print(r.H100.achieved, r.H100.bandwidth, r.H100.launch, r.H100.triton_share);"

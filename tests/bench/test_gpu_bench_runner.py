@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from bench.gpu import child, runner
+from bench.gpu import child
+from bench.gpu import run as runner
 from bench.gpu.check import Check, Machine, NotHere
 from tests.helpers.repository import ROOT
 

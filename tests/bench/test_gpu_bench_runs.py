@@ -14,7 +14,7 @@ from tests.helpers.repository import ROOT
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from bench.gpu import runner
+from bench.gpu import run as runner
 from bench.gpu.check import PARTS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the program itself")

@@ -1,4 +1,4 @@
-"""The folders of ../shared/golden: small models with what the reference implementation makes of their inputs."""
+"""The folders of tests/golden: small models with what the reference implementation makes of their inputs."""
 
 import json
 

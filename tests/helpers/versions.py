@@ -13,7 +13,7 @@ needs_reset_iter_state = pytest.mark.skipif(
     LACKS_RESET_ITER_STATE, reason=f"FSDPModule.reset_iter_state: torch 2.14 has it, {torch.__version__} has not"
 )
 
-# Pillow 13 reduces some sizes otherwise than 11 and 12 do; the reference's outputs in ../shared/golden were made by 13.
+# Pillow 13 reduces some sizes otherwise than 11 and 12 do; the reference's outputs in tests/golden were made by 13.
 needs_pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13,
     reason=f"the reference's pixels are those of Pillow 13, which resizes otherwise than {PIL.__version__}",

@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from bench.gpu import check, child, losses
+from bench.gpu import cases, check, child
+from bench.peers import on_gpu
 
 
 def raising(message: str, kind=RuntimeError):
@@ -38,13 +39,13 @@ def smoke():
 
 def loss():
     """Ours, through autograd, has gradients that are 2 % too large."""
-    made = losses.ours_autograd
+    made = on_gpu.ours_autograd
 
     def wrong(query, target, temperature):
         run = made(query, target, temperature)
         return lambda: tuple(value * 1.02 for value in run())
 
-    losses.ours_autograd = wrong
+    on_gpu.ours_autograd = wrong
 
 
 def profile():
@@ -56,18 +57,16 @@ def profile():
 
 def gate():
     """Gradients of the queries err ten times as much as they do."""
-    from bench.gpu.parts import gate
-
-    made = gate.call
+    made = cases.result_on
 
     def worse(case, path, query, target, options):
         result = made(case, path, query, target, options)
         if result is not None and case.name == "plain" and case.dtype == torch.bfloat16:
-            right = gate.cases.truth_of(query, target, options, torch.float64)["d_query"]
+            right = cases.truth_of(query, target, options, torch.float64)["d_query"]
             result.d_query.copy_(right + 10 * (result.d_query.double() - right))
         return result
 
-    gate.call = worse
+    cases.result_on = worse
 
 
 def train():
@@ -85,14 +84,14 @@ def sizes():
 
 
 def peers():
-    losses.sentence_transformers = raising("planted in a peer")
-    ours = losses.ours
+    on_gpu.sentence_transformers = raising("planted in a peer")
+    ours = on_gpu.ours
 
     def wrong(**options):
         make = ours(**options)
         return lambda query, target, temperature: (lambda run: lambda: (run()[0] * 1.01, *run()[1:]))(make(query, target, temperature))
 
-    losses.ours = wrong
+    on_gpu.ours = wrong
 
 
 def attention():

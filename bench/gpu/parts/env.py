@@ -93,7 +93,7 @@ def launches(machine) -> list[dict]:
     rows = [row("launch, torch operation", torch_op, predicted=roofline.HOST_OPERATION * 1e6)]
     rows.append(row("launch, Triton kernel", repeated(lambda: combine(x, f, f)), predicted=roofline.HOST_KERNEL * 1e6))
     if machine.device == "cuda":
-        from bench.gpu.losses import captured
+        from bench.peers.on_gpu import captured
 
         rows.append(row("launch, in a CUDA graph", captured(torch_op)[0].replay, predicted=model(machine).launch * 1e6))
     return rows

@@ -12,32 +12,15 @@ import torch
 
 from bench.gpu import cases, errors
 from bench.gpu.check import Check
-from bench.gpu.losses import relative
-from contrastive_kernels import info_nce_value_and_grad
+from bench.gpu.faults import described, poisoned
+from bench.peers.on_gpu import relative
 
 
 def checks(machine):
-    found = cases.cases(cases.DRY_SHAPE, cases.DRY) if machine.dry else cases.cases()
-    for case in found:
+    table = cases.cases(cases.DRY_SHAPE, cases.DRY) if machine.dry else cases.cases()
+    for case in table:
         yield Check(f"{case.name}, {case.type_name}", functools.partial(judged, case, machine.device), seconds=90)
     yield Check("beyond 2^31 elements", lambda: far(machine.device, *((70, 90, 16) if machine.dry else (49_152, 49_152, 64))))
-
-
-def call(case: cases.Case, path: str, query, target, options):
-    """The result of one call on `path`, None where the path does not take the case."""
-    taken: list[str] = []
-    with cases.forced(path, taken):
-        result = info_nce_value_and_grad(query, target, backend="triton", grad_dtype=torch.float32, **options)
-    return result if path in taken else None
-
-
-def errors_of(case: cases.Case, path: str, device: str, seed: int = 0) -> dict[str, float] | None:
-    """Errors of the loss and of each gradient."""
-    query, target, options = case.made(device, seed)
-    result = call(case, path, query, target, options)
-    if result is None:
-        return None
-    return {name: relative(getattr(result, name), right) for name, right in cases.truth_of(query, target, options, torch.float64).items()}
 
 
 def judged(case: cases.Case, device: str) -> list[dict]:
@@ -49,13 +32,11 @@ def judged(case: cases.Case, device: str) -> list[dict]:
     for path in case.paths:
         row = {"name": f"{case.name}, {case.type_name}, {path}", "dtype": case.type_name, "n": case.n, "m": case.m, "d": case.d}
         try:
-            first, second = (call(case, path, query, target, options) for _ in range(2))
+            first, second = (cases.result_on(case, path, query, target, options) for _ in range(2))
             if first is None:
                 continue
             rows.append(row | _verdict(case, path, first, second, truth, eager))
         except Exception as error:
-            from bench.gpu.child import described, poisoned
-
             if poisoned(error):
                 raise
             rows.append(row | {"wrong": described(error)})

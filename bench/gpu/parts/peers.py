@@ -6,25 +6,26 @@ A kernel of theirs that dies takes its process with it, and a new one goes on wi
 
 from __future__ import annotations
 
-from bench.gpu import losses, timing
+from bench.gpu import timing
 from bench.gpu.report import LIMIT
-from bench.gpu.timing import Contestant
+from bench.gpu.timing import Peer
+from bench.peers import on_gpu
 
 NEED_CUDA = ("cut-cross-entropy", "Liger", "inf-cl", "memeff", "siglip-kernel")
 
 
-def table() -> list[Contestant]:
+def table() -> list[Peer]:
     one = {
-        "cut-cross-entropy, exact": losses.cut_cross_entropy,
-        "Liger, fused linear CE": losses.liger,
-        "inf-cl": losses.inf_cl,
-        "F.linear_cross_entropy": losses.linear_cross_entropy,
-        "sentence-transformers, cached": losses.sentence_transformers,
+        "cut-cross-entropy, exact": on_gpu.cut_cross_entropy,
+        "Liger, fused linear CE": on_gpu.liger,
+        "inf-cl": on_gpu.inf_cl,
+        "F.linear_cross_entropy": on_gpu.linear_cross_entropy,
+        "sentence-transformers, cached": on_gpu.sentence_transformers,
     }
-    both = {"memeff, both directions": losses.memeff, "eager, both directions": losses.eager_symmetric}
-    rows = [Contestant(LIMIT, losses.three_gemms), Contestant("ours", losses.ours(backend="triton"), "one", predict=timing.PLAIN)]
-    for group, kind in ((one, "one"), (both, "both"), ({"siglip-kernel": losses.siglip_kernel}, "sigmoid")):
-        rows += [Contestant(name, make, kind, ours=False) for name, make in group.items()]
+    both = {"memeff, both directions": on_gpu.memeff, "eager, both directions": on_gpu.eager_symmetric}
+    rows = [Peer(LIMIT, on_gpu.three_gemms), Peer("ours", on_gpu.ours(backend="triton"), "one", predict=timing.PLAIN)]
+    for group, kind in ((one, "one"), (both, "both"), ({"siglip-kernel": on_gpu.siglip_kernel}, "sigmoid")):
+        rows += [Peer(name, make, kind, ours=False) for name, make in group.items()]
     return rows
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from bench.gpu import losses, timing
+from bench.gpu import timing
 from bench.gpu.check import Check, NotHere
 from bench.gpu.clock import median
 from bench.gpu.parts.env import model
+from bench.peers import on_gpu
 from contrastive_kernels.triton import configs
 
 CALLS = {"plain": {}, "normalize": {"normalize": True}, "symmetric, normalize": {"symmetric": True, "normalize": True}}
@@ -28,7 +29,7 @@ def kernels(machine, name: str, options: dict) -> list[dict]:
     from contrastive_kernels.triton import launch_log as work
 
     n, d = (16_384, 1536) if not machine.dry else (24, 16)
-    run = losses.ours(backend="triton", **options)(*timing.operands(machine.device, n, n, d), timing.TEMPERATURE)
+    run = on_gpu.ours(backend="triton", **options)(*timing.operands(machine.device, n, n, d), timing.TEMPERATURE)
     run()
     with work.record() as noted:
         run()

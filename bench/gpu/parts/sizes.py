@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from bench.gpu import losses, timing
+from bench import options as loss_options
+from bench.gpu import timing
 from bench.gpu.report import LIMIT
-from bench.gpu.timing import Contestant
-from bench.loss import options as loss_options
+from bench.gpu.timing import Peer
+from bench.peers import on_gpu
 
 SHAPES = ((4096, 1536), (16_384, 3584), (16_384, 768), (65_536, 1536))
 TOKENS = 4  # a packed sample of the pooled loss
@@ -29,7 +30,7 @@ def checks(machine):
 def _with(options: dict):
     def make(query, target, temperature):
         there = {name: value.to(query.device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-        return losses.ours(**{"temperature": temperature, "backend": "triton", **there})(query, target, temperature)
+        return on_gpu.ours(**{"temperature": temperature, "backend": "triton", **there})(query, target, temperature)
 
     return make
 
@@ -38,7 +39,7 @@ def ring(query, target, temperature):
     """A ring of one rank: both its passes and none of its traffic."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if query.is_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return losses.ours(backend="triton", group=dist.group.WORLD, exchange="ring")(query, target, temperature)
+    return on_gpu.ours(backend="triton", group=dist.group.WORLD, exchange="ring")(query, target, temperature)
 
 
 def pooled(query, target, temperature):
@@ -60,16 +61,16 @@ def pooled(query, target, temperature):
     return run
 
 
-def options(n: int, d: int) -> list[Contestant]:
+def options(n: int, d: int) -> list[Peer]:
     """Every option alone, next to the plain loss; `gate` holds what they give against float64."""
-    rows = [Contestant(LIMIT, losses.three_gemms), Contestant("option: none", losses.ours(backend="triton"), predict=timing.PLAIN)]
-    rows += [Contestant(f"option: {name}", _with(values)) for name, (values, _) in loss_options.cases(n, d).items()]
+    rows = [Peer(LIMIT, on_gpu.three_gemms), Peer("option: none", on_gpu.ours(backend="triton"), predict=timing.PLAIN)]
+    rows += [Peer(f"option: {name}", _with(values)) for name, (values, _) in loss_options.cases(n, d).items()]
     rows += [
-        Contestant("option: wrt=(), value alone", _with({"wrt": ()})),
-        Contestant("option: ring of one rank", ring),
-        Contestant(f"option: pooled, {TOKENS} tokens", pooled),
-        Contestant("sigmoid_loss", losses.sigmoid_ours, "sigmoid"),
-        Contestant("sigmoid, eager", losses.sigmoid_eager, "sigmoid", ours=False),
+        Peer("option: wrt=(), value alone", _with({"wrt": ()})),
+        Peer("option: ring of one rank", ring),
+        Peer(f"option: pooled, {TOKENS} tokens", pooled),
+        Peer("sigmoid_loss", on_gpu.sigmoid_ours, "sigmoid"),
+        Peer("sigmoid, eager", on_gpu.sigmoid_eager, "sigmoid", ours=False),
     ]
     return rows
 
@@ -92,10 +93,10 @@ def _search_dense(query, target, temperature):
     return lambda: (query @ target.T).topk(10, dim=1) and None
 
 
-def searches() -> list[Contestant]:
+def searches() -> list[Peer]:
     return [
-        Contestant("search: its bare product", _search_product, "search"),
-        Contestant("search: top-10, triton", _search("triton"), "search"),
-        Contestant("search: top-10, torch", _search("torch"), "search"),
-        Contestant("search: product, then topk", _search_dense, "search", ours=False),
+        Peer("search: its bare product", _search_product, "search"),
+        Peer("search: top-10, triton", _search("triton"), "search"),
+        Peer("search: top-10, torch", _search("torch"), "search"),
+        Peer("search: product, then topk", _search_dense, "search", ours=False),
     ]

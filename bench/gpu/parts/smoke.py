@@ -7,10 +7,11 @@ import functools
 import torch
 import torch.distributed as dist
 
-from bench.gpu import cases, losses
+from bench.gpu import cases
+from bench.gpu.cases import result_on
 from bench.gpu.check import Check
-from bench.gpu.parts.gate import call
 from bench.gpu.parts.profile import special
+from bench.peers import on_gpu
 from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
 
 TEMPERATURE = 0.05
@@ -68,7 +69,7 @@ def judged(errors: dict[str, float], allowed: dict[str, float]) -> dict:
 
 def compared(got: dict, right: dict, dtype=torch.bfloat16) -> dict:
     gradient = FLOAT32 if dtype == torch.float32 else GRADIENT
-    errors = {name: losses.relative(got[name], right[name]) for name in right}
+    errors = {name: on_gpu.relative(got[name], right[name]) for name in right}
     return judged(errors, {name: LOSS if name == "loss" else gradient for name in right})
 
 
@@ -81,14 +82,14 @@ def add_product(machine) -> dict:
     weights = torch.rand(len(query), len(query), device=machine.device).bfloat16()
     expected = out.double() + weights.double().T @ query.double()
     add_matmul(out, weights.T, query)
-    return judged({"product": losses.relative(out, expected)}, {"product": 2**-20})
+    return judged({"product": on_gpu.relative(out, expected)}, {"product": 2**-20})
 
 
 def loss(machine, path: str) -> dict:
     d, dtype, options = LOSSES[path]
     n, options = _rows(machine), {"temperature": TEMPERATURE, **options}
     query, target = _pair(machine, d, dtype)
-    result = call(cases.Case(path, dtype, n, n, d), path, query, target, options)
+    result = result_on(cases.Case(path, dtype, n, n, d), path, query, target, options)
     if result is None:
         return {"wrong": f"the path {path} was not taken"}
     right = cases.truth_of(query, target, options, torch.float64)
@@ -108,7 +109,7 @@ def warp_specialised(machine) -> dict:
         query, target, scale=1 / TEMPERATURE, shift=shift, positive=positive, row_scale=ones, col_scale=0.5 * ones, panel="warp_specialised"
     )
     right = (query.double() @ target.double().T * 0.5 / TEMPERATURE - 1 / TEMPERATURE).exp().fill_diagonal_(0)
-    errors = {"panel": losses.relative(panel.e[0], right), "row_sums": losses.relative(panel.row_sum[0], right.sum(1))}
+    errors = {"panel": on_gpu.relative(panel.e[0], right), "row_sums": on_gpu.relative(panel.row_sum[0], right.sum(1))}
     return judged(errors, {"panel": 2**-9, "row_sums": FLOAT32})
 
 
@@ -133,9 +134,9 @@ def hard(machine) -> dict:
 def sigmoid(machine) -> dict:
     query, target = _pair(machine)
     leaves = [x.detach().requires_grad_() for x in (query, target)]
-    value = sigmoid_loss(*leaves, scale=losses.SCALE, bias=losses.BIAS)
+    value = sigmoid_loss(*leaves, scale=on_gpu.SCALE, bias=on_gpu.BIAS)
     gradients = torch.autograd.grad(value, leaves)
-    right = dict(zip(("loss", "d_query", "d_target"), losses.truth(query, target, TEMPERATURE, "sigmoid"), strict=True))
+    right = dict(zip(("loss", "d_query", "d_target"), on_gpu.truth(query, target, TEMPERATURE, "sigmoid"), strict=True))
     return compared({"loss": value.detach(), "d_query": gradients[0], "d_target": gradients[1]}, right)
 
 
@@ -145,7 +146,7 @@ def topk(machine) -> dict:
     scores, found = topk_similarity(query, target, 5, backend="triton")
     cosine = query.double() @ target.double().T
     right = cosine.topk(5, dim=1).values
-    errors = {"scores": losses.relative(scores, right), "found": losses.relative(cosine.gather(1, found), right)}
+    errors = {"scores": on_gpu.relative(scores, right), "found": on_gpu.relative(cosine.gather(1, found), right)}
     return judged(errors, {"scores": 2**-18, "found": 2**-18})
 
 
@@ -207,14 +208,14 @@ def graph(machine) -> str:
     query, target = _pair(machine)
     held = query.clone(), target.clone()
     options = {"temperature": TEMPERATURE, "normalize": True, "backend": "triton"}
-    captured, result = losses.captured(lambda: info_nce_value_and_grad(*held, **options))
+    captured, result = on_gpu.captured(lambda: info_nce_value_and_grad(*held, **options))
     for place, new in zip(held, (query.flip(1), target.flip(1)), strict=True):
         place.copy_(new)
     captured.replay()
     expected = info_nce_value_and_grad(*held, **options)
     for name in ("loss", "d_query", "d_target"):
         if not torch.equal(getattr(result, name), getattr(expected, name)):
-            error = losses.relative(getattr(result, name), getattr(expected, name).double())
+            error = on_gpu.relative(getattr(result, name), getattr(expected, name).double())
             raise RuntimeError(f"{name} of a replayed graph differs from a call's by {error:.1e}")
     return "replayed over new inputs, equal bit for bit"
 
@@ -236,7 +237,7 @@ def attention(machine) -> dict:
         return dict(zip(("output", "d_q", "d_k", "d_v"), (out.detach(), *gradients), strict=True))
 
     got, right = run(torch.bfloat16, provider), run(torch.float32, "sdpa")
-    row = judged({name: losses.relative(got[name], right[name].double()) for name in right}, dict.fromkeys(right, 0.03))
+    row = judged({name: on_gpu.relative(got[name], right[name].double()) for name in right}, dict.fromkeys(right, 0.03))
     return row | {"note": f"by {provider}, against float32"}
 
 
@@ -244,14 +245,14 @@ def gradcache_step(machine) -> dict:
     """Model, packing, attention, loss and both passes in bfloat16; the loss next to that of the same embeddings in float64."""
     import tempfile
 
-    from bench.encode import models as encode_models
+    from bench import models
     from vlm2vec import VLM2Vec
 
     with tempfile.TemporaryDirectory() as folder:
-        encode_models.write("tiny", folder)
+        models.write("tiny", folder)
         model = VLM2Vec.from_pretrained(folder, dtype="bfloat16", device=machine.device).train()
     count = 3 if machine.dry else 8
-    samples = encode_models.inputs("tiny", 2 * count)
+    samples = models.inputs("tiny", 2 * count)
     sides = [model.preprocess(samples[:count]), model.preprocess(samples[count:])]
     embeddings: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -265,7 +266,7 @@ def gradcache_step(machine) -> dict:
     result = cache.step(*sides, lengths=lengths, temperature=TEMPERATURE, normalize=True)
     query, target = (torch.stack([embeddings[id(side), row] for row in range(count)]) for side in sides)
     right = cases.truth_of(query, target, {"temperature": TEMPERATURE, "normalize": True}, torch.float64)["loss"]
-    row = judged({"loss": losses.relative(result.loss, right)}, {"loss": LOSS})
+    row = judged({"loss": on_gpu.relative(result.loss, right)}, {"loss": LOSS})
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients) or not any(g.abs().max() > 0 for g in gradients):
         row["wrong"] = [*row.get("wrong", []), "gradients are missing, zero or not finite"]
@@ -286,5 +287,5 @@ def one_rank(machine) -> dict:
     for exchange in ("gather", "ring"):
         got = info_nce_value_and_grad(query, target, group=dist.group.WORLD, exchange=exchange, **options)
         for name in ("loss", "d_query", "d_target"):
-            errors[f"{exchange}_{name}"] = losses.relative(getattr(got, name), getattr(alone, name).double())
+            errors[f"{exchange}_{name}"] = on_gpu.relative(getattr(got, name), getattr(alone, name).double())
     return judged(errors, {name: 2 * (LOSS if name.endswith("loss") else GRADIENT) for name in errors})

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from bench import tables
 from bench.gpu import plans
 from bench.gpu.check import Check
+from bench.measure import ROOT
 from train.build import trained_parameters
 from train.data.media_stream import Media
 from train.plan import batch as plan_batch
@@ -136,11 +136,11 @@ def _timed(step, batch, optimizer, parameters, recipe, device) -> dict:
 @contextlib.contextmanager
 def tiny_recipe():
     """A recipe of seconds on a CPU: a model of two layers, five pairs, several chunks."""
-    from bench.encode import models as encode_models
+    from bench import models
 
     with tempfile.TemporaryDirectory() as folder:
-        encode_models.write("tiny", folder)
-        written = yaml.safe_load((tables.ROOT / "train/recipes/bench-100m-lora.yaml").read_text())
+        models.write("tiny", folder)
+        written = yaml.safe_load((ROOT / "train/recipes/bench-100m-lora.yaml").read_text())
         written |= {"model": folder, "output": folder + "/out", "global_batch": 5, "chunk_tokens": 96}
         written["plan"]["rows"] = [{"share": 1.0, "query": {"text": 12, "image": [56, 56]}, "target": {"text": 9}}]
         path = Path(folder, "recipe.yaml")

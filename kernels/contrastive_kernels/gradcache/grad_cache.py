@@ -65,6 +65,18 @@ class GradCache:
     `chunk_tokens` (or `chunk_size`) for good with a warning, and do it again. The second time all ranks raise. Under
     `fully_shard` the failing rank first goes through the rest of the chunk's collectives (`sharded_recovery`); where that
     cannot be done it raises at once and names the mend.
+
+    Example:
+        >>> import torch
+        >>> from contrastive_kernels import info_nce
+        >>> model, queries, targets = torch.nn.Linear(4, 8), torch.randn(6, 4), torch.randn(6, 4)
+        >>> cache = GradCache(lambda batch, rows, features=None: model(batch[rows]), chunk_size=2, module=model)
+        >>> result = cache.step(queries, targets, lengths=([1] * 6, [1] * 6), normalize=True)
+        >>> chunked = model.weight.grad.clone()
+        >>> model.zero_grad()
+        >>> info_nce(model(queries), model(targets), normalize=True).backward()
+        >>> torch.allclose(chunked, model.weight.grad, atol=1e-5)
+        True
     """
 
     def __init__(

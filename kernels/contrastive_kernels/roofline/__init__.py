@@ -10,7 +10,7 @@ of assumed ones. Units: seconds, bytes, FLOP (a multiply-add is two).
 
 A call takes the longer of the two.
 
-Source: vendors' data sheets for peaks; achieved rates from DESIGN.md (H100 about 700 TFLOP/s and 3.0 TB/s, A100 250 and 1.8).
+Source: vendors' data sheets for peaks; achieved rates are assumptions (docs/design.md: H100 about 700 TFLOP/s and 3.0 TB/s, A100 250 and 1.8).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Numbers that break others, in plain torch: finite, and as near to float64 as eager is; low precision at a tenth of eager's error."""
+"""Numbers that break others, in plain torch: finite, and as near to float64 as eager is."""
 
 import pytest
 import torch
 
-from bench.accuracy import embeddings, relative, truth
 from contrastive_kernels import info_nce_value_and_grad, sigmoid_loss
 from contrastive_kernels.reference import info_nce_reference, sigmoid_loss_reference
 from tests.kernels.helpers import products
@@ -97,20 +96,6 @@ def test_finite_in_low_precision(case, dtype):
                 query.to(dtype), target.to(dtype), grad_dtype=grad_dtype, temperature=0.001, symmetric=symmetric, **options
             )
             assert all(x.isfinite().all() for x in (result.loss, result.d_query, result.d_target))
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.1])
-@pytest.mark.parametrize("kind", ["isotropic", "crowded"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_at_a_tenth_of_eagers_error(dtype, kind, temperature):
-    query, target = embeddings(kind, 256, 96, dtype)
-    expected = truth(query, target, temperature)
-    q, t = query.clone().requires_grad_(), target.clone().requires_grad_()
-    torch.nn.functional.cross_entropy(q @ t.T / temperature, torch.arange(len(q))).backward()
-    ours = info_nce_value_and_grad(query, target, temperature=temperature, grad_dtype=torch.float32)
-    for got, eager, true in zip((ours.d_query, ours.d_target), (q.grad, t.grad), expected[1:]):
-        assert relative(got, true) <= 0.1 * relative(eager, true)
-    assert relative(ours.loss, expected[0]) < 1e-6
 
 
 @pytest.mark.parametrize("case", ["random", "same", "zeros", "all zeros", "duplicates", "targets masked", "no weight"])

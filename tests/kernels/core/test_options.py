@@ -25,21 +25,28 @@ def small_pieces(request, monkeypatch):
     assert bool(packed) == (request.param != "mm")
 
 
-def test_every_option_and_pair():
-    for seed, names in enumerate(singles_and_pairs()):
-        try:
-            agree(names, seed)
-        except Exception as error:
-            raise AssertionError(f"options {names}, seed {seed}") from error
+def numbered(sets):
+    """(seed, names) of each set, a test of its own."""
+    return pytest.mark.parametrize("seed, names", [pytest.param(*pair, id="-".join(pair[1]) or "plain") for pair in enumerate(sets)])
+
+
+@numbered(singles_and_pairs())
+def test_every_option_and_pair(seed, names):
+    agree(names, seed)
 
 
 @pytest.mark.parametrize("block", range(4))
 def test_random_sets(block):
+    """A hundred sets in one test; all that fail are told, each with its options."""
+    failures = []
     for seed, names in enumerate(random_sets(100, seed=block)):
         try:
             agree(names, seed)
         except Exception as error:
-            raise AssertionError(f"options {names}, seed {seed}, block {block}") from error
+            error.add_note(f"options {names}, seed {seed}, block {block}")
+            failures.append(error)
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of 100 sets of options", failures)
 
 
 def test_value_and_grad_equals_autograd():

@@ -12,8 +12,8 @@ from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.reference import info_nce_reference
 from tests.kernels.helpers import products
 from tests.kernels.helpers.definition import close, equals_the_definition
+from tests.kernels.helpers.peak_bytes import PeakBytes
 from tests.kernels.helpers.sampling import Case
-from train.plan.live_bytes import LiveBytes
 
 TOGETHER = [
     (),
@@ -121,7 +121,7 @@ def test_scratch_stays_within_the_workspace(workspace, threads, way, monkeypatch
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with LiveBytes([query, target]) as live:
+        with PeakBytes([query, target]) as live:
             result = compute(query, target, options, frozenset({"query", "target", "temperature"}))
     finally:
         torch.set_num_threads(before)

@@ -36,13 +36,13 @@ def close(a, b, what, atol=1e-11):
 def equals_the_definition(case, options, gradient_atol):
     """Loss, every gradient for a random cotangent and every statistic."""
     cotangent = 0.5 + torch.rand(case.n, generator=case.generator, dtype=torch.float64)
-    found = []
+    results = []
     for function in (info_nce, info_nce_reference):
         tensors, given = leaves(case, options)
         loss, stats = function(tensors["query"], tensors["target"], **given, return_stats=True)
         gradients = torch.autograd.grad((loss * cotangent[: loss.numel()].view(loss.shape)).sum(), list(tensors.values()))
-        found.append((loss.detach(), dict(zip(tensors, gradients)), stats))
-    (loss, gradients, stats), (true_loss, true_gradients, true_stats) = found
+        results.append((loss.detach(), dict(zip(tensors, gradients)), stats))
+    (loss, gradients, stats), (true_loss, true_gradients, true_stats) = results
     close(loss, true_loss, "loss")
     for name in true_gradients:
         close(gradients[name], torch.nan_to_num(true_gradients[name]), name, gradient_atol)
@@ -50,11 +50,12 @@ def equals_the_definition(case, options, gradient_atol):
         close(getattr(stats, field), getattr(true_stats, field), field)
 
 
-def agree(names, seed):
+def agree(names, seed, function=info_nce):
+    """Loss and gradients of `function` with the options `names`, drawn from `seed`, against the definition."""
     case = Case(seed)
     options = case.options(names)
     cotangent = 0.5 + torch.rand(case.n, generator=case.generator, dtype=torch.float64)
-    loss, gradients = run(info_nce, case, options, cotangent)
+    loss, gradients = run(function, case, options, cotangent)
     true_loss, true_gradients = run(info_nce_reference, case, options, cotangent)
     close(loss, true_loss, "loss")
     for name in true_gradients:

@@ -48,7 +48,7 @@ def rank_main(rank, path):
     assert {"exp", "chunk", "fused"} <= set(taken)
     generator = torch.Generator().manual_seed(rank)
     query, target = (torch.randn(rows, 16, generator=generator).bfloat16() for rows in (7, 14))
-    for turn in range(3):
+    for _ in range(3):
         options = dict(group=dist.group.WORLD, exchange="ring", backend="triton", symmetric=True, normalize=True, temperature=0.05)
         first, second = (info_nce_value_and_grad(query, target, **options) for _ in range(2))
         assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("loss", "d_query", "d_target")), (

@@ -15,7 +15,7 @@ from contrastive_kernels.triton import operand_views as sides
 from contrastive_kernels.triton import panel_sums as panel
 from contrastive_kernels.triton import symmetric
 from tests.kernels.helpers.paths import force
-from train.plan.live_bytes import LiveBytes
+from tests.kernels.helpers.peak_bytes import PeakBytes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's allocations; a GPU counts its own")
 N, M, D = 256, 320, 64
@@ -30,7 +30,7 @@ def scratch(query, target, **options) -> int:
     """Most bytes alive at one time beyond inputs and gradients, which are float32."""
     fixed = 2 * 4 * (len(query) + len(target)) * query.shape[1]
     made = InfoNCEOptions.make({"backend": "triton", "temperature": 0.05, **options})
-    with LiveBytes([query, target]) as live:
+    with PeakBytes([query, target]) as live:
         out = compute(query, target, made, frozenset(("query", "target")))
     assert out.d_query.isfinite().all() and live.peak > fixed
     return live.peak - fixed

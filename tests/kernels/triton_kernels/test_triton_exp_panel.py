@@ -100,7 +100,10 @@ def test_low_precision_stays_within_twice_eager(dtype):
 def test_prefixes_in_one_sweep():
     rows, columns, dims = 33, 40, (32, 64, 96)
     x, y = unit(rows, 96), unit(columns, 96)
-    inverse = lambda m: torch.stack([1 / m[:, :d].norm(dim=1) for d in dims])  # noqa: E731
+
+    def inverse(m):
+        return torch.stack([1 / m[:, :d].norm(dim=1) for d in dims])
+
     row_scale, col_scale = inverse(x), inverse(y)
     shift = torch.zeros(3, rows, dtype=TRUTH, device=DEVICE)
     threshold = torch.rand(3, rows, dtype=TRUTH, device=DEVICE) * 0.5

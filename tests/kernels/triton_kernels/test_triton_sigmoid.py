@@ -73,7 +73,10 @@ def test_gradcheck():
 @pytest.mark.parametrize("bias", [-10.0, -30.0, 40.0])
 def test_small_pairs_keep_their_digits(bias):
     x, y = unit(8, 16, dtype=torch.float32).detach(), unit(20, 16, dtype=torch.float32).detach()
-    number = lambda v: torch.tensor(v, device=DEVICE)  # noqa: E731
+
+    def number(value):
+        return torch.tensor(value, device=DEVICE)
+
     out = torch.full((8, 20), float("nan"), device=DEVICE)
     loss, slope, along = sigmoid_panel.sigmoid_panel(x, y, scale=number(1.0), bias=number(bias), out=out)
     logits = x.double() @ y.double().T + bias

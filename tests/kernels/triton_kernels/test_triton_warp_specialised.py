@@ -99,7 +99,10 @@ def test_nan_and_infinity_are_seen():
 def test_what_it_has_not_is_refused(option):
     rows, columns = 4, 6 if option == "columns" else 8
     x, y, shift = unit(rows, 32, torch.bfloat16), unit(columns, 32, torch.bfloat16), torch.zeros(rows, device=DEVICE)
-    number = lambda count, dtype=torch.int64: torch.zeros(count, dtype=dtype, device=DEVICE)  # noqa: E731
+
+    def number(count, dtype=torch.int64):
+        return torch.zeros(count, dtype=dtype, device=DEVICE)
+
     options = dict(
         ids=((number(rows), number(columns)),),
         threshold=number(rows, torch.float32),
@@ -137,7 +140,7 @@ def test_unmeasured_it_is_not_taken_by_itself(monkeypatch):
 
 
 def test_descriptors_memory_comes_from_torch_and_leaves_the_programs_setting(monkeypatch):
-    """Triton asks for memory by a setting of the context: another thread's launches, autograd's, have none, and a program may have its own."""
+    """Triton asks for memory by a setting of the context: another thread's launches have none, and a program may have its own."""
     asked = []
 
     class Kernel:

@@ -1,4 +1,4 @@
-"""Images streamed by the chunk in families that cut them into tiles (LLaVA-Next) and crops (Phi-3.5-V): what `test_media` asks of patches."""
+"""Images streamed by the chunk where families cut them into tiles (LLaVA-Next) and crops (Phi-3.5-V): as `test_media` for patches."""
 
 from dataclasses import replace
 from types import SimpleNamespace

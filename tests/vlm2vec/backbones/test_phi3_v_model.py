@@ -126,12 +126,12 @@ def test_every_published_weight_has_its_place(full_size):
     names = published_names()
     assert {k: tuple(v.shape) for k, v in full_size.state_dict().items()} == names
     assert len(names) == 3 + 32 * 6 + 6 + 7 + 24 * 16
-    # checkpoints.yaml: TIGER-Lab/VLM2Vec-Full; the second name of the token table is not counted twice
+    # TIGER-Lab/VLM2Vec-Full, as mteb's vlm2vec_models.py counts it; the second name of the token table is not counted twice
     assert sum(p.numel() for p in full_size.parameters()) == 4_146_621_440
 
 
 def test_the_published_lora_adapter_fits_in_size(full_size):
-    """checkpoints.yaml gives 4,161,891,328 for TIGER-Lab/VLM2Vec-LoRA: DoRA of rank 8 on all projections of the decoder
+    """mteb's vlm2vec_models.py gives 4,161,891,328 for TIGER-Lab/VLM2Vec-LoRA: DoRA of rank 8 on all projections of the decoder
     and on the attention of the tower, which is what the reference's list of target names selects."""
     peft = pytest.importorskip("peft")
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj", "out_proj", "v_proj"]

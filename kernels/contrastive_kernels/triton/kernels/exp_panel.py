@@ -3,7 +3,7 @@
     cos_ij = x_i . y_j * row_scale_i * col_scale_j        k = 1/temperature (+ hardness)
 
 and, in the same pass, per row sum_j E_ij and max_j cos_ij (statistics, and the check that the fixed shift was safe), per column
-sum_i E_ij. The positive is left out of E, see DESIGN.md, "How it is computed". sum_j E_ij cos_ij, which the temperature's
+sum_i E_ij. The positive is left out of E, see docs/design.md, "How it is computed". sum_j E_ij cos_ij, which the temperature's
 gradient needs, is x_i . (E Y)_i and costs nothing beyond the query's gradient, so it is not reduced here.
 
 FLOPs 2 R C D. Bytes: operands once from memory (re-read from L2), 2 R C written for 16-bit types, no float32 logits.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -13,23 +12,24 @@ import time
 from pathlib import Path
 
 from bench import gpu, tables
+from bench.gpu import record
 from bench.gpu.check import NEEDS, PARTS, PROCESSES
 from bench.gpu.child import POISONED, TOLD
 from bench.gpu.report import Report
+from bench.measure import ROOT, child_environment
 
 CHILD = [sys.executable, "-m", "bench.gpu.child"]
 RESTARTS = 4  # of a part's process, after checks that ended it
 START_SECONDS = 120.0  # a process that has not begun its first check by then hangs
 
 
-def child_environment(dry: bool) -> dict:
-    """A child finds this checkout, asks no network, and interprets kernels exactly when it runs dry."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(tables.ROOT), str(tables.ROOT / "kernels"), environment.get("PYTHONPATH")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+def part_environment(dry: bool) -> dict[str, str]:
+    """A part's process finds this checkout, asks no network, and interprets kernels exactly when it runs dry."""
+    variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if dry:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = child_environment(without=("TRITON_INTERPRET",), **variables)
+    if dry:
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
 
@@ -50,8 +50,8 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                cwd=tables.ROOT,
-                env=child_environment(args.dry),
+                cwd=ROOT,
+                env=part_environment(args.dry),
             )
         self._lines: queue.Queue = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -213,7 +213,5 @@ def main(argv=None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.record:
-        from bench.gpu import record
-
         return record.main(None if args.record is True else Path(args.record))
     return run(args)

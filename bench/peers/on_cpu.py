@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bench.loss.autograd import labels as _labels
-from bench.loss.autograd import step as _autograd
+from bench.peers.autograd import labels as _labels
+from bench.peers.autograd import step as _autograd
 
 NORMALISING = ("sentence-transformers",)  # whose gradients go through a normalisation of their own
 

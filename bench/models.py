@@ -1,4 +1,4 @@
-"""The models and inputs of `python -m bench encode`: random Qwen2-VL models of two sizes and a fixed mix of text and images.
+"""What encode, eval, step, plan and gpu measure: random Qwen2-VL models of two sizes, and a fixed mix of text and images.
 
 Layers are in the proportion of Qwen2-VL-7B, whose vision tower is a tenth of its language model, so that the share of padding,
 head and tower in the time is what a user of such a model sees. The vocabulary is byte-level: a word is several tokens.
@@ -17,6 +17,7 @@ SIZES = {
 IMAGES = [(112, 224), (224, 224), (336, 224), (224, 448), (448, 336), (308, 196), (504, 504), (280, 420), (196, 140), (392, 280)]
 SAMPLES = {"tiny": 160, "100m": 32}
 MARKER = "<|image_pad|>"
+BATCH = 16  # rows of a padded batch
 
 
 def build(size: str):
@@ -94,3 +95,19 @@ def inputs(size: str, count: int | None = None) -> list:
         image = Image.fromarray(np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8))
         made.append({"image": image} if kind == "image" else {"image": image, "text": text})
     return made
+
+
+def padded_batch(features: list) -> dict[str, torch.Tensor]:
+    """Left-padded tensors of one batch, as the reference's collator makes them; positions 0..n-1 over the real tokens."""
+    length = max(f.length for f in features)
+    ids = torch.zeros(len(features), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, f in enumerate(features):
+        ids[row, length - f.length :], mask[row, length - f.length :] = f.input_ids, 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+    seen = [f for f in features if f.vision]
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    if seen:
+        batch["pixel_values"] = torch.cat([f.vision["pixel_values"] for f in seen])
+        batch["image_grid_thw"] = torch.cat([f.vision["grid_thw"] for f in seen])
+    return batch

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bench.loss.autograd import labels as _labels
-from bench.loss.autograd import step as _step
-from bench.loss.peers import torch_linear_cross_entropy
+from bench.peers.autograd import labels as _labels
+from bench.peers.autograd import step as _step
+from bench.peers.on_cpu import torch_linear_cross_entropy
 
 
 def ours(**options):
@@ -84,7 +84,7 @@ def linear_cross_entropy(query, target, temperature):
 
 
 def sentence_transformers(query, target, temperature):
-    from bench.loss.peers import sentence_transformers as make
+    from bench.peers.on_cpu import sentence_transformers as make
 
     return make(query, target, temperature)
 
