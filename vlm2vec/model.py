@@ -140,12 +140,12 @@ class VLM2Vec(nn.Module):
         if features is None and self.always_vision and not packed.vision:
             # A sharded tower's forward and backward are collective: another rank's chunk may have visuals. The tower runs
             # before the decoder, as it does there, and its backward after the decoder's.
-            seen = self.backbone.vision(self.model, self._placeholder().to(packed.input_ids.device))
+            seen = self.backbone.vision(self.model, self.placeholder().to(packed.input_ids.device))
         hidden = self.backbone.last_hidden(self.model, packed, features)
         return hidden if seen is None else hidden + 0 * seen.sum().to(hidden.dtype)
 
-    def _placeholder(self) -> PackedBatch:
-        """A chunk of one small grey image."""
+    def placeholder(self) -> PackedBatch:
+        """A chunk of one small grey image: what a sharded tower sees where a chunk has no visuals."""
         from PIL import Image
 
         return self.pack([self.processing({"image": Image.new("RGB", (64, 64), (128, 128, 128))})])

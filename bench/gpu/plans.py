@@ -53,7 +53,7 @@ def numbers(recipe, name: str, gpus=GPUS) -> dict:
         "tokens": one.tokens,
         "trained": step.trained,
         "weights": step.weights,
-        "flops": step.work.flops,
+        "flops": step.cost.flops,
         "seconds": {gpu: float(f"{plan.step_seconds:.4g}") for gpu, plan in plans.items()},
     }
 

@@ -18,7 +18,7 @@ from contrastive_kernels.gradcache.generator_state import GeneratorState
 
 from ..recipe.schema import Recipe
 from ..step import ContrastiveStep
-from .media_stream import Side
+from .media_stream import BatchSide
 from .rows import PairDataset, collate
 
 
@@ -78,7 +78,7 @@ def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: i
 
 
 @torch.no_grad()
-def _encoded(step: ContrastiveStep, side: Side, recipe: Recipe, rank: int, world_size: int) -> torch.Tensor:
+def _encoded(step: ContrastiveStep, side: BatchSide, recipe: Recipe, rank: int, world_size: int) -> torch.Tensor:
     """(rows, D) float32 embeddings of a side, the same on every rank."""
     lengths = side.lengths
     chunks = row_chunks(lengths, recipe.chunk_rows) if recipe.chunk_rows else token_budget_chunks(lengths, step.gradcache.chunk_tokens)

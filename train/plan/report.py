@@ -69,7 +69,7 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
     if plan.largest_chunk is not None:
         lines.append(f"| largest `chunk_tokens` that fits | {_budget(plan)} |")
     lines += [
-        f"| FLOPs of a rank | {s.work.flops:.3g} |",
+        f"| FLOPs of a rank | {s.cost.flops:.3g} |",
         f"| seconds | {_seconds(plan.step_seconds)} |",
         *(
             [f"| of them collectives, at {plan.gpu.link_gb_s:g} GB/s and not hidden | {_seconds(plan.link_seconds)} |"]
@@ -129,10 +129,10 @@ def _media(plan: Plan) -> list[str]:
 def _dominates(plan: Plan) -> str:
     s = plan.simulation
     part, size = max(s.parts.items(), key=lambda item: item[1])
-    products = s.work.flops / (plan.gpu.tflops * 1e12 * plan.efficiency)
+    products = s.cost.flops / (plan.gpu.tflops * 1e12 * plan.efficiency)
     shares = {
         "matrix products": products,
-        "operators bound by memory": max(0.0, s.work.seconds - products),
+        "operators bound by memory": max(0.0, s.cost.seconds - products),
         "collectives": plan.link_seconds,
     }
     what, seconds = max(shares.items(), key=lambda item: item[1])

@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return self.simulation.work.seconds + self.link_seconds
+        return self.simulation.cost.seconds + self.link_seconds
 
 
 def usable(gpu: Gpu) -> int:

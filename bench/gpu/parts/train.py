@@ -33,7 +33,7 @@ MOST_OVER_PLAN = 1.1  # a peak above this times the predicted one breaks the pro
 class RandomMedia(Media):
     """Gives random pixels of the sizes that decoding would give."""
 
-    def _decode(self, features):
+    def decode(self, features):
         tensors = {"pixel_values": torch.randint(0, 256, self.processing.decoded_shape(features), dtype=torch.uint8)}
         with self._lock:
             self.decoded += 1

@@ -183,10 +183,11 @@ class GradCache:
         self.memory.between_passes()
         after_first_pass = GeneratorState.capture()
         options = loss_options if late_options is None else {**loss_options, **late_options()}
-        with self.observe(Phase(LOSS, embeddings=tuple(embeddings))), self.sync.deferred():
+        with self.observe(Phase(LOSS, tensors=tuple(embeddings))), self.sync.deferred():
             result, self._late = embedding_gradients(self.loss, embeddings, options, self.scaler)
-        with self.observe(Phase(SECOND_PASS)):
-            passes.second([result.d_query, result.d_target, result.d_hard_negatives])
+        gradients = (result.d_query, result.d_target, result.d_hard_negatives)[: len(sides)]
+        with self.observe(Phase(SECOND_PASS, tensors=gradients)):
+            passes.second(gradients)
         if self.memory.failed():
             return None
         with self.observe(Phase(SYNCHRONISATION)):

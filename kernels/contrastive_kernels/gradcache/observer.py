@@ -44,7 +44,8 @@ class Phase:
         rows: the chunk's rows of its side. tokens: their sum.
         retains_graph: whether the chunk's graph is kept from the first pass to the second.
         is_dummy: a chunk that another rank's collectives need; its rows stand in another chunk too.
-        embeddings: what the first pass gave, (rows of a side, D) each, without a graph; at the loss alone.
+        tensors: at the loss what the first pass gave, (rows of a side, D) each, without a graph; at the second pass their gradients,
+            None for a side that has none. Elsewhere empty.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Phase:
     tokens: int = 0
     retains_graph: bool = False
     is_dummy: bool = False
-    embeddings: tuple[torch.Tensor, ...] = ()
+    tensors: tuple[torch.Tensor | None, ...] = ()
 
 
 Observer = Callable[[Phase], contextlib.AbstractContextManager]

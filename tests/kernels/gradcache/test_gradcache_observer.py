@@ -8,7 +8,7 @@ import torch
 
 from contrastive_kernels import GradCache, InfoNCEResult, info_nce_value_and_grad
 from contrastive_kernels.gradcache import PHASES
-from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD, CHUNK_FORWARD, FROZEN_FEATURES, LOSS
+from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD, CHUNK_FORWARD, FROZEN_FEATURES, LOSS, SECOND_PASS
 from tests.kernels.helpers.gradcache_encoder import Encoder, assert_same, batch, gradients
 
 
@@ -70,7 +70,9 @@ def test_a_phase_says_which_rows_it_is_about():
     assert [phase.retains_graph for phase in forward] == [False] * 4 + [True] * 2
     assert {phase.chunk for phase in told.of(CHUNK_BACKWARD) if phase.retains_graph} == {4, 5}
     (loss,) = told.of(LOSS)
-    assert [tuple(e.shape) for e in loss.embeddings] == [(6, 8), (6, 8)]
+    assert [tuple(e.shape) for e in loss.tensors] == [(6, 8), (6, 8)]
+    (second,) = told.of(SECOND_PASS)
+    assert [tuple(g.shape) for g in second.tensors] == [(6, 8), (6, 8)]
 
 
 @pytest.mark.parametrize("keep_mib,times", [(1.0, 6), (0.0, 12)])

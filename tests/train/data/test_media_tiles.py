@@ -196,7 +196,7 @@ def test_a_chunk_of_bytes_and_floats_is_planned(root, prepared):
     batch = company(root, model.processing)
     plan = simulate(recipe, batch)
     alone = simulate(recipe, company(root, Whole(model.processing)))
-    assert plan.peak == pytest.approx(alone.peak, rel=0.02) and plan.work.flops == alone.work.flops
+    assert plan.peak == pytest.approx(alone.peak, rel=0.02) and plan.cost.flops == alone.cost.flops
 
 
 def test_floats_from_decoding_do_not_pass_for_normalised_pixels(prepared):
