@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from contrastive_kernels.gradcache.generator_state import GeneratorState
@@ -23,7 +25,10 @@ from .data.unreadable_rows import Damage
 from .parallel import sharding
 from .parallel.launch import refuse_other_launchers
 from .recipe.schema import Recipe
+from .reports.callbacks import StepEnd
 from .reports.metrics import StepStats
+from .reports.phases import DATA, OPTIMIZER, OTHER, PhaseTimes
+from .reports.profile import StepProfile
 from .step import ContrastiveStep
 
 logger = logging.getLogger(__name__)
@@ -62,6 +67,11 @@ class ContrastiveTrainer(transformers.Trainer):
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._staging: str | None = None
         self._stats = StepStats()
+        self._times = PhaseTimes(arguments.device)
+        self.profile: StepProfile | None = None
+        if recipe.profile is not None:
+            self.profile = StepProfile(recipe.profile, Path(recipe.output), arguments.process_index, arguments.world_size)
+        self.add_callback(StepEnd(self._step_ended))
         self._step: ContrastiveStep | None = None
         self._damage = Damage()
         self._warned_of_length = False
@@ -101,13 +111,18 @@ class ContrastiveTrainer(transformers.Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        if self.profile is not None and self.state.global_step + 1 == self.profile.step:
+            self.profile.start()
+        self._enter(DATA)
         try:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         except ValueError as error:
             if not str(error).startswith("Caught "):
                 raise
             # From a worker, its traceback in front.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        self._enter(OTHER)
+        return batch
 
     # The step
 
@@ -138,7 +153,22 @@ class ContrastiveTrainer(transformers.Trainer):
         if not torch.isfinite(result.loss):
             self._stop(f"the loss is {result.loss.item()}", inputs["rows"])
         self._stats.add(result, lengths)
+        self._enter(OPTIMIZER)
         return result.loss.detach().float()
+
+    def _enter(self, phase: str) -> None:
+        """From here on time belongs to `phase`, in the log and in a trace."""
+        self._times.enter(phase)
+        if self.profile is not None:
+            self.profile.enter(None if phase == OTHER else phase)
+
+    def _step_ended(self) -> None:
+        self._times.step_ended()
+        if self.profile is not None and self.profile.is_running:
+            path = self.profile.finish()
+            if self.is_world_process_zero():
+                others = ", a file of each rank" if self.args.world_size > 1 else ""
+                tqdm.write(f"trace of step {self.profile.step}: {path}{others}; open it at https://ui.perfetto.dev", file=sys.stdout)
 
     def _contrastive_step(self, model: torch.nn.Module) -> ContrastiveStep:
         if self._step is None:
@@ -150,6 +180,7 @@ class ContrastiveTrainer(transformers.Trainer):
                 autocast=self.accelerator.autocast,
                 scaler=self.accelerator.scaler,
                 world_size=self.args.world_size,
+                observer=[self._times.observe, *([self.profile.observe] if self.profile is not None else [])],
             )
         return self._step
 
@@ -218,6 +249,7 @@ class ContrastiveTrainer(transformers.Trainer):
         if "loss" in logs:
             logs["temperature"] = self.recipe.loss.temperature
             logs.update(self._stats.drain(self.args.device, self.args.world_size))
+            logs.update(self._times.drain())
             logs["seconds"] = round(self.seconds(), 3)
         super().log(logs, start_time)
 

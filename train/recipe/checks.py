@@ -41,6 +41,7 @@ _COUNTS = (
     "keep_checkpoints",
     "decode_threads",
     "chunk_rows",
+    "profile",
 )
 _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps", "weight_decay", "max_grad_norm")
 
@@ -78,6 +79,8 @@ def _check_numbers(recipe: Recipe) -> None:
             f"interleave_batch_size ({recipe.interleave_batch_size}) must divide global_batch ({recipe.global_batch}): "
             "a step is made of whole blocks, each from one source"
         )
+    if recipe.profile is not None and recipe.profile > recipe.steps:
+        raise ValueError(f"profile ({recipe.profile}) is beyond the last step ({recipe.steps}); name one from 1 to {recipe.steps}")
     if recipe.warmup_steps > recipe.steps:
         raise ValueError(f"warmup_steps ({recipe.warmup_steps}) exceeds steps ({recipe.steps})")
     if recipe.lr_schedule not in SCHEDULES:

@@ -177,6 +177,7 @@ class Recipe:
     logging_steps: int = 10
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
+    profile: int | None = None  # a step, from 1, of which a trace for Perfetto is written into the output folder
     held_out: HeldOut | None = None
     cpu: bool = False
     plan: Assumed | None = None

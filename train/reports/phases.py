@@ -41,6 +41,12 @@ class PhaseTimes:
     def __init__(self, device: torch.device):
         self.device = device
         self._marks: list[tuple[str, Any]] = []
+        self._steps = 0
+
+    def step_ended(self) -> None:
+        """The optimizer's step is over; what comes now is other than the step's phases."""
+        self.enter(OTHER)
+        self._steps += 1
 
     def enter(self, phase: str) -> None:
         """From here on time belongs to `phase`. Does not wait for the device."""
@@ -58,13 +64,13 @@ class PhaseTimes:
         finally:
             self.enter(OTHER)
 
-    def drain(self, steps: int) -> dict[str, float]:
-        """Mean milliseconds of a step by logged name, and `step_ms`, their sum, since the last call. Waits for the device's last mark.
+    def drain(self) -> dict[str, float]:
+        """Mean milliseconds of a step by logged name, and `step_ms`, their sum, since the last call; empty where no step ended.
 
-        Args:
-            steps: how many were made since then.
+        Waits for the device to come to the last mark. `step_ms` is the time from the first mark to the last over the steps: on a GPU
+        it differs from the host's clock by what is under way at either end, of all the interval's steps together.
         """
-        if not self._marks:
+        if not self._steps:
             return {}
         self.enter(self._marks[-1][0])
         if self.device.type == "cuda":
@@ -73,8 +79,9 @@ class PhaseTimes:
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             milliseconds[phase] += begin.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - begin)
         self._marks = self._marks[-1:]
-        figures = {LOGGED[phase]: value / steps for phase, value in milliseconds.items()}
-        return figures | {"step_ms": sum(figures.values())}
+        figures = {LOGGED[phase]: value / self._steps for phase, value in milliseconds.items()}
+        self._steps = 0
+        return {name: round(value, 4) for name, value in (figures | {"step_ms": sum(figures.values())}).items()}
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
