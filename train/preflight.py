@@ -45,9 +45,7 @@ def check(recipe: Recipe, *, ranks: int = 1, resumed: bool = False) -> None:
     if model.adapter is not None and recipe.lora is None:
         raise ValueError(f"{recipe.model} {NO_LORA_SECTION}")
     width = model.backbone.embedding_dim(model.config)
-    if recipe.loss.matryoshka_dims and max(recipe.loss.matryoshka_dims) > width:
-        most = max(recipe.loss.matryoshka_dims)
-        raise ValueError(f"loss.matryoshka_dims: {most} is above the {width} dimensions of {recipe.model}; leave it out")
+    recipe.loss.check_width(width, recipe.model)
     check_memory(recipe, model, device_memory(on_gpu), ranks=ranks, on_gpu=on_gpu)
     if not resumed:
         check_rows(recipe, model.processing)

@@ -18,6 +18,7 @@ from vlm2vec.model import VLM2Vec
 
 from .build import vision_is_frozen
 from .data.media_stream import BatchSide, Media
+from .losses import LossBatch
 from .parallel.offload import offloaded
 from .recipe.schema import Recipe
 
@@ -37,6 +38,7 @@ class ContrastiveStep:
         autocast: makes the context of what runs outside `model`'s own forward.
         scaler: a gradient scaler, or None.
         world_size: ranks over which the loss spans.
+        loss: what the recipe's loss made (`train.losses`), with what it has learned so far; default a new one.
         media: decodes and packs chunks; default a `Media` by the recipe.
         attention: provider of packed attention (`vlm2vec.attention`), in place of the one that the model chooses.
         gradcache: makes the `GradCache`, from its arguments.
@@ -57,6 +59,7 @@ class ContrastiveStep:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         world_size: int = 1,
+        loss: Callable | None = None,
         media: Media | None = None,
         attention: str | Callable | None = None,
         gradcache: Callable[..., GradCache] = GradCache,
@@ -64,12 +67,14 @@ class ContrastiveStep:
     ):
         self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
         self.device, self.autocast, self.world_size = device, autocast, world_size
+        self.loss = recipe.loss.function() if loss is None else loss
         self.media = media or Media(
             unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict
         )
         self.pack = unwrapped.pack if attention is None else functools.partial(unwrapped.backbone.pack, provider=attention)
         self.gradcache = gradcache(
             self._encode,
+            self.loss,
             chunk_tokens=None if recipe.chunk_rows else recipe.chunk_tokens,
             chunk_size=recipe.chunk_rows,
             retain=recipe.retain,
@@ -99,15 +104,16 @@ class ContrastiveStep:
         report = self._reporter(batch)
         sides = [self.media.side(batch[name], owner, report) for name, owner in zip(_SIDES, owners, strict=True)]
         self._finite.clear()
-        hard = {}
-        if len(sides[2]):
-            hard = {"hard_negatives": sides[2], "hard_offsets": self._tensor(batch["hard_offsets"])}
-            if self.recipe.loss.mask_duplicates:
-                hard["hard_ids"] = self._tensor(batch["hard_ids"])
+        has_hard = len(sides[2]) > 0
         lengths = [side.lengths for side in sides if len(side)]
         try:
             result = self.gradcache.step(
-                sides[0], sides[1], lengths=tuple(lengths), late_options=lambda: self._masks(batch), **hard, **self._loss_options(batch)
+                sides[0],
+                sides[1],
+                hard_negatives=sides[2] if has_hard else None,
+                lengths=tuple(lengths),
+                late_options=lambda: self._masks(batch),
+                **self._loss_options(batch, has_hard),
             )
         finally:
             for side in sides:
@@ -144,19 +150,10 @@ class ContrastiveStep:
 
     # The loss
 
-    def _loss_options(self, batch: dict[str, Any]) -> dict[str, Any]:
-        loss = self.recipe.loss
-        options: dict[str, Any] = {"temperature": loss.temperature, "normalize": True, "symmetric": loss.symmetric, "return_stats": True}
-        if loss.mask_duplicates:
-            options["target_ids"] = self._tensor(batch["target_ids"])
-            if loss.query_negatives or loss.symmetric:
-                options["query_ids"] = self._tensor(batch["query_ids"])
-        for name in ("hardness", "label_smoothing", "matryoshka_dims", "query_negatives", "target_negatives"):
-            if value := getattr(loss, name):
-                options[name] = value
-        if self.world_size > 1:
-            options["group"] = dist.group.WORLD
-        return options
+    def _loss_options(self, batch: dict[str, Any], has_hard: bool) -> dict[str, Any]:
+        hard = {name: self._tensor(batch[name]) for name in ("hard_offsets", "hard_ids")} if has_hard else {}
+        ids = {name: self._tensor(batch[name]) for name in ("query_ids", "target_ids")}
+        return self.recipe.loss.options(LossBatch(**ids, **hard, group=dist.group.WORLD if self.world_size > 1 else None))
 
     def _masks(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows that could not be read are neither queries nor candidates. Every rank passes masks as soon as one has to."""

@@ -22,6 +22,7 @@ from .data import held_out
 from .data.rows import PairDataset, collate, longest_sample
 from .data.sampler import BlockSampler
 from .data.unreadable_rows import Damage
+from .losses import learned as learned_loss
 from .parallel import sharding
 from .parallel.launch import refuse_other_launchers
 from .recipe.schema import Recipe
@@ -54,6 +55,8 @@ class ContrastiveTrainer(transformers.Trainer):
         if recipe.global_batch % arguments.world_size:
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
         self.sharded = sharding.is_sharded(model)
+        dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
+        self.loss = learned_loss.attach(recipe.loss, model, device=arguments.device, dtype=dtype)
         super().__init__(
             model=model,
             args=arguments,
@@ -180,6 +183,7 @@ class ContrastiveTrainer(transformers.Trainer):
                 autocast=self.accelerator.autocast,
                 scaler=self.accelerator.scaler,
                 world_size=self.args.world_size,
+                loss=self.loss,
                 observer=[self._times.observe, *([self.profile.observe] if self.profile is not None else [])],
             )
         return self._step
@@ -247,7 +251,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["temperature"] = self.recipe.loss.temperature
+            logs.update(self.recipe.loss.figures(self.loss))
             logs.update(self._stats.drain(self.args.device, self.args.world_size))
             logs.update(self._times.drain())
             logs["seconds"] = round(self.seconds(), 3)
@@ -279,6 +283,7 @@ class ContrastiveTrainer(transformers.Trainer):
         weights = sharding.gathered_weights(self.model) if self.sharded else None
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=weights)
+            learned_loss.save(self.loss, output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -310,7 +315,12 @@ class ContrastiveTrainer(transformers.Trainer):
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Nothing to do: the model was loaded from the checkpoint, so that its weights are in memory only once."""
+        """Loads what the loss learned. The model was loaded from the checkpoint, so that its weights are in memory only once."""
+        learned_loss.load(self.loss, resume_from_checkpoint)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All weights that decay; what a loss learned does not."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(learned_loss.PREFIX)]
 
 
 def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:

@@ -13,7 +13,8 @@ from .meter import Meter
 
 
 class FlashAttention:
-    """A provider of packed attention (`vlm2vec.attention`) that holds what flash attention holds: output and log-sum-exp, never the scores."""
+    """A provider of packed attention (`vlm2vec.attention`) that holds what flash attention holds:
+    output and log-sum-exp, never the scores."""
 
     def __init__(self, meter: Meter):
         self.meter = meter

@@ -272,3 +272,14 @@ class LossOfRanks:
             info_nce_value_and_grad(queries[: len(query)], targets, grad_dtype=grad_dtype, **changed)
         result = info_nce_value_and_grad(query, targets, grad_dtype=grad_dtype, **changed)
         return replace(result, d_target=result.d_target[: len(target)].clone())
+
+
+def loss_of_ranks(loss: Callable, ranks: int) -> Callable:
+    """Another loss of this rank's rows against everyone's columns; every rank has the same rows."""
+
+    def of_one_rank(query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        if "target_ids" in options:
+            options["target_ids"] = torch.cat([options["target_ids"]] * ranks)
+        return loss(query, torch.cat([target] * ranks), positives=torch.arange(len(query)), **options)
+
+    return of_one_rank

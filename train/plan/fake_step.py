@@ -17,7 +17,7 @@ from ..build import vision_is_frozen
 from ..recipe.schema import Recipe
 from ..step import ContrastiveStep
 from .fake_attention import FlashAttention
-from .fake_gradcache import LossOfRanks, PlannedSync, Settings, StepAccount
+from .fake_gradcache import LossOfRanks, PlannedSync, Settings, StepAccount, loss_of_ranks
 from .fake_media import PlannedMedia, map_tensors
 from .meter import Meter
 
@@ -65,7 +65,8 @@ class PlannedStep:
         sync = PlannedSync(model, trained, torch.distributed.group.WORLD if ranks > 1 and not is_sharded else None)
 
         def gradcache(encode: Callable, loss: Any = None, **options: Any) -> GradCache:
-            loss = LossOfRanks(ranks) if ranks > 1 else loss
+            if ranks > 1:
+                loss = LossOfRanks(ranks) if recipe.loss.name == "info_nce" else loss_of_ranks(loss, ranks)
             changes = {"module": sync, "prefetch": None, "select": self.account.select, "observer": self.account.observe}
             return GradCache(encode, loss, **options | changes)
 

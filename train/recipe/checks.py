@@ -108,14 +108,14 @@ def _check_data(recipe: Recipe) -> None:
 
 def _check_loss(recipe: Recipe) -> None:
     loss = recipe.loss
-    if not 0 < loss.temperature < math.inf:
-        raise ValueError(f"loss.temperature must be above 0, got {loss.temperature}; it divides the similarities (0.02 is usual)")
-    if not 0 <= loss.hardness < math.inf:
-        raise ValueError(f"loss.hardness must be 0 or more, got {loss.hardness}; 0 turns it off")
-    if not 0 <= loss.label_smoothing < 1:
-        raise ValueError(f"loss.label_smoothing must be in [0, 1), got {loss.label_smoothing}; 0 turns it off")
-    if loss.matryoshka_dims is not None and (not loss.matryoshka_dims or min(loss.matryoshka_dims) < 1):
-        raise ValueError(f"loss.matryoshka_dims must list widths of at least 1, got {loss.matryoshka_dims}; leave it out")
+    loss.check()
+    if recipe.data.hard_negatives and not loss.takes_hard_negatives:
+        raise ValueError(f"data.hard_negatives: {loss.name} has no place for them; leave the key out, or choose loss.name: info_nce")
+    if loss.learns and recipe.distributed == "fsdp":
+        raise ValueError(
+            f"loss {loss.name} learns parameters of its own, which sharded training does not keep; choose distributed: ddp, or hold "
+            "them constant"
+        )
 
 
 def _check_memory(recipe: Recipe) -> None:

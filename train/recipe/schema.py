@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ..losses import InfoNCE, Loss
 from .checks import check
 from .from_yaml import assign, build
 from .reference_flags import parse_overrides
@@ -70,20 +71,6 @@ def read_mixture(name: str) -> list[Source]:
         raise ValueError(f"data.mixture {name!r} is unknown; {f'did you mean {near[0]}?' if near else f'there are {known}'}")
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     return [build(Source, entry, f"{path.name}[{i}].") for i, entry in enumerate(entries)]
-
-
-@dataclass
-class Loss:
-    """Options of `contrastive_kernels.info_nce`; see there."""
-
-    temperature: float = 0.02
-    symmetric: bool = False
-    mask_duplicates: bool = True  # a target equal to a query's positive is no negative of it
-    hardness: float = 0.0
-    label_smoothing: float = 0.0
-    matryoshka_dims: list[int] | None = None
-    query_negatives: bool = False
-    target_negatives: bool = False
 
 
 @dataclass
@@ -154,7 +141,7 @@ class Recipe:
     keep_mib: float = 4096.0  # features of a frozen vision tower kept between the two passes
     media_mib: float = 4096.0  # decoded images kept in host memory between the two passes; the others are decoded again
     decode_threads: int = 4
-    loss: Loss = field(default_factory=Loss)
+    loss: Loss = field(default_factory=InfoNCE)
     lora: Lora | None = None
     quantization: str | None = None  # "nf4": the frozen base in four bits (QLoRA)
     freeze_vision: bool = False

@@ -57,12 +57,7 @@ def test_all_time_between_two_marks_belongs_to_the_first(monkeypatch):
 
 def test_phases_of_a_run_add_up_to_the_wall_clock(root, tmp_path, monkeypatch):
     """Slow data and a slow optimizer show where they are; a step's phases are its time between two log lines."""
-    stamps, batch, norm, log = (
-        [],
-        ContrastiveTrainer.get_batch_samples,
-        ContrastiveTrainer._get_grad_norm,
-        ContrastiveTrainer.log,
-    )
+    stamps, batch, norm, log = ([], ContrastiveTrainer.get_batch_samples, ContrastiveTrainer._get_grad_norm, ContrastiveTrainer.log)
 
     class Slow:
         def __init__(self, batches):
@@ -131,7 +126,9 @@ def test_a_trace_changes_nothing_that_is_trained(root, tmp_path):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("step,words", [(5, r"profile \(5\) is beyond the last step \(4\); name one from 1 to 4"), (0, "profile must be at least 1")])
+@pytest.mark.parametrize(
+    "step,words", [(5, r"profile \(5\) is beyond the last step \(4\); name one from 1 to 4"), (0, "profile must be at least 1")]
+)
 def test_a_step_that_does_not_exist_is_refused(root, tmp_path, step, words):
     with pytest.raises(ValueError, match=words):
         load_recipe(write_recipe(root, output=str(tmp_path / "o")), ["--profile", str(step)])
