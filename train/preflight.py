@@ -17,6 +17,7 @@ import torch
 from vlm2vec.checkpoint.pretrained import Description, describe
 
 from .build import NO_LORA_SECTION, vision_is_frozen
+from .command import COMMAND
 from .data.rows import PairDataset, collate, longest_sample
 from .data.unreadable_rows import unreadable
 from .plan.machine import Memory, device_memory
@@ -132,7 +133,7 @@ def check_memory(recipe: Recipe, model: Description, memory: Memory | None, *, r
     raise ValueError(
         f"{recipe.model} does not fit: weights {_gib(need.weights)} ({recipe.quantization or recipe.dtype}), gradients "
         f"{_gib(need.gradients)} and {recipe.optimizer} {_gib(need.optimizer)} make {_gib(need.total)}{among} before any chunk, and "
-        f"{where} has {_gib(memory.free)} free of {_gib(memory.total)}; {_mends(recipe, ranks)}; python -m train plan shows what a recipe takes"
+        f"{where} has {_gib(memory.free)} free of {_gib(memory.total)}; {_mends(recipe, ranks)}; {COMMAND} plan shows what a recipe takes"
     )
 
 

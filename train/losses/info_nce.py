@@ -33,6 +33,8 @@ class _InfoNCE(Loss):
     def check(self) -> None:
         if self.hardness < 0:  # the loss itself takes one, which makes hard negatives count less: nobody trains so on purpose
             raise ValueError(f"loss.hardness must be 0 or more, got {self.hardness}; 0 turns it off")
+        if self.matryoshka_dims is not None and (not self.matryoshka_dims or min(self.matryoshka_dims) < 1):
+            raise ValueError(f"loss.matryoshka_dims must list widths of at least 1, got {self.matryoshka_dims}; leave it out")
         try:
             InfoNCEOptions.make(self._said(), held=True)
             if self.learnable_temperature:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..command import COMMAND
 from .search import CONTEXT_GIB, FRAGMENTATION, MEMORY_EFFICIENCY, Plan
 
 _GIB = 2**30
@@ -39,13 +40,7 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         "",
         "```",
         " ".join(
-            [
-                "python -m train plan",
-                plan.name,
-                f"--gpu {plan.gpu.name}",
-                *([f"--ranks {plan.ranks}"] if plan.ranks > 1 else []),
-                *overrides,
-            ]
+            [f"{COMMAND} plan", plan.name, f"--gpu {plan.gpu.name}", *([f"--ranks {plan.ranks}"] if plan.ranks > 1 else []), *overrides]
         ),
         "```",
         "",

@@ -1,4 +1,4 @@
-"""`python -m train plan RECIPE --gpu NAME [--ranks N]`: what a recipe will need and take, before it is paid for.
+"""What a recipe will need and take, before it is paid for; and the largest chunk budget that fits.
 
 The recipe's own step runs under fake tensors (`train.plan.simulate`); nothing is downloaded where the model's config is a
 file here, no weight is read or allocated. Everything printed is predicted; the page ends with what cannot be known.
@@ -8,14 +8,12 @@ torch's FSDPMemTracker is not used: it raises on frozen parameters, which adapte
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..recipe.schema import Recipe, load_recipe
+from ..recipe.schema import Recipe
 from . import batch as plan_batch
-from .gpus import GPUS, Gpu, parse_gpu
+from .gpus import Gpu
 from .simulate import Simulation, simulate
 
 CONTEXT_GIB = 0.75  # CUDA context and libraries
@@ -137,31 +135,3 @@ def _largest_chunk(recipe: Recipe, gpu: Gpu, result: Simulation, longest: int, t
         low, high = ((budget, trial.peak), high) if trial.peak <= limit else (low, (budget, trial.peak))
         slope = trial.largest[0] / max(1, trial.largest[1]) if high is None else max(1.0, (high[1] - low[1]) / (high[0] - low[0]))
     return low[0] if low[0] >= longest else 0
-
-
-def main(argv: list[str]) -> int:
-    """Prints the plan; exit code 1 where the recipe is not predicted to fit."""
-    from .report import report
-
-    parser = argparse.ArgumentParser(
-        prog="python -m train plan",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        epilog="Any other --key value overrides a key of the recipe, as in a run. RECIPE goes first.",
-    )
-    parser.add_argument("recipe")
-    parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this kind, all of them")
-    parser.add_argument("--efficiency", type=float, default=0.5, help="share of the GPU's TFLOP/s that matrix products reach")
-    known, overrides = parser.parse_known_args(argv)
-    if known.ranks < 1 or not 0 < known.efficiency <= 1:
-        raise ValueError(f"--ranks must be at least 1 and --efficiency in (0, 1], got {known.ranks} and {known.efficiency}")
-    plan = make_plan(
-        load_recipe(known.recipe, overrides, ranks=known.ranks),
-        parse_gpu(known.gpu),
-        known.ranks,
-        name=known.recipe,
-        efficiency=known.efficiency,
-    )
-    sys.stdout.write(report(plan, [*overrides]))
-    return 0 if plan.fits else 1

@@ -12,10 +12,9 @@ import yaml
 
 from ..losses import InfoNCE, Loss
 from .checks import check
+from .files import MIXTURES, recipe_path
 from .from_yaml import assign, build
 from .reference_flags import parse_overrides
-
-MIXTURES = Path(__file__).parents[1] / "recipes" / "mixtures"
 
 
 @dataclass
@@ -199,7 +198,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: list[str] = (), *, ranks: int | None = None) -> Recipe:
-    """Reads a recipe and applies `--key value` pairs (nested keys with dots: `--loss.temperature 0.05`).
+    """Reads a recipe, a file or one of the project's by its name, and applies `--key value` pairs (nested keys with dots: `--loss.temperature 0.05`).
 
     Args:
         ranks: processes that the run will have, where flags count by the process; default those of this launch.
@@ -208,9 +207,7 @@ def load_recipe(path: str | Path, overrides: list[str] = (), *, ranks: int | Non
         ValueError: for a file that is not a recipe, an unknown key (with the nearest known one), a value of the wrong
             type, or a recipe that contradicts itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"recipe {path} is not a file; recipes of the project are in train/recipes/")
+    path = recipe_path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -91,7 +91,7 @@ def model_card(recipe: Recipe, *, base: str, family: str, trained: int, total: i
             "## Training it again",
             "",
             "```",
-            f"python -m train {recipe.output}/recipe.yaml --output ANOTHER_FOLDER",
+            f"vlm2vec train {recipe.output}/recipe.yaml --output ANOTHER_FOLDER",
             "```",
             "",
             "with `recipe.yaml`, every key written out:",

@@ -83,7 +83,7 @@ def test_reference_command_line(recipe):
         (["--learning_rate", "nan"], {}, "learning_rate must be above 0"),
         (["--loss.hardness", "-1"], {}, "loss.hardness must be 0 or more, got -1.0"),
         (["--loss.label_smoothing", "1"], {}, "loss.label_smoothing: expected"),
-        (["--loss.matryoshka_dims", "0", "8"], {}, "loss.matryoshka_dims: expected"),
+        (["--loss.matryoshka_dims", "0", "8"], {}, "loss.matryoshka_dims must list widths of at least 1"),
         (["--media_mib", "-1"], {}, "media_mib must be 0 or more, got -1.0"),
         (["--keep_mib", "-0.5"], {}, "keep_mib must be 0 or more"),
         (["--retain_mib", "-1"], {}, "retain_mib must be 0 or more"),
