@@ -16,7 +16,6 @@ from bench import tables
 
 HERE = Path(__file__).parent / "planned"
 GPUS = ("h100-80", "h200-141")
-EFFICIENCY = 0.5  # of the data sheet's FLOP/s, `python -m train plan`'s own default
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def numbers(recipe, name: str, gpus=GPUS) -> dict:
     from train.plan.gpus import parse_gpu
     from train.plan.search import make_plan
 
-    plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name, efficiency=EFFICIENCY) for gpu in gpus}
+    plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name) for gpu in gpus}
     one = next(iter(plans.values()))
     step = one.simulation
     return {

@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe")
     parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of this kind, all of them")
-    parser.add_argument("--efficiency", type=float, default=0.5, help="share of the GPU's TFLOP/s that matrix products reach")
+    parser.add_argument("--efficiency", type=float, help="share of the GPU's TFLOP/s that matrix products reach; default what is known of its large products")
     known, overrides = parser.parse_known_args(argv)
-    if known.ranks < 1 or not 0 < known.efficiency <= 1:
+    if known.ranks < 1 or not 0 < (1 if known.efficiency is None else known.efficiency) <= 1:
         raise ValueError(f"--ranks must be at least 1 and --efficiency in (0, 1], got {known.ranks} and {known.efficiency}")
     plan = make_plan(
         load_recipe(known.recipe, overrides, ranks=known.ranks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..command import COMMAND
-from .search import CONTEXT_GIB, FRAGMENTATION, MEMORY_EFFICIENCY, Plan
+from .search import CONTEXT_GIB, FRAGMENTATION, Plan
 
 _GIB = 2**30
 _ORDER = (
@@ -75,7 +75,7 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         f"| hours of {r.steps:,} steps | {plan.step_seconds * r.steps / 3600:,.1f} |",
         *_media(plan),
         "",
-        f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at {MEMORY_EFFICIENCY:.0%} of "
+        f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at {plan.gpu.reached_bandwidth:.0%} of "
         f"{plan.gpu.tb_s:g} TB/s, whichever takes an operator longer; attention counted as full squares.",
         "",
         f"What dominates: {_dominates(plan)}.",

@@ -18,7 +18,6 @@ from .simulate import Simulation, simulate
 
 CONTEXT_GIB = 0.75  # CUDA context and libraries
 FRAGMENTATION = 0.04  # of the rest: rounding and gaps of the allocator
-MEMORY_EFFICIENCY = 0.75  # of the bandwidth
 _GIB = 2**30
 _STEP = 256  # chunk budgets are multiples of it
 _TRIALS, _NEAR = 4, 1.03  # of the search for the largest; a gain below it ends the search
@@ -65,8 +64,11 @@ def usable(gpu: Gpu) -> int:
     return int((gpu.gib - CONTEXT_GIB) * (1 - FRAGMENTATION) * _GIB)
 
 
-def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float = 0.5) -> Plan:
+def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None) -> Plan:
     """Simulates a step, and another one with the largest chunk budget that should fit.
+
+    Args:
+        efficiency: share of the GPU's data sheet that matrix products reach; None: what its large products are known to reach.
 
     Raises:
         ValueError: the recipe contradicts itself, has no rows to plan with, or a sample is longer than its chunk budget.
@@ -84,7 +86,8 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
             made["media"] = plan_batch.decoded_total(processing, made["batch"])
         return made["batch"]
 
-    rates = {"flop_rate": gpu.tflops * 1e12 * efficiency, "byte_rate": gpu.tb_s * 1e12 * MEMORY_EFFICIENCY}
+    efficiency = gpu.reached if efficiency is None else efficiency
+    rates = {"flop_rate": gpu.tflops * 1e12 * efficiency, "byte_rate": gpu.tb_s * 1e12 * gpu.reached_bandwidth}
 
     def run(changed: Recipe, most_chunks: int) -> Simulation:
         return simulate(changed, None, ranks=ranks, make_batch=batch, most_chunks=most_chunks, **rates)
