@@ -295,14 +295,16 @@ class ContrastiveTrainer(transformers.Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True)
+        if checkpoint is None:
+            return
+        # not by transformers: of two ranks on a CPU 5.17 asks torch for "cpu:0", which torch.load does not know
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=self.sharded)
+        if self.sharded:
             sharding.scatter_optimizer(self.model, self.optimizer.optimizer, state)
-            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
-        if checkpoint is not None:
-            self._take_learning_rate()
+        else:
+            self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        self._take_learning_rate()
 
     def _take_learning_rate(self) -> None:
         """The recipe's, where a run goes on with another one than its checkpoint's, at the same place of the schedule."""

@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers.processes import collected, join
 from tests.helpers.tiny_recipe import first_batch, gradients, write_recipe
+from tests.helpers.versions import LACKS_RESET_ITER_STATE, needs_reset_iter_state
 from train.build import build_model
 from train.recipe.schema import load_recipe
 from train.step import ContrastiveStep
@@ -28,6 +29,8 @@ CASES = {
     "fsdp, checkpointing, vision adapter, backward": (True, {"gradient_checkpointing": True, **LORA}, "recomputation"),
     "fsdp, frozen vision, backward": (True, {"freeze_vision": True, "keep_mib": 0.0}, "backward"),
 }
+# ranks share their processes: what stops one of them would take every later case along
+POSSIBLE = {name: case for name, case in CASES.items() if not (LACKS_RESET_ITER_STATE and case[0])}
 COMMON = {"dtype": "float64", "global_batch": 8, "interleave_batch_size": 4, "chunk_tokens": BUDGET, "seed": 3}
 STEP = 2  # the first rank's share is pictures, the second's texts
 
@@ -71,7 +74,7 @@ def rank_main(rank, port, root, queue):
         import accelerate
 
         accelerate.PartialState(cpu=True)
-        for name, case in CASES.items():
+        for name, case in POSSIBLE.items():
             queue.put((rank, name, *one_case(rank, root / f"rank{rank}", *case)))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -110,10 +113,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(root):
-    return collected(rank_main, root, each=len(CASES))
+    return collected(rank_main, root, each=len(POSSIBLE))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_reset_iter_state] if case[0] else []) for name, case in CASES.items()])
 def test_the_step_is_done_again_and_its_gradients_are_those_of_one_process(root, results, name):
     recipe, model, batch = prepare(root / "alone", CASES[name][1])
     result, _ = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))(batch)

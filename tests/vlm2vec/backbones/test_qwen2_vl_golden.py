@@ -5,6 +5,7 @@ import torch
 
 from contrastive_kernels import GradCache, info_nce
 from tests.helpers.golden_files import read
+from tests.helpers.versions import needs_pillow_13
 from vlm2vec.media.images import smart_resize
 from vlm2vec.model import VLM2Vec
 
@@ -29,6 +30,7 @@ def close(ours, theirs, atol=1e-5):
     torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=atol, rtol=0)
 
 
+@needs_pillow_13
 def test_ids_and_pixels_are_exact(qwen, model):
     _, cases, expected, items, videos = qwen
     for i, (features, case) in enumerate(zip(model.preprocess(items), cases["items"])):
@@ -42,6 +44,7 @@ def test_ids_and_pixels_are_exact(qwen, model):
     close(first.vision["pixel_values"], expected["video.pixel_values_videos.0"], 1e-6)
 
 
+@needs_pillow_13
 def test_embeddings_singly_batched_and_in_any_chunk(qwen, model):
     _, _, expected, items, _ = qwen
     close(model.encode(items), expected["embeddings"])
@@ -51,6 +54,7 @@ def test_embeddings_singly_batched_and_in_any_chunk(qwen, model):
         close(model(model.pack(model.preprocess(items))), expected["hidden_last_token_unnormalized"], 5e-5)  # norms of about 10
 
 
+@needs_pillow_13
 def test_vision_features(qwen, model):
     _, cases, expected, items, _ = qwen
     features = model.preprocess(items)
@@ -106,6 +110,7 @@ def same_gradients(model, cases, expected, way):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm(), name
 
 
+@needs_pillow_13
 @pytest.mark.parametrize("cut", [{"chunk_size": 2}, {"chunk_tokens": 40, "retain": 1}], ids=str)
 def test_gradcache_and_its_gradients(qwen, pairs, cut):
     """The reference's own chunks of two rows, and chunks by tokens with one graph kept: its chunked gradients."""
@@ -119,6 +124,7 @@ def test_gradcache_and_its_gradients(qwen, pairs, cut):
     same_gradients(model, cases, expected, "grad_gradcache_chunk2")
 
 
+@needs_pillow_13
 def test_loss_and_its_gradients(qwen, pairs):
     cases, expected, queries, targets = pairs
     model = VLM2Vec.from_pretrained(qwen[0]).train()
