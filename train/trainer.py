@@ -21,7 +21,7 @@ from . import checkpoints
 from .data import held_out
 from .data.rows import PairDataset, collate, longest_sample
 from .data.sampler import BlockSampler
-from .data.unreadable_rows import Damage
+from .data.unreadable_rows import UnreadableRows
 from .losses import learned as learned_loss
 from .parallel import sharding
 from .parallel.launch import refuse_other_launchers
@@ -76,7 +76,7 @@ class ContrastiveTrainer(transformers.Trainer):
             self.profile = StepProfile(recipe.profile, Path(recipe.output), arguments.process_index, arguments.world_size)
         self.add_callback(StepEnd(self._step_ended))
         self._step: ContrastiveStep | None = None
-        self._damage = Damage()
+        self._unreadable = UnreadableRows()
         self._warned_of_length = False
         self._generators_from: str | None = None
         self._began: float | None = None
@@ -146,7 +146,7 @@ class ContrastiveTrainer(transformers.Trainer):
         result, lengths = self._contrastive_step(model)(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
-        self._damage.add(
+        self._unreadable.add(
             inputs["errors"],
             self.recipe.global_batch,
             device=self.args.device,
@@ -367,6 +367,9 @@ def failure(what: str, step: int, names: list[str], rows: list[tuple[int, int]],
     sources = ", ".join(sorted({names[source] for source, _ in listed}))
     shown = ", ".join(f"{names[source]}:{row}" for source, row in listed[:8]) + (", ..." if len(listed) > 8 else "")
     if 0 < len(found) < len(rows):
-        return f"step {step}: {what}; {len(found)} of {len(rows)} rows have embeddings that are not finite: {shown} (source {sources}); mend or leave out these rows"
+        return (
+            f"step {step}: {what}; {len(found)} of {len(rows)} rows have embeddings that are not finite: "
+            f"{shown} (source {sources}); mend or leave out these rows"
+        )
     which = "no embedding is finite, so the weights are not" if found else "all embeddings are finite"
     return f"step {step}: {what}; {which}; rows {shown} (source {sources}); lower learning_rate or max_grad_norm, or look at these rows"

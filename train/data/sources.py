@@ -24,7 +24,8 @@ import yaml
 from vlm2vec.data.mmeb import TRAIN_COLUMNS, read_train, to_item
 from vlm2vec.media.videos import IMAGE_SUFFIXES
 
-from ..recipe.schema import MIXTURES, Data, Source
+from ..recipe.files import MIXTURES
+from ..recipe.schema import Data, Source
 
 Row = tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]  # what the model's processing takes: query, target, negatives
 

@@ -23,7 +23,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe")
     parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of this kind, all of them")
-    parser.add_argument("--efficiency", type=float, help="share of the GPU's TFLOP/s that matrix products reach; default what is known of its large products")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        help="share of the GPU's TFLOP/s that matrix products reach; default what is known of its large products",
+    )
     known, overrides = parser.parse_known_args(argv)
     if known.ranks < 1 or not 0 < (1 if known.efficiency is None else known.efficiency) <= 1:
         raise ValueError(f"--ranks must be at least 1 and --efficiency in (0, 1], got {known.ranks} and {known.efficiency}")

@@ -89,8 +89,7 @@ class PlannedStep:
 
 def _feature_width(model: VLM2Vec) -> int:
     """Bytes of a frozen tower's output per image token."""
-    deep = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    return model.embedding_dim * (1 + len(deep)) * model.dtype.itemsize
+    return model.backbone.vision_width(model.config) * model.dtype.itemsize
 
 
 def _shape(sample: dict) -> tuple[int, int, int]:

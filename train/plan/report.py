@@ -75,8 +75,9 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         f"| hours of {r.steps:,} steps | {plan.step_seconds * r.steps / 3600:,.1f} |",
         *_media(plan),
         "",
-        f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at {plan.gpu.reached_bandwidth:.0%} of "
-        f"{plan.gpu.tb_s:g} TB/s, whichever takes an operator longer; attention counted as full squares.",
+        f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at "
+        f"{plan.gpu.reached_bandwidth:.0%} of {plan.gpu.tb_s:g} TB/s, whichever takes an operator longer; "
+        "attention counted as full squares.",
         "",
         f"What dominates: {_dominates(plan)}.",
         "",

@@ -99,7 +99,8 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     longest = plan_batch.longest(made["batch"])
     if recipe.chunk_rows is None and recipe.chunk_tokens < longest:
         raise ValueError(
-            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); raise it, or lower the image limits in model_options"
+            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); "
+            "raise it, or lower the image limits in model_options"
         )
     largest = None if recipe.chunk_rows else _largest_chunk(kept, gpu, result, longest, plan_batch.tokens(made["batch"]), run)
     return Plan(

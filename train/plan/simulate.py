@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..build import trained_parameters
+from ..optimizers import planned_optimizer
 from ..parallel import sharding
 from ..recipe.schema import Recipe
 from . import fake_model, repeated_layers
@@ -92,7 +93,7 @@ def _simulated(
         plain = [nn.Parameter(p._local_tensor) if is_sharded and hasattr(p, "_local_tensor") else p for p in trained]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.relabel(p.grad, "gradients"))
-        optimizer = fake_model.optimizer(recipe, plain, on_gpu=flash)
+        optimizer = planned_optimizer(recipe, plain, on_gpu=flash)
         repeated = None if outer is None else repeated_layers.RepeatedLayers(model, meter, is_sharded, outer)
         with mode, meter, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # what is returned is not written to

@@ -8,10 +8,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .schema import Recipe
+from .keys import RecipeKeys
 
 FORMATS = ("mmeb", "page_question", "visrag", "video_to_caption", "caption_to_video", "video_question")
 # Those of the library's that need nothing but the steps and the warm-up.
@@ -46,7 +44,7 @@ _COUNTS = (
 _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps", "weight_decay", "max_grad_norm")
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: RecipeKeys) -> None:
     """Raises ValueError for the first thing that cannot run: what was expected, what is there, and the mend."""
     _check_numbers(recipe)
     _check_data(recipe)
@@ -56,7 +54,7 @@ def check(recipe: Recipe) -> None:
     _check_reports(recipe)
 
 
-def _check_numbers(recipe: Recipe) -> None:
+def _check_numbers(recipe: RecipeKeys) -> None:
     if recipe.held_out is not None and min(recipe.held_out.rows, recipe.held_out.steps) < 1:
         rows, steps = recipe.held_out.rows, recipe.held_out.steps
         raise ValueError(
@@ -87,7 +85,7 @@ def _check_numbers(recipe: Recipe) -> None:
         raise ValueError(f"lr_schedule {recipe.lr_schedule!r} is unknown; {_nearest(recipe.lr_schedule, SCHEDULES)}")
 
 
-def _check_data(recipe: Recipe) -> None:
+def _check_data(recipe: RecipeKeys) -> None:
     sources = recipe.data.sources
     if not sources:
         raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
@@ -106,7 +104,7 @@ def _check_data(recipe: Recipe) -> None:
         raise ValueError("every source has a from_step above 0, so the first step has no rows; give one of them from_step: 0")
 
 
-def _check_loss(recipe: Recipe) -> None:
+def _check_loss(recipe: RecipeKeys) -> None:
     loss = recipe.loss
     loss.check()
     if recipe.data.hard_negatives and not loss.takes_hard_negatives:
@@ -118,7 +116,7 @@ def _check_loss(recipe: Recipe) -> None:
         )
 
 
-def _check_memory(recipe: Recipe) -> None:
+def _check_memory(recipe: RecipeKeys) -> None:
     """How weights, gradients and graphs are held: adapters, four bits, shards, dtypes, chunks."""
     lora = recipe.lora
     if recipe.quantization not in (None, "nf4"):
@@ -163,7 +161,7 @@ def _check_memory(recipe: Recipe) -> None:
         )
 
 
-def _check_optimizer(recipe: Recipe) -> None:
+def _check_optimizer(recipe: RecipeKeys) -> None:
     from transformers.training_args import OptimizerNames
 
     known = [name.value for name in OptimizerNames]
@@ -179,7 +177,7 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise ValueError(f"optimizer {name} needs {module}; pip install {module.replace('_', '-')}, or choose adamw_torch")
 
 
-def _check_reports(recipe: Recipe) -> None:
+def _check_reports(recipe: RecipeKeys) -> None:
     if not recipe.report_to:
         return
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK

@@ -53,6 +53,7 @@ class LlavaNextProcessing(Processing):
 
     image_marker = "<image>"
     defaults = {"resolution": None, "pixels": "pil"}
+    image_limit = "resolution"
 
     def __init__(self, tokenizer, image_processor, config, options=None):
         super().__init__(tokenizer, image_processor, config, options)
@@ -201,6 +202,13 @@ class LlavaNext(Backbone):
 
     # checkpoints.yaml: this checkpoint was trained and scored on images squashed to 1344 x 1344
     published = [(r"(^|/)vlm2vec-llava-next$", {"resolution": "high"})]
+
+    def default_image_processor(self, raw):
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+        side = raw["vision_config"]["image_size"]
+        crop = {"height": side, "width": side}
+        return LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_grid_pinpoints=raw["image_grid_pinpoints"])
 
     def vision_tower(self, model):
         # All that `vision` runs. Frozen features are kept from one pass to the next, so freezing the tower alone would leave

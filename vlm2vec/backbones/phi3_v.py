@@ -32,6 +32,7 @@ class Phi3VProcessing(Processing):
     """
 
     image_marker = "<|image_1|>"
+    image_limit = "num_crops"
     from_headers = True
     defaults = {"num_crops": 4}
 
@@ -124,6 +125,9 @@ class Phi3V(Backbone):
 
     def config(self, source, raw, **hub):
         return Phi3VConfig.from_pretrained(source, **hub)
+
+    def default_image_processor(self, raw):
+        return {}
 
     def model_class(self, config):
         return Phi3VModel

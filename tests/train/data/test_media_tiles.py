@@ -1,4 +1,7 @@
-"""Images streamed by the chunk in families that cut them into tiles (LLaVA-Next) and crops (Phi-3.5-V): what `test_media` asks of patches."""
+"""Images streamed by the chunk in families that cut them into tiles (LLaVA-Next) and crops (Phi-3.5-V).
+
+What `test_media` asks of patches.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
