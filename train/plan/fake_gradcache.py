@@ -135,7 +135,7 @@ class PlannedGradCache(GradCache):
         with self.meter.counting_as("loss scratch"):
             # One operator, whose scratch no meter sees: exponentials of all pairs within the bound, as `dispatch.py` lays them.
             rows, columns = len(embeddings[0]), self.ranks * len(embeddings[1])
-            scratch = torch.empty(min(rows * columns * 4, _LOSS_WORKSPACE), dtype=torch.uint8)  # noqa: F841
+            scratch = torch.empty(min(rows * columns * 4, _LOSS_WORKSPACE), dtype=torch.uint8)  # noqa: F841  held until the loss is there
             if self.ranks > 1:
                 result = self._loss_over_ranks(embeddings, options)
             else:
