@@ -1,9 +1,13 @@
 """VLM2Vec: one embedding model for any mix of text, images and video."""
 
-__version__ = "0.1.0"
+from typing import Any
+
+from vlm2vec.checkpoint.release import __version__
+
+__all__ = ["VLM2Vec", "__version__"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Lazy, so that `import vlm2vec` costs nothing and works without transformers.
     if name == "VLM2Vec":
         from vlm2vec.model import VLM2Vec

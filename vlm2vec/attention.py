@@ -78,7 +78,7 @@ class Segments:
             cu[1:] = torch.tensor(lengths).cumsum(0)
         return cls(list(lengths), cu, causal, *_group(lengths, cu, causal), provider)
 
-    def to(self, device) -> "Segments":
+    def to(self, device: torch.device | str) -> "Segments":
         def move(x):
             return None if x is None else x.to(device, non_blocking=True)
 
@@ -124,13 +124,13 @@ class _Rows(torch.autograd.Function):
     """x[index] whose backward copies rows back instead of adding them: right where duplicates carry zero gradient."""
 
     @staticmethod
-    def forward(ctx, x, index, back):
+    def forward(ctx, x, index, back) -> torch.Tensor:
         ctx.save_for_backward(index if back is None else back)
         ctx.shape, ctx.scatter = x.shape, back is None
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad) -> torch.Tensor:
         (rows,) = ctx.saved_tensors
         if not ctx.scatter:
             return grad.index_select(0, rows), None, None
@@ -152,7 +152,16 @@ def _sdpa_group(q, k, v, group: Group, causal: bool, scale, dropout: float, wind
     return out.transpose(1, 2).reshape(group.count * group.length, out.shape[1], out.shape[3])
 
 
-def sdpa_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0, window: int | None = None):
+def sdpa_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
     """Packed attention through SDPA. q (T, Hq, D), k and v (T, Hk, D), Hk divides Hq -> (T, Hq, D)."""
     if segments.inverse is None:
         return _sdpa_group(q, k, v, segments.groups[0], segments.causal, scale, dropout, window)
@@ -162,7 +171,16 @@ def sdpa_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0
     return _Rows.apply(outs[0] if len(outs) == 1 else torch.cat(outs), segments.inverse, None)
 
 
-def flash_attn_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0, window: int | None = None):
+def flash_attn_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
     """Packed attention through the flash-attn package; shapes as `sdpa_packed`."""
     from flash_attn import flash_attn_varlen_func
 
@@ -182,7 +200,16 @@ def flash_attn_packed(q, k, v, segments: Segments, *, scale=None, dropout: float
     )
 
 
-def varlen_packed(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0, window: int | None = None):
+def varlen_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
     """Packed attention through torch's own varlen kernels; they have no dropout and say causal by the window (-1, 0)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -213,7 +240,16 @@ def _parameters(function) -> frozenset[str]:
 _PROVIDER_FUNCTIONS = {"sdpa": sdpa_packed, "flash_attn": flash_attn_packed, "varlen": varlen_packed}
 
 
-def packed_attention(q, k, v, segments: Segments, *, scale=None, dropout: float = 0.0, window: int | None = None):
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
     """Attention within each segment, by the provider that `segments` names. q (T, Hq, D), k, v (T, Hk, D) -> (T, Hq, D)."""
     return _PROVIDER_FUNCTIONS[segments.provider](q, k, v, segments, scale=scale, dropout=dropout, window=window)
 

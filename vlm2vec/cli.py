@@ -1,8 +1,11 @@
 """`vlm2vec embed | search | eval | mine | info`. An expected error is one line on stderr and exit code 2."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 COMMANDS = {
     "embed": "embeddings of files or of a JSONL, written to a safetensors file",
@@ -16,7 +19,7 @@ COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """argparse, but a misused command is an expected error like any other: one line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; {self.prog} --help says more")
 
 
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: vlm2vec COMMAND ...\n\n" + "\n".join(lines) + "\n\nvlm2vec COMMAND --help says more.")
         return 0 if argv else 2
     if argv[0] == "--version":
-        from vlm2vec import __version__
+        from vlm2vec.checkpoint.release import __version__
 
         print(__version__)
         return 0

@@ -1,17 +1,26 @@
 """`encode`: preprocessing in the caller's order, chunks by length, results in the caller's order."""
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from contrastive_kernels.gradcache.chunking import token_budget_chunks
 from vlm2vec.checkpoint.prompts import prepend
 from vlm2vec.inputs import as_item, is_image
 from vlm2vec.packing import Features
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 # Images of one window are in memory at once; sorting by length needs a window well above a chunk.
 WINDOW_CHUNKS = 16
@@ -19,7 +28,7 @@ MAX_THREADS = 8
 MAX_CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # a CPU is as fast with fewer, and holds less at a time
 
 
-def preprocess(processing, inputs: list, first: int = 0, pool: Executor | None = None) -> list[Features]:
+def preprocess(processing: Callable[[Any], Features], inputs: list, first: int = 0, pool: Executor | None = None) -> list[Features]:
     """Features of each input, made by the threads of `pool` where there is one; an error is prefixed with the input's position."""
 
     def one(numbered) -> Features:
@@ -32,30 +41,40 @@ def preprocess(processing, inputs: list, first: int = 0, pool: Executor | None =
     return list((map if pool is None else pool.map)(one, enumerate(inputs)))
 
 
-def is_single(inputs) -> bool:
+def is_single(inputs: Any) -> bool:
     """Whether this is one input and not a list of inputs."""
     if isinstance(inputs, (str, dict)) or is_image(inputs):
         return True
     return isinstance(inputs, (list, tuple)) and len(inputs) > 0 and all(isinstance(m, dict) and "role" in m for m in inputs)
 
 
-def with_prompt(model, inputs: list, prompt: str | None) -> list:
+def with_prompt(model: nn.Module, inputs: list, prompt: str | None) -> list:
     """Items with the prompt set in; a family that has an instruction slot takes it there."""
     if not prompt:
         return inputs
     prompt = model.prompts.get(prompt, prompt)
-    items = []
+    items, markers = [], model.processing.markers
     for x in inputs:
-        item = as_item(x)
+        item = as_item(x, markers)
         if model.processing.prompt_is_instruction:
             items.append(replace(item, instruction=item.instruction or prompt))
         else:
-            items.append(replace(item, text=prepend(prompt, item.text)))
+            items.append(replace(item, text=prepend(prompt, item.text, markers)))
     return items
 
 
 @torch.no_grad()
-def encode(model, inputs, *, prompt, batch_size, show_progress_bar, convert_to_tensor, normalize_embeddings, truncate_dim):
+def encode(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    prompt: str | None,
+    batch_size: int,
+    show_progress_bar: bool | None,
+    convert_to_tensor: bool,
+    normalize_embeddings: bool,
+    truncate_dim: int | None,
+) -> np.ndarray | torch.Tensor:
     """See `VLM2Vec.encode`."""
     single = is_single(inputs)
     inputs = [inputs] if single else list(inputs)

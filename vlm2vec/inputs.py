@@ -10,9 +10,16 @@ followed by a newline when text follows. Videos are marked `<|video_1|>`, ...
 import os
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 MARKER = re.compile(r"<\|(image|video)_\d+\|>")
-ITEM_KEYS = ("text", "image", "images", "video", "videos", "instruction")
+# What stands for a visual in some model's vocabulary. One that is not this model's is then missed, by an error, and not fed as text.
+LIKE_A_MARKER = re.compile(r"<\|?(image|video)(_pad|_\d+)?\|?>")
+MODALITIES = ("text", "image", "video")
+IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
+VISUAL_KEYS = IMAGE_KEYS + VIDEO_KEYS
+ITEM_KEYS = ("text", *VISUAL_KEYS, "instruction")
+IMAGE_MARKER = "<|image_1|>"  # the first picture's
 
 
 @dataclass
@@ -42,7 +49,7 @@ class Item:
         return len(self.images) + len(self.videos)
 
 
-def is_image(x) -> bool:
+def is_image(x: Any) -> bool:
     """A PIL image, a path object or the bytes of an image file (a `str` is text, never a path)."""
     if isinstance(x, (bytes, bytearray, os.PathLike)):
         return True
@@ -66,7 +73,7 @@ def _videos(x) -> list:
     return [x]
 
 
-def _from_dict(x: dict) -> Item:
+def _from_dict(x: dict, native: tuple[str, ...]) -> Item:
     unknown = [k for k in x if k not in ITEM_KEYS]
     if unknown:
         raise ValueError(f"input has unknown keys {unknown}; use {', '.join(ITEM_KEYS)}")
@@ -74,11 +81,11 @@ def _from_dict(x: dict) -> Item:
     for key in ("text", "instruction"):
         if x.get(key) is not None and not isinstance(x[key], str):
             raise ValueError(f"{key!r} must be a str, got {type(x[key]).__name__}")
-    images = _listed(x.get("image")) + _listed(x.get("images"))
-    videos = _videos(x.get("video")) + _videos(x.get("videos"))
-    named = [k for k in ("image", "images", "video", "videos") if k in x]
+    images = [image for key in IMAGE_KEYS for image in _listed(x.get(key))]
+    videos = [video for key in VIDEO_KEYS for video in _videos(x.get(key))]
+    named = [k for k in VISUAL_KEYS if k in x]
     item = Item(text or "", images, videos, x.get("instruction"), markers_are_text=bool(named) and not images and not videos)
-    return with_markers(item)
+    return with_markers(item, native)
 
 
 def _from_messages(messages: list) -> Item:
@@ -107,10 +114,14 @@ def _from_messages(messages: list) -> Item:
     return item
 
 
-def with_markers(item: Item) -> Item:
-    """An item whose missing markers are in front: visuals first, then a newline if text follows. The caller's is left alone."""
-    found = MARKER.findall(item.text)
-    if item.visuals and not found and not any(m in item.text for m in ("<|image_pad|>", "<|video_pad|>", "<image>")):
+def with_markers(item: Item, native: tuple[str, ...] = ()) -> Item:
+    """An item whose missing markers are in front: visuals first, then a newline if text follows. The caller's is left alone.
+
+    Args:
+        native: the markers of the model's own vocabulary, which stand for visuals as MMEB's do.
+    """
+    marked = LIKE_A_MARKER.search(item.text) or any(marker in item.text for marker in native)
+    if item.visuals and not marked:
         marks = [f"<|image_{i + 1}|>" for i in range(len(item.images))]
         marks += [f"<|video_{i + 1}|>" for i in range(len(item.videos))]
         text = "\n".join(marks + [item.text]) if item.text else "\n".join(marks)
@@ -118,20 +129,23 @@ def with_markers(item: Item) -> Item:
     return item
 
 
-def as_item(x) -> Item:
+def as_item(x: Any, native: tuple[str, ...] = ()) -> Item:
     """Bring one input to an `Item`.
+
+    Args:
+        native: as for `with_markers`.
 
     Raises:
         ValueError: for any other type, unknown keys or a chat part of an unknown kind; the message says what is accepted.
     """
     if isinstance(x, Item):
-        return with_markers(x)
+        return with_markers(x, native)
     if isinstance(x, str):
         return Item(text=x)
     if isinstance(x, dict):
-        return _from_messages([x]) if "role" in x else _from_dict(x)
+        return _from_messages([x]) if "role" in x else _from_dict(x, native)
     if is_image(x):
-        return with_markers(Item(images=[x]))
+        return with_markers(Item(images=[x]), native)
     if isinstance(x, (list, tuple)) and x and all(isinstance(m, dict) and "role" in m for m in x):
         return _from_messages(list(x))
     raise ValueError(

@@ -1,15 +1,26 @@
 """`VLM2Vec`: one embedding model for any mix of text, images and video."""
 
+from __future__ import annotations
+
 import os
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vlm2vec import encoding
 from vlm2vec.attention import choose_provider
-from vlm2vec.checkpoint import adapters, saving
+from vlm2vec.checkpoint import adapters, saving, sentence_transformers_files
 from vlm2vec.packing import Features, PackedBatch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from transformers import PretrainedConfig, ProcessorMixin
+
+    from vlm2vec.backbones.base import Backbone
+    from vlm2vec.backbones.processing import Processing
 
 
 class VLM2Vec(nn.Module):
@@ -22,9 +33,25 @@ class VLM2Vec(nn.Module):
         prompts: {"query": str, "document": str, ...}, used by `encode_query` and `encode_document`.
         always_vision: run the vision tower in every forward, on a grey placeholder that adds nothing where a chunk has no
             visuals. For sharded towers, whose forward all ranks must enter together.
+
+    Example:
+        >>> model = VLM2Vec.from_pretrained("quickstart/model")  # a folder, or a name on the hub
+        >>> queries = model.encode_query(["a fox in the snow", {"text": "the same animal", "image": Path("fox.png")}])
+        >>> documents = model.encode_document([Path("fox.png"), "a red fox"])
+        >>> model.similarity(queries, documents).shape
+        torch.Size([2, 2])
     """
 
-    def __init__(self, model: nn.Module, backbone, processing, *, attn: str | None = None, source: str = "", prompts=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        processing: Processing,
+        *,
+        attn: str | None = None,
+        source: str = "",
+        prompts: dict[str, str] | None = None,
+    ):
         super().__init__()
         self.model = model
         self.backbone = backbone
@@ -42,17 +69,17 @@ class VLM2Vec(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_dir,
+        name_or_dir: str | os.PathLike,
         base: str | None = None,
         *,
-        dtype="auto",
-        device=None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
         attn: str | None = None,
         revision: str | None = None,
         quantize: str | None = None,
         liger: bool = False,
-        **family_options,
-    ) -> "VLM2Vec":
+        **family_options: Any,
+    ) -> VLM2Vec:
         """Load a public checkpoint, a base model, a PEFT adapter, or a folder that `save_pretrained` wrote.
 
         Args:
@@ -68,6 +95,11 @@ class VLM2Vec(nn.Module):
 
         Raises:
             ValueError: not a model folder, an unknown family or option, weights that do not fit, a missing base.
+
+        Example:
+            >>> model = VLM2Vec.from_pretrained("quickstart/model", dtype="float32", device="cpu", max_pixels=56 * 56)
+            >>> model.options["max_pixels"]
+            3136
         """
         from vlm2vec.checkpoint.pretrained import load
 
@@ -88,76 +120,159 @@ class VLM2Vec(nn.Module):
 
     @property
     def family(self) -> str:
+        """Name of the backbone's family, as vlm2vec.json holds it.
+
+        Example:
+            >>> model.family
+            'qwen2_vl'
+        """
         return self.backbone.name
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
+        """The transformers module's configuration.
+
+        Example:
+            >>> model.config.model_type
+            'qwen2_vl'
+        """
         return self.model.config
 
     @property
     def options(self) -> dict:
-        """The family options in force, as `save_pretrained` writes them."""
+        """The family options in force, as `save_pretrained` writes them.
+
+        Example:
+            >>> model.options["positions"], model.options["frames"]
+            ('sequential', 8)
+        """
         return self.processing.options
 
     @property
     def embedding_dim(self) -> int:
+        """D, the width of an embedding.
+
+        Example:
+            >>> model.encode("a fox").shape == (model.embedding_dim,)
+            True
+        """
         return self.backbone.embedding_dim(self.model.config)
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are.
+
+        Example:
+            >>> model.device
+            device(type='cpu')
+        """
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights, a four-bit base's compute dtype.
+
+        Example:
+            >>> model.dtype
+            torch.float32
+        """
         return self.backbone.text_model(self.model).get_input_embeddings().weight.dtype
 
     @property
-    def processor(self):
-        """The image processor and tokenizer holder as transformers' own processor class, None when the family has none."""
+    def processor(self) -> ProcessorMixin | None:
+        """The image processor and tokenizer holder as transformers' own processor class, None when the family has none.
+
+        Example:
+            >>> type(model.processor).__name__
+            'Qwen2VLProcessor'
+        """
         return self.processing.hf_processor()
 
     # -- running --------------------------------------------------------------------------------------------------------
 
     def preprocess(self, inputs: list) -> list[Features]:
-        """CPU work on each input. Errors name the position of the input in the list."""
+        """CPU work on each input. Errors name the position of the input in the list.
+
+        Example:
+            >>> text, both = model.preprocess(["a fox", {"text": "a fox", "image": Path("fox.png")}])
+            >>> text.length < both.length
+            True
+        """
         return encoding.preprocess(self.processing, inputs)
 
     def pack(self, features: list[Features]) -> PackedBatch:
-        """One packed sequence, on the CPU; move it with `.to(device)`."""
+        """One packed sequence, on the CPU; move it with `.to(device)`.
+
+        Example:
+            >>> packed = model.pack(model.preprocess(["a fox", "a red fox"]))
+            >>> packed.input_ids.shape[0] == sum(packed.seqlens)
+            True
+        """
         return self.backbone.pack(features, choose_provider(self.attn, self.device, self.dtype))
 
     def vision(self, packed: PackedBatch) -> torch.Tensor | None:
         """Vision features of all visuals of the chunk (V, width), None without visuals or when the family fuses its tower.
 
         Hand them to `forward` as `vision_features`: a frozen tower then runs once for two passes.
+
+        Example:
+            >>> packed = model.pack(model.preprocess([Path("fox.png")]))
+            >>> features = model.vision(packed)
+            >>> torch.equal(model(packed, vision_features=features), model(packed))
+            True
         """
         return self.backbone.vision(self.model, packed)
 
     def forward(self, packed: PackedBatch, vision_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states of the last tokens after the final norm, (B, D), in the model's dtype, not normalised."""
+        """Hidden states of the last tokens after the final norm, (B, D), in the model's dtype, not normalised.
+
+        Example:
+            >>> packed = model.pack(model.preprocess(["a fox", "a red fox"])).to(model.device)
+            >>> model(packed).shape == (2, model.embedding_dim)
+            True
+        """
         features = self.backbone.vision(self.model, packed) if vision_features is None else vision_features
-        seen = None
+        placeholder_features = None
         if features is None and self.always_vision and not packed.vision:
             # A sharded tower's forward and backward are collective: another rank's chunk may have visuals. The tower runs
             # before the decoder, as it does there, and its backward after the decoder's.
-            seen = self.backbone.vision(self.model, self._placeholder().to(packed.input_ids.device))
+            placeholder_features = self.backbone.vision(self.model, self.placeholder().to(packed.input_ids.device))
         hidden = self.backbone.last_hidden(self.model, packed, features)
-        return hidden if seen is None else hidden + 0 * seen.sum().to(hidden.dtype)
+        return hidden if placeholder_features is None else hidden + 0 * placeholder_features.sum().to(hidden.dtype)
 
-    def _placeholder(self) -> PackedBatch:
-        """A chunk of one small grey image."""
+    def placeholder(self) -> PackedBatch:
+        """A chunk of one small grey image: what a sharded tower sees where a chunk has no visuals.
+
+        Example:
+            >>> len(model.placeholder().seqlens), bool(model.placeholder().vision)
+            (1, True)
+        """
         from PIL import Image
 
         return self.pack([self.processing({"image": Image.new("RGB", (64, 64), (128, 128, 128))})])
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute layers in the backward pass (transformers' own switch; non-reentrant)."""
+        """Recompute layers in the backward pass (transformers' own switch; non-reentrant).
+
+        Example:
+            >>> model.gradient_checkpointing_enable()
+            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            True
+        """
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6, the old name serves both
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass again.
+
+        Example:
+            >>> model.gradient_checkpointing_enable()
+            >>> model.gradient_checkpointing_disable()
+            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            False
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self.model.gradient_checkpointing_disable()
@@ -166,15 +281,15 @@ class VLM2Vec(nn.Module):
 
     def encode(
         self,
-        inputs,
+        inputs: Any,
         *,
-        prompt=None,
-        batch_size=32,
-        show_progress_bar=None,
-        convert_to_tensor=False,
-        normalize_embeddings=True,
-        truncate_dim=None,
-    ):
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray | torch.Tensor:
         """Embed one input or a list of inputs, in the caller's order.
 
         Args:
@@ -188,6 +303,12 @@ class VLM2Vec(nn.Module):
 
         Raises:
             ValueError: names the input that cannot be read, by its position.
+
+        Example:
+            >>> model.encode(["a fox", Path("fox.png"), {"text": "a fox", "image": Path("fox.png")}], truncate_dim=16).shape
+            (3, 16)
+            >>> model.encode("gone.png is text, Path('gone.png') a file").shape == (model.embedding_dim,)
+            True
         """
         return encoding.encode(
             self,
@@ -200,45 +321,84 @@ class VLM2Vec(nn.Module):
             truncate_dim=truncate_dim,
         )
 
-    def encode_query(self, inputs, **kwargs):
-        """`encode` with the family's query prompt (empty for the reference's families)."""
+    def encode_query(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
+        """`encode` with the family's query prompt (empty for the reference's families).
+
+        Example:
+            >>> model.prompts["query"] = "Find: "
+            >>> bool((model.encode_query("a fox") == model.encode("Find: a fox")).all())
+            True
+        """
         return self.encode(inputs, **{"prompt": self.prompts.get("query"), **kwargs})
 
-    def encode_document(self, inputs, **kwargs):
-        """`encode` with the family's document prompt (empty for the reference's families)."""
+    def encode_document(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
+        """`encode` with the family's document prompt (empty for the reference's families).
+
+        Example:
+            >>> bool((model.encode_document("a fox") == model.encode("a fox")).all())
+            True
+        """
         return self.encode(inputs, **{"prompt": self.prompts.get("document"), **kwargs})
 
-    def similarity(self, a, b) -> torch.Tensor:
-        """Cosine similarity of two sets of embeddings, (N, D) and (M, D) -> (N, M) float32."""
+    def similarity(self, a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Cosine similarity of two sets of embeddings, (N, D) and (M, D) -> (N, M) float32.
+
+        Example:
+            >>> foxes = model.encode(["a fox", "a red fox"])
+            >>> scores = model.similarity(foxes, foxes)
+            >>> scores.shape, bool(scores.diagonal().allclose(torch.ones(2)))
+            (torch.Size([2, 2]), True)
+        """
         a, b = (nn.functional.normalize(torch.as_tensor(x).float().reshape(-1, x.shape[-1]), dim=-1) for x in (a, b))
         return a @ b.to(a.device).T
 
     # -- saving ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder, merge: bool = False, state_dict: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, merge: bool = False, state_dict: dict | None = None) -> None:
         """Write weights (an adapter alone when there is one and `merge` is False), processor files and vlm2vec.json.
 
         Args:
             merge: fold the adapter in and write a full model, laid out as the family's hub checkpoints are.
             state_dict: weights gathered from shards, under the names of `self.state_dict()`; default is the model's own.
+
+        Example:
+            >>> model.save_pretrained("saved")
+            >>> again = VLM2Vec.from_pretrained("saved")
+            >>> bool((again.encode("a fox") == model.encode("a fox")).all())
+            True
         """
         state = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         saving.save(self, os.fspath(folder), merge=merge, state=state)
 
-    def to_sentence_transformer(self):
-        """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`)."""
-        from vlm2vec.st import to_sentence_transformer
+    def to_sentence_transformer(self) -> SentenceTransformer:
+        """A SentenceTransformer with the same weights and embeddings (`vlm2vec.st`).
 
-        return to_sentence_transformer(self)
+        Example:
+            >>> model.to_sentence_transformer().encode(["a fox"]).shape == (1, model.embedding_dim)
+            True
+        """
+        return sentence_transformers_files.to_sentence_transformer(self)
 
     # -- adapters -------------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, **lora) -> None:
-        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.checkpoint.adapters.add`)."""
+    def add_adapter(self, **lora: Any) -> None:
+        """A fresh LoRA or DoRA adapter to train: r, alpha, dropout, dora, targets, vision (`vlm2vec.checkpoint.adapters.add`).
+
+        Example:
+            >>> model.add_adapter(r=4, alpha=8, targets=["q_proj", "v_proj"])
+            >>> sum(p.numel() for p in model.parameters() if p.requires_grad) < sum(p.numel() for p in model.parameters()) / 4
+            True
+        """
         adapters.add(self, **lora)
 
-    def merge_adapter(self) -> "VLM2Vec":
-        """Fold the adapter into the weights, so that encoding costs what the base model costs."""
+    def merge_adapter(self) -> VLM2Vec:
+        """Fold the adapter into the weights, so that encoding costs what the base model costs.
+
+        Example:
+            >>> model.add_adapter(r=4, alpha=8)
+            >>> any("lora" in name for name in model.merge_adapter().state_dict())
+            False
+        """
         if adapters.has_adapter(self):
             adapters.merge(self)
         return self

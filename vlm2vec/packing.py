@@ -73,7 +73,7 @@ class PackedBatch:
         """(B,) int64: the last token of each sample."""
         return self.segments.cu_seqlens[1:].long() - 1
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "PackedBatch":
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PackedBatch":
         """Move everything; floating-point vision inputs take `dtype` when it is given."""
 
         def move(v):

@@ -7,12 +7,22 @@ positions and no text beside an image: `SentenceTransformer(folder, trust_remote
 the installed vlm2vec package and nothing from the folder (sentence-transformers asks for the flag with any foreign class name).
 """
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.base.modules.input_module import InputModule
+from torch import nn
 
-MODULE = "vlm2vec.st.VLM2VecModule"
-MODALITIES = ["text", "image", "video", ("image", "text"), ("text", "image"), ("text", "video"), ("video", "text"), "message"]
+from vlm2vec.inputs import MODALITIES
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+# What one input may hold: sentence-transformers asks for each order of two by itself.
+COMBINATIONS = [*MODALITIES, *(pair for kind in ("image", "video") for pair in ((kind, "text"), ("text", kind))), "message"]
 
 
 class VLM2VecModule(InputModule):
@@ -20,20 +30,20 @@ class VLM2VecModule(InputModule):
 
     save_in_root = True
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.vlm2vec = model
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         return self.vlm2vec.processing.tokenizer
 
     @property
-    def modalities(self):
-        return MODALITIES
+    def modalities(self) -> list[str | tuple[str, ...]]:
+        return COMBINATIONS
 
     @property
-    def max_seq_length(self):
+    def max_seq_length(self) -> int | None:
         return self.vlm2vec.processing.max_length
 
     def get_embedding_dimension(self) -> int:
@@ -41,23 +51,25 @@ class VLM2VecModule(InputModule):
 
     get_sentence_embedding_dimension = get_embedding_dimension
 
-    def preprocess(self, inputs, prompt=None, **kwargs) -> dict:
+    def preprocess(self, inputs: list, prompt: str | None = None, **kwargs: Any) -> dict:
         from vlm2vec.encoding import with_prompt
 
         inputs = with_prompt(self.vlm2vec, list(inputs), prompt)
         return {"packed": self.vlm2vec.pack(self.vlm2vec.preprocess(inputs))}
 
-    def forward(self, features: dict, **kwargs) -> dict:
+    def forward(self, features: dict, **kwargs: Any) -> dict:
         from torch.nn.functional import normalize
 
         packed = features["packed"].to(self.vlm2vec.device)
         return {**features, "sentence_embedding": normalize(self.vlm2vec(packed).float(), dim=-1)}
 
-    def save(self, output_path: str, *args, **kwargs) -> None:
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         self.vlm2vec.save_pretrained(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", revision: str | None = None, model_kwargs: dict | None = None, **kwargs):
+    def load(
+        cls, model_name_or_path: str, subfolder: str = "", revision: str | None = None, model_kwargs: dict | None = None, **kwargs: Any
+    ) -> VLM2VecModule:
         from vlm2vec.model import VLM2Vec
 
         wanted = dict(model_kwargs or {})
@@ -66,7 +78,7 @@ class VLM2VecModule(InputModule):
         return cls(VLM2Vec.from_pretrained(source, dtype=dtype, revision=revision, device="cpu"))
 
 
-def to_sentence_transformer(model):
+def to_sentence_transformer(model: nn.Module) -> SentenceTransformer:
     """A SentenceTransformer around the model: the same weights, the same embeddings."""
     from sentence_transformers import SentenceTransformer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .options import InfoNCEOptions, check_temperature
+from .options import VECTORS, InfoNCEOptions, check_temperature
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -79,15 +79,8 @@ def check_inputs(query, target, options: InfoNCEOptions) -> None:
     """Everything that shapes, dtypes and devices tell."""
     check_matrices(query, target)
     n, m, device, o = len(query), len(target), query.device, options
-    for name, rows, dtype in (
-        ("positives", n, torch.int64),
-        ("target_ids", m, torch.int64),
-        ("query_ids", n, torch.int64),
-        ("query_mask", n, torch.bool),
-        ("target_mask", m, torch.bool),
-        ("own_negatives_only", n, torch.bool),
-    ):
-        check_vector(name, getattr(o, name), rows, dtype, device)
+    for name, side, dtype in VECTORS:
+        check_vector(name, getattr(o, name), {"N": n, "M": m}[side], dtype, device)
     check_weight(o.weight, n, device)
     if o.positives is None and n > m:
         raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")

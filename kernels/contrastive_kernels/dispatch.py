@@ -345,7 +345,10 @@ def plan_levels(
         tile = configs.exp_panel_tile(gpu.arch, itemsize, columns, levels=True)
         pieces = roofline.levels(gpu, rows, columns, dims, count, itemsize=min(itemsize, 4), tile=tile)
         together = Way.priced("levels", count, pieces, int(count * row_bytes("exp", columns * len(dims), max(dims), itemsize)), tile)
-    title = f"{rows} rows x {columns} candidates x D={list(dims)} {name} on {gpu.name}, workspace {workspace / MIB:.1f} MiB; times are PREDICTED"
+    title = (
+        f"{rows} rows x {columns} candidates x D={list(dims)} {name} on {gpu.name}, workspace {workspace / MIB:.1f} MiB; "
+        "times are PREDICTED"
+    )
     limit = sum(roofline.three_gemms(gpu, rows, columns, dim, itemsize=min(itemsize, 4)) for dim in dims)
     made = Plan(min((together, apart), key=lambda way: way.seconds), (together, apart), title, limit)
     if explain is not None:

@@ -16,7 +16,7 @@ import torch
 from .checks import check_inputs
 from .core import autograd_function as info_nce_direct
 from .info_nce_op import GRADIENTS, detached, info_nce_op, pack
-from .options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches
+from .options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches, shows_options
 from .stats import InfoNCEStats
 
 
@@ -39,6 +39,7 @@ class InfoNCEResult:
     stats: InfoNCEStats | None
 
 
+@shows_options
 def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
     """InfoNCE of query (N, D) against target (M, D), differentiable.
 
@@ -82,6 +83,7 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
     return (loss, InfoNCEStats.unpack(sums)) if made.return_stats else loss
 
 
+@shows_options
 def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = None, wrt=None, **options) -> InfoNCEResult:
     """Loss and gradients in one sweep, without autograd.
 

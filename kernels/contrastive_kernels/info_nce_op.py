@@ -1,8 +1,8 @@
 """`contrastive_kernels::info_nce`, the operator that torch.compile and fake tensors see.
 
 One call makes the loss and the gradients that are wanted; backward only scales them. reduction="none" has a gradient for every
-cotangent, so its backward computes once more. Options travel as the operator's arguments, which FIELDS lists in order. Plain
-tensors outside of any tracer go around the dispatcher (info_nce_direct.py).
+cotangent, so its backward computes once more. Options travel as the operator's arguments, in the order of FIELDS. Plain tensors
+outside of any tracer go around the dispatcher (core/autograd_function.py).
 """
 
 from __future__ import annotations
@@ -14,42 +14,13 @@ from .checks import check_values
 from .core.compute import compute
 from .core.operands import compute_dtype
 from .core.scaled_backward import refuse_second_derivative, scaled
-from .options import InfoNCEOptions
+from .options import TABLE, InfoNCEOptions
 from .stats import STAT_SUMS
 
 GRADIENTS = ("query", "target", "hard_negatives", "temperature")
-TENSORS = (
-    "hard_negatives",
-    "positives",
-    "target_ids",
-    "query_ids",
-    "hard_ids",
-    "query_mask",
-    "target_mask",
-    "own_negatives_only",
-    "hard_offsets",
-    "weight",
-)
-SCALARS = {
-    "normalize": "bool",
-    "ignore_index": "int",
-    "query_negatives": "bool",
-    "target_negatives": "bool",
-    "symmetric": "bool",
-    "mask_margin": "float?",
-    "mask_relative": "float?",
-    "hardness": "float",
-    "hardness_scope": "str",
-    "label_smoothing": "float",
-    "matryoshka_dims": "int[]?",
-    "matryoshka_weights": "float[]?",
-    "reduction": "str",
-    "exchange": "str",
-    "workspace_mib": "float?",
-    "backend": "str",
-    "return_stats": "bool",
-    "validate": "bool",
-}
+_SCHEMAS = {field.name: field.metadata["schema"] for field in TABLE if field.metadata["schema"] is not None}
+TENSORS = tuple(name for name, schema in _SCHEMAS.items() if schema == "Tensor?")
+SCALARS = {name: schema for name, schema in _SCHEMAS.items() if schema != "Tensor?"}
 FIELDS = ("query", "target", "temperature", "temperature_value", *TENSORS, *SCALARS, "group", "wanted")
 SCHEMA = (
     "(Tensor query, Tensor target, Tensor? temperature, float temperature_value, "
@@ -88,8 +59,9 @@ def _unpack(values) -> tuple[torch.Tensor, torch.Tensor, InfoNCEOptions, frozens
     query, target, flags, group = (given.pop(name) for name in ("query", "target", "wanted", "group"))
     value = given.pop("temperature_value")
     given["temperature"] = value if given["temperature"] is None else given["temperature"]
-    for name in ("matryoshka_dims", "matryoshka_weights"):
-        given[name] = None if given[name] is None else tuple(given[name])
+    for name, schema in SCALARS.items():
+        if "[]" in schema and given[name] is not None:
+            given[name] = tuple(given[name])
     given["group"] = None if group is None else dist.distributed_c10d._resolve_process_group(group)
     return query, target, InfoNCEOptions(**given), frozenset(GRADIENTS[int(i)] for i in flags)
 

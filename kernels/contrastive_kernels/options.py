@@ -1,15 +1,18 @@
-"""The options of the contrastive losses: names, defaults, meaning, and the checks that need no data.
+"""The table of options of the contrastive losses: everything that a loss takes besides its two matrices is one entry of it.
 
-Everything that a loss takes besides its two matrices is a field of `InfoNCEOptions`. `InfoNCEOptions.make` turns the
-keyword arguments of a public function into one, refuses names that do not exist, values out of range, and pairs of
-options that cannot be had together. Checks that look at tensors live in `checks.py`.
+An entry says its name, type, default, meaning, check, and which shortcuts it breaks. What follows from the table: the operator's
+schema (`info_nce_op.py`), the checks here and in `checks.py`, what keeps a call from a shortcut (`InfoNCEOptions.obstacle`), the
+signatures and help texts of the public functions, and the trainer's loss section. Adding one is told in docs/adding-an-option.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,149 +23,19 @@ EXCHANGES = ("gather", "ring")
 BACKENDS = ("auto", "torch", "triton")
 TEMPERATURE_RANGE = (0.001, 10.0)
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
-SWITCHES = ("normalize", "query_negatives", "target_negatives", "symmetric", "return_stats", "validate")
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InfoNCEOptions:
-    """Options of `info_nce`, for query (N, D) and target (M, D); cos is q . t, s is cos / temperature.
-
-    Args:
-        temperature: float or 0-d tensor above 0; divides the cosines. A tensor that requires grad gets its gradient.
-        normalize: L2-normalise both sides first; gradients are those of the tensors as passed.
-        positives: (N,) int64, the index of each query's target; default `i * (M // N)`. `ignore_index` leaves a row
-            out of the loss while its query and targets stay candidates.
-        target_ids, query_ids, hard_ids: (M,), (N,), and (N, K) or (H,) int64. A negative that bears the positive's id
-            (among queries: the query's id, which needs `query_negatives` or `symmetric`) is dropped; -1 matches nothing.
-            With `symmetric`, a pair dropped in one direction because of its targets' ids is dropped in the other as well.
-        query_mask, target_mask: (N,), (M,) bool; False rows are neither rows nor candidates and may hold anything,
-            NaN included. A row whose positive is masked is left out.
-        own_negatives_only: (N,) bool; these rows see only their positive and their own hard negatives.
-        hard_negatives: (N, K, D), or packed (H, D) with `hard_offsets` (N + 1,) int64; seen by their own query alone.
-        query_negatives, target_negatives: add q_i . q_j (j != i), t_p(i) . t_j (j != p(i)) to the denominator.
-        symmetric: mean of both directions.
-        mask_margin, mask_relative: drop a negative with cos > positive's cos + margin, or + relative * |cos|.
-        hardness, hardness_scope: adds hardness * stop_grad(cos) to the logits of the negatives in scope.
-        label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`, over the row's candidates.
-        matryoshka_dims, matryoshka_weights: sum over these widths of weight * loss of the re-normalised prefix.
-        weight: (N,) per-query weights, constant. reduction: "mean" (weighted), "sum" or "none".
-        group, exchange: a process group over which the batch is sharded, and how its targets travel ("ring" needs a group).
-        workspace_mib: bound on scratch memory in MiB; default 256, on CUDA a tenth of the card's memory if that is more.
-        backend: "auto", "torch" or "triton".
-        return_stats: also return an `InfoNCEStats`.
-        validate: run the checks that would wait for a GPU (ranges of indices, NaN, temperature held in a tensor, equal shards).
-    """
-
-    temperature: Any = 0.02
-    normalize: bool = False
-    positives: torch.Tensor | None = None
-    ignore_index: int = -100
-    target_ids: torch.Tensor | None = None
-    query_ids: torch.Tensor | None = None
-    hard_ids: torch.Tensor | None = None
-    query_mask: torch.Tensor | None = None
-    target_mask: torch.Tensor | None = None
-    own_negatives_only: torch.Tensor | None = None
-    hard_negatives: torch.Tensor | None = None
-    hard_offsets: torch.Tensor | None = None
-    query_negatives: bool = False
-    target_negatives: bool = False
-    symmetric: bool = False
-    mask_margin: float | None = None
-    mask_relative: float | None = None
-    hardness: float = 0.0
-    hardness_scope: str = "all"
-    label_smoothing: float = 0.0
-    matryoshka_dims: tuple[int, ...] | None = None
-    matryoshka_weights: tuple[float, ...] | None = None
-    weight: torch.Tensor | None = None
-    reduction: str = "mean"
-    group: Any = None
-    exchange: str = "gather"
-    workspace_mib: float | None = None
-    backend: str = "auto"
-    return_stats: bool = False
-    validate: bool = False
-
-    @classmethod
-    def make(cls, options: dict, held: bool = False) -> InfoNCEOptions:
-        """Build from keyword arguments. Raises TypeError for an unknown name, ValueError for a bad value.
-
-        held: the options are those of a module, whose batches bring more: options that need another are left for then.
-        """
-        known = cls.__dataclass_fields__
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
-                raise TypeError(f"info_nce got an unexpected option {name!r}{hint}")
-        made = cls(**options)
-        made._check()
-        if not held:
-            made._check_needs()
-        return made
-
-    def _check(self) -> None:
-        for name, allowed in (("hardness_scope", SCOPES), ("reduction", REDUCTIONS), ("exchange", EXCHANGES), ("backend", BACKENDS)):
-            one_of(name, getattr(self, name), allowed)
-        check_switches(**{name: getattr(self, name) for name in SWITCHES})
-        check_ignore_index(self.ignore_index)
-        check_temperature(self.temperature)
-        for name, mend in (
-            ("mask_margin", "None turns it off"),
-            ("mask_relative", "None turns it off"),
-            ("hardness", "0 turns it off"),
-            ("label_smoothing", "0 turns it off"),
-        ):
-            value = getattr(self, name)
-            if not is_finite(value) and not (value is None and mend.startswith("None")):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}; {mend}")
-        if self.hardness < 0:
-            raise ValueError(f"hardness: expected 0 or more, got {self.hardness}; 0 turns it off")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}; 0.1 is usual, 0 turns it off")
-        check_workspace(self.workspace_mib)
-        self._check_matryoshka()
-        check_group(self.group, self.reduction)
-
-    def _check_matryoshka(self) -> None:
-        dims, weights = self.matryoshka_dims, self.matryoshka_weights
-        if dims is None:
-            if weights is not None:
-                raise ValueError(f"matryoshka_weights: expected matryoshka_dims beside them, got {weights!r} alone; pass the widths too")
-            return
-        if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims):
-            raise ValueError(f"matryoshka_dims: expected a tuple of ints, got {dims!r}; call int() on each width")
-        if not dims:
-            raise ValueError("matryoshka_dims: expected at least one width, got none; pass None to turn it off")
-        if weights is None:
-            return
-        if not isinstance(weights, (tuple, list)) or not all(is_finite(weight) for weight in weights):
-            raise ValueError(f"matryoshka_weights: expected a tuple of finite numbers, got {weights!r}; 1 leaves a level as it is")
-        if len(weights) != len(dims):
-            raise ValueError(
-                f"matryoshka_weights: expected {len(dims)} numbers, one a width, got {len(weights)}; pass 1 for levels as they are"
-            )
-
-    def _check_needs(self) -> None:
-        """Options that mean nothing without another."""
-        hard = "pass the (N, K, D) or packed (H, D) negatives too"
-        for name, needed, mend in (
-            ("hard_offsets", "hard_negatives", hard),
-            ("hard_ids", "hard_negatives", hard),
-            ("hard_ids", "target_ids", "ids of hard negatives are compared with the positive's id: pass target_ids too"),
-        ):
-            if getattr(self, name) is not None and getattr(self, needed) is None:
-                raise ValueError(f"{name}: expected {needed} beside it, got it alone; {mend}")
-        if self.query_ids is not None and not (self.query_negatives or self.symmetric):
-            raise ValueError(
-                "query_ids: expected query_negatives or symmetric beside them, got neither, and no query is a candidate; "
-                "turn one of them on or leave query_ids out"
-            )
-        check_exchange(self.exchange, self.group)
-
-    def replace(self, **changes) -> InfoNCEOptions:
-        return dataclasses.replace(self, **changes)
+SHORTCUTS = {
+    "shared_logits": "both directions of `symmetric` from the same logits",
+    "shared_levels": "all Matryoshka levels from one sweep, in plain torch",
+    "shared_level_panels": "all Matryoshka levels from one panel, with the kernels",
+    "dense": "a small plain loss in eight launches, with the kernels",
+    "projected_query": "the queries' gradient is projected while it is written, with the kernels",
+}
+PAIRS = "the two directions drop different pairs"
+ONE_SIDED = "one direction has candidates that the other has not"
+MANY_BLOCKS = "levels have more than one block of candidates"
+NOT_DENSE = "the pass over a dense panel does not know it"
+ADDED_LATER = "more is added to the queries' gradient afterwards"
 
 
 def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
@@ -224,3 +97,342 @@ def check_group(group, reduction: str) -> None:
 def check_exchange(exchange: str, group) -> None:
     if exchange != "gather" and group is None:
         raise ValueError(f"exchange: expected a group beside {exchange!r}, got group=None; pass the process group or leave exchange out")
+
+
+def check_number(name: str, value, mend: str, none: bool = False) -> None:
+    if not is_finite(value) and not (value is None and none):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}; {mend}")
+
+
+def check_hardness(name: str, value) -> None:
+    check_number(name, value, "0 turns it off")
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}; 0 turns it off")
+
+
+def check_smoothing(name: str, value) -> None:
+    check_number(name, value, "0 turns it off")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}; 0.1 is usual, 0 turns it off")
+
+
+def option(
+    default: Any,
+    schema: str | None,
+    meaning: str,
+    *,
+    breaks: dict[str, str],
+    check: Callable[[str, Any], None] | None = None,
+    vector: tuple[str, torch.dtype] | None = None,
+):
+    """One entry of the table.
+
+    Args:
+        schema: its type in the operator's schema; None for what travels in another form (temperature, group).
+        breaks: {shortcut: why} for every shortcut of SHORTCUTS that a call with this option cannot take; the others must stay exact.
+        check: called with name and value, raises ValueError. What needs other options or tensors' shapes stands in `_check_needs`
+            and `checks.py`.
+        vector: ("N" or "M", dtype) of a tensor with one entry a query or a target.
+    """
+    metadata = {"schema": schema, "meaning": meaning, "breaks": breaks, "check": check, "vector": vector}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _choice(allowed: tuple[str, ...]) -> Callable[[str, Any], None]:
+    return lambda name, value: one_of(name, value, allowed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InfoNCEOptions:
+    temperature: float | torch.Tensor = option(
+        0.02,
+        None,
+        "divides the cosines: a number or a 0-d tensor above 0. A tensor that requires grad gets its gradient.",
+        check=lambda name, value: check_temperature(value),
+        breaks={},
+    )
+    normalize: bool = option(
+        False,
+        "bool",
+        "L2-normalise both sides first; gradients are those of the tensors as passed.",
+        check=lambda name, value: check_switches(**{name: value}),
+        breaks={"dense": NOT_DENSE},
+    )
+    positives: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(N,) int64, the index of each query's target; default `i * (M // N)`. `ignore_index` leaves a row out of the loss while its "
+        "query and targets stay candidates.",
+        vector=("N", torch.int64),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    ignore_index: int = option(
+        -100, "int", "the entry of `positives` that leaves a row out.", check=lambda name, value: check_ignore_index(value), breaks={}
+    )
+    target_ids: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(M,) int64. A negative that bears the positive's id is dropped; -1 matches nothing. With `symmetric`, a pair dropped in one "
+        "direction because of its targets' ids is dropped in the other as well.",
+        vector=("M", torch.int64),
+        breaks={"dense": NOT_DENSE},
+    )
+    query_ids: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(N,) int64. Among queries (needs `query_negatives` or `symmetric`) a negative that bears the query's id is dropped; -1 matches "
+        "nothing.",
+        vector=("N", torch.int64),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    hard_ids: torch.Tensor | None = option(
+        None, "Tensor?", "(N, K) or (H,) int64: hard negatives that bear the positive's id are dropped; needs `target_ids`.", breaks={}
+    )
+    query_mask: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(N,) bool; False rows are neither rows nor candidates and may hold anything, NaN included.",
+        vector=("N", torch.bool),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    target_mask: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(M,) bool; False targets are no candidates and may hold anything, NaN included. A row whose positive is masked is left out.",
+        vector=("M", torch.bool),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    own_negatives_only: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(N,) bool; these rows see only their positive and their own hard negatives.",
+        vector=("N", torch.bool),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    hard_negatives: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(N, K, D), or packed (H, D) with `hard_offsets`; seen by their own query alone.",
+        breaks={
+            "shared_levels": "hard negatives have sums of their own at every level",
+            "dense": NOT_DENSE,
+            "projected_query": ADDED_LATER,
+        },
+    )
+    hard_offsets: torch.Tensor | None = option(None, "Tensor?", "(N + 1,) int64: where each query's hard negatives start.", breaks={})
+    query_negatives: bool = option(
+        False,
+        "bool",
+        "add q_i . q_j (j != i) to the denominator.",
+        check=lambda name, value: check_switches(**{name: value}),
+        breaks={"shared_logits": ONE_SIDED, "shared_levels": MANY_BLOCKS, "dense": NOT_DENSE, "projected_query": ADDED_LATER},
+    )
+    target_negatives: bool = option(
+        False,
+        "bool",
+        "add t_p(i) . t_j (j != p(i)) to the denominator.",
+        check=lambda name, value: check_switches(**{name: value}),
+        breaks={"shared_logits": ONE_SIDED, "shared_levels": MANY_BLOCKS, "dense": NOT_DENSE},
+    )
+    symmetric: bool = option(
+        False,
+        "bool",
+        "mean of both directions.",
+        check=lambda name, value: check_switches(**{name: value}),
+        breaks={"shared_levels": "levels share a sweep of one direction", "dense": NOT_DENSE, "projected_query": ADDED_LATER},
+    )
+    mask_margin: float | None = option(
+        None,
+        "float?",
+        "drop a negative with cos > positive's cos + margin.",
+        check=lambda name, value: check_number(name, value, "None turns it off", none=True),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    mask_relative: float | None = option(
+        None,
+        "float?",
+        "drop a negative with cos > positive's cos + relative * |positive's cos|.",
+        check=lambda name, value: check_number(name, value, "None turns it off", none=True),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    hardness: float = option(
+        0.0,
+        "float",
+        "0 or more; adds hardness * stop_grad(cos) to the logits of the negatives in `hardness_scope`.",
+        check=lambda name, value: check_hardness(name, value),
+        breaks={"dense": NOT_DENSE},
+    )
+    hardness_scope: str = option(
+        "all", "str", "which negatives `hardness` is for: all, in_batch or hard.", check=_choice(SCOPES), breaks={}
+    )
+    label_smoothing: float = option(
+        0.0,
+        "float",
+        "in [0, 1), as in `torch.nn.functional.cross_entropy`, over the row's candidates.",
+        check=lambda name, value: check_smoothing(name, value),
+        breaks={
+            "shared_logits": "smoothing counts each row's own candidates",
+            "shared_levels": "smoothing sums the logits themselves",
+            "shared_level_panels": "smoothing sums the logits themselves",
+            "dense": NOT_DENSE,
+        },
+    )
+    matryoshka_dims: tuple[int, ...] | None = option(
+        None, "int[]?", "sum over these widths of weight * loss of the re-normalised prefix.", breaks={"dense": NOT_DENSE}
+    )
+    matryoshka_weights: tuple[float, ...] | None = option(None, "float[]?", "the weights of these widths; default 1 each.", breaks={})
+    weight: torch.Tensor | None = option(None, "Tensor?", "(N,) per-query weights, constant.", breaks={})
+    reduction: str = option("mean", "str", "mean (weighted), sum or none.", check=_choice(REDUCTIONS), breaks={})
+    group: Any = option(
+        None,
+        None,
+        "a process group over which the batch is sharded; the loss is global.",
+        breaks={
+            "shared_logits": "a direction's columns come from other ranks",
+            "shared_levels": "a group exchanges one level at a time",
+            "shared_level_panels": "a group exchanges one level at a time",
+            "dense": NOT_DENSE,
+            "projected_query": ADDED_LATER,
+        },
+    )
+    exchange: str = option("gather", "str", "how the group's targets travel: gather or ring.", check=_choice(EXCHANGES), breaks={})
+    workspace_mib: float | None = option(
+        None,
+        "float?",
+        "bound on scratch memory in MiB; default 256, on CUDA a tenth of the card's memory if that is more.",
+        check=lambda name, value: check_workspace(value),
+        breaks={},
+    )
+    backend: str = option(
+        "auto", "str", "auto (the kernels on CUDA, torch elsewhere), torch or triton.", check=_choice(BACKENDS), breaks={}
+    )
+    return_stats: bool = option(
+        False,
+        "bool",
+        "also return an `InfoNCEStats`.",
+        check=lambda name, value: check_switches(**{name: value}),
+        breaks={"dense": NOT_DENSE},
+    )
+    validate: bool = option(
+        False,
+        "bool",
+        "run the checks that would wait for a GPU (ranges of indices, NaN, temperature held in a tensor, equal shards).",
+        check=lambda name, value: check_switches(**{name: value}),
+        breaks={},
+    )
+
+    @classmethod
+    def make(cls, options: dict, held: bool = False) -> InfoNCEOptions:
+        """Build from keyword arguments. Raises TypeError for an unknown name, ValueError for a bad value.
+
+        held: the options are those of a module, whose batches bring more: options that need another are left for then.
+        """
+        known = cls.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+                raise TypeError(f"info_nce got an unexpected option {name!r}{hint}")
+        checked = cls(**options)
+        for name, check in _CHECKS:
+            check(name, getattr(checked, name))
+        checked._check_matryoshka()
+        check_group(checked.group, checked.reduction)
+        if not held:
+            checked._check_needs()
+        return checked
+
+    def obstacle(self, shortcut: str) -> str:
+        """Which option keeps a call from a shortcut of SHORTCUTS, and why; "" where none does."""
+        for name, reason in _BREAKS[shortcut]:
+            if is_on(getattr(self, name)):
+                return f"with {name} {reason}"
+        return ""
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None:
+            if weights is not None:
+                raise ValueError(f"matryoshka_weights: expected matryoshka_dims beside them, got {weights!r} alone; pass the widths too")
+            return
+        if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims):
+            raise ValueError(f"matryoshka_dims: expected a tuple of ints, got {dims!r}; call int() on each width")
+        if not dims:
+            raise ValueError("matryoshka_dims: expected at least one width, got none; pass None to turn it off")
+        if weights is None:
+            return
+        if not isinstance(weights, (tuple, list)) or not all(is_finite(weight) for weight in weights):
+            raise ValueError(f"matryoshka_weights: expected a tuple of finite numbers, got {weights!r}; 1 leaves a level as it is")
+        if len(weights) != len(dims):
+            raise ValueError(
+                f"matryoshka_weights: expected {len(dims)} numbers, one a width, got {len(weights)}; pass 1 for levels as they are"
+            )
+
+    def _check_needs(self) -> None:
+        """Options that mean nothing without another."""
+        hard = "pass the (N, K, D) or packed (H, D) negatives too"
+        for name, needed, mend in (
+            ("hard_offsets", "hard_negatives", hard),
+            ("hard_ids", "hard_negatives", hard),
+            ("hard_ids", "target_ids", "ids of hard negatives are compared with the positive's id: pass target_ids too"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{name}: expected {needed} beside it, got it alone; {mend}")
+        if self.query_ids is not None and not (self.query_negatives or self.symmetric):
+            raise ValueError(
+                "query_ids: expected query_negatives or symmetric beside them, got neither, and no query is a candidate; "
+                "turn one of them on or leave query_ids out"
+            )
+        check_exchange(self.exchange, self.group)
+
+    def replace(self, **changes) -> InfoNCEOptions:
+        return dataclasses.replace(self, **changes)
+
+
+TABLE = dataclasses.fields(InfoNCEOptions)
+_CHECKS = [(entry.name, entry.metadata["check"]) for entry in TABLE if entry.metadata["check"] is not None]
+_BREAKS = {
+    shortcut: [(entry.name, entry.metadata["breaks"][shortcut]) for entry in TABLE if shortcut in entry.metadata["breaks"]]
+    for shortcut in SHORTCUTS
+}
+VECTORS = [(entry.name, *entry.metadata["vector"]) for entry in TABLE if entry.metadata["vector"] is not None]
+
+
+def is_on(value) -> bool:
+    """Whether an option that has no default worth the name does something: not None, False or 0."""
+    return isinstance(value, torch.Tensor) or (value is not None and value is not False and value != 0)
+
+
+def meanings(indent: int) -> str:
+    """The table as lines of a docstring, wrapped."""
+    lines = []
+    for field in TABLE:
+        lines += textwrap.wrap(
+            f"{field.name}: {field.metadata['meaning']}", 132, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4)
+        )
+    return "\n".join(lines)
+
+
+InfoNCEOptions.__doc__ = f"""Options of `info_nce`, for query (N, D) and target (M, D); cos is q . t, s is cos / temperature.
+
+    Args:
+{meanings(8)}
+
+    Example:
+        >>> InfoNCEOptions.make({{"temperature": 0.05, "normalize": True}}).temperature
+        0.05
+    """
+
+
+def shows_options(function: Callable) -> Callable:
+    """Puts the table into a function that takes **options: its signature, and the lines of its docstring where it names them."""
+    signature = inspect.signature(function)
+    kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    fields = [f for f in TABLE if f.name not in signature.parameters]
+    entries = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields]
+    function.__signature__ = signature.replace(parameters=kept + entries)
+    before, mark, after = (function.__doc__ or "").partition("**options: the fields of `InfoNCEOptions`")
+    if mark:
+        rest, newline, tail = after.partition("\n")
+        function.__doc__ = f"{before}**options: the fields of `InfoNCEOptions`{rest}\n{meanings(12)}{newline}{tail}"
+    return function

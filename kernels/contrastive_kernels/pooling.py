@@ -52,7 +52,7 @@ def last_token_rows(
         )
     if hidden.shape[-1] == 0:
         raise ValueError(f"{hidden_name}: expected at least one column, got shape {tuple(hidden.shape)}; check the model's width")
-    chosen = choose(backend, hidden.dtype, hidden.device)
+    chosen = choose(backend, hidden.dtype, hidden.device).name
     return _rows(attention_mask, cu_seqlens, hidden.shape[0], chosen, validate, name)
 
 
@@ -90,7 +90,8 @@ def _check_offsets(name: str, offsets: torch.Tensor, tokens: int) -> None:
     first, last, fall = int(offsets[0]), int(offsets[-1]), bool((offsets[1:] < offsets[:-1]).any())
     if first != 0 or last > tokens or fall:
         raise ValueError(
-            f"{name}: expected offsets that rise from 0 to at most T={tokens}, got {first} to {last}{' with steps below 0' if fall else ''}; "
+            f"{name}: expected offsets that rise from 0 to at most T={tokens}, got {first} to {last}"
+            f"{' with steps below 0' if fall else ''}; "
             "of lengths, pass the cumulative sum with 0 first"
         )
 
@@ -220,4 +221,4 @@ def last_token_pool(
 
 def pool_rows(hidden, index, *, normalize: bool, eps: float = 1e-12, backend: str = "auto"):
     """(B, D) rows of `hidden` at `index` (B,), which `last_token_rows` has made; zeros where it is -1. See `last_token_pool`."""
-    return _pool(hidden, index, normalize, eps, choose(backend, hidden.dtype, hidden.device))[0]
+    return _pool(hidden, index, normalize, eps, choose(backend, hidden.dtype, hidden.device).name)[0]

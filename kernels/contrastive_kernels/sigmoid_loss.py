@@ -1,4 +1,4 @@
-"""`sigmoid_loss`: its operator, and the public function. The computation stands in sigmoid.py."""
+"""`sigmoid_loss`: its operator, and the public function. The computation stands in core/sigmoid.py."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 import torch.distributed as dist
 
 from .checks import check_above_zero, check_finite_weight, check_index, check_matrices, check_vector, check_weight, may_look
+from .core import sigmoid
 from .core.distributed import check_equal_shards
 from .core.operands import compute_dtype
 from .core.scaled_backward import refuse_second_derivative, scaled
-from .eager import sigmoid
 from .options import EXCHANGES, REDUCTIONS, check_exchange, check_group, check_ignore_index, check_switches, is_finite, one_of
 
 TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")
 SCHEMA = (
     "(Tensor query, Tensor target, Tensor scale, Tensor bias, "
     + ", ".join(f"Tensor? {name}" for name in TENSORS[4:])
-    + ", bool normalize, int ignore_index, str reduction, str? group, str exchange, bool validate, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    + ", bool normalize, int ignore_index, str reduction, str? group, str exchange, bool validate, str wanted)"
+    + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 

@@ -7,7 +7,8 @@ import math
 import torch
 
 from .checks import check_matrices, check_tensor, may_look
-from .core.backends import _log_once, choose
+from .core.backends import choose
+from .core.fallback import log_once
 from .core.operands import Operand, compute_dtype, product_dtype
 from .eager.gemm import product_into
 from .eager.sweep import MIB
@@ -213,15 +214,16 @@ def topk_similarity(
             raise ValueError(f"exclude: expected it on {query.device}, got {exclude.device}; move it there")
     check_workspace(workspace_mib)
     check_switches(validate=validate)
-    chosen = choose(backend, product_dtype(query, target), query.device)
+    chosen = choose(backend, product_dtype(query, target), query.device).name
     if chosen == "triton":
         from .triton.kernels.topk import MAXIMUM_K
 
         if k > MAXIMUM_K:
             if backend == "triton":
                 raise ValueError(
-                    f"backend='triton' and k: expected at most {MAXIMUM_K}, which the kernel keeps, got k={k}; use backend='auto' or 'torch'"
+                    f"backend='triton' and k: expected at most {MAXIMUM_K}, which the kernel keeps, got k={k}; "
+                    "use backend='auto' or 'torch'"
                 )
-            _log_once(f"topk_similarity with k={k}, and the kernel keeps at most {MAXIMUM_K}")
+            log_once(f"topk_similarity with k={k}, and the kernel keeps at most {MAXIMUM_K}")
             chosen = "torch"
     return _topk(query.detach(), target.detach(), k, exclude, int((workspace_mib or WORKSPACE_MIB) * MIB), chosen, validate)

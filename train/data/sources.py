@@ -1,40 +1,20 @@
-"""The sources of a mixture: rows of every format as (query, target, negatives), from local folders or the hub.
-
-Formats, with the strings of VLM2Vec-V2's training data:
-    mmeb              MMEB's own columns
-    page_question     picture of a page and a question about it -> its answer (columns image, query, answer)
-    visrag            a question -> the page that answers it, with an instruction for each `source` (query, image, source)
-    video_to_caption, caption_to_video, video_question
-                      conversations of one human and one model turn about a folder of frames (id, video, conversations)
+"""The sources of a mixture: tables of rows in the formats of `vlm2vec.data.row_formats`, from local folders or the hub.
 
 Tables stay on disk: hub data sets and large local ones are Arrow files that `datasets` maps into memory.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
+from vlm2vec.data.mmeb import read_train
+from vlm2vec.data.row_formats import FORMATS, Row
 
-from vlm2vec.data.mmeb import TRAIN_COLUMNS, read_train, to_item
-from vlm2vec.media.videos import IMAGE_SUFFIXES
-
-from ..recipe.schema import MIXTURES, Data, Source
-
-Row = tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]  # what the model's processing takes: query, target, negatives
+from ..recipe.schema import Data, Source
 
 _IN_MEMORY_BYTES = 64 << 20  # a local table up to this size is read whole, and every row of it checked at the start
-_COLUMNS = {
-    "mmeb": TRAIN_COLUMNS[:4],
-    "page_question": ("image", "query", "answer"),
-    "visrag": ("query", "image", "source"),
-    **dict.fromkeys(("video_to_caption", "caption_to_video", "video_question"), ("video", "conversations")),
-}
 
 
 def open_source(data: Data, source: Source) -> SourceTable:
@@ -44,7 +24,7 @@ def open_source(data: Data, source: Source) -> SourceTable:
         ValueError: no such data set, or one without the columns of its format.
     """
     table = _table(data, source)
-    absent = [c for c in _COLUMNS[source.format] if c not in table.column_names]
+    absent = [c for c in FORMATS[source.format].columns if c not in table.column_names]
     if absent:
         raise ValueError(
             f"source {source.name}: format {source.format} needs column {absent[0]!r}, the data has {', '.join(table.column_names)}"
@@ -59,8 +39,7 @@ class SourceTable:
     """Rows of one source; `table[i]` reads row i and opens nothing."""
 
     def __init__(self, table: Any, format: str, images: str):
-        self.table, self.images = table, images
-        self._convert: Callable[[dict, str, int], Row] = _CONVERSIONS[format]
+        self.table, self.images, self.format = table, images, FORMATS[format]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -71,7 +50,7 @@ class SourceTable:
         Raises:
             ValueError: the row has not what its format says.
         """
-        return self._convert(self.table[index], self.images, frames)
+        return self.format.convert(self.table[index], self.images, frames)
 
 
 def _table(data: Data, source: Source) -> Any:
@@ -109,96 +88,3 @@ def _load(*names: str, **options: Any) -> Any:
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))  # the encoded file; decoded where it is needed
     return table
-
-
-# From a row of each format
-
-
-def _mmeb(values: dict, images: str, frames: int) -> Row:
-    query = to_item(values["qry"], values["qry_image_path"], images)
-    target = to_item(values["pos_text"], values["pos_image_path"], images)
-    return query, target, [to_item(text, image, images) for text, image in _negatives(values)]
-
-
-def _negatives(values: dict[str, Any]) -> list[tuple[str, str]]:
-    texts, images = values.get("neg_text") or "", values.get("neg_image_path") or ""
-    texts = texts if isinstance(texts, list) else [texts]
-    images = images if isinstance(images, list) else [images]
-    count = max(len(texts), len(images))
-    texts, images = texts + [""] * (count - len(texts)), images + [""] * (count - len(images))
-    return [pair for pair in zip(texts, images, strict=True) if any(pair)]
-
-
-def _page_question(values: dict, images: str, frames: int) -> Row:
-    query = {"text": f"<|image_1|> {values['query']}", "image": _encoded(values["image"])}
-    return query, {"text": str(values["answer"]), "image": None}, []
-
-
-def _visrag(values: dict, images: str, frames: int) -> Row:
-    about_query, about_page = _visrag_prompts().get(values["source"], ("", ""))
-    # The published strings: blanks stand around the query and before the marker, one more behind an instruction.
-    query = f"{about_query} {values['query']} " if about_query else f"{values['query']} "
-    target = f"{about_page}  <|image_1|>" if about_page else " <|image_1|>"
-    return {"text": query, "image": None}, {"text": target, "image": _encoded(values["image"])}, []
-
-
-@functools.cache
-def _visrag_prompts() -> dict[str, tuple[str, str]]:
-    prompts = yaml.safe_load((MIXTURES / "visrag-prompts.yaml").read_text(encoding="utf-8"))
-    return {name: tuple(pair) for name, pair in prompts.items()}
-
-
-def _video_to_caption(values: dict, images: str, frames: int) -> Row:
-    human, answer = _turns(values)
-    return {"text": human.replace("<video>", "<|video_1|>"), "video": _frames(values, images, frames)}, {"text": answer, "image": None}, []
-
-
-def _caption_to_video(values: dict, images: str, frames: int) -> Row:
-    _, caption = _turns(values)
-    query = {"text": f"Find a video that contains the following visual content: {caption}", "image": None}
-    target = {"text": "Understand the content of the provided video: <|video_1|>", "video": _frames(values, images, frames)}
-    return query, target, []
-
-
-def _video_question(values: dict, images: str, frames: int) -> Row:
-    human, answer = _turns(values)
-    text = "Answer a question based on the content of a video. " + human.replace("<video>", "<|video_1|>")
-    return {"text": text, "video": _frames(values, images, frames)}, {"text": answer, "image": None}, []
-
-
-_CONVERSIONS = {
-    "mmeb": _mmeb,
-    "page_question": _page_question,
-    "visrag": _visrag,
-    "video_to_caption": _video_to_caption,
-    "caption_to_video": _caption_to_video,
-    "video_question": _video_question,
-}
-
-
-def _turns(values: dict) -> tuple[str, str]:
-    """The human's and the model's turn, the video's marker in the former."""
-    said = {turn["from"]: turn["value"] for turn in reversed(values["conversations"])}
-    if not {"human", "gpt"} <= said.keys():
-        raise ValueError(f"a conversation of {sorted(said)} turns; expected one of human and gpt")
-    human = said["human"]
-    return human if "<video>" in human else f"<video>\n{human}", said["gpt"]
-
-
-def _frames(values: dict, images: str, count: int) -> list[str]:
-    """Paths of `count` frames of a row's video, spread by whole numbers as the reference picks them."""
-    folder = os.path.join(images, values["video"])
-    names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES)) if os.path.isdir(folder) else []
-    if not names:
-        raise ValueError(f"no frames in {folder}; unpack the frames of the video below `images`")
-    picked = range(len(names)) if len(names) <= count else np.linspace(0, len(names) - 1, count).astype(int)
-    return [os.path.join(folder, names[i]) for i in picked]
-
-
-def _encoded(image: Any) -> Any:
-    """A picture's file as bytes, or its path; None stands for no picture, which is an error where a marker asks for one."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if image is None:
-        raise ValueError("the row's picture is missing")
-    return image if isinstance(image, bytes) else Path(image)

@@ -97,8 +97,8 @@ class PlannedStep(ContrastiveStep):
         self.model = _like_accelerate(model, autocast, dtype is not None)
         self.mode, self.meter, self.flash = mode, meter, flash
         if model.always_vision:
-            made = self._on_host()(model._placeholder)
-            model._placeholder = lambda: _map(made(), self._fake)
+            made = self._on_host()(model.placeholder)
+            model.placeholder = lambda: _map(made(), self._fake)
         self.gradcache.meter = meter
         self.gradcache.prefetch = None
         _play_ranks(self.gradcache.sync, meter)

@@ -10,10 +10,11 @@ import importlib.util
 import math
 from typing import TYPE_CHECKING
 
+from vlm2vec.data.row_formats import FORMATS
+
 if TYPE_CHECKING:
     from .schema import Recipe
 
-FORMATS = ("mmeb", "page_question", "visrag", "video_to_caption", "caption_to_video", "video_question")
 # Those of the library's that need nothing but the steps and the warm-up.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 # Module that an optimizer comes in, by a part of its name; the first that fits counts.

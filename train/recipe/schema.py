@@ -23,7 +23,7 @@ class Source:
 
     `from_step` leaves it out of the mixture before that step, so that simple tasks can come first. The rest says where its
     rows are when they are not with the others' (`data.root`): a folder or a hub data set with its split, or one file of
-    it, its images, and the `format` of its rows (`train.data.sources`).
+    it, its images, and the `format` of its rows (`vlm2vec.data.row_formats`).
     """
 
     name: str

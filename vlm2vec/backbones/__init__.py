@@ -1,6 +1,13 @@
 """The registry of backbone families: one line each, nothing else names a family."""
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlm2vec.backbones.base import Backbone
+
 
 # model_type in config.json -> where its Backbone class lives
 FAMILIES = {
@@ -10,9 +17,10 @@ FAMILIES = {
     "phi3_v": "vlm2vec.backbones.phi3_v:Phi3V",
     "qwen2_vl": "vlm2vec.backbones.qwen2_vl:Qwen2VL",
 }
+EXAMPLE = "Qwen/Qwen2-VL-2B-Instruct"  # a hub name to show in messages
 
 
-def backbone_for(model_type: str | None):
+def backbone_for(model_type: str | None) -> Backbone:
     """The Backbone for a `model_type` of config.json; families without a line take the generic path.
 
     Raises:

@@ -7,13 +7,22 @@ A family is one file with two classes and one line in `vlm2vec/backbones/__init_
   handed to it, so that state dicts and FSDP see only the module.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vlm2vec import attention
 from vlm2vec.backbones.processing import Processing, Visual
 from vlm2vec.packing import Features, PackedBatch, pack
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 __all__ = ["Backbone", "Processing", "Visual", "last_tokens_only", "override", "patches_as_linear"]
 
@@ -51,7 +60,7 @@ class Backbone:
 
     # -- loading --------------------------------------------------------------------------------------------------------
 
-    def config(self, source: str, raw: dict, **hub):
+    def config(self, source: str, raw: dict, **hub: Any) -> PretrainedConfig:
         """The configuration object for a folder or hub name; `raw` is its config.json."""
         from transformers import AutoConfig
 
@@ -65,13 +74,13 @@ class Backbone:
         name = source.rstrip("/").lower()
         return next((dict(options) for pattern, options in self.published if re.search(pattern, name)), {})
 
-    def model_class(self, config):
+    def model_class(self, config: PretrainedConfig) -> type:
         """Class of the bare module (no lm_head)."""
         from transformers import AutoModel
 
         return AutoModel
 
-    def finish(self, model) -> None:
+    def finish(self, model: nn.Module) -> None:
         """After loading: switch the module to packed attention."""
         attention.register()
         for module in self.text_model(model).modules():
@@ -82,15 +91,15 @@ class Backbone:
             if hasattr(module, "config") and hasattr(module.config, "_attn_implementation_internal"):
                 module.config._attn_implementation_internal = attention.VISION_ATTENTION
 
-    def text_model(self, model):
+    def text_model(self, model: nn.Module) -> nn.Module:
         """The decoder: takes inputs_embeds and position_ids, ends with `.norm`."""
         return model.language_model
 
-    def vision_tower(self, model):
+    def vision_tower(self, model: nn.Module) -> nn.Module | None:
         """The vision tower, None when the family has none."""
         return getattr(model, "visual", None)
 
-    def embedding_dim(self, config) -> int:
+    def embedding_dim(self, config: PretrainedConfig) -> int:
         return config.get_text_config().hidden_size
 
     # -- running --------------------------------------------------------------------------------------------------------
@@ -107,22 +116,22 @@ class Backbone:
         """From the joined `Visual.tensors` to what `vision` wants: grids as Python lists, segments, positions."""
         return vision
 
-    def vision(self, model, packed: PackedBatch) -> torch.Tensor | None:
+    def vision(self, model: nn.Module, packed: PackedBatch) -> torch.Tensor | None:
         """Vision features (V, D) in the order of `packed.visual_index`; None without visuals."""
         return None
 
-    def embed(self, model, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings with the vision features in their places, (T, D)."""
         embeds = self.text_model(model).get_input_embeddings()(packed.input_ids)
         if features is None:
             return embeds
         return embeds.index_copy(0, packed.visual_index, features.to(embeds.dtype))
 
-    def text_kwargs(self, model, packed: PackedBatch, features: torch.Tensor | None) -> dict:
+    def text_kwargs(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> dict:
         """More keyword arguments for the decoder (Qwen3-VL's deepstack features)."""
         return {}
 
-    def last_hidden(self, model, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
+    def last_hidden(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
         """Hidden state of each sample's last token after the final norm, (B, D)."""
         text = self.text_model(model)
         embeds = self.embed(model, packed, features)
@@ -141,7 +150,7 @@ class Backbone:
         """Position ids as the decoder takes them: (1, T), or (3, 1, T)."""
         return packed.position_ids[..., None, :]
 
-    def no_mask(self, text):
+    def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         """Packed attention needs no mask; a dictionary tells transformers that masks are already made."""
         return {kind: None for kind in ("full_attention", "sliding_attention")}
 
@@ -149,17 +158,17 @@ class Backbone:
 class last_tokens_only:
     """Within it, a decoder's final norm sees only the rows (B,) it is asked for: (1, T, D) -> (1, B, D)."""
 
-    def __init__(self, norm, index: torch.Tensor):
+    def __init__(self, norm: nn.Module, index: torch.Tensor):
         self.norm, self.index = norm, index
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.handle = self.norm.register_forward_pre_hook(lambda module, args: (args[0].index_select(1, self.index),))
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self.handle.remove()
 
 
-def override(module: torch.nn.Module, **methods) -> None:
+def override(module: torch.nn.Module, **methods: Callable) -> None:
     """Give one module other methods; its weights, their names and its siblings stay as they are."""
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), methods)

@@ -31,8 +31,8 @@ def hidden_states(clip: nn.Module, pixels: torch.Tensor, layers: list[int]) -> l
     if not all(0 <= i <= depth for i in wanted):
         raise ValueError(f"vision feature layers {layers}: the tower has {depth} layers, expected {-depth - 1} to {depth}")
     hidden = model.pre_layrnorm(model.embeddings(pixels.to(model.embeddings.patch_embedding.weight.dtype)))
-    kept = {0: hidden}
+    by_layer = {0: hidden}
     for i in range(max(wanted)):
         out = model.encoder.layers[i](hidden, None)
-        hidden = kept[i + 1] = out[0] if isinstance(out, tuple) else out
-    return [kept[i] for i in wanted]
+        hidden = by_layer[i + 1] = out[0] if isinstance(out, tuple) else out
+    return [by_layer[i] for i in wanted]

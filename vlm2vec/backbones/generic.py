@@ -6,13 +6,21 @@ on the right, so that nothing stands before a real token, and only samples with 
 pass. Positions, image limits and pixels are the family's own. The vision tower runs inside the forward pass.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vlm2vec.backbones.base import Backbone, Processing, Visual
-from vlm2vec.inputs import as_item
-from vlm2vec.packing import Features, pack
+from vlm2vec.inputs import Item, as_item
+from vlm2vec.packing import Features, PackedBatch, pack
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 TEXT_KEYS = ("input_ids", "attention_mask")
 
@@ -25,31 +33,31 @@ class GenericProcessing(Processing):
 
     defaults = {"chat_template": False}
 
-    def __init__(self, tokenizer, image_processor, config, options=None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         self.hf = None
 
     @classmethod
-    def from_folder(cls, folder, config, options=None, **hub):
+    def from_folder(cls, folder: str, config: PretrainedConfig, options: dict | None = None, **hub: Any) -> GenericProcessing:
         from transformers import AutoProcessor
 
         processor = AutoProcessor.from_pretrained(folder, **hub)
-        made = cls(processor.tokenizer, getattr(processor, "image_processor", None), config, options)
-        made.hf = processor
+        processing = cls(processor.tokenizer, getattr(processor, "image_processor", None), config, options)
+        processing.hf = processor
         # Gemma 3's processor wants the token that opens an image and writes the image tokens itself.
-        made.image_marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-        made.video_marker = getattr(processor, "video_token", None)
+        processing.image_marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        processing.video_marker = getattr(processor, "video_token", None)
         ids = (getattr(config, "image_token_id", None), getattr(config, "image_token_index", None), getattr(config, "video_token_id", None))
-        made.kept_ids = frozenset(i for i in (*ids, *processor.tokenizer.all_special_ids) if i is not None)
-        return made
+        processing.kept_ids = frozenset(i for i in (*ids, *processor.tokenizer.all_special_ids) if i is not None)
+        return processing
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         return self.hf
 
-    def save(self, folder):
+    def save(self, folder: str) -> None:
         self.hf.save_pretrained(folder)
 
-    def render(self, item):
+    def render(self, item: Item) -> str:
         if not self.options["chat_template"]:
             return super().render(item)
         messages = [{"role": "user", "content": item.text.replace("|>\n", "|>") if item.markers_added else item.text}]
@@ -57,40 +65,40 @@ class GenericProcessing(Processing):
             messages.insert(0, {"role": "system", "content": item.instruction})
         return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def __call__(self, x):
-        item = as_item(x)
+    def __call__(self, x: Any) -> Features:
+        item = as_item(x, self.markers)
         text, kinds = self.native_text(item)
         if item.markers_are_text or not kinds:
             features = self.assemble(self.tokenize(text), [])
             if "token_type_ids" in self.hf.model_input_names:  # Gemma 3 wants them in training, zero for text
                 features.vision = {"token_type_ids": features.input_ids.new_zeros(1, features.length)}
             return features
-        made = self.hf(
+        inputs = self.hf(
             text=[text],
             images=[[self.open(i) for i in item.images]] if item.images else None,
             **({"videos": [[self.frames(v) for v in item.videos]]} if item.videos else {}),
             return_tensors="pt",
         )
-        ids = made["input_ids"][0]
+        ids = inputs["input_ids"][0]
         if self.options["append_eos"]:
             ids = torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
-        kept = self._kept(ids.tolist())
+        kept_positions = self._kept(ids.tolist())
         vision = {}
-        for key, value in made.items():
+        for key, value in inputs.items():
             if key in TEXT_KEYS:
                 continue
-            if isinstance(value, torch.Tensor) and value.shape == made["input_ids"].shape:
+            if isinstance(value, torch.Tensor) and value.shape == inputs["input_ids"].shape:
                 # one number per token (token types): cut as the text is
-                value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept]
+                value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept_positions]
             vision[key] = value
         patches = sum(v.shape[:-3].numel() for k, v in vision.items() if k.startswith("pixel_values") and v.dim() > 3)
-        return Features(ids[kept], vision, None, None, patches)
+        return Features(ids[kept_positions], vision, None, None, patches)
 
     def _kept(self, ids: list[int]) -> list[int]:
         """Positions that stay when the text is cut to max_length."""
         marked = [Visual(1, {}, token_id=at) if token in self.kept_ids else at for at, token in enumerate(ids)]
-        kept = self._truncate(marked, kept_ids=frozenset())  # positions here, not ids
-        return [piece.token_id if isinstance(piece, Visual) else piece for piece in kept]
+        pieces = self._truncate(marked, kept_ids=frozenset())  # positions here, not ids
+        return [piece.token_id if isinstance(piece, Visual) else piece for piece in pieces]
 
 
 class Generic(Backbone):
@@ -100,7 +108,7 @@ class Generic(Backbone):
     unused_keys = [r"(^|\.)lm_head\."]  # the embedding model has no language-model head
     adapter_renames = [(r"^model\.", "")]
 
-    def config(self, source, raw, **hub):
+    def config(self, source: str, raw: dict, **hub: Any) -> PretrainedConfig:
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
         config = super().config(source, raw, **hub)
@@ -114,22 +122,22 @@ class Generic(Backbone):
         self.architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
         return config
 
-    def finish(self, model):
+    def finish(self, model: nn.Module) -> None:
         """The module keeps the attention that transformers chose for it."""
 
-    def text_model(self, model):
+    def text_model(self, model: nn.Module) -> nn.Module:
         return model.get_decoder() or model
 
-    def vision_tower(self, model):
-        found = (getattr(model, name, None) for name in ("visual", "vision_tower", "vision_model"))
-        return next((tower for tower in found if tower is not None), None)
+    def vision_tower(self, model: nn.Module) -> nn.Module | None:
+        towers = (getattr(model, name, None) for name in ("visual", "vision_tower", "vision_model"))
+        return next((tower for tower in towers if tower is not None), None)
 
-    def pack(self, features, provider="sdpa"):
+    def pack(self, features: list[Features], provider: str = "sdpa") -> PackedBatch:
         packed = pack([replace(f, vision={}) for f in features])
         packed.vision = {"samples": [f.vision for f in features]} if any(f.vision for f in features) else {}
         return packed
 
-    def last_hidden(self, model, packed, features):
+    def last_hidden(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
         rows = packed.input_ids.split(packed.seqlens)
         samples = packed.vision.get("samples") or [{}] * len(rows)
         groups: dict = {}
@@ -158,7 +166,7 @@ class Generic(Backbone):
         return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
 
 
-def per_token(value, length: int) -> bool:
+def per_token(value: Any, length: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape == (1, length) and not value.is_floating_point()
 
 

@@ -6,8 +6,11 @@ the grid ends in `image_newline`. Tile counts differ from image to image, so til
 of any sizes share a chunk, which the reference cannot do.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +18,14 @@ from torch import nn
 
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.backbones.pixels import look_up, plain_size
 from vlm2vec.inputs import MARKER, Item, as_item
-from vlm2vec.media.images import Undecoded, look_up, plain_size
+from vlm2vec.media.images import Undecoded
+from vlm2vec.packing import Features, PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 LONGEST_SIDE = 1344
 
@@ -34,11 +43,11 @@ def image_tokens(width: int, height: int, grid: tuple[int, int], side: int) -> t
     """
     lines, columns = grid[0] * side, grid[1] * side
     if width / height > columns / lines:
-        kept = int(round(height * (columns / width), 7))
-        lines -= (lines - kept) // 2 * 2
+        picture_lines = int(round(height * (columns / width), 7))
+        lines -= (lines - picture_lines) // 2 * 2
     else:
-        kept = int(round(width * (lines / height), 7))
-        columns -= (columns - kept) // 2 * 2
+        picture_columns = int(round(width * (lines / height), 7))
+        columns -= (columns - picture_columns) // 2 * 2
     return lines, columns
 
 
@@ -54,7 +63,7 @@ class LlavaNextProcessing(Processing):
     image_marker = "<image>"
     defaults = {"resolution": None, "pixels": "pil"}
 
-    def __init__(self, tokenizer, image_processor, config, options=None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         self.resized = plain_size(self.options["resolution"], ("native",))
         if self.options["pixels"] not in ("pil", "torchvision"):
@@ -72,7 +81,7 @@ class LlavaNextProcessing(Processing):
                 f"{self.image_marker!r}; take both from the same folder"
             )
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         """transformers' LlavaNextProcessor of the same tokenizer and image processor."""
         from transformers import LlavaNextProcessor
 
@@ -90,15 +99,15 @@ class LlavaNextProcessing(Processing):
     def from_headers(self) -> bool:
         """Where the image processor cuts the tiles that config.json says; torchvision's pixels come as floats."""
         ip, side = self.image_processor, {"height": self.tile, "width": self.tile}
-        whole = all(edge % self.tile == 0 for pinpoint in self.pinpoints for edge in pinpoint)
+        cut_evenly = all(edge % self.tile == 0 for pinpoint in self.pinpoints for edge in pinpoint)
         same = [list(p) for p in ip.image_grid_pinpoints] == self.pinpoints and dict(ip.crop_size or {}) == side
-        return self.options["pixels"] == "pil" and whole and same and bool(ip.do_center_crop)
+        return self.options["pixels"] == "pil" and cut_evenly and same and bool(ip.do_center_crop)
 
-    def __call__(self, x):
-        return super().__call__(self._frames_as_images(as_item(x)))
+    def __call__(self, x: Any) -> Features:
+        return super().__call__(self._frames_as_images(as_item(x, self.markers)))
 
-    def measure(self, x):
-        return super().measure(self._frames_as_images(as_item(x)))
+    def measure(self, x: Any) -> Features:
+        return super().measure(self._frames_as_images(as_item(x, self.markers)))
 
     def _frames_as_images(self, item: Item) -> Item:
         """A video is its frames, each an `<image>`."""
@@ -124,10 +133,10 @@ class LlavaNextProcessing(Processing):
 
     @staticmethod
     def _next(visuals: Iterator, kind: str):
-        found = next(visuals, None)
-        if found is None:
+        visual = next(visuals, None)
+        if visual is None:
             raise ValueError(f"input has more {kind} markers than {kind}s; give the missing one or take the marker out")
-        return found
+        return visual
 
     def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) that `resize` makes of an image of this size."""
@@ -136,12 +145,12 @@ class LlavaNextProcessing(Processing):
         giant = self.options["resolution"] is None and max(size) > LONGEST_SIDE
         return (LONGEST_SIDE, LONGEST_SIDE) if giant else size
 
-    def resize(self, image):
+    def resize(self, image: Any) -> Any:
         """The reference's resize before the processor sees the image (PIL's default filter, bicubic)."""
         size = self._resized_size(image.size)
         return image if size == image.size else image.resize(size)
 
-    def process_image(self, image):
+    def process_image(self, image: Any) -> Visual:
         width, height = self._resized_size(image.size)
         down, across = self._grid(width, height)
         if isinstance(image, Undecoded):
@@ -158,7 +167,7 @@ class LlavaNextProcessing(Processing):
         patches = count * (self.tile // self.patch) ** 2
         return Visual(tokens, {"image_sizes": [(height, width)], "tiles": [count], **pixels}, patches)
 
-    def decode(self, features):
+    def decode(self, features: Features) -> dict[str, torch.Tensor]:
         parts = []
         for (source,), (height, width) in zip(features.pending, features.vision["image_sizes"], strict=True):
             image = self.resize(self.open(source))
@@ -168,10 +177,10 @@ class LlavaNextProcessing(Processing):
             parts.append(tiles["pixel_values"][0])
         return {"pixel_values": torch.cat(parts)}
 
-    def decoded_shape(self, features):
+    def decoded_shape(self, features: Features) -> tuple[int, ...]:
         return sum(features.vision["tiles"]), 3, self.tile, self.tile
 
-    def normalised(self, pixels, vision):
+    def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
         ip = self.image_processor
         table = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # a picture of every value goes the way of all pictures
         table = ip.rescale(table, ip.rescale_factor) if ip.do_rescale else table
@@ -202,14 +211,14 @@ class LlavaNext(Backbone):
     # VLM2Vec-LLaVa-Next was trained and scored on images squashed to 1344 x 1344 (arXiv:2410.05160, Table 2: high resolution)
     published = [(r"(^|/)vlm2vec-llava-next$", {"resolution": "high"})]
 
-    def vision_tower(self, model):
+    def vision_tower(self, model: nn.Module) -> nn.Module | None:
         # All that `vision` runs. Frozen features are kept from one pass to the next, so freezing the tower alone would leave
         # a projector that is said to train and never does.
         side = nn.Module()
         side.tower, side.projector, side.newline = model.vision_tower, model.multi_modal_projector, model.image_newline
         return side
 
-    def vision(self, model, packed):
+    def vision(self, model: nn.Module, packed: PackedBatch) -> torch.Tensor | None:
         v = packed.vision
         if not v:
             return None
@@ -226,7 +235,7 @@ class LlavaNext(Backbone):
         features, _ = model.pack_image_features(tiles, v["image_sizes"], config.vision_feature_select_strategy, newline)
         return torch.cat(features)
 
-    def no_mask(self, text):
+    def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         # Llama's and Mistral's mask makers hand a ready 4-D mask on; packed attention never reads it. Without one they would
         # search the positions for sample boundaries, which waits for the device.
         return torch.zeros(1, 1, 1, 1)

@@ -5,16 +5,26 @@ transform, positions 0..L-1. The text is split at each image marker and every pa
 before AND behind an image; the public weights were trained that way. Samples are packed, so no padding side is left to force.
 """
 
-import json
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
 from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_tiles, image_tokens, normalised_views, padded_size
 from vlm2vec.backbones.phi3_v_model import Phi3VModel
+from vlm2vec.files import write_json
+from vlm2vec.inputs import Item
 from vlm2vec.media.images import Undecoded
+from vlm2vec.packing import Features, PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 IMAGE_PLACE = -1  # what the tokenised text holds for an image; never a token of the vocabulary
 PREPROCESSOR = "preprocessor_config.json"
@@ -35,7 +45,7 @@ class Phi3VProcessing(Processing):
     from_headers = True
     defaults = {"num_crops": 4}
 
-    def __init__(self, tokenizer, image_processor, config, options=None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         self.crop, self.grid = config.crop_size, config.crop_grid
         self.crop_patches = (config.crop_size // config.vision_config.patch_size) ** 2
@@ -44,7 +54,7 @@ class Phi3VProcessing(Processing):
         self.filler = 0
 
     @classmethod
-    def from_folder(cls, folder, config, options=None, **hub):
+    def from_folder(cls, folder: str, config: PretrainedConfig, options: dict | None = None, **hub: Any) -> Phi3VProcessing:
         from transformers import AutoTokenizer
 
         from vlm2vec.checkpoint.loading import read_json
@@ -52,7 +62,7 @@ class Phi3VProcessing(Processing):
         settings = read_json(folder, PREPROCESSOR, **hub) or {}
         return cls(AutoTokenizer.from_pretrained(folder, **hub), settings, config, options)
 
-    def save(self, folder):
+    def save(self, folder: str) -> None:
         self.tokenizer.save_pretrained(folder)
         settings = {
             "image_processor_type": "Phi3VImageProcessor",
@@ -64,17 +74,15 @@ class Phi3VProcessing(Processing):
             **{k: v for k, v in self.image_processor.items() if k != "auto_map"},  # auto_map names the hub's remote code
             "num_crops": self.options["num_crops"],
         }
-        with open(os.path.join(folder, PREPROCESSOR), "w", encoding="utf-8") as f:
-            json.dump(settings, f, indent=2)
-            f.write("\n")
+        write_json(os.path.join(folder, PREPROCESSOR), settings)
 
-    def native_text(self, item):
+    def native_text(self, item: Item) -> tuple[str, list[str]]:
         if item.markers_are_text:
             return self.render(item), []  # no image: the reference tokenises the marker like any text
         text, kinds = super().native_text(item)
         return WithImages(text) if kinds else text, kinds
 
-    def tokenize(self, text):
+    def tokenize(self, text: str) -> list[int]:
         parts = text.split(self.image_marker) if isinstance(text, WithImages) else [text]
         first, *others = (self.tokenizer(part, verbose=False)["input_ids"] for part in parts)
         ids = list(first)
@@ -82,7 +90,7 @@ class Phi3VProcessing(Processing):
             ids += [IMAGE_PLACE, *part]
         return ids
 
-    def process_image(self, image):
+    def process_image(self, image: Any) -> Visual:
         width, height = padded_size(*image.size, self.options["num_crops"], self.crop)
         vision = {"grids": [(height // self.crop, width // self.crop)]}
         if not isinstance(image, Undecoded):
@@ -90,7 +98,7 @@ class Phi3VProcessing(Processing):
         crops = 1 + (height // self.crop) * (width // self.crop)
         return Visual(image_tokens(width, height, self.crop, self.grid), vision, crops * self.crop_patches, self.filler)
 
-    def decode(self, features):
+    def decode(self, features: Features) -> dict[str, torch.Tensor]:
         parts = []
         for (source,), (down, across) in zip(features.pending, features.vision["grids"], strict=True):
             image = self.open(source)
@@ -99,13 +107,13 @@ class Phi3VProcessing(Processing):
             parts.append(image_tiles(image, self.options["num_crops"], self.crop))
         return {"pixel_values": torch.cat(parts)}
 
-    def decoded_shape(self, features):
+    def decoded_shape(self, features: Features) -> tuple[int, ...]:
         return sum(down * across for down, across in features.vision["grids"]), 3, self.crop, self.crop
 
-    def normalised_shape(self, shape, vision):
+    def normalised_shape(self, shape: tuple[int, ...], vision: dict) -> tuple[int, ...]:
         return shape[0] + len(vision["grids"]), *shape[1:]
 
-    def normalised(self, pixels, vision):
+    def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
         mean = tuple(self.image_processor.get("image_mean", CLIP_MEAN))
         std = tuple(self.image_processor.get("image_std", CLIP_STD))
         return normalised_views(pixels, vision["grids"], mean, std)
@@ -122,22 +130,22 @@ class Phi3V(Backbone):
         r"\.position_ids$",  # a buffer of old CLIP modules, 0, 1, 2, ...
     ]
 
-    def config(self, source, raw, **hub):
+    def config(self, source: str, raw: dict, **hub: Any) -> Phi3VConfig:
         return Phi3VConfig.from_pretrained(source, **hub)
 
-    def model_class(self, config):
+    def model_class(self, config: PretrainedConfig) -> type:
         return Phi3VModel
 
-    def text_model(self, model):
+    def text_model(self, model: nn.Module) -> nn.Module:
         return model
 
-    def vision_tower(self, model):
+    def vision_tower(self, model: nn.Module) -> nn.Module | None:
         return model.vision_embed_tokens
 
-    def vision(self, model, packed):
+    def vision(self, model: nn.Module, packed: PackedBatch) -> torch.Tensor | None:
         if not packed.vision:
             return None
         return model.get_image_features(packed.vision["pixel_values"], packed.vision["grids"])
 
-    def no_mask(self, text):
+    def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         return None

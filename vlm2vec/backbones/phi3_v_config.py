@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, Phi3Config
 
@@ -42,7 +43,13 @@ class Phi3VConfig(Phi3Config):
     model_type = "phi3_v"
     sub_configs = {"vision_config": CLIPVisionConfig}
 
-    def __init__(self, vision_config=None, img_processor=None, embd_layer=None, **kwargs):
+    def __init__(
+        self,
+        vision_config: CLIPVisionConfig | dict | None = None,
+        img_processor: dict | None = None,
+        embd_layer: dict | None = None,
+        **kwargs: Any,
+    ):
         if vision_config is None:
             vision_config = CLIP_L_336
         if isinstance(vision_config, dict):
@@ -102,7 +109,7 @@ class Phi3VConfig(Phi3Config):
         return self.vision_config.image_size // self.vision_config.patch_size // 2
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Phi3VConfig:
         folder = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
         if "vision_config" not in config_dict and folder:
             path = os.path.join(str(folder), VISION_FILE)
@@ -112,7 +119,7 @@ class Phi3VConfig(Phi3Config):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Phi3VConfig:
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm2vec.media.images import look_up
+from vlm2vec.backbones.pixels import look_up
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -10,15 +10,18 @@ Shape letters: B rows, L tokens a row (packed: B = 1), D hidden, V image tokens,
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3PreTrainedModel, Phi3RMSNorm
 
+from vlm2vec.attention import Segments
 from vlm2vec.backbones import clip
 from vlm2vec.backbones.phi3_v_config import Phi3VConfig
 
@@ -54,7 +57,9 @@ class Phi3VRotary(nn.Module):
         return self._frequencies[device]
 
     @torch.no_grad()
-    def forward(self, position_ids_BL: torch.Tensor, dtype: torch.dtype, long_BL: torch.Tensor | None = None):
+    def forward(
+        self, position_ids_BL: torch.Tensor, dtype: torch.dtype, long_BL: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, (B, L, width) each, in `dtype`; `long_BL` marks tokens of samples beyond the context."""
         sets = self.frequencies(position_ids_BL.device)
         angle = position_ids_BL[..., None].float()
@@ -76,7 +81,7 @@ class Phi3VRMSNorm(Phi3RMSNorm):
 class ClipTower(nn.Module):
     """CLIP under the hub's name `img_processor.vision_model`; gives the patches of the last layer but one."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.vision_model = clip.inner(CLIPVisionModel(config))
 
@@ -114,8 +119,8 @@ class Phi3VImageEmbedding(nn.Module):
         patches = self.img_processor(crops)
         rows, at = [], 0
         for h, w in grids:
-            whole, parts = patches[at : at + 1], patches[at + 1 : at + 1 + h * w]
-            rows += [self._lines(parts, h, w), self.glb_GN[0], self._lines(whole, 1, 1)]
+            overview, parts = patches[at : at + 1], patches[at + 1 : at + 1 + h * w]
+            rows += [self._lines(parts, h, w), self.glb_GN[0], self._lines(overview, 1, 1)]
             at += 1 + h * w
         return self.img_projection(torch.cat(rows))
 
@@ -157,7 +162,7 @@ class Phi3VModel(Phi3VPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
         """As transformers' own, under the hub's names: everything below `model.`."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {k if k.startswith("model.") else f"model.{k}": v for k, v in state_dict.items()}
@@ -191,9 +196,9 @@ class Phi3VModel(Phi3VPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         visual_index: torch.LongTensor | None = None,
-        segments=None,
+        segments: Segments | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
@@ -251,7 +256,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """Logits (B, L, vocabulary) in float32; arguments as `Phi3VModel.forward`."""
         hidden = self.model(input_ids, **kwargs).last_hidden_state
         return CausalLMOutputWithPast(logits=self.lm_head(hidden).float())

@@ -1,61 +1,26 @@
 """From an input to `Features`, on the CPU: what families share of it, and the hooks in which they differ."""
 
+from __future__ import annotations
+
 import os
 import re
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.backbones.options import check_option
+from vlm2vec.backbones.visual import Visual
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
+from vlm2vec.media.films import read_frames
 from vlm2vec.media.images import Undecoded, image_name, measure_image, open_image
+from vlm2vec.media.sampling import FRAMES
 from vlm2vec.packing import Features, concat_vision
 
-OPTIONAL_COUNTS = ("max_length", "max_image_pixels")
-
-
-@dataclass
-class Visual:
-    """One image or video after preprocessing.
-
-    Attributes:
-        tokens: how many tokens it takes in the language model.
-        tensors: inputs of the vision tower; first dimensions are joined over the visuals of a chunk.
-        patches: cost in the vision tower.
-        token_id: id that its tokens bear in `input_ids`.
-        grid: (t, h, w) in merged patches, where the family positions tokens by it.
-        pieces: how its tokens stand in the text when they are not one run: token ids (int) and runs of visual tokens
-            ((count, grid)), in order. None is one run of `tokens`.
-    """
-
-    tokens: int
-    tensors: dict = field(default_factory=dict)
-    patches: int = 0
-    token_id: int | None = None
-    grid: tuple[int, int, int] | None = None
-    pieces: list | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens that it takes in the text, those between its runs included."""
-        return self.tokens + sum(1 for p in self.pieces or () if isinstance(p, int))
-
-
-def check_option(name: str, value, default) -> None:
-    """A ValueError unless an option is of its default's kind; numbers are positive. Names and sizes are the families' own to check."""
-    if isinstance(default, bool):
-        fits, wanted = isinstance(value, bool), "true or false"
-    elif isinstance(default, int) or name in OPTIONAL_COUNTS:
-        fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an integer of at least 1"
-        if name in OPTIONAL_COUNTS:
-            fits, wanted = fits or value is None, f"{wanted}, or None"
-    elif isinstance(default, float):
-        fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, "a number above 0"
-    else:
-        return
-    if not fits:
-        raise ValueError(f"{name}={value!r}: expected {wanted}")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Processing:
@@ -72,9 +37,9 @@ class Processing:
     video_marker: str | None = None
     from_headers = False
     defaults: dict = {}
-    shared_defaults = {"max_length": None, "layout": "image", "frames": 8, "max_image_pixels": None, "append_eos": False}
+    shared_defaults = {"max_length": None, "layout": "image", "frames": FRAMES, "max_image_pixels": None, "append_eos": False}
 
-    def __init__(self, tokenizer, image_processor, config, options: dict | None = None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         options = dict(options or {})
@@ -97,7 +62,7 @@ class Processing:
     # -- hooks ----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_folder(cls, folder: str, config, options: dict | None = None, **hub):
+    def from_folder(cls, folder: str, config: PretrainedConfig, options: dict | None = None, **hub: Any) -> Processing:
         """Read tokenizer and image processor from a model folder or hub name."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -120,15 +85,20 @@ class Processing:
         return {}
 
     @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts that stand for a visual in this family's vocabulary."""
+        return tuple(dict.fromkeys(marker for marker in (self.image_marker, self.video_marker) if marker is not None))
+
+    @property
     def prompt_is_instruction(self) -> bool:
         """Whether a prompt goes where the chat template holds an instruction, and not before the text."""
         return bool(self.options.get("chat_template"))
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         """transformers' own processor object, None when there is none."""
         return None
 
-    def process_image(self, image) -> Visual:
+    def process_image(self, image: Any) -> Visual:
         """One RGB PIL image -> its inputs for the vision tower."""
         raise ValueError(f"{type(self).__name__} takes no images")
 
@@ -147,7 +117,7 @@ class Processing:
 
     def render(self, item: Item) -> str:
         """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.checkpoint.prompts`."""
-        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
+        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"], self.markers)
 
     # -- shared ---------------------------------------------------------------------------------------------------------
 
@@ -183,21 +153,21 @@ class Processing:
                 )
                 raise ValueError(f"input {item.text[:80]!r} has {kinds.count(kind)} {kind} markers and {given} {kind}s; {mend}")
 
-    def __call__(self, x) -> Features:
+    def __call__(self, x: Any) -> Features:
         """One input -> `Features`. Thread- and process-safe but for the counter of shortened texts.
 
         Raises:
             ValueError: names what is wrong with the input and the mend.
         """
-        return self._features(as_item(x), self.open)[0]
+        return self._features(as_item(x, self.markers), self.open)[0]
 
-    def measure(self, x) -> Features:
+    def measure(self, x: Any) -> Features:
         """As `__call__`, but where the family knows a visual's tokens from its size, image files are not decoded.
 
         Only their headers are read; the files are named in `Features.pending`. An input with visuals that must be seen (a
         video file, a PIL image) comes back whole, as do all inputs of a family that cannot tell.
         """
-        item = as_item(x)
+        item = as_item(x, self.markers)
         if self.from_headers and item.visuals and not item.markers_are_text:
             features, opened = self._features(item, self._measured)
             if all(isinstance(frame, Undecoded) for frames in opened for frame in frames):
@@ -230,7 +200,7 @@ class Processing:
         """Shape of what `normalised` makes of pixels of the given shape."""
         return tuple(shape)
 
-    def not_as_measured(self, source) -> ValueError:
+    def not_as_measured(self, source: Any) -> ValueError:
         """The error of `decode` for an image that fills other tokens than its header promised; the batch is laid out by then."""
         return ValueError(f"image {image_name(source)}: decoded it has another size than its header says; save it anew")
 
@@ -246,7 +216,7 @@ class Processing:
         visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
         return self.assemble(self.tokenize(text), visuals), opened
 
-    def open(self, image):
+    def open(self, image: Any) -> Any:
         limit = self.options["max_image_pixels"]
         return open_image(image) if limit is None else open_image(image, max_pixels=limit)
 
@@ -257,9 +227,7 @@ class Processing:
         limit = self.options["max_image_pixels"]
         return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
 
-    def frames(self, video, open_one=None) -> list:
-        from vlm2vec.media.videos import read_frames
-
+    def frames(self, video: Any, open_one: Callable | None = None) -> list:
         return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
 
     def assemble(self, ids: list[int], visuals: list[Visual]) -> Features:
@@ -321,9 +289,9 @@ class Processing:
                 f"(the last one had {text} besides {fixed} that stay)",
                 stacklevel=3,
             )
-        kept = []
+        shortened = []
         for piece, cuttable in zip(pieces, free):
             if not cuttable or room > 0:
-                kept.append(piece)
+                shortened.append(piece)
                 room -= cuttable
-        return kept
+        return shortened

@@ -1,7 +1,19 @@
 """Qwen2.5-VL: as Qwen2-VL, with windowed attention in most layers of the tower and M-RoPE that counts real time."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
 from vlm2vec.attention import Segments
+from vlm2vec.backbones.base import Visual
 from vlm2vec.backbones.qwen2_vl import Qwen2VL, Qwen2VLProcessing
+from vlm2vec.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Qwen25VLProcessing(Qwen2VLProcessing):
@@ -12,16 +24,16 @@ class Qwen25VLProcessing(Qwen2VLProcessing):
 
     defaults = {**Qwen2VLProcessing.defaults, "seconds_per_step": 1.0}
 
-    def __init__(self, tokenizer, image_processor, config, options=None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         self.tokens_per_second = config.vision_config.tokens_per_second
 
-    def process_video(self, frames):
+    def process_video(self, frames: list) -> Visual:
         visual = super().process_video(frames)
         visual.grid = (*visual.grid, self.tokens_per_second * self.options["seconds_per_step"])
         return visual
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         from transformers import Qwen2_5_VLProcessor
 
         parts = super().hf_processor()
@@ -33,19 +45,19 @@ class Qwen25VL(Qwen2VL):
     processing_class = Qwen25VLProcessing
     architecture = "Qwen2_5_VLForConditionalGeneration"
 
-    def finish(self, model):
+    def finish(self, model: nn.Module) -> None:
         super().finish(model)
         config = model.config.vision_config
         self.window, self.patch = config.window_size, config.patch_size
 
-    def tower_arguments(self, grid_thw, provider):
+    def tower_arguments(self, grid_thw: torch.Tensor, provider: str) -> dict[str, Any]:
         from transformers.vision_utils import get_vision_window_index
 
         index, boundaries = get_vision_window_index(grid_thw, self.merge, self.window, self.patch)
         windows = Segments.from_lengths(boundaries.diff().tolist(), causal=False, provider=provider)
         return {"window_index": index, "cu_window_seqlens": windows.cu_seqlens, "max_window_seqlen": windows.max_length, "windows": windows}
 
-    def run_tower(self, model, packed):
+    def run_tower(self, model: nn.Module, packed: PackedBatch) -> Any:
         v = packed.vision
         windows = v["tower"]["windows"]
         # After the move to the device each Segments must hold the very tensors that the tower hands to its layers.

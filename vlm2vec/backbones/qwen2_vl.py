@@ -4,14 +4,23 @@ Defaults are the reference's: bare `<|image_pad|>` without vision start and end 
 and video tokens, images between 3,136 and 1,003,520 pixels, PIL's bicubic. `positions="mrope"` gives the model's own positions.
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from vlm2vec.attention import Segments
 from vlm2vec.backbones.base import Backbone, Processing, Visual, override, patches_as_linear
-from vlm2vec.media.images import Undecoded, look_up, patchify, pixel_table, plain_size, smart_resize
+from vlm2vec.backbones.pixels import look_up, patchify, pixel_table, plain_size, smart_resize
+from vlm2vec.media.images import Undecoded
+from vlm2vec.packing import Features, PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Qwen2VLProcessing(Processing):
@@ -28,7 +37,7 @@ class Qwen2VLProcessing(Processing):
     reference_edges = True  # tiny and very long images become squares, as in the V2 reference
     defaults = {"min_pixels": 4 * 28 * 28, "max_pixels": 1280 * 28 * 28, "positions": "sequential", "pixels": "pil", "resolution": None}
 
-    def __init__(self, tokenizer, image_processor, config, options=None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         vision = config.vision_config
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
@@ -93,7 +102,7 @@ class Qwen2VLProcessing(Processing):
         pixels = np.stack([np.asarray(f if f.size == size else f.resize(size, Resampling.BICUBIC)) for f in frames])
         return patchify(pixels, patch=self.patch, merge=self.merge, temporal=1 if len(frames) == 1 else self.temporal)
 
-    def decode(self, features):
+    def decode(self, features: Features) -> dict[str, torch.Tensor]:
         parts, grids = [], features.vision["grid_thw"].tolist()
         for sources, (_, h, w) in zip(features.pending, grids):
             patches, _ = self._bytes([self.open(s) for s in sources], (w * self.patch, h * self.patch))
@@ -102,14 +111,14 @@ class Qwen2VLProcessing(Processing):
         parts = [p if p.shape[2] == shown else np.repeat(p, shown, axis=2) for p in parts]
         return {"pixel_values": torch.from_numpy(np.concatenate(parts).reshape(-1, 3 * shown * self.patch**2))}
 
-    def decoded_shape(self, features):
+    def decoded_shape(self, features: Features) -> tuple[int, ...]:
         shown = self.temporal if any(len(frames) > 1 for frames in features.pending) else 1
         return int(features.vision["grid_thw"].prod(dim=1).sum()), 3 * shown * self.patch**2
 
-    def normalised_shape(self, shape, vision):
+    def normalised_shape(self, shape: tuple[int, ...], vision: dict) -> tuple[int, ...]:
         return shape[0], 3 * self.temporal * self.patch**2
 
-    def normalised(self, pixels, vision):
+    def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
         """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
         ip = self.image_processor
         table = torch.from_numpy(pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std)))
@@ -137,18 +146,18 @@ class Qwen2VLProcessing(Processing):
         tensors = {"grid_thw": torch.tensor([[t, h, w]])} | ({} if pixels is None else {"pixel_values": pixels})
         return Visual(tokens, tensors, t * h * w, token_id, (t, h // self.merge, w // self.merge))
 
-    def process_image(self, image) -> Visual:
+    def process_image(self, image: Any) -> Visual:
         return self._visual([image], self.image_token_id)
 
     def process_video(self, frames: list) -> Visual:
         return self._visual(frames, self.video_token_id)
 
-    def positions(self, input_ids, spans):
+    def positions(self, input_ids: torch.Tensor, spans: list[tuple[int, tuple | None, int]]) -> torch.Tensor | None:
         if self.options["positions"] == "sequential" or not spans:
             return None
         return mrope_positions(len(input_ids), spans)
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         from transformers import Qwen2VLProcessor, Qwen2VLVideoProcessor
 
         size = {"shortest_edge": self.options["min_pixels"], "longest_edge": self.options["max_pixels"]}
@@ -201,12 +210,12 @@ class Qwen2VL(Backbone):
     # the aspect ratio.
     published = [(r"(^|/)vlm2vec-qwen2vl-[^/]*$", {"resolution": "high"})]
 
-    def finish(self, model):
+    def finish(self, model: nn.Module) -> None:
         super().finish(model)
         self.merge = model.config.vision_config.spatial_merge_size
         override(self.vision_tower(model).patch_embed, forward=patches_as_linear)
 
-    def position_argument(self, packed):
+    def position_argument(self, packed: PackedBatch) -> torch.Tensor:
         return packed.position_ids.expand(3, -1)[:, None]
 
     def prepare_vision(self, vision: dict, provider: str) -> dict:
@@ -230,10 +239,10 @@ class Qwen2VL(Backbone):
         """More keyword arguments for the tower, made on the CPU."""
         return {}
 
-    def run_tower(self, model, packed):
+    def run_tower(self, model: nn.Module, packed: PackedBatch) -> Any:
         """The tower's output object for the chunk's visuals."""
         v, tower = packed.vision, self.vision_tower(model)
         return tower(v["pixel_values"].to(tower.dtype), grid_thw=v["grid_thw"], segments=v["segments"], **v["tower"])
 
-    def vision(self, model, packed):
+    def vision(self, model: nn.Module, packed: PackedBatch) -> torch.Tensor | None:
         return self.run_tower(model, packed).pooler_output if packed.vision else None

@@ -5,13 +5,22 @@ the system message ("Represent the user's input." by default), images between 4 
 token's hidden state, and Matryoshka truncation (`truncate_dim`). Source: QwenLM/Qwen3-VL-Embedding, its embedder's settings.
 """
 
+from __future__ import annotations
+
 import unicodedata
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vlm2vec.backbones.base import Visual, override
 from vlm2vec.backbones.qwen2_vl import Qwen2VL, Qwen2VLProcessing
 from vlm2vec.inputs import Item
+from vlm2vec.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 INSTRUCTION = "Represent the user's input."
 FACTOR = 32
@@ -41,7 +50,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         "video_fps": 2.0,
     }
 
-    def __init__(self, tokenizer, image_processor, config, options=None):
+    def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         if self.options["chat_template"]:
             self.kept_ids = frozenset([*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([START, END])])
@@ -49,10 +58,10 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
             self.tail = len(self.tokenize(self.render(Item()).rpartition(EMPTY)[2]))
 
     @property
-    def prompts(self):
+    def prompts(self) -> dict[str, str]:
         return {"query": INSTRUCTION, "document": INSTRUCTION} if self.options["chat_template"] else {}
 
-    def render(self, item):
+    def render(self, item: Item) -> str:
         if not self.options["chat_template"]:
             return super().render(item)
         text = item.text
@@ -71,14 +80,14 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         # A video brings start and end tokens of its own, one pair for each time step.
         return f"{START}{marker}{END}" if self.options["chat_template"] and kind == "image" else marker
 
-    def max_pixels(self, frames):
+    def max_pixels(self, frames: int) -> int:
         o = self.options
         if frames == 1:
             return o["max_pixels"]
         share = o["video_total_pixels"] * self.temporal // frames
         return max(min(o["video_max_pixels"], share), int(o["video_min_pixels"] * 1.05))
 
-    def process_video(self, frames):
+    def process_video(self, frames: list) -> Visual:
         visual = super().process_video(frames)
         t, h, w = visual.grid
         if not self.options["chat_template"]:
@@ -100,7 +109,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
     def _visual(self, frames, token_id) -> Visual:
         return super()._visual(frames if len(frames) != 1 or token_id == self.image_token_id else frames * 2, token_id)
 
-    def hf_processor(self):
+    def hf_processor(self) -> Any:
         from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
         o = self.options
@@ -129,14 +138,14 @@ class Qwen3VL(Qwen2VL):
     hub_names = [(r"^", "model.")]
     published = [(r"(^|/)qwen3-vl-embedding[^/]*$", EMBEDDING_OPTIONS)]
 
-    def finish(self, model):
+    def finish(self, model: nn.Module) -> None:
         super().finish(model)
         tower = self.vision_tower(model)
         self.grid_side = tower.num_grid_per_side
         self.interpolation = {"mode": tower.interpolation_mode, "align_corners": tower.interpolation_align_corners}
         override(model.language_model, _deepstack_process=add_deepstack)
 
-    def tower_arguments(self, grid_thw, provider):
+    def tower_arguments(self, grid_thw: torch.Tensor, provider: str) -> dict[str, Any]:
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
         indices, weights = get_vision_interpolation_indices_and_weights(
@@ -144,21 +153,21 @@ class Qwen3VL(Qwen2VL):
         )
         return {"interp_indices": indices, "interp_weights": weights}
 
-    def vision(self, model, packed):
+    def vision(self, model: nn.Module, packed: PackedBatch) -> torch.Tensor | None:
         """(V, D * (1 + deepstack layers)): the features and, beside them, those for the decoder's first layers."""
         if not packed.vision:
             return None
         out = self.run_tower(model, packed)
         return torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
 
-    def embed(self, model, packed, features):
+    def embed(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
         return super().embed(model, packed, None if features is None else features[:, : self.embedding_dim(model.config)])
 
-    def text_kwargs(self, model, packed, features):
+    def text_kwargs(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> dict[str, Any]:
         if features is None:
             return {}
         _, *deep = features.split(self.embedding_dim(model.config), dim=-1)
         return {"visual_pos_masks": packed.visual_index, "deepstack_visual_embeds": list(deep)}
 
-    def no_mask(self, text):
+    def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         return None

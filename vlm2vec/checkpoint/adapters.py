@@ -5,13 +5,25 @@ A plain PEFT load of the public adapters matches nothing on current transformers
 themselves, and a tensor without a place, or a place without a tensor, is an error.
 """
 
+from __future__ import annotations
+
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vlm2vec.checkpoint.loading import file_of, renamed
+from vlm2vec.files import write_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from vlm2vec.backbones.base import Backbone
+
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -34,7 +46,7 @@ def base_of(source: str, adapter: dict, base: str | None) -> str:
     return named
 
 
-def read_tensors(source: str, **hub) -> dict[str, torch.Tensor]:
+def read_tensors(source: str, **hub: Any) -> dict[str, torch.Tensor]:
     """An adapter's tensors from safetensors, or from a .bin file read without unpickling anything but tensors."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         path = file_of(source, name, **hub)
@@ -51,12 +63,12 @@ def read_tensors(source: str, **hub) -> dict[str, torch.Tensor]:
     raise ValueError(f"{source} has adapter_config.json but neither adapter_model.safetensors nor adapter_model.bin")
 
 
-def own_names(backbone, tensors: dict) -> dict[str, torch.Tensor]:
+def own_names(backbone: Backbone, tensors: dict) -> dict[str, torch.Tensor]:
     """Adapter tensors under the module's names: PEFT's prefix off, the family's first matching rename applied."""
     return renamed({key.removeprefix(PREFIX): value for key, value in tensors.items()}, backbone.adapter_renames)
 
 
-def lora_config(settings: dict, **overrides):
+def lora_config(settings: dict, **overrides: Any) -> LoraConfig:
     """A LoraConfig from adapter_config.json; keys of other PEFT versions are left out."""
     from peft import LoraConfig
 
@@ -64,11 +76,11 @@ def lora_config(settings: dict, **overrides):
     if kind != "LORA":
         raise ValueError(f"adapter of type {kind}: only LORA (DoRA included) can be loaded")
     known = {f.name for f in fields(LoraConfig)}
-    kept = {k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping", "task_type")}
-    return LoraConfig(**{**kept, **overrides})
+    settings_of_peft = {k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping", "task_type")}
+    return LoraConfig(**{**settings_of_peft, **overrides})
 
 
-def load(model, source: str, settings: dict, **hub) -> int:
+def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
     """Put an adapter folder's tensors into the model. Returns how many were used: all of them.
 
     Raises:
@@ -102,20 +114,20 @@ def load(model, source: str, settings: dict, **hub) -> int:
         **patterns,
     )
     inject(model, config)
-    own = dict(model.model.named_parameters())
-    expected = {n for n in own if ".lora_" in n}
+    parameters = dict(model.model.named_parameters())
+    expected = {n for n in parameters if ".lora_" in n}
     used = set()
     with torch.no_grad():
         for name, value in tensors.items():
             match = _PARTS.match(name)
             kind = match["part"]
             place = f"{match['module']}.{kind}.{ADAPTER}" + ("" if kind.startswith("lora_embedding") else ".weight")
-            if place not in own or own[place].shape != value.shape:
-                had = tuple(own[place].shape) if place in own else "no such parameter"
+            if place not in parameters or parameters[place].shape != value.shape:
+                had = tuple(parameters[place].shape) if place in parameters else "no such parameter"
                 raise ValueError(
                     f"adapter {source}: {name} has shape {tuple(value.shape)}, the model {had}; is {model.base_source} its base?"
                 )
-            own[place].copy_(value)
+            parameters[place].copy_(value)
             used.add(place)
     if left := sorted(expected - used):
         raise ValueError(f"adapter {source} lacks {len(left)} tensors that the model expects: {', '.join(left[:10])}")
@@ -123,7 +135,7 @@ def load(model, source: str, settings: dict, **hub) -> int:
     return len(used)
 
 
-def inject(model, config) -> None:
+def inject(model: nn.Module, config: LoraConfig) -> None:
     """Wrap the target layers in place; everything but the adapter is frozen, the adapter is float32 at least."""
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -138,7 +150,16 @@ def inject(model, config) -> None:
     model.adapter_settings = config.to_dict()
 
 
-def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: bool = False, targets=REFERENCE_TARGETS, vision=None) -> None:
+def add(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    dora: bool = False,
+    targets: str | Iterable[str] = REFERENCE_TARGETS,
+    vision: bool | None = None,
+) -> None:
     """Give the model a fresh adapter to train.
 
     Args:
@@ -174,28 +195,26 @@ def add(model, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, dora: boo
     inject(model, config)
 
 
-def tower_layers(model) -> list[str]:
+def tower_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers of the vision tower."""
     tower = model.backbone.vision_tower(model.model)
     inside = set() if tower is None else {id(module) for module in tower.modules()}
     return [name for name, m in model.model.named_modules() if id(m) in inside and isinstance(m, torch.nn.Linear)]
 
 
-def has_adapter(model) -> bool:
+def has_adapter(model: nn.Module) -> bool:
     return getattr(model, "adapter_settings", None) is not None
 
 
-def adapter_tensors(model, state: dict | None = None) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: nn.Module, state: dict | None = None) -> dict[str, torch.Tensor]:
     """The adapter under the names that PEFT gives it on transformers' generation class."""
     state = model.model.state_dict() if state is None else state
     cut = f".{ADAPTER}"
     return {PREFIX + "model." + n.replace(cut + ".weight", ".weight").replace(cut, ""): v for n, v in state.items() if ".lora_" in n}
 
 
-def save(model, folder: str, state: dict | None = None) -> None:
+def save(model: nn.Module, folder: str, state: dict | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json."""
-    import json
-
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in adapter_tensors(model, state).items()}
@@ -203,12 +222,10 @@ def save(model, folder: str, state: dict | None = None) -> None:
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in model.adapter_settings.items()}
     settings = {k: getattr(v, "value", v) for k, v in settings.items() if k != "runtime_config"}
     settings.update(base_model_name_or_path=model.base_source, inference_mode=True)
-    with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as f:
-        json.dump(settings, f, indent=2, sort_keys=True, default=str)
-        f.write("\n")
+    write_json(os.path.join(folder, "adapter_config.json"), settings, sort_keys=True, default=str)
 
 
-def merged_weight(layer) -> torch.Tensor:
+def merged_weight(layer: nn.Module) -> torch.Tensor:
     """W + scaling * B A, its rows brought to the DoRA magnitudes where there are any; computed in float32 (float64 if it is)."""
     from peft.utils.integrations import dequantize_module_weight
 
@@ -227,13 +244,13 @@ def merged_weight(layer) -> torch.Tensor:
     return weight.to(stored.dtype)
 
 
-def lora_layers(model) -> dict:
+def lora_layers(model: nn.Module) -> dict:
     from peft.tuners.lora import LoraLayer
 
     return {n: m for n, m in model.model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def merged_state(model) -> dict[str, torch.Tensor]:
+def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The module's state dict with the adapter folded in and nothing in four bits; the model itself is left as it is."""
     from peft.utils.integrations import dequantize_module_weight
 
@@ -251,7 +268,7 @@ def merged_state(model) -> dict[str, torch.Tensor]:
     return state
 
 
-def merge(model) -> None:
+def merge(model: nn.Module) -> None:
     """Fold the adapter into the layers for good: they become ordinary ones, as fast as the base model's."""
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()

@@ -1,17 +1,30 @@
 """From a name or folder to a module with every weight accounted for."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
+from vlm2vec.backbones import EXAMPLE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from vlm2vec.backbones.base import Backbone
+
 
 SETTINGS = "vlm2vec.json"
 
 
-def file_of(source: str, name: str, **hub) -> str | None:
+def file_of(source: str, name: str, **hub: Any) -> str | None:
     """Where a file of a local folder or of a hub repository lies on this machine; None when the source has no such file.
 
     Raises:
@@ -31,11 +44,11 @@ def file_of(source: str, name: str, **hub) -> str | None:
 def unknown(source: str) -> str:
     """What to say of a source that has no config.json."""
     if os.path.isdir(source):
-        return f"{source} has no config.json; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+        return f"{source} has no config.json; give a model folder or a hub name such as {EXAMPLE}"
     return f"{source}: no such folder here, and the hub has no such model or cannot be reached"
 
 
-def read_json(source: str, name: str, **hub) -> dict | None:
+def read_json(source: str, name: str, **hub: Any) -> dict | None:
     """A JSON file of a local folder or of a hub repository; None when it is not there."""
     path = file_of(source, name, **hub)
     if path is None:
@@ -55,11 +68,11 @@ def check_source(source: str) -> None:
         if not any(os.path.isfile(os.path.join(source, n)) for n in ("config.json", "adapter_config.json")):
             raise ValueError(f"{source} is not a model folder: it has neither config.json nor adapter_config.json")
     elif looks_local:
-        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as {EXAMPLE}")
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """transformers' load report and progress bar are silenced: the keys are accounted for below, with an error where needed."""
     from transformers.utils import logging
 
@@ -75,7 +88,7 @@ def quiet():
             logging.enable_progress_bar()
 
 
-def has_processor(source: str, **hub) -> bool:
+def has_processor(source: str, **hub: Any) -> bool:
     """Whether a folder or hub repository holds tokenizer and image processor files."""
     tokenizer = any(file_of(source, n, **hub) for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizer and any(file_of(source, n, **hub) for n in ("preprocessor_config.json", "processor_config.json"))
@@ -94,7 +107,16 @@ def renamed(values: dict, table: list[tuple[str, str]]) -> dict:
     return out
 
 
-def load_module(backbone, source: str, config, *, dtype, device, quantization=None, **hub):
+def load_module(
+    backbone: Backbone,
+    source: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Any = None,
+    **hub: Any,
+) -> nn.Module:
     """Load the bare module; every key of the checkpoint is used or listed in the family's `unused_keys`.
 
     Raises:
@@ -129,7 +151,7 @@ def load_module(backbone, source: str, config, *, dtype, device, quantization=No
     return model if quantization is not None else model.to(device)
 
 
-def resolve_device(device) -> torch.device:
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
     """A device that is there; None is a GPU where there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,7 +164,7 @@ def resolve_device(device) -> torch.device:
     return device
 
 
-def resolve_dtype(dtype, config) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig) -> torch.dtype:
     """A torch dtype from a dtype, its name, or "auto" (the checkpoint's own; float32 when it names none)."""
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -1,10 +1,15 @@
 """`VLM2Vec.from_pretrained`: which family, which files, which options; and all of it without the weights."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm2vec.backbones import backbone_for
 from vlm2vec.checkpoint import loading
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Description:
     weights_hub: dict
 
 
-def describe(source: str, base=None, *, revision=None, options: dict | None = None) -> Description:
+def describe(source: str, base: str | None = None, *, revision: str | None = None, options: dict | None = None) -> Description:
     """Everything of a model but its weights: family, config and processing. See `VLM2Vec.from_pretrained`."""
     loading.check_source(source)
     hub = {"revision": revision} if revision else {}
@@ -53,7 +58,8 @@ def describe(source: str, base=None, *, revision=None, options: dict | None = No
     backbone = backbone_for(raw.get("model_type"))
     if family not in (None, backbone.name):
         raise ValueError(
-            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; pass its own base with base="
+            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; "
+            "pass its own base with base="
         )
     config = backbone.config(weights, raw, **weights_hub)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
@@ -68,27 +74,45 @@ def describe(source: str, base=None, *, revision=None, options: dict | None = No
     return Description(backbone, config, processing, weights, adapter, settings, hub, weights_hub)
 
 
-def load(cls, source: str, base, *, dtype, device, attn, revision, quantize, liger, options: dict):
+def load(
+    cls,
+    source: str,
+    base: str | None,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    attn: str | None,
+    revision: str | None,
+    quantize: str | None,
+    liger: bool,
+    options: dict,
+) -> Any:
     """See `VLM2Vec.from_pretrained`."""
-    found = describe(source, base, revision=revision, options=options)
+    description = describe(source, base, revision=revision, options=options)
     device = loading.resolve_device(device)
-    dtype = loading.resolve_dtype(dtype, found.config)
+    dtype = loading.resolve_dtype(dtype, description.config)
     quantization = None
     if quantize is not None:
         from vlm2vec.checkpoint.quantization import keep_layout, nf4_config
 
-        quantization = nf4_config(quantize, dtype, found.backbone)
+        quantization = nf4_config(quantize, dtype, description.backbone)
     module = loading.load_module(
-        found.backbone, found.weights, found.config, dtype=dtype, device=device, quantization=quantization, **found.weights_hub
+        description.backbone,
+        description.weights,
+        description.config,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        **description.weights_hub,
     )
     if quantization is not None:
         keep_layout(module)
-    model = cls(module, found.backbone, found.processing, attn=attn, source=source, prompts=found.settings.get("prompts"))
-    model.base_source, model.revision = found.weights, revision
-    if found.adapter is not None:
+    model = cls(module, description.backbone, description.processing, attn=attn, source=source, prompts=description.settings.get("prompts"))
+    model.base_source, model.revision = description.weights, revision
+    if description.adapter is not None:
         from vlm2vec.checkpoint import adapters
 
-        adapters.load(model, source, found.adapter, **found.hub)
+        adapters.load(model, source, description.adapter, **description.hub)
     if liger:
         from vlm2vec.checkpoint.quantization import apply_liger
 

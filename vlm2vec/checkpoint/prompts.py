@@ -7,29 +7,44 @@ Targets that are plain text are fed bare: give no instruction.
 """
 
 import re
+from functools import lru_cache
 
-_LEADING = re.compile(r"^((?:<\|(?:image|video)_\d+\|>|<\|image_pad\|>|<\|video_pad\|>|<image>)\s*)+")
+from vlm2vec.inputs import MARKER
+
 LAYOUTS = ("image", "space")
 
 
-def layout(instruction: str, text: str, style: str = "image") -> str:
+def layout(instruction: str, text: str, style: str = "image", native: tuple[str, ...] = ()) -> str:
     """Lay an instruction and a text out; markers at the head of the text stay in front.
+
+    Args:
+        native: markers of the model's own vocabulary (`Processing.markers`), besides MMEB's.
 
     Raises:
         ValueError: for an unknown style.
     """
     if style not in LAYOUTS:
         raise ValueError(f"layout={style!r}: expected {' or '.join(map(repr, LAYOUTS))}")
-    head = _LEADING.match(text)
-    markers = "" if head is None else head.group(0).strip()
-    body = text if head is None else text[head.end() :]
+    head, body = _split(text, native)
+    markers = head.strip()
     said = f"{instruction} {body}" if instruction and body else instruction or body
     if style == "space":
         return f"{markers} {said}" if markers else said
     return f"{markers}\n{said}\n" if markers else f"{said}\n"
 
 
-def prepend(prompt: str, text: str) -> str:
-    """Put a prompt before the text, behind the markers and white space at its head; nothing else is added."""
-    head = _LEADING.match(text)
-    return prompt + text if head is None else head.group(0) + prompt + text[head.end() :]
+def prepend(prompt: str, text: str, native: tuple[str, ...] = ()) -> str:
+    """Put a prompt before the text, behind the markers and white space at its head; nothing else is added. `native` as above."""
+    head, body = _split(text, native)
+    return head + prompt + body
+
+
+def _split(text: str, native: tuple[str, ...]) -> tuple[str, str]:
+    """The markers at the head of a text with the white space behind each, and the rest."""
+    head = _leading(native).match(text)
+    return (head.group(0), text[head.end() :]) if head else ("", text)
+
+
+@lru_cache
+def _leading(native: tuple[str, ...]) -> re.Pattern:
+    return re.compile("^(?:(?:" + "|".join([MARKER.pattern, *map(re.escape, native)]) + r")\s*)+")

@@ -1,9 +1,19 @@
 """Four-bit base weights (QLoRA) and Liger kernels: both optional, both asked for by name."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+    from vlm2vec.backbones.base import Backbone
 
 
-def nf4_config(quantize: str, dtype: torch.dtype, backbone):
+def nf4_config(quantize: str, dtype: torch.dtype, backbone: Backbone) -> BitsAndBytesConfig:
     """The bitsandbytes settings of QLoRA: NF4, double quantisation, products in `dtype`. The vision tower stays as it is.
 
     Raises:
@@ -26,7 +36,7 @@ def nf4_config(quantize: str, dtype: torch.dtype, backbone):
     )
 
 
-def keep_layout(model) -> None:
+def keep_layout(model: nn.Module) -> None:
     """Keep bitsandbytes' four-bit layers as they were stored, on every CPU.
 
     On a CPU with AVX512-BF16 their first forward call outside training re-packs the weights, with scales cut to bfloat16, for
@@ -38,7 +48,7 @@ def keep_layout(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def apply_liger(model) -> None:
+def apply_liger(model: nn.Module) -> None:
     """Swap RMSNorm, rotary embedding and SwiGLU for Liger's kernels, in place.
 
     Raises:

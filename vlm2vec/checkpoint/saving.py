@@ -1,61 +1,52 @@
 """Saving: weights, processor files, settings; every file under a temporary name first."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
-import shutil
-import tempfile
+
+from torch import nn
 
 from vlm2vec.checkpoint import adapters
 from vlm2vec.checkpoint import sentence_transformers_files as st_files
 from vlm2vec.checkpoint.loading import SETTINGS, renamed
+from vlm2vec.checkpoint.release import __version__
+from vlm2vec.files import filling_folder, write_json
 
 _STALE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
-def settings_of(model) -> dict:
+def settings_of(model: nn.Module) -> dict:
     """What vlm2vec.json holds: enough to reload the model as it was trained."""
-    from vlm2vec import __version__
-
     settings = {"vlm2vec": __version__, "family": model.family, "options": model.options, "prompts": model.prompts}
     return settings
 
 
-def save(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
-    """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are made beside and moved one by one."""
-    folder = os.path.abspath(folder)
-    os.makedirs(folder, exist_ok=True)
-    work = tempfile.mkdtemp(prefix=".saving-", dir=os.path.dirname(folder))
-    try:
-        write_weights(model, work, merge=merge, state=state)
-        model.processing.save(work)
-        with open(os.path.join(work, SETTINGS), "w", encoding="utf-8") as f:
-            json.dump(settings_of(model), f, indent=2, ensure_ascii=False)
-            f.write("\n")
-        st_files.write(model, work, full=merge or not adapters.has_adapter(model))
-        kept = set(os.listdir(work))
-        for root, _, names in os.walk(work):
-            target = os.path.join(folder, os.path.relpath(root, work))
-            os.makedirs(target, exist_ok=True)
-            for name in names:
-                os.replace(os.path.join(root, name), os.path.join(target, name))
-        if merge or not adapters.has_adapter(model):
-            remove_stale(folder, kept)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def save(model: nn.Module, folder: str, *, merge: bool, state: dict | None = None) -> None:
+    """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are written elsewhere and moved one by one."""
+    full = merge or not adapters.has_adapter(model)
+    with filling_folder(folder) as part:
+        write_weights(model, os.fspath(part), merge=merge, state=state)
+        model.processing.save(os.fspath(part))
+        write_json(part / SETTINGS, settings_of(model))
+        st_files.write(model, os.fspath(part), full=full)
+        written = set(os.listdir(part))
+    if full:
+        remove_stale(folder, written)
 
 
-def remove_stale(folder: str, kept: set[str]) -> None:
+def remove_stale(folder: str, written: set[str]) -> None:
     """Take away what an earlier save left and a reload would prefer to the full model just written: an adapter, other shards.
 
     An adapter saved into a full model's folder removes nothing: the full model may be its base.
     """
     for name in os.listdir(folder):
-        if name not in kept and _STALE.fullmatch(name):
+        if name not in written and _STALE.fullmatch(name):
             os.remove(os.path.join(folder, name))
 
 
-def write_weights(model, folder: str, *, merge: bool, state: dict | None = None) -> None:
+def write_weights(model: nn.Module, folder: str, *, merge: bool, state: dict | None = None) -> None:
     """Weights and config.json. With an adapter and merge=False only the adapter: the base stays where it is."""
     if adapters.has_adapter(model) and not merge:
         adapters.save(model, folder, state)
@@ -74,7 +65,7 @@ def write_state(state: dict, folder: str) -> None:
     save_torch_state_dict({k: v.detach() for k, v in state.items()}, folder, max_shard_size="5GB", safe_serialization=True)
 
 
-def write_config(model, folder: str) -> None:
+def write_config(model: nn.Module, folder: str) -> None:
     """config.json naming the class that transformers and vLLM expect for the family."""
     model.model.config.save_pretrained(folder)
     path = os.path.join(folder, "config.json")
@@ -83,6 +74,4 @@ def write_config(model, folder: str) -> None:
     written["architectures"] = [model.backbone.architecture or type(model.model).__name__]
     written["dtype"] = str(model.dtype).removeprefix("torch.")
     written.pop("quantization_config", None)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(written, f, indent=2)
-        f.write("\n")
+    write_json(path, written)

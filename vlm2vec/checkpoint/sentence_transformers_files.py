@@ -1,23 +1,38 @@
 """modules.json and its companions in a saved folder, written without importing sentence-transformers."""
 
-import json
-import os
+from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vlm2vec.files import write_json
+from vlm2vec.inputs import MODALITIES
+
+MODULE = "vlm2vec.st.VLM2VecModule"  # what saved folders name, and what sentence-transformers imports by that name
 STOCK = "sentence_transformers."
 
 
-def stock(model) -> bool:
+def to_sentence_transformer(model: nn.Module) -> Any:
+    """`vlm2vec.st.to_sentence_transformer`, found by the name that saved folders hold: that module knows the model, not the reverse."""
+    module, _, _ = MODULE.rpartition(".")
+    return import_module(module).to_sentence_transformer(model)
+
+
+def stock(model: nn.Module) -> bool:
     """Whether sentence-transformers' own modules compute the model: its own positions, behind a chat template."""
     options = model.options
     return options.get("positions") == "mrope" and bool(options.get("chat_template"))
 
 
-def write(model, folder: str, *, full: bool) -> None:
+def write(model: nn.Module, folder: str, *, full: bool) -> None:
     """Describe the folder to sentence-transformers; `full` says that it holds all weights and not an adapter alone."""
     prompts = {name: text for name, text in model.prompts.items() if text}
     about = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     if not (full and stock(model)):
-        modules = [{"idx": 0, "name": "0", "path": "", "type": "vlm2vec.st.VLM2VecModule"}]
+        modules = [{"idx": 0, "name": "0", "path": "", "type": MODULE}]
     else:
         modules = [
             {"idx": 0, "name": "0", "path": "", "type": STOCK + "base.modules.transformer.Transformer"},
@@ -26,10 +41,9 @@ def write(model, folder: str, *, full: bool) -> None:
         ]
         about["default_prompt_name"] = next((n for n in ("document", "query") if n in prompts), None)
         method = {"method": "forward", "method_output_name": "last_hidden_state"}
-        modalities = {kind: method for kind in ("text", "image", "video")} | {"message": {**method, "format": "structured"}}
-        _dump(
-            folder,
-            "sentence_bert_config.json",
+        modalities = {kind: method for kind in MODALITIES} | {"message": {**method, "format": "structured"}}
+        write_json(
+            Path(folder, "sentence_bert_config.json"),
             {
                 "transformer_task": "feature-extraction",
                 "modality_config": modalities,
@@ -37,15 +51,7 @@ def write(model, folder: str, *, full: bool) -> None:
                 "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
             },
         )
-        _dump(folder, "1_Pooling/config.json", {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
-        _dump(folder, "2_Normalize/config.json", {})
-    _dump(folder, "modules.json", modules)
-    _dump(folder, "config_sentence_transformers.json", about)
-
-
-def _dump(folder: str, name: str, value) -> None:
-    path = os.path.join(folder, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.write("\n")
+        write_json(Path(folder, "1_Pooling/config.json"), {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
+        write_json(Path(folder, "2_Normalize/config.json"), {})
+    write_json(Path(folder, "modules.json"), modules)
+    write_json(Path(folder, "config_sentence_transformers.json"), about)

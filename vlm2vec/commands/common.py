@@ -1,13 +1,23 @@
 """Arguments and file walking that several commands share."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
+from typing import TYPE_CHECKING
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+from vlm2vec.files import replacing
+from vlm2vec.inputs import VISUAL_KEYS
+from vlm2vec.media.endings import PICTURES
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm2vec.model import VLM2Vec
 
 
-def add_model_arguments(parser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="base model of a PEFT adapter, when its config names another")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
@@ -35,7 +45,7 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
-def load_model(name: str, args):
+def load_model(name: str, args: argparse.Namespace) -> VLM2Vec:
     from vlm2vec import VLM2Vec
 
     model = VLM2Vec.from_pretrained(
@@ -48,12 +58,10 @@ def images_below(folder: str) -> list[str]:
     """Image files in a folder and below it, in order of their paths."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder of images")
-    found = sorted(
-        os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(IMAGE_SUFFIXES)
-    )
-    if not found:
-        raise ValueError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+    pictures = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES))
+    if not pictures:
+        raise ValueError(f"{folder}: no images in it ({', '.join(PICTURES)})")
+    return pictures
 
 
 def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict]]:
@@ -83,7 +91,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
             raise ValueError(f"{path}, line {number}: expected an object with text, image, video or instruction")
         row = dict(row)
         key = row.pop("key", row.pop("id", None))
-        for kind in ("image", "images", "video", "videos"):
+        for kind in VISUAL_KEYS:
             if row.get(kind):
                 try:
                     row[kind] = _below(root, row[kind])
@@ -100,19 +108,16 @@ def _below(root: str, value):
     return [_below(root, v) for v in value] if isinstance(value, list) else os.path.join(root, value)
 
 
-def write_embeddings(path: str, embeddings, keys: list[str], about: dict) -> None:
+def write_embeddings(path: str, embeddings: torch.Tensor, keys: list[str], about: dict) -> None:
     """A safetensors file: tensor "embeddings" (N, D) float32, metadata "keys" (a JSON list) and what else is told."""
     from safetensors.torch import save_file
 
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    part = path + ".part"
     metadata = {"keys": json.dumps(keys), **{k: str(v) for k, v in about.items()}}
-    save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
 
 
-def read_embeddings(path: str):
+def read_embeddings(path: str) -> tuple[torch.Tensor, list[str], dict[str, str]]:
     """(embeddings (N, D), keys, metadata) of a file that `vlm2vec embed` wrote."""
     from safetensors import safe_open
 

@@ -1,12 +1,16 @@
 """`vlm2vec embed MODEL INPUT ... --output FILE`: images, videos, folders of images, texts or a JSONL to embeddings."""
 
+from __future__ import annotations
+
+import argparse
 import os
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.media.endings import FILMS
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub name")
     parser.add_argument(
         "inputs", nargs="*", help="image or video files, folders of images, or .jsonl files (rows with text, image, video, key)"
@@ -20,7 +24,7 @@ def add_arguments(parser) -> None:
     common.add_model_arguments(parser)
 
 
-def collect(args) -> tuple[list[str], list]:
+def collect(args: argparse.Namespace) -> tuple[list[str], list]:
     """Keys (path, JSONL key or the text itself) and inputs."""
     keys, inputs = [], []
     for path in args.inputs:
@@ -29,14 +33,14 @@ def collect(args) -> tuple[list[str], list]:
             keys += more_keys
             inputs += more
         elif os.path.isdir(path):
-            found = common.images_below(path)
-            keys += found
-            inputs += [Path(p) for p in found]
+            pictures = common.images_below(path)
+            keys += pictures
+            inputs += [Path(p) for p in pictures]
         elif not os.path.isfile(path):
             raise ValueError(f"{path}: no such file or folder; a text goes behind --text")
         else:
             keys.append(path)
-            inputs.append({"video": path} if path.lower().endswith(common.VIDEO_SUFFIXES) else Path(path))
+            inputs.append({"video": path} if path.lower().endswith(FILMS) else Path(path))
     keys += args.text
     inputs += args.text
     if not inputs:
@@ -44,7 +48,7 @@ def collect(args) -> tuple[list[str], list]:
     return keys, inputs
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .safetensors")
     keys, inputs = collect(args)

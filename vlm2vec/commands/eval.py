@@ -1,11 +1,14 @@
 """`vlm2vec eval MODEL --data DIR --images DIR --output DIR`: MMEB, MMEB-V2, or any folder in their layouts."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 from vlm2vec.commands import common
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="checkpoint folder or hub name")
     parser.add_argument("--data", help="folder with one sub-folder per data set")
     parser.add_argument("--images", "--media", dest="media", help="folder that image and frame paths are relative to (default: DATA)")
@@ -50,9 +53,9 @@ def _tasks(args):
     extra, names = {}, []
     for word in args.tasks:
         if word.endswith((".yaml", ".yml")):
-            own = read_task_file(word)
-            extra |= own
-            names += list(own)
+            file_tasks = read_task_file(word)
+            extra |= file_tasks
+            names += list(file_tasks)
         else:
             names.append(word)
     if args.data:
@@ -78,7 +81,7 @@ def _with_hub(args, names, extra):
     return _chosen({**load_tasks(), **extra, **local}, names)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.report.listing import list_tasks
 
     if args.list:

@@ -1,17 +1,22 @@
 """`vlm2vec info MODEL`: family, parameters by part, dtype, embedding size, prompts, options, adapter, memory."""
 
+from __future__ import annotations
+
+import argparse
 import json
+
+from torch import nn
 
 from vlm2vec.commands import common
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub name")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_model_arguments(parser)
 
 
-def describe(model) -> dict:
+def describe(model: nn.Module) -> dict:
     """The facts, as plain values."""
     backbone, module = model.backbone, model.model
     text, tower = backbone.text_model(module), backbone.vision_tower(module)
@@ -60,13 +65,13 @@ def describe(model) -> dict:
     }
 
 
-def size(parameter) -> int:
+def size(parameter: nn.Parameter) -> int:
     """Elements of a parameter; a 4-bit one packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     from vlm2vec import VLM2Vec
 
     model = VLM2Vec.from_pretrained(

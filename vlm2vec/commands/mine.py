@@ -1,11 +1,14 @@
 """`vlm2vec mine MODEL --data TRAIN --images DIR --output DIR`: training rows with hard negatives that the model found."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 from vlm2vec.commands import common
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder or hub name")
     parser.add_argument("--data", required=True, help="training folder, one sub-folder per data set (original-*.parquet)")
     parser.add_argument("--images", required=True, help="folder that image paths are relative to")
@@ -32,7 +35,7 @@ def add_arguments(parser):
     common.add_model_arguments(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     from vlm2vec.data.mmeb import dataset_names
     from vlm2vec.evaluation.mining import MineOptions, mine_dataset
 
@@ -47,11 +50,11 @@ def run(args):
         args.seed,
         args.id_column,
     )
-    there = dataset_names(args.data, args.split)
-    names = args.datasets or there
-    missing = [n for n in names if n not in there]
+    datasets = dataset_names(args.data, args.split)
+    names = args.datasets or datasets
+    missing = [n for n in names if n not in datasets]
     if missing or not names:
-        raise ValueError(f"{args.data} holds no data set {', '.join(missing) or 'at all'}; it holds {', '.join(there) or 'nothing'}")
+        raise ValueError(f"{args.data} holds no data set {', '.join(missing) or 'at all'}; it holds {', '.join(datasets) or 'nothing'}")
     model = common.load_model(args.model, args)
     print(f"{'data set':<24} {'rows':>7} {'pool':>7} {'mined':>7} {'without':>7} {'pos.':>6} {'neg.':>6}")
     for name in names:

@@ -1,10 +1,15 @@
 """`vlm2vec search [MODEL] QUERY --images DIR`: the images that fit a text (or an image) best, with their scores."""
 
+from __future__ import annotations
+
+import argparse
 import os
 from pathlib import Path
 
 from vlm2vec.checkpoint.prompts import layout
 from vlm2vec.commands import common
+from vlm2vec.inputs import IMAGE_MARKER
+from vlm2vec.media.endings import PICTURES
 
 QUICKSTART_MODEL = "quickstart/model"
 # MMEB's words for the three sides, which models without prompts of their own were trained on (MSCOCO_t2i, NIGHTS, MSCOCO_t2i).
@@ -13,7 +18,7 @@ FIND_BY_IMAGE = "Find a day-to-day image that looks similar to the provided imag
 IMAGE = "Represent the given image."
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
@@ -51,12 +56,12 @@ def _asked(model, inputs: list, prompt: str | None, role: str, instruction: str)
         return inputs, model.prompts.get(role) if prompt is None else prompt
     pictured = [isinstance(one, Path) for one in inputs]
     return [
-        {"text": layout(instruction, "<|image_1|>"), "image": one} if image else layout(instruction, one)
+        {"text": layout(instruction, IMAGE_MARKER), "image": one} if image else layout(instruction, one)
         for one, image in zip(inputs, pictured)
     ], None
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     from contrastive_kernels import topk_similarity
 
     name, query = _model_and_query(args)
@@ -69,7 +74,7 @@ def run(args) -> int:
     paths = common.images_below(args.images) if args.images else None
     stored = common.read_embeddings(args.embeddings) if args.embeddings else None
     model = common.load_model(name, args)
-    is_file = query.lower().endswith(common.IMAGE_SUFFIXES) and os.path.isfile(query)
+    is_file = query.lower().endswith(PICTURES) and os.path.isfile(query)
     asked, prompt = _asked(model, [Path(query) if is_file else query], args.prompt, "query", FIND_BY_IMAGE if is_file else FIND_BY_TEXT)
     vector = model.encode(asked, prompt=prompt, convert_to_tensor=True)
     if stored is not None:

@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from vlm2vec.files import AnyPath, write_table
+from vlm2vec.inputs import IMAGE_MARKER
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-MARKER = "<|image_1|>"
 
 _OPTIONAL = frozenset({"neg_text", "neg_image_path"})  # some sources were released without negatives
 _LISTS = frozenset({"tgt_text", "tgt_img_path"})
 
 
-def read_train(root, name: str, *, image_root=None, split: str = "original"):
+def read_train(root: AnyPath, name: str, *, image_root: AnyPath | None = None, split: str = "original") -> Dataset:
     """Training rows of one dataset, checked.
 
     Args:
@@ -46,7 +53,7 @@ def read_train(root, name: str, *, image_root=None, split: str = "original"):
     return _dataset(table)
 
 
-def read_eval(root, name: str, *, image_root=None, split: str = "test"):
+def read_eval(root: AnyPath, name: str, *, image_root: AnyPath | None = None, split: str = "test") -> Dataset:
     """Evaluation rows of one dataset, checked as in `read_train`.
 
     Returns:
@@ -74,7 +81,7 @@ def read_eval(root, name: str, *, image_root=None, split: str = "test"):
     return _dataset(table)
 
 
-def write_train(root, name: str, rows: list[dict]) -> Path:
+def write_train(root: AnyPath, name: str, rows: list[dict]) -> Path:
     """Write rows with TRAIN_COLUMNS (negatives may be left out); complete or not at all. Returns the file."""
     import pyarrow as pa
 
@@ -83,7 +90,7 @@ def write_train(root, name: str, rows: list[dict]) -> Path:
     return _write(pa.Table.from_pylist(filled, schema=schema), Path(root) / name / "original-00000.parquet")
 
 
-def write_eval(root, name: str, rows: list[dict]) -> Path:
+def write_eval(root: AnyPath, name: str, rows: list[dict]) -> Path:
     """Write rows with EVAL_COLUMNS, the positive first in both lists; complete or not at all. Returns the file."""
     import pyarrow as pa
 
@@ -91,7 +98,7 @@ def write_eval(root, name: str, rows: list[dict]) -> Path:
     return _write(pa.Table.from_pylist(rows, schema=schema), Path(root) / name / "test-00000.parquet")
 
 
-def dataset_names(root, split: str | None = None) -> list[str]:
+def dataset_names(root: AnyPath, split: str | None = None) -> list[str]:
     """Names of the datasets below `root`, sorted: the folders that hold a parquet file (of `split`, where given)."""
     root = Path(root)
     if not root.is_dir():
@@ -100,7 +107,7 @@ def dataset_names(root, split: str | None = None) -> list[str]:
     return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and any(folder.glob(pattern)))
 
 
-def to_item(text: str, image_path: str, image_root) -> dict:
+def to_item(text: str, image_path: str, image_root: AnyPath) -> dict:
     """One side of a row as `model.encode` takes it: {"text": str, "image": absolute or root-relative path, or None}.
 
     The text keeps MMEB's <|image_1|>; with no image it is an ordinary token, as in WebQA's queries.
@@ -114,12 +121,12 @@ def _load(root, name, split, columns):
     import pyarrow.parquet as pq
 
     folder = Path(root) / name
-    found = sorted(folder.glob(f"{split}-*.parquet"))
-    if not found:
+    shards = sorted(folder.glob(f"{split}-*.parquet"))
+    if not shards:
         have = ", ".join(dataset_names(root)[:12]) if Path(root).is_dir() else "nothing: the folder does not exist"
         raise ValueError(f"{folder}: expected {split}-*.parquet, found none; {root} holds {have}")
     tables, files, rows = [], [], 0
-    for file in found:
+    for file in shards:
         try:
             table = pq.read_table(file, partitioning=None)
         except (pa.ArrowInvalid, OSError) as error:
@@ -133,7 +140,7 @@ def _load(root, name, split, columns):
         files.append((rows, file))
         rows += table.num_rows
     if not rows:
-        raise ValueError(f"{found[0]}: expected at least one row, got none; write the dataset again")
+        raise ValueError(f"{shards[0]}: expected at least one row, got none; write the dataset again")
     return pa.concat_tables(tables), files
 
 
@@ -163,18 +170,18 @@ def _typed(table, columns, file):
 def _check_pairs(table, files, text, image, trouble):
     """Every row has a text or an image; the marker alone is not a text."""
     for row, (one_text, one_image) in enumerate(zip(table[text].to_pylist(), table[image].to_pylist())):
-        if not one_image and not one_text.replace(MARKER, "").strip():
+        if not one_image and not one_text.replace(IMAGE_MARKER, "").strip():
             raise ValueError(f"{_place(files, row)}, columns {text!r} and {image!r}: the row {trouble}; fill one of them or drop the row")
 
 
 def _check_paths(columns, files, image_root):
-    seen = set()
+    checked = set()
     for column, values in columns:
         for row, value in enumerate(values):
             for path in value if isinstance(value, list) else (value,):
-                if not path or path in seen:
+                if not path or path in checked:
                     continue
-                seen.add(path)
+                checked.add(path)
                 pure = PurePosixPath(path)
                 if pure.is_absolute() or ".." in pure.parts:
                     raise ValueError(
@@ -199,10 +206,5 @@ def _dataset(table):
 
 
 def _write(table, file: Path) -> Path:
-    import pyarrow.parquet as pq
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".part")
-    pq.write_table(table, beside, compression="zstd")
-    os.replace(beside, file)
+    write_table(file, table)
     return file

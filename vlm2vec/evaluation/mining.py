@@ -5,16 +5,20 @@ window, margins against the row's own positive. Margins keep false negatives out
 arXiv:2407.15831: relative margin 0.95).
 """
 
-import os
+from __future__ import annotations
+
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity, write_json
+from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import fill_store
 from vlm2vec.evaluation.encode.store import EmbeddingStore
+from vlm2vec.files import AnyPath, write_json, write_table
 
 MOST_EXCLUDED = 1024
 
@@ -47,7 +51,7 @@ class MineOptions:
             raise ValueError(f"--relative is above 0 and at most 1, got {self.relative}")
 
 
-def exclusions(query_ids, positive_ids, extra_ids=None):
+def exclusions(query_ids: Sequence[int], positive_ids: Sequence[int], extra_ids: Sequence[Hashable | None] | None = None) -> torch.Tensor:
     """(N, E) int64, -1 padded: for each row the targets that may not be its negatives.
 
     Args: query_ids, positive_ids: lists of ints (equal content, equal id). extra_ids: any hashable per row, or None; rows
@@ -71,7 +75,7 @@ def exclusions(query_ids, positive_ids, extra_ids=None):
     return table
 
 
-def choose(scores, indices, positive_scores, options):
+def choose(scores: torch.Tensor, indices: torch.Tensor, positive_scores: torch.Tensor, options: MineOptions) -> tuple[list[list[int]], int]:
     """Pick negatives from ranked candidates.
 
     Args: scores, indices: (N, K) descending, -1 pads. positive_scores: (N,).
@@ -85,11 +89,11 @@ def choose(scores, indices, positive_scores, options):
     if options.relative is not None:
         # a positive at or below 0 has no meaningful share: then nothing may outrank the positive itself
         ceiling = torch.minimum(ceiling, torch.where(positive_scores > 0, options.relative * positive_scores, positive_scores))
-    kept = (indices >= 0) & (scores <= ceiling[:, None])
-    dropped = int(((indices >= 0) & ~kept).sum())
+    allowed = (indices >= 0) & (scores <= ceiling[:, None])
+    dropped = int(((indices >= 0) & ~allowed).sum())
     generator = torch.Generator().manual_seed(options.seed)
     picks = []
-    for row, mask in zip(indices, kept):
+    for row, mask in zip(indices, allowed):
         good = row[mask]
         if options.sampling == "random" and len(good) > options.negatives:
             good = good[torch.randperm(len(good), generator=generator)[: options.negatives].sort().values]
@@ -97,7 +101,19 @@ def choose(scores, indices, positive_scores, options):
     return picks, dropped
 
 
-def mine_dataset(model, root, name, images, output, options, *, store, batch_size=32, split="original", progress=True):
+def mine_dataset(
+    model: Any,
+    root: AnyPath,
+    name: str,
+    images: AnyPath,
+    output: AnyPath,
+    options: MineOptions,
+    *,
+    store: AnyPath,
+    batch_size: int = 32,
+    split: str = "original",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Mine one data set and write OUTPUT/{name}/original-00000.parquet in the training layout.
 
     Args: root, images: training folder and image root. store: an embedding store folder.
@@ -141,10 +157,10 @@ def mine_dataset(model, root, name, images, output, options, *, store, batch_siz
     exclude = exclusions(queries, positives, [extra[i] for i in usable] if extra else None)
     target = vectors.get(list(pool_of))
     query = vectors.get([query_keys[i] for i in usable])
-    own = (query * target[torch.tensor(positives)]).sum(1)
+    positive_scores = (query * target[torch.tensor(positives)]).sum(1)
     width = min(options.window[1], len(source))
     scores, indices = topk_similarity(query, target, width, exclude=exclude)
-    picks, dropped = choose(scores.float(), indices, own, options)
+    picks, dropped = choose(scores.float(), indices, positive_scores, options)
     negatives = [[] for _ in range(len(table))]
     for i, pick in zip(usable, picks):
         negatives[i] = [source[c] for c in pick]
@@ -159,7 +175,7 @@ def mine_dataset(model, root, name, images, output, options, *, store, batch_siz
         "rows_without": sum(not n for n in negatives),
         "unreadable": len(table) - len(usable),
         "dropped_by_margin": dropped,
-        "positive_score": float(own.mean()),
+        "positive_score": float(positive_scores.mean()),
         "negative_score": sum(chosen) / count if count else None,
         "options": asdict(options),
     }
@@ -184,7 +200,6 @@ def _column(root, name, split, column):
 def _write(table, negatives, count, path):
     """Rows with neg_text and neg_image_path: strings for one negative a row (MMEB's layout), lists for several."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     texts, paths = list(table["pos_text"]), list(table["pos_image_path"])
     columns = {c: list(table[c]) for c in ("qry", "qry_image_path", "pos_text", "pos_image_path")}
@@ -197,7 +212,4 @@ def _write(table, negatives, count, path):
         columns["neg_image_path"] = [[paths[i] for i in n] for n in negatives]
         kind = pa.list_(pa.string())
     schema = pa.schema([(c, kind if c.startswith("neg") else pa.string()) for c in columns])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.table(columns, schema=schema), part, compression="zstd")
-    os.replace(part, path)
+    write_table(path, pa.table(columns, schema=schema))

@@ -4,13 +4,25 @@ Queries get the task's instruction in the layout the model was trained with; tex
 get "Represent the given image.", as MMEB's targets do. mteb itself is imported where it is needed only.
 """
 
+from __future__ import annotations
+
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm2vec.inputs import MODALITIES
+from vlm2vec.media.sampling import FRAMES
+
+if TYPE_CHECKING:
+    import torch
+    from mteb.models import ModelMeta
+
+    from vlm2vec.model import VLM2Vec
+
+
 IMAGE_DOCUMENT = "Represent the given image."
-FRAMES = 8
 
 
 class MTEBEncoder:
@@ -25,7 +37,17 @@ class MTEBEncoder:
         options: family options such as max_pixels, num_crops, positions.
     """
 
-    def __init__(self, model_name, revision=None, *, device=None, instructions=None, use_instructions=True, batch_size=32, **options):
+    def __init__(
+        self,
+        model_name: str | os.PathLike | VLM2Vec,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        instructions: dict[str, str | dict[str, str]] | None = None,
+        use_instructions: bool = True,
+        batch_size: int = 32,
+        **options: Any,
+    ):
         if not isinstance(model_name, (str, os.PathLike)):
             self.model, self.name = model_name, getattr(model_name, "source", "") or "vlm2vec-model"
         else:
@@ -38,7 +60,7 @@ class MTEBEncoder:
         self.use_instructions = use_instructions
         self.batch_size = batch_size
 
-    def instruction(self, task_metadata, prompt_type):
+    def instruction(self, task_metadata: Any, prompt_type: Any) -> str:
         """The instruction for one side of a task, or ""."""
         if not self.use_instructions:
             return ""
@@ -50,11 +72,11 @@ class MTEBEncoder:
                 return source
         return ""
 
-    def items(self, batch, instruction, is_document):
+    def items(self, batch: dict[str, list], instruction: str, is_document: bool) -> list[dict[str, Any]]:
         """Inputs of `VLM2Vec.encode` from one of mteb's batches ({"text": [..], "image": [..], "video": [..]})."""
-        columns = {name: batch[name] for name in ("text", "image", "video") if batch.get(name) is not None}
+        columns = {name: batch[name] for name in MODALITIES if batch.get(name) is not None}
         if not columns:
-            raise ValueError(f"expected a batch with text, image or video, got {', '.join(batch)}")
+            raise ValueError(f"expected a batch with {', '.join(MODALITIES[:-1])} or {MODALITIES[-1]}, got {', '.join(batch)}")
         out = []
         for row in zip(*columns.values()):
             item = {name: value for name, value in zip(columns, row) if value is not None}
@@ -70,7 +92,16 @@ class MTEBEncoder:
             out.append(item)
         return out
 
-    def encode(self, inputs, *, task_metadata, hf_split: str = "", hf_subset: str = "", prompt_type=None, **kwargs: Any):
+    def encode(
+        self,
+        inputs: Iterable[dict[str, list]],
+        *,
+        task_metadata: Any,
+        hf_split: str = "",
+        hf_subset: str = "",
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """(N, D) float32 vectors for a DataLoader of mteb's batches."""
         instruction = self.instruction(task_metadata, prompt_type)
         is_document = getattr(prompt_type, "value", prompt_type) == "document"
@@ -87,20 +118,20 @@ class MTEBEncoder:
             return np.zeros((0, getattr(self.model, "embedding_dim", 0)), dtype=np.float32)
         return np.concatenate([np.asarray(v, dtype=np.float32) for v in vectors])
 
-    def similarity(self, embeddings1, embeddings2):
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosine similarity, (N, M)."""
         from mteb.similarity_functions import cos_sim
 
         return cos_sim(embeddings1, embeddings2)
 
-    def similarity_pairwise(self, embeddings1, embeddings2):
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosine similarity of row pairs, (N,)."""
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)
 
     @property
-    def mteb_model_meta(self):
+    def mteb_model_meta(self) -> ModelMeta:
         """mteb.ModelMeta of the loaded model."""
         return model_meta(self)
 
@@ -118,7 +149,7 @@ def _frames(video):
     return [Image.fromarray(frame) for frame in array]
 
 
-def model_meta(encoder):
+def model_meta(encoder: MTEBEncoder) -> ModelMeta:
     """ModelMeta: name "organisation/model", size, modalities, width; mteb asks for a slash in the name."""
     from mteb.models import ModelMeta
 
@@ -146,5 +177,5 @@ def model_meta(encoder):
         similarity_fn_name="cosine",
         use_instructions=encoder.use_instructions,
         training_datasets=None,
-        modalities=["text", "image", "video"],
+        modalities=list(MODALITIES),
     )

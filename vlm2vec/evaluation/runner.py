@@ -1,20 +1,30 @@
 """Score a model on tasks: read all, encode each distinct input once, rank task by task, write files."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity, write_json
+from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
-from vlm2vec.evaluation.report.outputs import top_rows, write_lines, write_v1, write_v2
+from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
 from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
+from vlm2vec.files import AnyPath, write_json, write_lines
+
+if TYPE_CHECKING:
+    from vlm2vec.evaluation.tasks import Task
+    from vlm2vec.evaluation.tasks.task_data import TaskData
+
 
 TOP = 100
 MISSING_SHARE = 0.5
@@ -52,7 +62,7 @@ class Prepared:
     reasons: dict = field(default_factory=dict)
 
 
-def prepare(data, hashes, prompt=None):
+def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) -> Prepared:
     """Key every input of a task; unreadable files are noted, not raised. ValueError when most of a task's files are missing."""
     reasons = {}
 
@@ -87,8 +97,8 @@ def _note_unreadable(prepared, unreadable):
     for i, reason in enumerate(queries):
         if reason:
             data.problems.add("unreadable_query", i, reason)
-        seen = bad if data.local is None else bad.intersection(data.local[i]) if bad else ()
-        for c in seen:
+        bad_candidates = bad if data.local is None else bad.intersection(data.local[i]) if bad else ()
+        for c in bad_candidates:
             data.problems.add("unreadable_candidate", i, candidates[c])
         right = [c for c in data.labels[i] if c >= 0]
         if right and all(c in bad for c in right):
@@ -112,12 +122,12 @@ class Ranked:
     labels: list
 
     @property
-    def lists(self):
+    def lists(self) -> list[list[int | None]]:
         """Candidate numbers per query, best first; None where nothing is left to rank."""
         return [[c if c >= 0 else None for c in row] for row in self.indices.tolist()]
 
 
-def rank_task(prepared, store, unreadable, options):
+def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes, str], options: Options) -> Ranked:
     """Rank the candidates of one task; notes its data problems. ValueError under --strict when there are any."""
     data = prepared.data
     bad_query, blocked = _note_unreadable(prepared, unreadable)
@@ -140,24 +150,28 @@ def rank_task(prepared, store, unreadable, options):
     return Ranked(scores, indices, target, target_row, blocked, labels)
 
 
-def score_task(prepared, store, unreadable, options, output):
+def score_task(
+    prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes, str], options: Options, output: AnyPath
+) -> dict[str, Any]:
     """Rank one task and write its files. Returns its summary row."""
     data, task, output = prepared.data, prepared.data.task, Path(output)
-    found = rank_task(prepared, store, unreadable, options)
-    ranked = found.lists
-    table = per_query_metrics(ranked, found.labels, data.grades)
+    ranking = rank_task(prepared, store, unreadable, options)
+    ranked = ranking.lists
+    table = per_query_metrics(ranked, ranking.labels, data.grades)
     metrics = {f"{m}@{k}": float(table[f"{m}@{k}"].mean()) for m in METRICS for k in KS}
-    ranks = [next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, found.labels)]
+    ranks = [
+        next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, ranking.labels)
+    ]
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
-        write_v1(output, data, found.indices, table["hit@1"] > 0)
-    write_v2(output, data, found.indices[:, : options.top], metrics, info=not v1)
-    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, found.scores, found.indices, ranks, options.report_top))
-    write_lines(output / f"{task.name}_top.jsonl", lines)
-    write_predictions(output / "predictions" / f"{task.name}.parquet", data, found.scores, found.indices, ranks, options.top)
-    if options.faiss and found.target is not None:
-        good = [c for c, bad in enumerate(found.blocked) if not bad]
-        write_faiss(output / "faiss", task.name, found.target[[found.target_row[c] for c in good]], [data.names[c] for c in good])
+        write_v1(output, data, ranking.indices, table["hit@1"] > 0)
+    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1)
+    lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
+    write_lines(output / f"{task.name}_top.jsonl", lines, durable=False)
+    write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
+    if options.faiss and ranking.target is not None:
+        good = [c for c, bad in enumerate(ranking.blocked) if not bad]
+        write_faiss(output / "faiss", task.name, ranking.target[[ranking.target_row[c] for c in good]], [data.names[c] for c in good])
     sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)]
     summary = {
         "task": task.name,
@@ -166,7 +180,7 @@ def score_task(prepared, store, unreadable, options, output):
         "meta_task": task.meta_task,
         "split": task.split,
         "metric": task.metric,
-        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, found.labels, data.grades, task.metric),
+        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, ranking.labels, data.grades, task.metric),
         "metrics": metrics,
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),
@@ -174,7 +188,7 @@ def score_task(prepared, store, unreadable, options, output):
         "chance": _chance(data),
         "problems": data.problems.summary(),
     }
-    write_json(output / "tasks" / f"{task.name}.json", summary)
+    write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
     return summary
 
 
@@ -190,7 +204,16 @@ def _other_metric(ranked, labels, grades, metric):
     return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
 
 
-def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
+def run_tasks(
+    model: Any,
+    tasks: Sequence[Task],
+    data: AnyPath | None,
+    media: AnyPath,
+    output: AnyPath,
+    *,
+    store: AnyPath | None = None,
+    options: Options | None = None,
+) -> list[dict[str, Any]]:
     """Score a model on several tasks.
 
     Args:
@@ -256,6 +279,6 @@ def run_tasks(model, tasks, data, media, output, *, store=None, options=None):
     return [summaries[p.data.task.name] for p in prepared]
 
 
-def run_task(model, task, data, media, output, **options):
+def run_task(model: Any, task: Task, data: AnyPath | None, media: AnyPath, output: AnyPath, **options: Any) -> dict[str, Any]:
     """Score a model on one task; see `run_tasks`."""
     return run_tasks(model, [task], data, media, output, options=Options(**options))[0]

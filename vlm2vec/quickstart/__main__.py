@@ -7,7 +7,7 @@ import sys
 import time
 
 
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run one step of the quickstart. Returns the exit code: 0, or 2 for an error that one line on stderr explains."""
     parser = argparse.ArgumentParser(prog="python -m vlm2vec.quickstart", description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)

@@ -44,14 +44,14 @@ class Plan:
 
 def plan(seed: int, size: Size = Size()) -> Plan:
     """Decide everything, draw nothing. The same seed and size give the same plan."""
-    made = Plan()
+    benchmark = Plan()
     world = _World(seed, size)
     for split in ("train", "eval"):
         drawings, pairs, quads = world.drawings(split), world.pairs(split), world.quads(split)
-        made.scenes += [scene for _, scene in drawings + pairs + quads]
+        benchmark.scenes += [scene for _, scene in drawings + pairs + quads]
         write = _train_rows if split == "train" else _eval_rows
-        made.rows[split] = write(world, drawings, pairs, quads)
-    return made
+        benchmark.rows[split] = write(world, drawings, pairs, quads)
+    return benchmark
 
 
 class _World:
@@ -140,8 +140,8 @@ def _train_rows(world, drawings, pairs, quads):
 
     rng, per = world.random(1, 4), world.size.drawings
     for at, ((subject, colour), scene) in enumerate(drawings):
-        own = drawings[at // per * per : (at // per + 1) * per]
-        others = [((s, c), d) for (s, c), d in own if c != colour]
+        same_subject = drawings[at // per * per : (at // per + 1) * per]
+        others = [((s, c), d) for (s, c), d in same_subject if c != colour]
         (_, wanted), other = others[rng.integers(len(others))]
         add("OpenMoji-Object", "", scene.file, subject.name, "")
         add("OpenMoji-Group", "", scene.file, subject.group, "")
@@ -150,9 +150,9 @@ def _train_rows(world, drawings, pairs, quads):
         add("OpenMoji_i2i", "", scene.file, PICTURE, other.file)
         add("OpenMoji-Recolour", f"{with_article(wanted)} background", scene.file, PICTURE, other.file, PICTURE, scene.file)
     for ((one, two), _), scene in pairs:
-        for here, there, side in ((one, two, "left"), (two, one, "right")):
-            add("OpenMoji-Side", f"What is on the {side}?", scene.file, here.name, "", there.name)
-            add("OpenMoji-Beside", f"What is next to {_the(there)}?", scene.file, here.name, "", there.name)
+        for asked, neighbour, side in ((one, two, "left"), (two, one, "right")):
+            add("OpenMoji-Side", f"What is on the {side}?", scene.file, asked.name, "", neighbour.name)
+            add("OpenMoji-Beside", f"What is next to {_the(neighbour)}?", scene.file, asked.name, "", neighbour.name)
     for (inside, _), scene in quads:
         for (cell, file), (_, other) in zip(scene.crops, scene.crops[1:] + scene.crops[:1]):
             add("OpenMoji-Labelled", inside[cell].name, scene.file, CROP, file, CROP, other)
@@ -184,13 +184,13 @@ def _eval_rows(world, drawings, pairs, quads):
     names = [(s.name, "") for s in world.subjects]
     at = {s: k for k, s in enumerate(world.subjects)}
     groups = [(g, "") for g in GROUPS if any(s.group == g for s in world.subjects)]
-    own = [drawings[k : k + GALLERY + 1] for k in range(0, len(drawings), GALLERY + 1)]
-    gallery = [drawing for mine in own for drawing in mine[:GALLERY]]
-    queries = [mine[GALLERY] for mine in own]
+    by_subject = [drawings[k : k + GALLERY + 1] for k in range(0, len(drawings), GALLERY + 1)]
+    gallery = [drawing for mine in by_subject for drawing in mine[:GALLERY]]
+    queries = [mine[GALLERY] for mine in by_subject]
     pictures = [(PICTURE, scene.file) for _, scene in gallery]
     captions = [(with_article(s.name), "") for s in world.subjects]
     rng = world.random(0, 4)
-    single = [pictures[GALLERY * k + int(rng.integers(GALLERY))] for k in range(len(own))]  # one picture of every subject
+    single = [pictures[GALLERY * k + int(rng.integers(GALLERY))] for k in range(len(by_subject))]  # one picture of every subject
     for k, ((subject, _), scene) in enumerate(queries):
         add("OpenMoji-Object", "", scene.file, names, k)
         add("OpenMoji-Group", "", scene.file, groups, groups.index((subject.group, "")))
@@ -200,9 +200,9 @@ def _eval_rows(world, drawings, pairs, quads):
         pick = GALLERY * k + int(rng.integers(GALLERY))
         add("OpenMoji-Recolour", f"{with_article(gallery[pick][0][1])} background", scene.file, pictures, pick)
     for ((one, two), _), scene in pairs:
-        for here, there, side in ((one, two, "left"), (two, one, "right")):
-            add("OpenMoji-Side", f"What is on the {side}?", scene.file, names, at[here])
-            add("OpenMoji-Beside", f"What is next to {_the(there)}?", scene.file, names, at[here])
+        for wanted, neighbour, side in ((one, two, "left"), (two, one, "right")):
+            add("OpenMoji-Side", f"What is on the {side}?", scene.file, names, at[wanted])
+            add("OpenMoji-Beside", f"What is next to {_the(neighbour)}?", scene.file, names, at[wanted])
     crops = [(CROP, file) for _, scene in quads for _, file in scene.crops]
     matching = TASKS["OpenMoji-Matching"]
     places = [(matching.ask(_the(subject)), scene.file) for (inside, _), scene in quads for subject in inside]

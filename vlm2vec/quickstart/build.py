@@ -5,21 +5,22 @@
     OUT/data/tasks.json             what was built: seed, tasks, chance levels, counts, credits; also in OUT/data/eval
     OUT/model-init                  the untrained model
 
-Each of the two folders is written under a name ending in .part and renamed once it is whole, so a folder that is there is
-a whole one. A second run with the same seed reuses it; an interrupted one is written again.
+Each of the two folders appears whole or not at all (`vlm2vec.files`). A second run with the same seed reuses
+it; an interrupted one is written again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from vlm2vec.data import mmeb
+from vlm2vec.files import AnyPath, replacing_folder
 from vlm2vec.quickstart.benchmark import Plan, Size, plan
 from vlm2vec.quickstart.tasks import TASKS
 
@@ -34,7 +35,9 @@ LEAKAGE = (
 )
 
 
-def build_data(out, seed: int = 0, size: Size = Size(), workers: int | None = None, say=print) -> Path:
+def build_data(
+    out: AnyPath, seed: int = 0, size: Size | None = None, workers: int | None = None, say: Callable[[str], object] | None = print
+) -> Path:
     """Draw the pictures and write the rows below OUT/data.
 
     Args:
@@ -49,33 +52,32 @@ def build_data(out, seed: int = 0, size: Size = Size(), workers: int | None = No
     Raises:
         ValueError: OUT cannot be written, or a package that brings pictures or names is missing.
     """
-    folder = Path(out) / "data"
+    folder, size = Path(out) / "data", size or Size()
     stamp = {"version": VERSION, "seed": seed, "size": asdict(size)}
     if _finished(folder, stamp):
         _tell(say, f"{folder}: already built with seed {seed}")
         return folder
-    made = plan(seed, size)
-    part = start_folder(folder)
-    images = part / "images"
-    for place in sorted({os.path.dirname(file) for file in _files(made)}):
-        (images / place).mkdir(parents=True, exist_ok=True)
-    count = _draw(made, images, seed, workers, say)
-    for split, write in (("train", mmeb.write_train), ("eval", mmeb.write_eval)):
-        for name, rows in made.rows[split].items():
-            write(part / split, name, rows)
-    summary = json.dumps(_summary(made, stamp, count), indent=1, ensure_ascii=False)
-    (part / "eval" / "tasks.json").write_text(summary, encoding="utf-8")
-    (part / "tasks.json").write_text(summary, encoding="utf-8")
-    finish_folder(part, folder)
+    benchmark = plan(seed, size)
+    with replacing_folder(folder, durable=False) as part:
+        images = part / "images"
+        for place in sorted({os.path.dirname(file) for file in _files(benchmark)}):
+            (images / place).mkdir(parents=True, exist_ok=True)
+        count = _draw(benchmark, images, seed, workers, say)
+        for split, write in (("train", mmeb.write_train), ("eval", mmeb.write_eval)):
+            for name, rows in benchmark.rows[split].items():
+                write(part / split, name, rows)
+        summary = json.dumps(_summary(benchmark, stamp, count), indent=1, ensure_ascii=False)
+        (part / "eval" / "tasks.json").write_text(summary, encoding="utf-8")
+        (part / "tasks.json").write_text(summary, encoding="utf-8")
     _tell(
         say,
-        f"{folder}: {count} pictures, {sum(map(len, made.rows['train'].values()))} training rows and "
-        f"{sum(map(len, made.rows['eval'].values()))} evaluation queries in {len(TASKS)} tasks",
+        f"{folder}: {count} pictures, {sum(map(len, benchmark.rows['train'].values()))} training rows and "
+        f"{sum(map(len, benchmark.rows['eval'].values()))} evaluation queries in {len(TASKS)} tasks",
     )
     return folder
 
 
-def read_summary(folder) -> dict:
+def read_summary(folder: AnyPath) -> dict:
     """tasks.json of a built benchmark (`OUT/data` or `OUT/data/eval`)."""
     file = Path(folder) / "tasks.json"
     try:
@@ -84,27 +86,6 @@ def read_summary(folder) -> dict:
         raise ValueError(f"{file}: not there; build the benchmark first: python -m vlm2vec.quickstart build DIR") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not readable ({error}); remove {folder} and build it again") from error
-
-
-def start_folder(folder: Path) -> Path:
-    """An empty folder beside `folder` to write into."""
-    part = folder.with_name(folder.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{part}: cannot be made ({error.strerror}); choose a folder that can be written") from error
-    return part
-
-
-def finish_folder(part: Path, folder: Path):
-    """Put the written folder in its place; what was there before goes only after that."""
-    old = folder.with_name(folder.name + ".old.part")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _finished(folder: Path, stamp) -> bool:

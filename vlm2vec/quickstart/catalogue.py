@@ -74,7 +74,7 @@ def subjects() -> tuple[Subject, ...]:
         for character, entry in emoji.EMOJI_DATA.items()
         if entry["status"] == emoji.STATUS["fully_qualified"]
     }
-    found = []
+    catalogue = []
     for group, names in GROUPS.items():
         for name in names.split():
             if name not in by_name:
@@ -83,8 +83,8 @@ def subjects() -> tuple[Subject, ...]:
                     "names: install emoji 2.15 or newer"
                 )
             # The variation selector asks for colour; this font always draws in colour and has no glyph for it.
-            found.append(Subject(len(found), name.replace("_", " "), group, by_name[name].replace("\ufe0f", "")))
-    return tuple(found)
+            catalogue.append(Subject(len(catalogue), name.replace("_", " "), group, by_name[name].replace("\ufe0f", "")))
+    return tuple(catalogue)
 
 
 def with_article(name: str) -> str:

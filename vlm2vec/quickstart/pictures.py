@@ -9,8 +9,14 @@ shows. The same (seed, key) draws the same pixels.
 from __future__ import annotations
 
 import colorsys
+import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 CELL = 56  # pixels; 56 * 56 = 3136 is the smallest picture Qwen2-VL's processor leaves alone
 QUAD_CELL = 42  # pixels; four of them are 84 x 84, nine image tokens, about the cost of two cells of 56
@@ -81,7 +87,7 @@ def _font():
 
 
 @lru_cache(maxsize=512)
-def glyph(character: str):
+def glyph(character: str) -> Image:
     """RGBA picture of one character, GLYPH pixels on its longer side, transparent around, cut to what is drawn.
 
     Raises:
@@ -99,7 +105,7 @@ def glyph(character: str):
     return cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale))), Image.Resampling.LANCZOS)
 
 
-def draw(scene: Scene, seed: int):
+def draw(scene: Scene, seed: int) -> tuple[Image, list[tuple[int, int, int, int]]]:
     """Draw a scene.
 
     Returns:
@@ -130,7 +136,7 @@ def draw(scene: Scene, seed: int):
     return picture, boxes
 
 
-def crop(picture, box):
+def crop(picture: Image, box: tuple[int, int, int, int]) -> Image:
     """The square around a box, as far as the picture reaches, resized to one cell."""
     from PIL import Image
 
@@ -146,15 +152,15 @@ def crop(picture, box):
     return picture.crop(around).resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 
-def save(scene: Scene, folder, seed: int) -> int:
+def save(scene: Scene, folder: str | os.PathLike, seed: int) -> int:
     """Draw a scene and its crops into `folder`. Returns the number of files."""
     import os
 
     picture, boxes = draw(scene, seed)
-    made = [(scene.file, picture), *((file, crop(picture, boxes[cell])) for cell, file in scene.crops)]
-    for file, image in made:
+    pictures = [(scene.file, picture), *((file, crop(picture, boxes[cell])) for cell, file in scene.crops)]
+    for file, image in pictures:
         image.save(os.path.join(folder, file), compress_level=3)
-    return len(made)
+    return len(pictures)
 
 
 def _ground(rng, colour, width, height):

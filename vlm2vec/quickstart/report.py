@@ -7,16 +7,19 @@ Read: data/tasks.json (what was asked, chance), scores-before and scores-after (
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from vlm2vec.files import AnyPath
+from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.quickstart.build import read_summary
 from vlm2vec.quickstart.tasks import META_TASKS
 from vlm2vec.report import (
     Answer,
+    Card,
     Query,
     Score,
     Series,
-    Side,
     curve,
     facts,
     grid,
@@ -39,7 +42,7 @@ LEGEND = (
 )
 
 
-def report(folder, say=print) -> Path:
+def report(folder: AnyPath, say: Callable[[str], object] | None = print) -> Path:
     """Write FOLDER/report.html and print the table of scores.
 
     Returns:
@@ -140,7 +143,7 @@ def _html(folder, data, scores, log, result) -> str:
 
 
 def _asked(task) -> str:
-    words = task["prompt"].replace("<|image_1|>", "").replace("{}", "…").strip()
+    words = task["prompt"].replace(IMAGE_MARKER, "").replace("{}", "…").strip()
     return f"{task['about']} Asked as: {words}"
 
 
@@ -162,21 +165,21 @@ def _queries(folder, task) -> list[Query]:
     offset = 41 * [other["name"] for other in read_summary(folder / "data")["tasks"]].index(task["name"])
     chosen = [rows[(k * (len(rows) // SHOWN + 1) + offset) % len(rows)] for k in range(min(SHOWN, len(rows)))]
     head, _, tail = task["prompt"].partition("{}")
-    found = []
+    queries = []
     for row in chosen:
         asked = row["query"]
         text = asked["text"][len(head) : len(asked["text"]) - len(tail)] if "{}" in task["prompt"] else ""
-        answers = [Answer(_side(answer), bool(answer["correct"])) for answer in row["top"][:5]]
-        found.append(Query(Side(text, asked["image"]), answers, _side(row["labels"][0]) if row["labels"] else None, row["rank"]))
-    return found
+        answers = [Answer(_card(answer), bool(answer["correct"])) for answer in row["top"][:5]]
+        queries.append(Query(Card(text, asked["image"]), answers, _card(row["labels"][0]) if row["labels"] else None, row["rank"]))
+    return queries
 
 
-def _side(shown) -> Side:
+def _card(shown) -> Card:
     """Without the instruction: a picture's prompt says nothing, and of a quoted one the quotation is what matters."""
     if not shown["image"]:
-        return Side(shown["text"])
+        return Card(shown["text"])
     _, quote, rest = shown["text"].partition('"')
-    return Side(rest.rpartition('"')[0] if quote else "", shown["image"])
+    return Card(rest.rpartition('"')[0] if quote else "", shown["image"])
 
 
 def _pictures(folder, name):
@@ -242,10 +245,10 @@ def _parameters(folder) -> str:
 
 def _read(file: Path, command: str) -> dict:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError(f"{file}: no object in it; remove it and run {command} again")
-        return found
+        return content
     except FileNotFoundError:
         raise ValueError(f"{file}: not there; run {command} first") from None
     except json.JSONDecodeError as error:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MARK = "<|image_1|>\n"
+from vlm2vec.inputs import IMAGE_MARKER
+
+MARK = f"{IMAGE_MARKER}\n"
 PICTURE = MARK + "Represent the given image.\n"  # targets of MSCOCO_t2i, CIRR, NIGHTS
 CROP = MARK + "Represent the given cropped image of the object"  # targets of MSCOCO and Visual7W-Pointing
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")

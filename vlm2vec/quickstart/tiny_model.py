@@ -8,10 +8,18 @@ AutoProcessor, AutoModelForImageTextToText and VLM2Vec.from_pretrained.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm2vec.data import mmeb
-from vlm2vec.quickstart.build import VERSION, finish_folder, read_summary, start_folder
+from vlm2vec.files import AnyPath, replacing_folder
+from vlm2vec.inputs import IMAGE_MARKER
+from vlm2vec.quickstart.build import VERSION, read_summary
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+
 
 SPECIAL = (
     "<|endoftext|>",
@@ -31,7 +39,7 @@ SPREAD = 0.08
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28  # the reference's limits (VLM2Vec-V2)
 
 
-def build_model(out, seed: int = 0, say=print) -> Path:
+def build_model(out: AnyPath, seed: int = 0, say: Callable[[str], object] | None = print) -> Path:
     """Make OUT/model-init from the text in OUT/data, unless it is there for this seed.
 
     Args:
@@ -48,13 +56,12 @@ def build_model(out, seed: int = 0, say=print) -> Path:
         if say:
             say(f"{folder}: already made with seed {seed}")
         return folder
-    part = start_folder(folder)
-    tokenizer = train_tokenizer(_texts(out / "data" / "train"))
-    model = random_model(tokenizer, seed)
-    _processor(tokenizer).save_pretrained(part)
-    model.save_pretrained(part)
-    (part / "quickstart.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-    finish_folder(part, folder)
+    with replacing_folder(folder) as part:
+        tokenizer = train_tokenizer(_texts(out / "data" / "train"))
+        model = random_model(tokenizer, seed)
+        _processor(tokenizer).save_pretrained(part)
+        model.save_pretrained(part)
+        (part / "quickstart.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     if say:
         say(
             f"{folder}: Qwen2-VL architecture, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, "
@@ -63,7 +70,7 @@ def build_model(out, seed: int = 0, say=print) -> Path:
     return folder
 
 
-def train_tokenizer(texts):
+def train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     """Qwen2's tokenizer class over a byte-level BPE of these texts. The same texts give the same tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -95,7 +102,7 @@ def train_tokenizer(texts):
     return tokenizer
 
 
-def random_model(tokenizer, seed: int):
+def random_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2VLForConditionalGeneration:
     """Qwen2VLForConditionalGeneration with random float32 weights; torch's global generator is left as it was."""
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -156,7 +163,7 @@ def _texts(train: Path):
     for name in mmeb.dataset_names(train, "original"):
         rows = mmeb.read_train(train, name)
         for column in ("qry", "pos_text"):
-            yield from (text.replace(mmeb.MARKER, "") for text in rows[column])
+            yield from (text.replace(IMAGE_MARKER, "") for text in rows[column])
 
 
 def _finished(folder: Path, stamp) -> bool:

@@ -4,7 +4,7 @@ Plain functions that take numbers and return HTML; nothing here knows which benc
 """
 
 from vlm2vec.report.curve import Series, curve
-from vlm2vec.report.grids import Answer, Query, Side, grid, inline_image, picture_strip
+from vlm2vec.report.grids import Answer, Card, Query, grid, inline_image, picture_strip
 from vlm2vec.report.page import facts, page, section, tiles, write_page
 from vlm2vec.report.table import Score, mean_by_meta_task, score_lines, score_table
 
@@ -13,7 +13,7 @@ __all__ = [
     "Query",
     "Score",
     "Series",
-    "Side",
+    "Card",
     "curve",
     "facts",
     "grid",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-LARGEST = 224  # pixels of the longer side of an inlined picture
+from vlm2vec.files import AnyPath
+from vlm2vec.media.images import measure_image
+from vlm2vec.media.inline import inline_image
 
 
 @dataclass(frozen=True)
-class Side:
+class Card:
     """What is shown of a query or an answer: text, an image file, or both."""
 
     text: str = ""
@@ -21,7 +22,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Answer:
-    side: Side
+    card: Card
     right: bool
 
 
@@ -29,32 +30,10 @@ class Answer:
 class Query:
     """A query, its best answers in order, and, where the right one is not among them, that one with its rank (1 is best)."""
 
-    side: Side
+    card: Card
     answers: list[Answer]
-    right: Side | None = None
+    right: Card | None = None
     rank: int | None = None
-
-
-def inline_image(file) -> str:
-    """A data URI: small PNG, JPEG, GIF and WebP files as they are, others resized to 224 pixels. "" when it cannot be read."""
-    from PIL import Image
-
-    from vlm2vec.media.images import open_image
-
-    file = Path(file)
-    kinds = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
-    try:
-        picture = open_image(file)
-        if max(picture.size) <= LARGEST and file.suffix.lower() in kinds:
-            kind, content = kinds[file.suffix.lower()], file.read_bytes()
-        else:
-            picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-            kind, buffer = "jpeg", io.BytesIO()
-            picture.save(buffer, "JPEG", quality=85)
-            content = buffer.getvalue()
-    except (ValueError, OSError):
-        return ""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def grid(queries: list[Query]) -> str:
@@ -62,44 +41,42 @@ def grid(queries: list[Query]) -> str:
     return '<div class="grid">' + "".join(_line(query) for query in queries) + "</div>"
 
 
-def picture_strip(files) -> str:
+def picture_strip(files: Iterable[AnyPath]) -> str:
     """A row of small pictures, cut off where the page ends; decoration, so hidden from screen readers."""
     return '<div class="strip" aria-hidden="true">' + "".join(f'<img alt="" src="{inline_image(f)}">' for f in files) + "</div>"
 
 
 def _line(query):
-    cells = [_cell(answer.side, "right" if answer.right else "wrong", str(place + 1)) for place, answer in enumerate(query.answers)]
+    cells = [_cell(answer.card, "right" if answer.right else "wrong", str(place + 1)) for place, answer in enumerate(query.answers)]
     if query.right is not None and not any(answer.right for answer in query.answers):
         cells.append(_cell(query.right, "missed", f"right: no. {query.rank:,}" if query.rank else "right"))
     verdict = "hit" if query.answers and query.answers[0].right else "miss"
-    picture = _picture(query.side, flat=True)
-    text = f'<p class="ask">{escape(query.side.text)}</p>' if query.side.text else ""
-    kind = "" if any(answer.side.image for answer in query.answers) else " texts"
+    picture = _picture(query.card, flat=True)
+    text = f'<p class="ask">{escape(query.card.text)}</p>' if query.card.text else ""
+    kind = "" if any(answer.card.image for answer in query.answers) else " texts"
     return (
         f'<div class="query {verdict}"><div class="asked {"" if picture else "words"}">{picture}{text}</div>'
         f'<ol class="answers{kind}">{"".join(cells)}</ol></div>'
     )
 
 
-def _cell(side, kind, rank):
-    text = f'<span class="words">{escape(side.text)}</span>' if side.text else ""
+def _cell(card, kind, rank):
+    text = f'<span class="words">{escape(card.text)}</span>' if card.text else ""
     mark = '<span class="mark" title="the right answer">✓</span>' if kind == "right" else ""
-    return f'<li class="{kind}"><div class="card">{_picture(side)}{text}</div><span class="rank">{escape(rank)}</span>{mark}</li>'
+    return f'<li class="{kind}"><div class="card">{_picture(card)}{text}</div><span class="rank">{escape(rank)}</span>{mark}</li>'
 
 
-def _picture(side, flat=False):
+def _picture(card, flat=False):
     """The picture as an <img>; with `flat`, one that is wider than high says so to the style."""
-    if not side.image:
+    if not card.image:
         return ""
-    address = inline_image(side.image)
+    address = inline_image(card.image)
     if not address:
-        return f'<span class="words">{escape(Path(side.image).name)} cannot be shown</span>'
-    wide = ' class="flat"' if flat and _is_wide(side.image) else ""
-    return f'<img{wide} alt="{escape(side.text or Path(side.image).stem.replace("_", " "))}" src="{address}">'
+        return f'<span class="words">{escape(Path(card.image).name)} cannot be shown</span>'
+    wide = ' class="flat"' if flat and _is_wide(card.image) else ""
+    return f'<img{wide} alt="{escape(card.text or Path(card.image).stem.replace("_", " "))}" src="{address}">'
 
 
 def _is_wide(file):
-    from PIL import Image
-
-    with Image.open(file) as picture:
-        return picture.width > 1.3 * picture.height
+    width, height = measure_image(file).size
+    return width > 1.3 * height

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
+
+from vlm2vec.files import AnyPath, write_text
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -49,17 +50,15 @@ def facts(entries: list[tuple[str, str]]) -> str:
     return '<dl class="facts">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in entries) + "</dl>"
 
 
-def write_page(file, html: str) -> Path:
-    """Write beside, then rename. Returns the file.
+def write_page(file: AnyPath, html: str) -> Path:
+    """Write a page whole or not at all. Returns the file.
 
     Raises:
         ValueError: the folder is not there or cannot be written.
     """
     file = Path(file)
-    beside = file.with_name(file.name + ".part")
     try:
-        beside.write_text(html, encoding="utf-8")
-        os.replace(beside, file)
+        write_text(file, html, make_parents=False)
     except OSError as error:
         raise ValueError(f"{file}: cannot be written ({error.strerror}); choose a folder that is there and can be written") from error
     return file

@@ -1,24 +1,12 @@
-"""Which implementation of a sweep runs: plain torch or the Triton kernels."""
+"""Which implementation takes a call: plain torch or the Triton kernels. Triton is imported where it is taken, not before."""
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 
-from ..eager import sweep as panels
-from ..eager import symmetric as both_directions
+from ..eager.backend import EAGER
 from ..options import BACKENDS, one_of
-from . import operands
-from .operands import product_dtype
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("contrastive_kernels: backend='auto' takes torch: %s", reason)
+from .fallback import log_once
 
 
 def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -50,91 +38,15 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     """
     one_of("backend", backend, BACKENDS)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return "torch"
+        return EAGER
     reason = obstacle(dtype, device)
     if reason is None:
-        return "triton"
+        from ..triton.backend import TRITON
+
+        return TRITON
     if backend == "triton":
         raise ValueError(
             f"backend: expected tensors and a machine that 'triton' takes, got an obstacle: {reason}; use backend='auto' or 'torch'"
         )
-    _log_once(reason)
-    return "torch"
-
-
-def sweep_for(problem, parts):
-    """The sweep function for a problem's backend, dtype and device; `parts` are the directions it will be called with, in order."""
-    if problem.backend == "torch":
-        return panels.sweep if len(parts) == 1 else both_directions.sweep_both(parts, panels.sweep)
-    from ..triton.sweep import sweep
-
-    if len(parts) == 1:
-        return sweep
-    from ..triton.symmetric import sweep_both
-
-    return sweep_both(problem, parts, sweep)
-
-
-def shard_passes_for(problem, sums, gradients):
-    """(sum_shard, differentiate_shard) of a ring for a problem's backend; `sums` and `gradients` are the passes in plain torch."""
-    if problem.backend == "torch":
-        return sums, gradients
-    from ..triton.ring import differentiate_shard, sum_shard
-
-    return sum_shard, differentiate_shard
-
-
-def row_dots(a, b, backend: str):
-    """(n,) dot products of matching rows of two operands; for "triton" the second has an index."""
-    if backend == "torch":
-        from .problem import row_dots as in_torch
-
-        return in_torch(a, b)
-    from ..triton.kernels.rows import operand_dots
-
-    return operand_dots(a, b)
-
-
-def inverse_norms(matrix, dtype: torch.dtype, eps: float, keep, backend: str):
-    """(n,) 1 / max(|x|, eps) of every row, 1 where not `keep`."""
-    if backend == "torch":
-        return operands.inverse_norms(matrix, dtype, eps, keep)
-    from ..triton.kernels.rows import inverse_norms as in_triton
-
-    return in_triton(matrix, dtype, eps, keep)
-
-
-def project_out(gradient, operand, eps: float, backend: str) -> None:
-    """Turn, in place, the gradient of an operand's normalised rows into that of its rows as passed."""
-    if operand.inverse_norm is None:
-        return
-    if backend == "torch":
-        operands.project_out(gradient, operand, eps)
-        return
-    from ..triton.kernels.rows import project_out as in_triton
-
-    in_triton(gradient, operand, eps)
-
-
-def levels_for(query, target, options, workspace: int):
-    """What makes all Matryoshka levels from one sweep, called with (query, target, levels, wanted); None for a level at a time."""
-    if choose(options.backend, product_dtype(query, target), query.device) == "torch":
-        return None
-    from ..triton import matryoshka as levels
-
-    plan = levels.plan(query, target, options, workspace)
-    return functools.partial(levels.compute, rows=plan.rows) if plan.path == "levels" else None
-
-
-def sigmoid_columns_for(dtype: torch.dtype, device: torch.device):
-    """What adds a block of columns of the sigmoid loss on a GPU, in place of plain torch; None for torch."""
-    if choose("auto", dtype, device) == "torch":
-        return None
-    from ..triton.kernels.common import INTERPRET
-
-    if dtype.itemsize > 2 and not INTERPRET:
-        _log_once(f"sigmoid_loss of {dtype}, which has no tensor cores here: the library's products are faster")
-        return None
-    from ..triton.kernels.sigmoid_panel import add_columns
-
-    return add_columns
+    log_once(reason)
+    return EAGER

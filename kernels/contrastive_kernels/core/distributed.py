@@ -16,24 +16,22 @@ import torch
 import torch.distributed as dist
 
 from ..checks import may_look
-from ..eager.sweep import Panels, smooth
 from ..stats import row_sums
-from .backends import shard_passes_for
-from .gradients import Gradients
+from .backend import Backend
+from .gradients import Computed, Gradients, finish_gradients
 from .hard_negatives import hard_negatives
 from .operands import Operand
-from .problem import Columns, Direction, Problem, build, directions, own_columns
-from .softmax import RowSums, cut_negligible, finish, reduce_logits, row_factor
+from .problem import Columns, Problem, build, directions, own_columns
+from .reduce import reduce_directions
+from .softmax import RowSums, finish
 
 # names of torch 2.14; the older ones are deprecated there
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def one_level(query, target, options, wanted, workspace: int):
+def one_width(query, target, options, wanted, workspace: int, backend: Backend) -> Computed:
     """What `compute` does for one width, over `options.group`."""
-    from .compute import finish_gradients, reduce_directions
-
     group, rank = options.group, dist.get_rank(options.group)
     check_equal_shards(query, target, options.validate, group)
 
@@ -41,7 +39,7 @@ def one_level(query, target, options, wanted, workspace: int):
         dist.all_reduce(tensor, group=group)
         return tensor
 
-    problem = build(query, target, options, rank, all_sum)
+    problem = build(query, target, options, backend, rank, all_sum)
     gradients = Gradients(problem, wanted) if wanted else None
     columns = own_columns(problem)
     if options.exchange == "ring":
@@ -146,8 +144,6 @@ def _rotate(tensors: list[torch.Tensor | None], group) -> list[torch.Tensor | No
 
 
 def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradients | None, workspace: int):
-    from .compute import Computed
-
     o, group = problem.options, problem.options.group
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     need_queries = o.symmetric or o.query_negatives
@@ -163,7 +159,6 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
             if step + 1 < world:
                 held = [_rotate(held[0], group) if need_queries else held[0], _rotate(held[1], group)]
 
-    sum_shard, differentiate_shard = shard_passes_for(problem, _sum_shard, _differentiate_shard)
     whole = directions(problem, *columns)
     hard = None if o.hard_negatives is None else hard_negatives(problem, whole[0])
     n, smoothing = problem.query.rows, bool(o.label_smoothing)
@@ -172,7 +167,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
         sums[0].add(slice(0, n), hard.sums)
     for parts in turn():
         for direction, running in zip(parts, sums):
-            sum_shard(problem, direction, workspace, running, o.return_stats and direction.forward)
+            problem.backend.sum_shard(problem, direction, workspace, running, o.return_stats and direction.forward)
     logit = problem.positive * problem.inverse_temperature
     results = [finish(running, logit, o.label_smoothing) for running in sums]
     loss, stat_sums = torch.zeros_like(problem.share), None
@@ -183,7 +178,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
     if gradients is not None:
         for parts in turn():
             for direction, running, result in zip(parts, sums, results):
-                differentiate_shard(problem, direction, workspace, running, result, logit, gradients)
+                problem.backend.differentiate_shard(problem, direction, workspace, running, result, logit, gradients)
             # the columns' gradients travel with them; after a whole turn they are home
             for name in ("all_queries", "all_targets"):
                 if name in gradients.held:
@@ -196,31 +191,3 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
         if hard is not None:
             hard.add_gradients(whole[0], results[0], gradients)
     return Computed(loss.sum(), stat_sums=stat_sums)
-
-
-def _sum_shard(problem: Problem, direction: Direction, workspace: int, sums: RowSums, want_best: bool) -> None:
-    panels = Panels(problem, direction, workspace, keep=False)
-    for start, stop in panels:
-        for tile, part in panels.fill(panels.anchors(start, stop), start, stop):
-            here, _ = reduce_logits(part, tile.block.scale, False, bool(panels.smoothing), want_best)
-            sums.add(slice(start, stop), here)
-
-
-def _differentiate_shard(
-    problem: Problem, direction: Direction, workspace: int, sums: RowSums, result, logit, gradients: Gradients
-) -> None:
-    """Add the gradients of one shard of columns, the rows' sums being complete."""
-    panels, weight = Panels(problem, direction, workspace, keep=True), direction.weight
-    shift = torch.where(sums.shift == float("-inf"), 0, sums.shift)
-    factor = row_factor(sums, logit, shift) * weight
-    for start, stop in panels:
-        rows, anchors, parts = slice(start, stop), panels.anchors(start, stop), []
-        for _, part in panels.fill(anchors, start, stop):
-            dropped = part == float("-inf") if panels.smoothing else None
-            cut_negligible(part.sub_(shift[rows, None]))
-            part.exp_()
-            if panels.smoothing:
-                smooth(part, dropped, factor[rows], weight[rows] * result.smooth[rows])
-            parts.append(part)
-        rows_factor = torch.ones_like(factor[rows]) if panels.smoothing else factor[rows]
-        panels.products(parts, anchors, start, stop, rows_factor * problem.inverse_temperature, gradients)

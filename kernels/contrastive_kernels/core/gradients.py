@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ..eager.gemm import add_product, product
 from .operands import TILE_BYTES, scatter_rows
-from .problem import Direction, Problem
+from .problem import EPS, Direction, Problem
 
 MATRIX = {"all_queries": "query", "all_targets": "target", "positive": "target"}
+
+
+@dataclasses.dataclass
+class Computed:
+    """Loss (0-d, or (N,) for reduction none), gradients in the compute dtype or None, and the (7,) sums of the statistics."""
+
+    loss: torch.Tensor
+    d_query: torch.Tensor | None = None
+    d_target: torch.Tensor | None = None
+    d_hard_negatives: torch.Tensor | None = None
+    d_temperature: torch.Tensor | None = None
+    stat_sums: torch.Tensor | None = None
 
 
 class Gradients:
@@ -65,3 +79,18 @@ class Gradients:
                 self.add_anchors("query", start, stop, problem.own_targets.tile(start, stop), coefficient[start:stop])
             if self.wants("target"):
                 self.add_anchors("positive", start, stop, problem.query.tile(start, stop), coefficient[start:stop])
+
+
+def finish_gradients(problem: Problem, gradients: Gradients, out: Computed) -> None:
+    """Gradients of the matrices as passed, and the temperature's sign and factor."""
+    for name, operand in (("query", problem.query), ("target", problem.target)):
+        if gradients.wants(name):
+            gradient = gradients.of(name, operand.rows)
+            if operand.inverse_norm is not None and name not in gradients.projected:
+                problem.backend.project_out(gradient, operand, EPS)
+            setattr(out, f"d_{name}", gradient)
+    if gradients.wants("hard_negatives"):
+        out.d_hard_negatives = gradients.held["hard_negatives"].view(problem.options.hard_negatives.shape)
+    if gradients.wants("temperature"):
+        # d s / d temperature = -s / temperature; the sweeps have summed (d loss / d s) * s
+        out.d_temperature = -gradients.temperature * problem.inverse_temperature

@@ -6,6 +6,7 @@ preparing them costs O(rows * D) a panel, next to the panel's O(R * rows * D) pr
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 
@@ -106,6 +107,28 @@ class Operand:
         return [(a, min(a + size, self.rows)) for a in range(0, self.rows, size)]
 
 
+class RowOperations(abc.ABC):
+    """What a backend does to rows of one matrix or two.
+
+    Attributes:
+        strided_positives: default positives are read as every M/N-th row, as views, instead of through their index.
+    """
+
+    strided_positives: bool
+
+    @abc.abstractmethod
+    def inverse_norms(self, matrix: torch.Tensor, dtype: torch.dtype, eps: float, keep: torch.Tensor | None) -> torch.Tensor:
+        """(n,) 1 / max(|x|, eps) of every row, 1 where not `keep`."""
+
+    @abc.abstractmethod
+    def row_dots(self, a: Operand, b: Operand) -> torch.Tensor:
+        """(n,) dot products of matching rows."""
+
+    @abc.abstractmethod
+    def project_out(self, gradient: torch.Tensor, operand: Operand, eps: float) -> None:
+        """Turn, in place, the gradient of an operand's normalised rows into that of its rows as passed."""
+
+
 def norms(matrix: torch.Tensor, dtype: torch.dtype, keep: torch.Tensor | None = None) -> torch.Tensor:
     """(rows,) L2 norms in `dtype`, without a full copy of a low-precision matrix; 1 where not `keep`."""
     out = torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype)
@@ -114,6 +137,16 @@ def norms(matrix: torch.Tensor, dtype: torch.dtype, keep: torch.Tensor | None = 
 
 def inverse_norms(matrix, dtype, eps, keep=None) -> torch.Tensor:
     return norms(matrix, dtype, keep).clamp_(min=eps).reciprocal_()
+
+
+def row_dots(a: Operand, b: Operand) -> torch.Tensor:
+    """(n,) dot products of matching rows, a few MiB at a time."""
+    out = torch.empty(a.rows, dtype=a.dtype, device=a.source.device)
+    step = max(1, (1 << 18) // max(1, a.width))  # products that stay in the cache
+    for start in range(0, a.rows, step):
+        stop = min(start + step, a.rows)
+        out[start:stop] = (a.tile(start, stop) * b.tile(start, stop)).sum(1)
+    return out
 
 
 def project_out(grad: torch.Tensor, operand: Operand, eps: float) -> None:

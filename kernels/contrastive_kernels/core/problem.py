@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ..options import InfoNCEOptions
-from .operands import Operand, compute_dtype, norms, product_dtype
+from .operands import Operand, RowOperations, compute_dtype, norms, product_dtype
 
 EPS = 1e-12
 UNMATCHABLE = torch.iinfo(torch.int64).min
@@ -103,7 +103,7 @@ class Problem:
     """
 
     options: InfoNCEOptions
-    backend: str  # "torch" or "triton": chosen once, here
+    backend: RowOperations  # a `backend.Backend`; here its operations on rows are enough
     dtype: torch.dtype
     inverse_temperature: float | torch.Tensor
     query: Operand  # (n, D)
@@ -123,9 +123,7 @@ class Problem:
     @functools.cached_property
     def positive(self) -> torch.Tensor:
         """(n,) cosines of the positives, worked out where somebody asks."""
-        from . import backends
-
-        return backends.row_dots(self.query, self.own_targets, self.backend)
+        return self.backend.row_dots(self.query, self.own_targets)
 
     @property
     def kept(self) -> torch.Tensor:
@@ -160,14 +158,12 @@ def build(
     query: torch.Tensor,
     target: torch.Tensor,
     options: InfoNCEOptions,
+    backend: RowOperations,
     rank: int = 0,
     all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> Problem:
     """Prepare this rank's rows. `query` (n, D), `target` (m, D) are its own; `all_sum` adds a tensor over ranks."""
-    from . import backends
-
     device, n, dtype = query.device, len(query), compute_dtype(query, target)
-    backend = backends.choose(options.backend, product_dtype(query, target), device)
     step = kept = None
     if options.positives is None:
         positives, step = default_positives(n, len(target), device), len(target) // n
@@ -181,7 +177,7 @@ def build(
         kept = own if kept is None else kept & own
     own_query = operand(query, dtype, options.normalize, options.query_mask, backend)
     own_target = operand(target, dtype, options.normalize, options.target_mask, backend)
-    if step is not None and backend == "torch":
+    if step is not None and backend.strided_positives:
         own_targets = own_target.every(step, n)
     else:
         own_targets = own_target.gathered(positives)
@@ -214,10 +210,8 @@ def _share(options: InfoNCEOptions, kept, n: int, dtype, device, all_sum) -> tor
     return share
 
 
-def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None, backend: str = "torch") -> Operand:
-    from . import backends
-
-    return Operand(matrix, dtype, backends.inverse_norms(matrix, dtype, EPS, mask, backend) if normalize else None, mask)
+def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None, backend: RowOperations) -> Operand:
+    return Operand(matrix, dtype, backend.inverse_norms(matrix, dtype, EPS, mask) if normalize else None, mask)
 
 
 def own_columns(problem: Problem) -> tuple[Columns, Columns]:
@@ -248,16 +242,6 @@ def _inverse_temperature(temperature, device, dtype) -> float | torch.Tensor:
             return 1.0 / temperature.item()
         return temperature.detach().to(device=device, dtype=dtype).reciprocal()
     return 1.0 / float(temperature)
-
-
-def row_dots(a: Operand, b: Operand) -> torch.Tensor:
-    """(n,) dot products of matching rows, a few MiB at a time."""
-    out = torch.empty(a.rows, dtype=a.dtype, device=a.source.device)
-    step = max(1, (1 << 18) // max(1, a.width))  # products that stay in the cache
-    for start in range(0, a.rows, step):
-        stop = min(start + step, a.rows)
-        out[start:stop] = (a.tile(start, stop) * b.tile(start, stop)).sum(1)
-    return out
 
 
 def _threshold(problem: Problem) -> torch.Tensor | None:

@@ -8,8 +8,8 @@ takes operands and results as they lie, in place, and likes its products large: 
 cost 3 to 10 % more on a Sapphire Rapids core.
 
 MKL adds at most 192 terms of a short sum one after another, oneDNN 512: at 512 its errors were 1.7 times MKL's where signs are mixed and
-2.6 times where all are positive, at 256 and 1,536 1.4 and 2 times, and gradients were less exact than autograd's. `_cuts` says where sums are
-cut for it, so that each product is within 1.7 times MKL's error; products are the only sums that hang on the processor.
+2.6 times where all are positive, at 256 and 1,536 1.4 and 2 times, and gradients were less exact than autograd's. `_cuts` says where
+sums are cut for it, so that each product is within 1.7 times MKL's error; products are the only sums that hang on the processor.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..core.gradients import Computed
+from ..core.matryoshka import level_weights
 from ..core.operands import Operand, scatter_rows
 from ..core.problem import build, directions, own_columns
 from ..core.softmax import RowSums, finish, mask_logits, row_factor
@@ -26,7 +28,6 @@ from .gemm import RowSum, add_product, operand_of, packed, prefers_onednn, produ
 from .scratch import scratch
 from .sweep import PRODUCT_COLUMNS, TILE_COLUMNS, Tile, logits_are_safe, panel_rows, tiles
 
-APART = ("symmetric", "query_negatives", "target_negatives", "label_smoothing")
 SPARE = 1 << 17  # elements that a thread works on at a time: with two planes of them 1.5 MiB
 ROWS = 256  # of either matrix that are worked on at a time outside of the sweep
 # In place of a dropped pair's product: divided by the norms of prefixes it stays finite, and its exponential is 0.
@@ -38,43 +39,36 @@ LEAST_NORM, MOST_NORM, LEAST_SCALE = 1e-3, 1e6, 1e-3
 class Level:
     """One width: its problem, its single direction, its running sums."""
 
-    def __init__(self, query, target, dim: int, options, weight: float):
+    def __init__(self, query, target, dim: int, options, weight: float, backend):
         self.dim, self.weight = dim, weight
-        self.problem = build(query[:, :dim], target[:, :dim], options)
+        self.problem = build(query[:, :dim], target[:, :dim], options, backend)
         (self.direction,) = directions(self.problem, *own_columns(self.problem))
         (self.block,) = self.direction.blocks
         self.want_best = options.return_stats
         self.logit = self.direction.positive * self.problem.inverse_temperature
         self.sums = RowSums.empty(len(query), self.problem.dtype, query.device, False)
         self.sums.shift.zero_()
-        # 1 / |prefix|: of the rows as passed, and from `together` on of rows that are normalised over the widest level
+        # 1 / |prefix|: of the rows as passed, and from `shared_levels` on of rows that are normalised over the widest level
         self.query_norm, self.target_norm = self.problem.query.inverse_norm, self.problem.target.inverse_norm
 
 
-def together(query, target, options, levels) -> list[Level] | None:
+def shared_levels(query, target, options, levels, backend) -> list[Level] | None:
     """The levels, narrowest first, where one sweep can make them; None where each needs its own.
 
     `levels` holds pairs (width, options of that level), in the order of `options.matryoshka_weights`.
     """
-    if (
-        query.device.type != "cpu"
-        or options.group is not None
-        or options.hard_negatives is not None
-        or len({d for d, _ in levels}) < len(levels)
-    ):
+    if query.device.type != "cpu" or len({dim for dim, _ in levels}) < len(levels) or options.obstacle("shared_levels"):
         return None
-    if any(getattr(options, name) for name in APART):
-        return None
-    weights = options.matryoshka_weights or (1.0,) * len(levels)
-    made = sorted((Level(query, target, d, o, w) for (d, o), w in zip(levels, weights)), key=lambda level: level.dim)
-    for level in made:
+    shared = [Level(query, target, d, o, w, backend) for (d, o), w in zip(levels, level_weights(options))]
+    shared.sort(key=lambda level: level.dim)
+    for level in shared:
         inverse = torch.stack([x for norms in (level.query_norm, level.target_norm) for x in norms.aminmax()])
         # a prefix without direction has a gradient of 0 on its own side alone: one matrix for both sides cannot say so
         if not logits_are_safe(level.problem, level.direction) or inverse.max() > 1 / LEAST_NORM or inverse.min() < 1 / MOST_NORM:
             return None
         if level.block.scale < LEAST_SCALE:
             return None
-    return made
+    return shared
 
 
 class Cut(NamedTuple):
@@ -247,8 +241,8 @@ class Sweep:
         self.along_rows[which][rows].addcmul_(along_rows, per_cosine)
 
 
-def compute(query, target, levels: list[Level], wanted: frozenset[str], workspace: int):
-    """(loss, d_query, d_target, d_temperature, stat_sums) of all levels together, weights included; what is not wanted is None."""
+def compute(query, target, levels: list[Level], wanted: frozenset[str], workspace: int) -> Computed:
+    """All levels together, weights included; what is not wanted is None."""
     sweep = Sweep(query, target, levels, wanted, workspace)
     sweep.run()
     loss, stats = 0.0, None
@@ -260,7 +254,7 @@ def compute(query, target, levels: list[Level], wanted: frozenset[str], workspac
             stats = row_sums(level.problem.kept, result.lse, level.direction.positive, level.sums.best)
     loss = loss if levels[0].problem.options.reduction == "none" else loss.sum()
     if not wanted:
-        return loss, None, None, None, stats
+        return Computed(loss, stat_sums=stats)
     sweep.planes = sweep.across = None
     _add_positives(sweep, results)
     d_query = d_target = d_temperature = None
@@ -275,7 +269,7 @@ def compute(query, target, levels: list[Level], wanted: frozenset[str], workspac
         _project(sweep.d_target, d_target, sweep.target, sweep.target_norm, [level.target_norm for level in levels], sweep.along_columns)
         sweep.d_target = None
         d_target = _padded(d_target, target)
-    return loss, d_query, d_target, d_temperature, stats
+    return Computed(loss, d_query, d_target, None, d_temperature, stats)
 
 
 def _padded(gradient, like):

@@ -34,8 +34,9 @@ class Tile:
     """Columns [start, stop) of a block, which has `columns` in all.
 
     Args:
-        block: the block with these columns alone. whole: with all of them. dead: indices of columns that are no candidates, known beforehand where
-            that needs no wait for a GPU: a few columns are cheaper to fill than a whole mask is to apply.
+        block: the block with these columns alone. whole: with all of them.
+        dead: indices of columns that are no candidates, known beforehand where that needs no wait for a GPU: a few columns are
+            cheaper to fill than a whole mask is to apply.
     """
 
     block: Block

@@ -13,38 +13,19 @@ import torch
 from ..core.softmax import RowSums, finish, row_factor
 from .sweep import Panels, logits_are_safe
 
-ONE_SIDED = ("positives", "query_ids", "query_mask", "target_mask", "own_negatives_only", "mask_margin", "mask_relative", "group")
-
 
 def share_logits(problem, parts) -> bool:
     """Whether column i of the one direction is row i of the other, dropped pairs included, and no logit needs its row's maximum."""
-    o = problem.options
     return (
         len(parts) == 2
         and problem.device.type == "cpu"
         and problem.query.rows == problem.target.rows
-        and not any(getattr(o, name) is not None for name in ONE_SIDED)
-        and not (o.query_negatives or o.target_negatives or o.label_smoothing)
+        and not problem.options.obstacle("shared_logits")
         and logits_are_safe(problem, parts[0])
     )
 
 
-def sweep_both(parts, sweep):
-    """`sweep`, whose first call does both directions where they share their logits."""
-    held = {}
-
-    def shared(problem, direction, hard, gradients, workspace, want_best):
-        if not direction.forward and held:
-            return held.pop("reverse")
-        if not share_logits(problem, parts):
-            return sweep(problem, direction, hard, gradients, workspace, want_best)
-        forward, held["reverse"] = _both(problem, parts, hard, gradients, workspace, want_best)
-        return forward
-
-    return shared
-
-
-def _both(problem, parts, hard, gradients, workspace, want_best: bool):
+def sweep(problem, parts, hard, gradients, workspace, want_best: bool):
     """((RowResult, RowSums) of the forward direction, the same of the reverse); gradients of both are added."""
     forward = parts[0]
     panels = Panels(problem, forward, workspace, keep=False)
@@ -68,12 +49,10 @@ def _both(problem, parts, hard, gradients, workspace, want_best: bool):
     f, h = (row_factor(own, logit, zero) * part.weight * problem.inverse_temperature for own, part in zip(sums, parts))
     for start, stop in panels:
         anchors = panels.anchors(start, stop)
-
-        def slopes():
-            for tile, part in panels.fill(anchors, start, stop):
-                yield part.exp_().mul_(f[start:stop, None] + h[None, tile.start : tile.stop])
-
-        panels.products(slopes(), anchors, start, stop, torch.ones_like(f[start:stop]), gradients)
+        slopes = (
+            part.exp_().mul_(f[start:stop, None] + h[None, tile.start : tile.stop]) for tile, part in panels.fill(anchors, start, stop)
+        )
+        panels.products(slopes, anchors, start, stop, torch.ones_like(f[start:stop]), gradients)
     for part, result in zip(parts, results):
         gradients.add_positives(part, result.positive * part.weight * problem.inverse_temperature)
     return tuple(zip(results, sums))

@@ -21,7 +21,7 @@ def token_budget_chunks(lengths: Sequence[int], budget: int, *, max_rows: int | 
         ValueError: for a budget or `max_rows` below one, or a negative length.
     """
     if budget < 1:
-        raise ValueError(f"the token budget of a chunk must be at least 1, got {budget}; pass a larger chunk_tokens")
+        raise ValueError(f"chunk_tokens: expected a budget of at least 1 token, got {budget}; pass a larger one")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"a chunk must hold at least one row, got max_rows={max_rows}")
     if any(length < 0 for length in lengths):

@@ -46,7 +46,7 @@ def make_chunks(lengths: tuple[Sequence[int], ...], chunk_tokens: int | None, ch
     by_part: list[list[Chunk]] = [[] for _ in range(sync.parts)]
     for side, side_lengths in enumerate(lengths):
         if len(side_lengths) == 0 and side < 2:
-            raise ValueError(f"the {SIDES[side]} side is empty; a step needs at least one row on either side")
+            raise ValueError(f"{SIDES[side]}: expected at least one row, got none; leave out steps that have an empty side")
         if chunk_tokens is not None:
             rows_of_chunks = token_budget_chunks(side_lengths, chunk_tokens)
         else:

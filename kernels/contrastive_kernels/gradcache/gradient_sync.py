@@ -120,7 +120,9 @@ class GradientSync:
             return
         most, least = self.largest([len(others), -len(others)])
         if most != -least:
-            raise ValueError(f"ranks give {-least} to {most} learned tensors to the loss; give it the same ones on every rank")
+            raise ValueError(
+                f"loss: expected the same learned tensors on every rank, got {-least} to {most} of them; give it the same ones everywhere"
+            )
         world_size = dist.get_world_size(self.group)
         parameters = [p for p in self.parameters() if not hasattr(p, "device_mesh")]
         known = {id(p) for p in parameters}

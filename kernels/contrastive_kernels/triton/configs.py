@@ -203,7 +203,8 @@ TOPK = {
 
 # (architecture, more than 32 kept) -> tile for queries that stay on the chip. Two blocks of the first of each share a
 # multiprocessor, so that one multiplies while the other selects: no compiler here lets the products of a block run on beside its own
-# selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product on an H100, PREDICTED, where 64 take 1.6.
+# selection. 128 queries would halve what comes from L2, but leave room for one block: 2.0 of the bare product on an H100, PREDICTED,
+# where 64 take 1.6.
 TOPK_RESIDENT = {
     (80, False): Tile(64, 64, 128, 4, 2, resident=True, spread=True),
     (80, True): Tile(64, 64, 64, 8, 2, resident=True, spread=True),

@@ -67,24 +67,10 @@ def _slopes_kernel(
 
 def plain(problem, direction, gradients) -> bool:
     """Whether a direction has nothing that this file does not know."""
-    o = problem.options
-    refused = (o.symmetric, o.query_negatives, o.target_negatives, o.label_smoothing, o.return_stats, o.hardness, o.normalize)
-    unknown = (
-        o.group,
-        o.hard_negatives,
-        direction.active,
-        direction.threshold,
-        problem.kept_rows,
-        o.query_mask,
-        o.target_mask,
-        o.matryoshka_dims,
-    )
     return (
         gradients is not None
         and gradients.wanted == {"query", "target"}
-        and not any(refused)
-        and all(x is None for x in unknown)
-        and not any(block.ids for block in direction.blocks)
+        and not problem.options.obstacle("dense")
         and not isinstance(problem.inverse_temperature, torch.Tensor)
         and problem.product_dtype != torch.float16  # whose exponents end above w p / T
     )

@@ -26,9 +26,7 @@ class Writer:
         self.written: dict[str, int] = {}  # rows [0, written) of a matrix hold numbers
         self.taken = {"query": 0, "target": 0}  # rows [0, taken) whose positive's term is in that gradient
         # whether a query's gradient is complete once it is written: nothing else is added to it, and its projection goes along
-        o = problem.options
-        alone = not (o.symmetric or o.query_negatives or o.group is not None or o.hard_negatives is not None)
-        self.projects = alone and problem.query.inverse_norm is not None
+        self.projects = problem.query.inverse_norm is not None and not problem.options.obstacle("projected_query")
 
     def wants_anchors(self, block) -> bool:
         return self.gradients.wants(block.anchor_sink) or self.gradients.wants("temperature")
@@ -140,7 +138,7 @@ class Writer:
         self._scatter(rows, y=query.raw[rows], b=positive, y_scale=None if query.scale is None else query.scale[rows])
 
     def positives(self, coefficient: torch.Tensor) -> None:
-        """The positives' own terms, as far as `anchors` and `columns` have not taken them: q += g t, t += g q, g (n,) with respect to the cosine."""
+        """The positives' own terms, as far as `anchors` and `columns` have not taken them: q += g t, t += g q; g (n,) is per cosine."""
         problem, gradients = self.problem, self.gradients
         everyone = slice(0, problem.query.rows)
         if gradients.wants("temperature"):

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 
 from .. import dispatch
-from ..core.gradients import Gradients
+from ..core.gradients import Computed, Gradients, finish_gradients
 from ..core.hard_negatives import hard_negatives
 from ..core.operands import product_dtype
 from ..core.problem import build, directions, own_columns
@@ -35,8 +35,8 @@ def obstacle(query, target, options) -> str:
     """Why levels cannot share a sweep, or ""."""
     dims = options.matryoshka_dims
     step = block_k(query.device, query.element_size())
-    if options.group is not None:
-        return "a group exchanges one level at a time"
+    if options.obstacle("shared_level_panels"):
+        return options.obstacle("shared_level_panels")
     if list(dims) != sorted(set(dims)):
         return "the levels are not in ascending order"
     if any(dim % step for dim in dims[:-1]):
@@ -77,16 +77,14 @@ class Level:
     stat_sums: torch.Tensor | None = None
 
 
-def compute(query, target, level_options, wanted, rows: int) -> list:
-    """What `compute._one_level` gives for every level, from one sweep a direction in panels of `rows` rows.
+def compute(query, target, level_options, wanted, rows: int, backend) -> list[Computed]:
+    """What `compute._one_width` gives for every level, from one sweep a direction in panels of `rows` rows.
 
     level_options: options of each level, which differ in their width alone; queries and targets are cut to it here.
     """
-    from ..core.compute import Computed, finish_gradients
-
     levels = []
     for dim, options in level_options:
-        problem = build(query[:, :dim], target[:, :dim], options)
+        problem = build(query[:, :dim], target[:, :dim], options, backend)
         parts = directions(problem, *own_columns(problem))
         hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
         levels.append(Level(problem, parts, Gradients(problem, wanted) if wanted else None, hard))

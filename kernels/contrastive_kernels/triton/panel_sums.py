@@ -2,7 +2,8 @@
 
 Two ways to the same result. "exp": one launch a block, fixed shift 1 / temperature - 60, after which rows whose greatest logit
 lies outside the safe window are done again with a shift of their own; the second launch is always made and leaves at once where
-nothing is unsafe, so nobody waits for the device. In a large panel the rows' sums tell which maxima have to be looked for. "chunk": cosines from a library product in float32, then two passes.
+nothing is unsafe, so nobody waits for the device. In a large panel the rows' sums tell which maxima have to be looked for.
+"chunk": cosines from a library product in float32, then two passes.
 """
 
 from dataclasses import dataclass

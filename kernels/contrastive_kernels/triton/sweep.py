@@ -50,7 +50,7 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
 
 
 def bounded(problem, direction) -> bool:
-    """Whether no |logit| can exceed LARGEST_LOGIT, known without a look at the device: rows normalised here, a temperature that is a number."""
+    """Whether no |logit| can exceed LARGEST_LOGIT, known without a look at the device: rows normalised here, the temperature a number."""
     scale = direction.blocks[0].scale
     known = problem.query.inverse_norm is not None and not isinstance(scale, torch.Tensor)
     return known and scale * panels.ROUNDING <= panels.LARGEST_LOGIT

@@ -63,16 +63,9 @@ def combine(e: torch.Tensor, f: torch.Tensor, h: torch.Tensor) -> None:
 
 def obstacle(problem) -> str:
     """Why the two directions cannot share a panel, or "": then row i of the one is column i of the other, dropped pairs included."""
-    o = problem.options
-    for name in ("positives", "query_ids", "query_mask", "target_mask", "own_negatives_only", "mask_margin", "mask_relative", "group"):
-        if getattr(o, name) is not None:
-            return f"with {name} the two directions drop different pairs"
     if problem.query.rows != problem.target.rows:
         return f"{problem.query.rows} queries and {problem.target.rows} targets: columns are not the other direction's rows"
-    for name in ("query_negatives", "target_negatives", "label_smoothing"):
-        if getattr(o, name):
-            return f"{name} adds to one direction what the other has not"
-    return ""
+    return problem.options.obstacle("shared_logits")
 
 
 def largest_logit(problem) -> float:
@@ -110,23 +103,13 @@ def decide(problem, gradients, workspace: int) -> dispatch.Plan | None:
     return plan
 
 
-def sweep_both(problem, parts, sweep):
-    """`sweep` for a problem with two directions: the first call does both where they can share a panel."""
-    held = {}
-
-    def shared(problem, direction, hard, gradients, workspace, want_best):
-        if not direction.forward and held:
-            return held.pop("reverse")
-        plan = decide(problem, gradients, workspace) if direction.forward else None
-        if plan is None or plan.path != "joint":
-            return sweep(problem, direction, hard, gradients, workspace, want_best)
-        bound = largest_logit(problem)
-        if not bound <= LARGEST_LOGIT:
-            return sweep(problem, direction, hard, gradients, workspace, want_best)
-        forward, held["reverse"] = joint(problem, parts, hard, gradients, bound, want_best)
-        return forward
-
-    return shared
+def sweep(problem, directions, hard, gradients, workspace: int, want_best: bool):
+    """(RowResult, RowSums) of both directions, whose gradients are added; None where they cannot share a panel, or two are cheaper."""
+    plan = decide(problem, gradients, workspace)
+    if plan is None or plan.path != "joint":
+        return None
+    bound = largest_logit(problem)
+    return joint(problem, directions, hard, gradients, bound, want_best) if bound <= LARGEST_LOGIT else None
 
 
 def joint(problem, parts, hard, gradients, bound: float, want_best: bool):

@@ -4,7 +4,7 @@ import pytest
 
 from contrastive_kernels import info_nce_value_and_grad
 from contrastive_kernels.eager import sweep as panels
-from contrastive_kernels.eager import symmetric as both_directions
+from contrastive_kernels.eager import symmetric
 from tests.kernels.helpers import products
 from tests.kernels.helpers.definition import close, equals_the_definition
 from tests.kernels.helpers.sampling import Case
@@ -31,8 +31,8 @@ APART = [("positives",), ("query_mask",), ("margin",), ("query_negatives",), ("s
 @pytest.fixture
 def calls(monkeypatch):
     monkeypatch.setattr(panels, "TILE_COLUMNS", 5)
-    made, real = [], both_directions._both
-    monkeypatch.setattr(both_directions, "_both", lambda *arguments: made.append(1) or real(*arguments))
+    made, real = [], symmetric.sweep
+    monkeypatch.setattr(symmetric, "sweep", lambda *arguments: made.append(1) or real(*arguments))
     return made
 
 

@@ -206,7 +206,7 @@ def test_bad_inputs_are_named():
     cache = GradCache(encoder, chunk_size=2)
     with pytest.raises(ValueError, match="lengths must hold one sequence a side"):
         cache.step(batch(2, 1), batch(2, 2), lengths=([1, 2],))
-    with pytest.raises(ValueError, match="query side is empty"):
+    with pytest.raises(ValueError, match="query: expected at least one row"):
         cache.step([], batch(2, 2), lengths=([], [1, 2]))
     with pytest.raises(ValueError, match="encode must return"):
         GradCache(lambda inputs, rows: torch.zeros(1), chunk_size=2).step(batch(2, 1), batch(2, 2), lengths=([1, 1], [1, 1]))

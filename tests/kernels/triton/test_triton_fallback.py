@@ -7,26 +7,28 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels import info_nce, topk, topk_similarity
-from contrastive_kernels.core import backends
+from contrastive_kernels import info_nce, sigmoid_loss, topk, topk_similarity
+from contrastive_kernels.core import backends, fallback
+from contrastive_kernels.eager.backend import EAGER
+from contrastive_kernels.triton.backend import TRITON
 
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    backends._log_once.cache_clear()
+    fallback.log_once.cache_clear()
     yield
-    backends._log_once.cache_clear()
+    fallback.log_once.cache_clear()
 
 
 def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "contrastive_kernels.core.backends"]
+    return [record.getMessage() for record in caplog.records if record.name == fallback.logger.name]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is what stands in the way")
 def test_once_with_its_reason(caplog):
     caplog.set_level(logging.WARNING)
     for _ in range(3):
-        assert backends.choose("auto", torch.bfloat16, torch.device("cuda")) == "torch"
+        assert backends.choose("auto", torch.bfloat16, torch.device("cuda")) is EAGER
     assert len(said(caplog)) == 1 and "TRITON_INTERPRET" in said(caplog)[0]
     with pytest.raises(ValueError, match="TRITON_INTERPRET.*use backend='auto' or 'torch'"):
         backends.choose("triton", torch.bfloat16, torch.device("cuda"))
@@ -40,7 +42,7 @@ def test_a_gpu_without_bfloat16_takes_torch(capability, chosen, caplog, monkeypa
     monkeypatch.setattr("contrastive_kernels.triton.kernels.common.INTERPRET", False)
     monkeypatch.setattr("contrastive_kernels.triton.available", lambda: (True, ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert backends.choose("auto", torch.bfloat16, torch.device("cuda")) == chosen
+    assert backends.choose("auto", torch.bfloat16, torch.device("cuda")).name == chosen
     assert said(caplog) == [] if chosen == "triton" else "compute capability 7.5" in said(caplog)[0]
 
 
@@ -54,14 +56,14 @@ def test_another_reason_is_said_too(caplog, monkeypatch):
 
 def test_plain_torch_on_a_cpu_is_no_fallback(caplog):
     caplog.set_level(logging.WARNING)
-    assert backends.choose("auto", torch.bfloat16, torch.device("cpu")) == "torch"
-    assert backends.choose("torch", torch.bfloat16, torch.device("cuda")) == "torch"
+    assert backends.choose("auto", torch.bfloat16, torch.device("cpu")) is EAGER
+    assert backends.choose("torch", torch.bfloat16, torch.device("cuda")) is EAGER
     assert not said(caplog)
 
 
 def test_more_neighbours_than_the_kernel_keeps(caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(topk, "choose", lambda *args: "triton")
+    monkeypatch.setattr(topk, "choose", lambda *args: TRITON)
     query, target = torch.randn(2, 8), torch.randn(200, 8)
     for _ in range(2):
         scores, _ = topk_similarity(query, target, 150)
@@ -71,10 +73,14 @@ def test_more_neighbours_than_the_kernel_keeps(caplog, monkeypatch):
 
 def test_sigmoid_in_float32(caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(backends, "choose", lambda *args: "triton")
-    monkeypatch.setattr("contrastive_kernels.triton.kernels.common.INTERPRET", False)
-    assert backends.sigmoid_columns_for(torch.float32, torch.device("cuda")) is None
-    assert backends.sigmoid_columns_for(torch.bfloat16, torch.device("cuda")) is not None
+    taken = []
+    monkeypatch.setattr("contrastive_kernels.core.sigmoid.choose", lambda *args: TRITON)
+    monkeypatch.setattr("contrastive_kernels.triton.backend.INTERPRET", False)
+    monkeypatch.setattr("contrastive_kernels.eager.sigmoid.add_columns", lambda *args: taken.append("torch"))
+    monkeypatch.setattr("contrastive_kernels.triton.kernels.sigmoid_panel.add_columns", lambda *args: taken.append("triton"))
+    for dtype in (torch.float32, torch.bfloat16):
+        sigmoid_loss(torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype), scale=10.0, bias=-10.0)
+    assert taken == ["torch", "triton"]
     assert len(said(caplog)) == 1 and "float32" in said(caplog)[0]
 
 

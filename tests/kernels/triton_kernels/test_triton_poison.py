@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels import info_nce_value_and_grad, last_token_pool, sigmoid_loss, topk_similarity
-from contrastive_kernels.eager import sigmoid
-from contrastive_kernels.triton.kernels import pool, sigmoid_panel, topk
+from contrastive_kernels.core import sigmoid
+from contrastive_kernels.triton.backend import TRITON
+from contrastive_kernels.triton.kernels import pool, topk
 from tests.kernels.helpers.paths import PATHS, force
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter; bench/gpu repeats on a GPU")
@@ -69,7 +70,7 @@ def test_one_panel_for_both_directions_and_one_sweep_for_levels(options, monkeyp
 
 
 def test_the_others(monkeypatch):
-    monkeypatch.setattr(sigmoid, "sigmoid_columns_for", lambda *a: sigmoid_panel.add_columns)
+    monkeypatch.setattr(sigmoid, "choose", lambda *a: TRITON)
     query, target = unit(N, D).requires_grad_(), unit(M, D).requires_grad_()
     loss = sigmoid_loss(query, target, scale=10.0, bias=-10.0, target_mask=torch.arange(M) % 2 == 0)
     assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, (query, target))))

@@ -6,10 +6,11 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels import sigmoid_loss
-from contrastive_kernels.eager import sigmoid
+from contrastive_kernels.core import sigmoid
 from contrastive_kernels.reference import sigmoid_loss_reference
 from contrastive_kernels.triton import configs
 from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton.backend import TRITON
 from contrastive_kernels.triton.kernels import sigmoid_panel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +24,7 @@ def kernels(monkeypatch):
     """The kernel instead of plain torch, in panels of 8 rows of float64."""
     tile = configs.Tile(16, 16, 16, 4, 1, 2)
     monkeypatch.setattr(configs, "sigmoid_panel", lambda *a: tile)
-    monkeypatch.setattr(sigmoid, "sigmoid_columns_for", lambda *a: sigmoid_panel.add_columns)
+    monkeypatch.setattr(sigmoid, "choose", lambda *a: TRITON)
     monkeypatch.setattr(sigmoid_panel, "PANEL_BYTES", 8 * M * 8)
 
 

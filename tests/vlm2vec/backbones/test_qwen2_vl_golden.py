@@ -6,7 +6,7 @@ import torch
 from contrastive_kernels import GradCache, info_nce
 from tests.helpers.golden_files import read
 from tests.helpers.versions import needs_pillow_13
-from vlm2vec.media.images import smart_resize
+from vlm2vec.backbones.pixels import smart_resize
 from vlm2vec.model import VLM2Vec
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from tests.helpers.evaluation_layouts import StubModel, documents, frames, mmeb, parquet, picture
 from vlm2vec.evaluation.loaders import load_task
+from vlm2vec.evaluation.loaders.video_root import VideoRoot
 from vlm2vec.evaluation.runner import Options, run_tasks
 from vlm2vec.evaluation.tasks import find_tasks, load_tasks, make_task, read_task_file
-from vlm2vec.media.frames import VideoRoot
 
 TEN_LINES = """\
 tasks:

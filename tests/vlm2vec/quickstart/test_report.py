@@ -10,7 +10,7 @@ from vlm2vec.quickstart import build
 from vlm2vec.quickstart.__main__ import main
 from vlm2vec.quickstart.benchmark import Size
 from vlm2vec.quickstart.report import report
-from vlm2vec.report import Answer, Query, Score, Series, Side, curve, grid, inline_image, mean_by_meta_task, score_lines, score_table
+from vlm2vec.report import Answer, Card, Query, Score, Series, curve, grid, inline_image, mean_by_meta_task, score_lines, score_table
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -160,9 +160,9 @@ def test_grid_shows_the_right_answer_that_was_missed(tmp_path):
     html = grid(
         [
             Query(
-                Side("q", tmp_path / "wide.png"),
-                [Answer(Side("no"), False), Answer(Side("", tmp_path / "broken.png"), False)],
-                Side("yes"),
+                Card("q", tmp_path / "wide.png"),
+                [Answer(Card("no"), False), Answer(Card("", tmp_path / "broken.png"), False)],
+                Card("yes"),
                 17,
             )
         ]

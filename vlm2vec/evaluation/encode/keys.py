@@ -3,10 +3,17 @@
 Keys hold file contents, not paths or times: a picture that was replaced is encoded again, one that was moved is not.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
-from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vlm2vec.checkpoint.release import __version__
+from vlm2vec.inputs import VISUAL_KEYS
 
 DIGEST = 16
 READ_BYTES = 1 << 20
@@ -22,7 +29,7 @@ class ContentHashes:
     def __init__(self):
         self._known = {}
 
-    def of(self, visual):
+    def of(self, visual: Any) -> bytes:
         """16-byte digest of a path's content, of bytes, or of a PIL image's pixels. ValueError when a file is missing."""
         if isinstance(visual, (str, os.PathLike)):
             path = os.fspath(visual)
@@ -53,7 +60,7 @@ class ContentHashes:
         return digest.digest()
 
 
-def item_key(item, hashes, prompt=None):
+def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = None) -> bytes:
     """16-byte key of one model input under one prompt.
 
     Args:
@@ -66,11 +73,11 @@ def item_key(item, hashes, prompt=None):
         raise ValueError(item["unreadable"])
     digest = _hash()
     text = item.get("text") or ""
-    given = [name for name in ("image", "images", "video", "videos") if name in item]
+    given = [name for name in VISUAL_KEYS if name in item]
     # a side that says "no image" feeds a marker in its text as an ordinary token; without a marker that changes nothing
     marker_is_text = "<|" in text and bool(given) and not any(item[name] for name in given)
     digest.update(json.dumps([prompt, text, item.get("instruction"), marker_is_text]).encode())
-    for name in ("image", "images", "video", "videos"):
+    for name in VISUAL_KEYS:
         value = item.get(name)
         if value is None or value == "":
             continue
@@ -84,7 +91,7 @@ def item_key(item, hashes, prompt=None):
     return digest.digest()
 
 
-def weights_digest(module):
+def weights_digest(module: nn.Module) -> str:
     """Hex digest of a module's parameters and buffers, bytes and names; about one second per GB."""
     import torch
 
@@ -99,14 +106,12 @@ def weights_digest(module):
     return digest.hexdigest()
 
 
-def model_identity(model, **extra):
+def model_identity(model: Any, **extra: Any) -> dict[str, Any]:
     """Everything a stored vector depends on besides the input, as a JSON-able dict.
 
     A model may say it itself: `model.identity()` -> dict. Otherwise: family, digest of the weights, dtype, the family
     options in force (image limits, crops, positions), the image processor's settings and the named prompts.
     """
-    from vlm2vec import __version__
-
     if callable(getattr(model, "identity", None)):
         known = dict(model.identity())
     else:
@@ -123,15 +128,6 @@ def model_identity(model, **extra):
     return json.loads(json.dumps({**known, "vlm2vec": __version__, **extra}, sort_keys=True, default=str))
 
 
-def identity_digest(identity):
+def identity_digest(identity: dict[str, Any]) -> str:
     """Hex digest that names a model's folder in the store."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def write_json(path, content, **options):
-    """Write JSON to a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, ensure_ascii=False, indent=2, **options) + "\n", encoding="utf-8")
-    os.replace(part, path)

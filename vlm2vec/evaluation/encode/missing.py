@@ -4,43 +4,54 @@ The plan is a pure function of the set of inputs: sorted by visuals, text length
 to the processes in turn. Task order, the number of processes and earlier kills change neither batches nor vectors.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import ContentHashes, write_json
+from vlm2vec.evaluation.encode.keys import ContentHashes
+from vlm2vec.files import write_json
+from vlm2vec.inputs import VISUAL_KEYS
+from vlm2vec.media.sampling import FRAMES
+
+if TYPE_CHECKING:
+    from vlm2vec.evaluation.encode.store import EmbeddingStore
+
 
 SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 texts or 55 pictures in a shard; two are in memory
 
 
-def visuals_of(item):
-    """(images, video frames) of an input; a video file that is not split yet counts as 8 frames."""
+def visuals_of(item: dict[str, Any]) -> tuple[int, int]:
+    """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it."""
     images, videos = item.get("image") or [], item.get("video") or []
     images = images if isinstance(images, (list, tuple)) else [images]
-    frames = len(videos) if isinstance(videos, (list, tuple)) else 8
+    frames = len(videos) if isinstance(videos, (list, tuple)) else FRAMES
     return len(images), frames
 
 
-def cost_of(item):
+def cost_of(item: dict[str, Any]) -> int:
     """Rough cost of encoding, in the units of SHARD_COST."""
     images, frames = visuals_of(item)
     return 4 + len(item.get("text") or "") // 64 + 32 * (images + frames)
 
 
-def visual_key(item, hashes):
+def visual_key(item: dict[str, Any], hashes: ContentHashes) -> bytes:
     """Content of an input's visuals, b"" without any; inputs that share it share the vision tower's work."""
     digests = []
-    for name in ("image", "images", "video", "videos"):
+    for name in VISUAL_KEYS:
         value = item.get(name) or []
         for visual in value if isinstance(value, (list, tuple)) else [value]:
             digests += [hashes.of(frame) for frame in (visual if isinstance(visual, (list, tuple)) else [visual])]
     return b"".join(digests)
 
 
-def plan_shards(items, shard_cost=SHARD_COST, hashes=None):
+def plan_shards(items: dict[bytes, dict[str, Any]], shard_cost: int = SHARD_COST, hashes: ContentHashes | None = None) -> list[list[bytes]]:
     """Lists of keys. `items` is {key: input}; the plan depends on the set alone, not on its order.
 
     Inputs with the same picture stand together, texts by length.
@@ -53,12 +64,12 @@ def plan_shards(items, shard_cost=SHARD_COST, hashes=None):
 
     shards, cost = [], 0
     for key in sorted(items, key=order):
-        here = cost_of(items[key])
-        if not shards or cost + here > shard_cost:
+        item_cost = cost_of(items[key])
+        if not shards or cost + item_cost > shard_cost:
             shards.append([])
             cost = 0
         shards[-1].append(key)
-        cost += here
+        cost += item_cost
     return shards
 
 
@@ -93,7 +104,7 @@ class Encoder:
     inputs that cannot be decoded. An error that no single input explains is raised as it came.
     """
 
-    def __init__(self, model, batch_size=32, prompt=None, workers=None):
+    def __init__(self, model: Any, batch_size: int = 32, prompt: str | None = None, workers: int | None = None):
         self.model, self.batch_size, self.prompt = model, batch_size, prompt
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.staged = hasattr(model, "processing") and hasattr(model, "pack")
@@ -104,7 +115,9 @@ class Encoder:
         except (ValueError, OSError) as reason:
             return str(reason)
 
-    def run(self, shards, groups):
+    def run(
+        self, shards: list[list[dict[str, Any]]], groups: list[list[bytes]]
+    ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
         if not self.staged:
             for inputs in shards:
                 yield _encode(self.model, inputs, self.batch_size, self.prompt)
@@ -128,12 +141,12 @@ class Encoder:
         failures = {i: f for i, f in enumerate(features) if isinstance(f, str)}
         good = [i for i in range(len(features)) if i not in failures]
         kind = self.model.device.type
-        seen = self._towers({groups[i]: features[i] for i in reversed(good) if features[i].vision}, kind)
+        vision_features = self._towers({groups[i]: features[i] for i in reversed(good) if features[i].vision}, kind)
         vectors = torch.empty(len(good), self.model.embedding_dim)
         for rows in chunks([features[i].length for i in good], self.batch_size, kind):
             chunk, visuals = [features[good[r]] for r in rows], None
-            if seen:
-                visuals = [seen[groups[good[r]]] for r in rows if features[good[r]].vision]
+            if vision_features:
+                visuals = [vision_features[groups[good[r]]] for r in rows if features[good[r]].vision]
                 chunk, visuals = [replace(f, vision={}) for f in chunk], torch.cat(visuals) if visuals else None
             packed = self.model.pack(chunk).to(self.model.device)
             vectors[rows] = torch.nn.functional.normalize(self.model(packed, vision_features=visuals).float(), dim=-1).cpu()
@@ -146,16 +159,27 @@ class Encoder:
         names, out = list(distinct), {}
         for rows in chunks([distinct[n].length for n in names], self.batch_size, kind):
             chunk = [distinct[names[r]] for r in rows]
-            made = self.model.vision(self.model.pack(chunk).to(self.model.device))
-            if made is None:
+            features = self.model.vision(self.model.pack(chunk).to(self.model.device))
+            if features is None:
                 return {}
-            out.update(zip((names[r] for r in rows), made.split([len(f.visual_index) for f in chunk])))
+            out.update(zip((names[r] for r in rows), features.split([len(f.visual_index) for f in chunk])))
         return out
 
 
 def fill_store(
-    model, store, items, *, rank=0, world=1, batch_size=32, prompt=None, shard_cost=SHARD_COST, progress=True, workers=None, hashes=None
-):
+    model: Any,
+    store: EmbeddingStore,
+    items: dict[bytes, dict[str, Any]],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 32,
+    prompt: str | None = None,
+    shard_cost: int = SHARD_COST,
+    progress: bool = True,
+    workers: int | None = None,
+    hashes: ContentHashes | None = None,
+) -> dict[bytes, str]:
     """Encode this process's share of what the store lacks.
 
     Args:
@@ -192,7 +216,7 @@ def fill_store(
             finite = torch.isfinite(vectors).all(dim=1)
             if not bool(finite.all()):
                 worst = items[keys[good[int((~finite).nonzero()[0])]]]
-                raise ValueError(f"the model returned a vector that is not finite for {describe(worst)}; check weights and dtype")
+                raise ValueError(f"the model returned a vector that is not finite for {short_name(worst)}; check weights and dtype")
             if good:
                 store.add([keys[i] for i in good], vectors)
             bar.update(len(keys))
@@ -203,7 +227,7 @@ def fill_store(
     return unreadable
 
 
-def describe(item):
+def short_name(item: dict[str, Any]) -> str:
     """A short name of an input for messages."""
     visual = item.get("image") or item.get("video") or ""
     visual = visual if isinstance(visual, (str, os.PathLike)) else type(visual).__name__
@@ -211,18 +235,18 @@ def describe(item):
     return " ".join(part for part in (str(visual), repr(text[:60]) if text else "") if part)
 
 
-def share_unreadable(store, unreadable, rank):
+def share_unreadable(store: EmbeddingStore, unreadable: dict[bytes, str], rank: int) -> None:
     """Leave this process's failures where the others find them (plain JSON; nothing is unpickled)."""
     write_json(store.folder / f"unreadable-{rank}.json", {key.hex(): reason for key, reason in unreadable.items()})
 
 
-def collect_unreadable(store, world):
+def collect_unreadable(store: EmbeddingStore, world: int) -> dict[bytes, str]:
     """{key: reason} over all processes."""
     import json
 
-    found = {}
+    reasons = {}
     for rank in range(world):
         path = store.folder / f"unreadable-{rank}.json"
         if path.exists():
-            found.update({bytes.fromhex(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()})
-    return found
+            reasons.update({bytes.fromhex(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()})
+    return reasons

@@ -1,10 +1,13 @@
 """Several processes under torchrun: who am I, and a barrier that waits for slow encoders. No tensors travel."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 
-def process_group():
+def process_group() -> tuple[int, int, Callable[[], None] | None]:
     """(rank, world, barrier). Starts a gloo group when torchrun set WORLD_SIZE > 1 and none is running.
 
     Files carry the work (shards, score files); the group only keeps time, so CPU and any number of GPUs do alike.
@@ -20,7 +23,7 @@ def process_group():
     return dist.get_rank(), dist.get_world_size(), dist.barrier
 
 
-def local_device():
+def local_device() -> str:
     """cuda:LOCAL_RANK where there is a GPU, else cpu."""
     import torch
 
@@ -29,7 +32,7 @@ def local_device():
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
-def finish():
+def finish() -> None:
     """Leave the group, so that torchrun ends without a warning."""
     import torch.distributed as dist
 

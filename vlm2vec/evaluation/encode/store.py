@@ -9,13 +9,17 @@ set aside as *.broken, counted, and encoded again. A changed model, image limit 
 a changed prompt, text or picture has another key.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest, write_json
+from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest
+from vlm2vec.files import AnyPath, replacing, write_json
 
 
 class EmbeddingStore:
@@ -26,7 +30,7 @@ class EmbeddingStore:
         identity: from `keys.model_identity`.
     """
 
-    def __init__(self, folder, identity):
+    def __init__(self, folder: AnyPath, identity: dict[str, Any]):
         self.folder = Path(folder) / identity_digest(identity)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "identity.json").exists():
@@ -37,7 +41,7 @@ class EmbeddingStore:
         self.dim = None
         self.refresh()
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Read the keys of shards that appeared since (other processes write into the same folder)."""
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             if path.name not in self._seen:
@@ -66,13 +70,13 @@ class EmbeddingStore:
         for row in range(rows):
             self.index.setdefault(raw[row * DIGEST : (row + 1) * DIGEST], (path.name, row))
 
-    def __contains__(self, key):
+    def __contains__(self, key: bytes) -> bool:
         return key in self.index
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
-    def add(self, keys, embeddings):
+    def add(self, keys: list[bytes], embeddings: torch.Tensor) -> None:
         """Write one shard.
 
         Args: keys, n 16-byte keys; embeddings, (n, D) float tensor.
@@ -87,13 +91,12 @@ class EmbeddingStore:
             raise ValueError(f"the store {self.folder} holds vectors of width {self.dim}, got {embeddings.shape[1]}")
         raw = b"".join(keys)
         name = f"shard-{hashlib.blake2b(raw, digest_size=12).hexdigest()}.safetensors"
-        part = self.folder / f"{name}.{os.getpid()}.part"
         table = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(len(keys), DIGEST)
-        save_file({"embeddings": embeddings, "keys": table}, part)
-        os.replace(part, self.folder / name)
+        with replacing(self.folder / name) as part:
+            save_file({"embeddings": embeddings, "keys": table}, part)
         self._open(self.folder / name)
 
-    def get(self, keys):
+    def get(self, keys: list[bytes]) -> torch.Tensor:
         """(len(keys), D) float32 vectors, in the order of `keys`; KeyError for one that is not stored.
 
         Reads each shard once, one at a time: memory is the result plus one shard.

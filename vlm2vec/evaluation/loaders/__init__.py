@@ -1,6 +1,13 @@
 """Which function reads which kind of task. Adding a kind is one line here and one function."""
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import Any
+
+from vlm2vec.evaluation.tasks import Task
+from vlm2vec.evaluation.tasks.task_data import TaskData
+from vlm2vec.files import AnyPath
 
 LOADERS = {
     "mmeb": ("image", "load_mmeb"),
@@ -35,7 +42,7 @@ def _check(task):
         raise ValueError(f"task {task.name}: loader {task.loader} needs {', '.join(missing)}")
 
 
-def load_task(task, root, media, **options):
+def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) -> TaskData:
     """Read one task into a TaskData.
 
     Args:

@@ -1,14 +1,20 @@
 """MMEB-V2's visual documents (ViDoRe, VisRAG, ViDoSeek, MMLongBench): BEIR tables, graded labels, all pages ranked."""
 
+from __future__ import annotations
+
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vlm2vec.evaluation.loaders.tables import read_table
+from vlm2vec.evaluation.tasks import Task
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.files import AnyPath, write_bytes
 
 
-def stored_name(corpus_id):
+def stored_name(corpus_id: str) -> str:
     """File name of a page: the first 50 characters of the stem, "_", 8 hex digits of the full name's md5, the extension."""
     stem, suffix = os.path.splitext(corpus_id)
     return f"{stem[:50]}_{hashlib.md5(corpus_id.encode()).hexdigest()[:8]}{suffix}".replace("/", "_")
@@ -30,14 +36,11 @@ def _page(corpus_id, image, task, media, cache):
     if content is None:
         return str(Path(media) / task.name / names[0])
     if not path.is_file() or path.stat().st_size != len(content):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_bytes(content)
-        os.replace(part, path)
+        write_bytes(path, content, durable=False)
     return str(path)
 
 
-def read_qrels(table):
+def read_qrels(table: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """{query id: {corpus id: grade}}; only grades above 0, the highest one when a pair repeats."""
     out = {}
     for row in table:
@@ -48,7 +51,9 @@ def read_qrels(table):
     return out
 
 
-def load_documents(task, root, media, *, hub=False, protocol="v2", cache="media"):
+def load_documents(
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+) -> TaskData:
     """Text query -> page images. Options: `language` keeps the queries whose `language` column equals it."""
     from datasets import Image
 
@@ -68,10 +73,10 @@ def load_documents(task, root, media, *, hub=False, protocol="v2", cache="media"
     if task.options.get("language"):
         queries = queries.filter(lambda language: language == task.options["language"], input_columns="language")
     for row in queries:
-        found = qrels.get(row["query-id"], {})
+        relevant = qrels.get(row["query-id"], {})
         data.queries.append({"text": task.query_prompt.replace("{text}", row["query"])})
-        data.labels.append([pool.index.get(name, -1) for name in found])
-        data.label_names.append([str(name) for name in found])
-        data.grades.append([int(g) if g == int(g) else g for g in found.values()])
+        data.labels.append([pool.index.get(name, -1) for name in relevant])
+        data.label_names.append([str(name) for name in relevant])
+        data.grades.append([int(g) if g == int(g) else g for g in relevant.values()])
     data.candidates, data.names = pool.items, pool.names
     return data

@@ -5,19 +5,23 @@ tgt_inst, from which the V1 strings are rebuilt. An unused side is the empty str
 image root.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from vlm2vec.data.mmeb import EVAL_COLUMNS
 from vlm2vec.evaluation.loaders.tables import read_table
-from vlm2vec.evaluation.tasks import load_tasks
+from vlm2vec.evaluation.tasks import Task, load_tasks
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.files import AnyPath
+from vlm2vec.inputs import IMAGE_MARKER
 
-MARKER = "<|image_1|>"
-V1_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 V2_COLUMNS = ("qry_inst", "tgt_inst")
 
 
-def item(text, image, root):
+def item(text: str, image: str, root: AnyPath) -> dict[str, Any]:
     """Model input of one side; `"image": None` tells the model that a marker in the text is text (WebQA, EDIS).
 
     Raises: ValueError for a path that is absolute or climbs out of the image root.
@@ -31,30 +35,30 @@ def _joined(*parts):
     return " ".join(p for p in parts if p)
 
 
-def rebuild_query(form, instruction, text, has_image, extra=""):
-    """The V1 query string from V2's parts (published rules: mmeb_v1, hub_v2_annotations); `extra` is VisDial's newline."""
+def rebuild_query(form: str | None, instruction: str | None, text: str | None, has_image: bool, extra: str = "") -> str:
+    """The V1 query string from V2's parts (TIGER-Lab/MMEB-V2's annotations against MMEB-eval's strings); `extra` is VisDial's newline."""
     instruction, text = instruction or "", text or ""
     if form == "image_t2i" or not has_image:
         return f"{instruction} {text}\n{extra}"
-    instruction = instruction.replace(MARKER, "")
+    instruction = instruction.replace(IMAGE_MARKER, "")
     if form in ("image_qa", "image_i2i_vg"):
         instruction = "\n" + instruction.strip()
-    return _joined(f"{MARKER} {instruction}", text).replace(" \n", "\n") + "\n"
+    return _joined(f"{IMAGE_MARKER} {instruction}", text).replace(" \n", "\n") + "\n"
 
 
-def rebuild_target(form, instruction, text, has_image):
+def rebuild_target(form: str | None, instruction: str | None, text: str | None, has_image: bool) -> str:
     """The V1 target string from V2's parts; text targets stay bare."""
     instruction, text = instruction or "", text or ""
     if not has_image:
         return text
-    instruction = instruction.replace(MARKER, "")
+    instruction = instruction.replace(IMAGE_MARKER, "")
     if text.strip():
-        return f"{MARKER} {instruction} {text}".replace(" \n", "\n") + "\n"
-    plain = f"{MARKER} {instruction}".replace(" \n", "\n")
+        return f"{IMAGE_MARKER} {instruction} {text}".replace(" \n", "\n") + "\n"
+    plain = f"{IMAGE_MARKER} {instruction}".replace(" \n", "\n")
     return plain + "\n" if form == "image_t2i" else plain
 
 
-def candidate_name(form, text, path):
+def candidate_name(form: str | None, text: str, path: str) -> str:
     """What V2 calls a candidate: the text, the image path, or "path:text" where both tell candidates apart."""
     if not path:
         return text
@@ -78,7 +82,7 @@ def _check(task, row, i):
         raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
 
 
-def own_prompts(task):
+def own_prompts(task: Task) -> Task:
     """The task with the prompts that its rows still lack: those of a task of one's own. Published rows hold theirs already."""
     published = load_tasks().get(task.name)
     if published is None:
@@ -87,7 +91,9 @@ def own_prompts(task):
     return replace(task, **same)
 
 
-def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
+def load_mmeb(
+    task: Task, root: AnyPath | None, images: AnyPath, *, hub: bool = False, protocol: str = "v1", cache: AnyPath = "media"
+) -> TaskData:
     """Read one MMEB image task.
 
     Args:
@@ -99,17 +105,17 @@ def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
     Returns: TaskData with local candidates (all of them when the task says global).
     Raises: ValueError that names file, column or row.
     """
-    table = read_table(root, task, columns=V1_COLUMNS, hub=hub)
+    table = read_table(root, task, columns=EVAL_COLUMNS, hub=hub)
     parts = all(column in table.column_names for column in V2_COLUMNS)
-    data, pool, own = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
+    data, pool, prompted = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
     for i, row in enumerate(table):
         _check(task, row, i)
         qry_text, qry_image = row["qry_text"] or "", row["qry_img_path"] or ""
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
         if parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
-        elif own.query_prompt:
-            query = own.query_prompt.replace("{text}", qry_text)
+        elif prompted.query_prompt:
+            query = prompted.query_prompt.replace("{text}", qry_text)
         else:
             query = qry_text
         if not query.strip() and not qry_image:
@@ -127,7 +133,7 @@ def load_mmeb(task, root, images, *, hub=False, protocol="v1", cache="media"):
             if parts:
                 full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
             else:
-                full = own.target_prompt.replace("{text}", text) if own.target_prompt else text
+                full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text
             mine.append(pool.add(key, lambda f=full, p=path: item(f, p, images), name))
         real = [c for c in mine if c >= 0]
         if not real:

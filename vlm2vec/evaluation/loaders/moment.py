@@ -1,13 +1,20 @@
 """MMEB-V2's moment retrieval: find the clip of a video that a text (with an image or a video) describes."""
 
+from __future__ import annotations
+
 from pathlib import Path, PurePosixPath
 
 from vlm2vec.evaluation.loaders.tables import read_table
+from vlm2vec.evaluation.loaders.video_root import VideoRoot
+from vlm2vec.evaluation.tasks import Task
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
-from vlm2vec.media.frames import VideoRoot, natural
+from vlm2vec.files import AnyPath
+from vlm2vec.media.sampling import natural_order
 
 
-def load_moments(task, root, media, *, hub=False, protocol="v2", cache="media"):
+def load_moments(
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+) -> TaskData:
     """QVHighlight, Charades-STA: FRAMES/{video}/query and one folder per clip; "positive..." is right.
 
     A candidate's name is its folder. Clips come in natural order of their names (the reference takes the file system's).
@@ -20,10 +27,10 @@ def load_moments(task, root, media, *, hub=False, protocol="v2", cache="media"):
         video = PurePosixPath(row[o["video"]]).stem
         data.queries.append(videos.item(task.query_prompt.replace("{text}", row[o["text"]]), f"{video}/query"))
         folder = next((r / video for r in videos.roots if (r / video).is_dir()), None)
-        clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural) if folder else []
+        clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural_order) if folder else []
         mine, right, names = [], [], []
         for clip in clips:
-            where = pool.add(str(clip), lambda c=clip: videos.item(task.target_prompt, f"{video}/{c.name}"))
+            where = pool.add(str(clip), lambda name=f"{video}/{clip.name}": videos.item(task.target_prompt, name))
             mine.append(where)
             if clip.name.startswith("positive"):
                 right.append(where)
@@ -37,7 +44,9 @@ def load_moments(task, root, media, *, hub=False, protocol="v2", cache="media"):
     return data
 
 
-def load_momentseeker(task, root, media, *, hub=False, protocol="v2", cache="media"):
+def load_momentseeker(
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+) -> TaskData:
     """MomentSeeker: text, image or video queries against the positive and negative clips of the row.
 
     All stored frames of a clip are used. Frames: FRAMES/video_frames/{path with _ for /}; query images: FRAMES/query_{name}.

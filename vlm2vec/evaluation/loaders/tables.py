@@ -4,7 +4,18 @@ Local: ROOT/{path or name}[/{config}]/{split}*.parquet, or .jsonl, or data/{spli
 last part of the hub name serves as folder name too (ROOT/arxivqa_test_subsampled_beir).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm2vec.evaluation.tasks.task import Task
+from vlm2vec.files import AnyPath
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 SUFFIXES = (".parquet", ".jsonl")
 IN_MEMORY_BYTES = 256 * 2**20
@@ -32,7 +43,7 @@ def _files(root, task, config=None, split=None):
     return []
 
 
-def configs_of(task):
+def configs_of(task: Task) -> list[str | None]:
     """Names of the sub-tables of a task: one (None), the three of a document set, or MVBench's twenty."""
     if task.loader == "documents":
         return ["queries", "corpus", "qrels"]
@@ -40,7 +51,7 @@ def configs_of(task):
     return list(config) if isinstance(config, list) else [config]
 
 
-def holds_tables(root, task):
+def holds_tables(root: AnyPath, task: Task) -> bool:
     """True when the folder has this task's annotation files."""
     return all(_files(root, task, c) or (c and task.loader != "documents" and _files(root, task)) for c in configs_of(task)[:3])
 
@@ -58,7 +69,7 @@ def _read_files(files):
     return concatenate_datasets([Dataset(pyarrow.parquet.read_table(f)) for f in files])
 
 
-def read_table(root, task, config=None, *, columns=(), hub=False):
+def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, columns: Sequence[str] = (), hub: bool = False) -> Dataset:
     """One annotation table as a datasets.Dataset.
 
     Args:

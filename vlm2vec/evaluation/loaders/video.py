@@ -1,11 +1,14 @@
 """MMEB-V2's video classification, question answering and retrieval, as column names and small rules in tasks.yaml."""
 
+from __future__ import annotations
+
 from pathlib import PurePosixPath
 
 from vlm2vec.evaluation.loaders.tables import configs_of, read_table
-from vlm2vec.evaluation.tasks import label_sets
+from vlm2vec.evaluation.loaders.video_root import VideoRoot
+from vlm2vec.evaluation.tasks import Task, label_sets
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
-from vlm2vec.media.frames import VideoRoot
+from vlm2vec.files import AnyPath
 
 
 def _prompt(template, text):
@@ -17,7 +20,9 @@ def _first(value):
     return value[0] if isinstance(value, list) else value
 
 
-def load_labels(task, root, media, *, hub=False, protocol="v2", cache="media"):
+def load_labels(
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+) -> TaskData:
     """Video -> label text: a global label set, or the row's own list (which holds the positive)."""
     o = task.options
     choices = o.get("choices")
@@ -105,7 +110,9 @@ def _right(task, i, how, answer, choices):
     return where if 0 <= where < len(choices) else -1
 
 
-def load_choice(task, root, media, *, hub=False, protocol="v2", cache="media"):
+def load_choice(
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+) -> TaskData:
     """Video and question -> the right one of a few options."""
     o = task.options
     fixed = o.get("fixed_choices")
@@ -147,7 +154,9 @@ def _parts(task, root, columns, hub):
     return [(None, read_table(root, task, columns=columns, hub=hub))]
 
 
-def load_retrieval(task, root, media, *, hub=False, protocol="v2", cache="media"):
+def load_retrieval(
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+) -> TaskData:
     """Caption -> video, all videos of the data set as candidates."""
     o = task.options
     table = read_table(root, task, columns=[o["video"], o["text"]], hub=hub)

@@ -1,23 +1,32 @@
 """Exports: predictions as parquet for `datasets`, candidate vectors as a FAISS index, scores as a leaderboard file."""
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm2vec.evaluation.encode.keys import write_json
-from vlm2vec.evaluation.report.outputs import write_lines
-from vlm2vec.evaluation.tasks import MODALITIES, load_tasks
+from vlm2vec.evaluation.tasks import TASK_MODALITIES, load_tasks
+from vlm2vec.files import AnyPath, replacing, write_json, write_lines, write_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
-def write_predictions(path, data, scores, indices, ranks, depth):
+def write_predictions(
+    path: AnyPath, data: TaskData, scores: torch.Tensor, indices: torch.Tensor, ranks: Sequence[int | None], depth: int
+) -> None:
     """One parquet file of one task, the same columns for every task: load_dataset("parquet", data_files="OUT/predictions/*").
 
     Columns: task, row, query_text, query_image, labels [text], predictions [text], prediction_texts [text],
     prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1).
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     text, texts = pa.string(), pa.list_(pa.string())
     columns = {
@@ -52,11 +61,7 @@ def write_predictions(path, data, scores, indices, ranks, depth):
                 "hit": ranks[i] == 1,
             }
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), part, compression="zstd")
-    os.replace(part, path)
+    write_table(path, pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), durable=False)
 
 
 def _path(item):
@@ -67,7 +72,7 @@ def _path(item):
     return str(video[0]) if isinstance(video, list) and video else str(video) if isinstance(video, str) else ""
 
 
-def write_faiss(folder, name, vectors, names):
+def write_faiss(folder: AnyPath, name: str, vectors: torch.Tensor, names: Sequence[str]) -> None:
     """FOLDER/{name}.index (exact inner product) and FOLDER/{name}.names.jsonl, line i naming vector i.
 
     Raises: ValueError when faiss is not installed.
@@ -77,16 +82,14 @@ def write_faiss(folder, name, vectors, names):
     except ImportError:
         raise ValueError("--faiss needs the faiss package; pip install faiss-cpu") from None
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors.cpu().float().contiguous().numpy())
-    part = folder / f"{name}.index.{os.getpid()}.part"
-    faiss.write_index(index, str(part))
-    os.replace(part, folder / f"{name}.index")
+    with replacing(folder / f"{name}.index") as part:
+        faiss.write_index(index, str(part))
     write_lines(folder / f"{name}.names.jsonl", (json.dumps(n, ensure_ascii=False) for n in names))
 
 
-def leaderboard(rows, model_name, **metadata):
+def leaderboard(rows: list[dict[str, Any]], model_name: str, **metadata: Any) -> dict[str, Any]:
     """The public leaderboard's one JSON per model.
 
     Args: rows, per-task summaries; metadata: model_backbone, model_size, url, ... as far as known.
@@ -106,7 +109,7 @@ def leaderboard(rows, model_name, **metadata):
     }
     done = {row["task"]: row for row in rows}
     metrics = {}
-    for modality in MODALITIES:
+    for modality in TASK_MODALITIES:
         part = {}
         for task in load_tasks().values():
             if task.modality != modality:
@@ -121,7 +124,7 @@ def leaderboard(rows, model_name, **metadata):
     return {"metadata": {**known, **metadata}, "metrics": metrics}
 
 
-def write_leaderboard(output, rows, model_name, **metadata):
+def write_leaderboard(output: AnyPath, rows: list[dict[str, Any]], model_name: str, **metadata: Any) -> Path:
     """OUTPUT/{model_name}.json, the file that the leaderboard takes."""
     path = Path(output) / f"{model_name.replace('/', '_')}.json"
     write_json(path, leaderboard(rows, model_name, **metadata))

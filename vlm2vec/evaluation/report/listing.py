@@ -1,9 +1,11 @@
 """`vlm2vec eval --list`: the published tasks, their protocol and what models have scored on them."""
 
+from __future__ import annotations
+
 from vlm2vec.evaluation.tasks import load_tasks, published
 
 
-def list_tasks():
+def list_tasks() -> list[str]:
     """Lines of the table, grouped, with published scores in percent."""
     books, lines, group = published(), [], None
     columns = list(books["columns"])

@@ -10,22 +10,20 @@ The reference's `_qry` and `_tgt` files are pickles: neither written nor read. T
 The reference skips a data set whose `_score.json` is there, so its tools run on this folder without the pickles.
 """
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm2vec.evaluation.encode.keys import write_json
+from vlm2vec.files import AnyPath, write_json, write_lines
 
+if TYPE_CHECKING:
+    import torch
 
-def write_lines(path, lines):
-    """Write text lines to a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line + "\n")
-    os.replace(part, path)
+    from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
 def _side(item):
@@ -35,7 +33,9 @@ def _side(item):
     return {"text": item.get("text") or "", "image": str(image) if isinstance(image, (str, os.PathLike)) else "", **frames}
 
 
-def top_rows(data, scores, indices, ranks, depth):
+def top_rows(
+    data: TaskData, scores: torch.Tensor, indices: torch.Tensor, ranks: Sequence[int | None], depth: int
+) -> Iterator[dict[str, Any]]:
     """One dict per query: {"row", "query", "labels", "rank", "top": [{"text", "image", "name", "score", "correct"}]}.
 
     `rank` is the 1-based rank of the best label among those looked at, None when it is not there.
@@ -54,17 +54,17 @@ def top_rows(data, scores, indices, ranks, depth):
         yield {"row": i, "query": _side(query), "labels": labels, "rank": ranks[i], "top": top}
 
 
-def write_v1(folder, data, indices, correct):
+def write_v1(folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Sequence[bool]) -> dict[str, Any]:
     """`{dataset}_score.json` and `{dataset}_pred.txt` as V1 writes them. Returns the score object."""
     name = data.task.name
     lines = []
     for best in indices[:, 0].tolist():
         item = data.candidates[best] if best >= 0 else {}
         lines.append(repr((item.get("text") or "", _relative(item.get("image"), data))))
-    write_lines(Path(folder) / f"{name}_pred.txt", lines)
+    write_lines(Path(folder) / f"{name}_pred.txt", lines, durable=False)
     count = int(sum(correct))
     score = {"acc": count / len(correct) if len(correct) else 0.0, "num_correct": count, "num_pred": len(correct)}
-    write_json(Path(folder) / f"{name}_score.json", score)
+    write_json(Path(folder) / f"{name}_score.json", score, durable=False)
     return score
 
 
@@ -72,7 +72,7 @@ def _relative(path, data):
     return os.path.relpath(path, data.media) if path and data.media else path or ""
 
 
-def write_v2(folder, data, indices, metrics, info=True):
+def write_v2(folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: dict[str, float], info: bool = True) -> dict[str, Any]:
     """`_score.json`, `_pred.jsonl`, `_info.jsonl` in OUTPUT/{modality} as V2 writes them; predictions cut at our depth.
 
     `info=False` leaves `_info.jsonl` out: with a thousand local candidates a query it is the largest file by far.
@@ -96,9 +96,9 @@ def write_v2(folder, data, indices, metrics, info=True):
                 info["rel_scores"] = data.grades[i]
             yield json.dumps(info, ensure_ascii=False)
 
-    write_lines(folder / f"{name}_pred.jsonl", predictions())
+    write_lines(folder / f"{name}_pred.jsonl", predictions(), durable=False)
     if info:
-        write_lines(folder / f"{name}_info.jsonl", infos())
+        write_lines(folder / f"{name}_info.jsonl", infos(), durable=False)
     score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries)}
-    write_json(folder / f"{name}_score.json", score)
+    write_json(folder / f"{name}_score.json", score, durable=False)
     return score

@@ -1,24 +1,27 @@
 """summary.json, summary.md and the table on the terminal: our scores next to the published rows."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from vlm2vec.evaluation.encode.keys import write_json
-from vlm2vec.evaluation.report.outputs import write_lines
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import GROUPS, published
+from vlm2vec.files import AnyPath, write_json, write_lines
 
-V1_COLUMNS = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
-V2_COLUMNS = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
+V1_TABLE = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
+V2_TABLE = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
 
 
-def percent(value):
+def percent(value: float | None) -> str:
     """One decimal, as the papers print; a dash where there is nothing."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def own_row(means):
+def own_row(means: dict[str, Any]) -> dict[str, float]:
     """{column: fraction} in the columns of both published tables."""
-    row = {name: part["score"] for name, part in means["meta_task"].items() if name in V1_COLUMNS}
+    row = {name: part["score"] for name, part in means["meta_task"].items() if name in V1_TABLE}
     row |= {name: part["score"] for name, part in means["split"].items()}
     row |= {name: part["score"] for name, part in means["group"].items()}
     row |= {name: part["score"] for name, part in means["modality"].items()}
@@ -28,7 +31,7 @@ def own_row(means):
     return row
 
 
-def markdown(rows, means, model, broken_shards=()):
+def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, broken_shards: Sequence[str] = ()) -> list[str]:
     """Lines of summary.md."""
     books = published()
     columns = list(books["columns"])
@@ -46,14 +49,14 @@ def markdown(rows, means, model, broken_shards=()):
         for name, part in means[field].items():
             lines.append(f"| {title}{name} | {part['tasks']} | {percent(part['score'])} |")
     lines.append(f"| all | {means['overall']['tasks']} | {percent(means['overall']['score'])} |")
-    own = own_row(means)
-    for key, wanted, title in (("v1", V1_COLUMNS, "MMEB (arXiv:2410.05160)"), ("v2", V2_COLUMNS, "MMEB-V2 (arXiv:2507.04590)")):
+    own_scores = own_row(means)
+    for key, wanted, title in (("v1", V1_TABLE, "MMEB (arXiv:2410.05160)"), ("v2", V2_TABLE, "MMEB-V2 (arXiv:2507.04590)")):
         if not known or (key == "v1" and not any(r["modality"] == "image" for r in rows)):
             continue
-        whole = "" if means["complete"][key] else " (ours: only the data sets above)"
-        lines += ["", f"## Next to {title}{whole}", ""]
+        incomplete = "" if means["complete"][key] else " (ours: only the data sets above)"
+        lines += ["", f"## Next to {title}{incomplete}", ""]
         lines += ["| model | " + " | ".join(wanted) + " |", "|" + "---|" * (len(wanted) + 1)]
-        lines.append(f"| **{model}** | " + " | ".join(percent(own.get(c)) for c in wanted) + " |")
+        lines.append(f"| **{model}** | " + " | ".join(percent(own_scores.get(c)) for c in wanted) + " |")
         for name, row in books["tables"][key].items():
             lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
     bad = [r for r in rows if r["problems"]]
@@ -70,7 +73,9 @@ def markdown(rows, means, model, broken_shards=()):
     return lines
 
 
-def write_summary(output, rows, model, extra=None, broken_shards=()):
+def write_summary(
+    output: AnyPath, rows: list[dict[str, Any]], model: str, extra: dict[str, Any] | None = None, broken_shards: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write OUTPUT/summary.json and OUTPUT/summary.md. Returns the summary dict.
 
     summary.json: {"model", "tasks": [per-task rows], "means": aggregate(...), "affected_rows": int, "broken_shards": [...],
@@ -91,7 +96,7 @@ def write_summary(output, rows, model, extra=None, broken_shards=()):
     return summary
 
 
-def terminal(rows, means):
+def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     """Lines for the terminal: one per task, then the means."""
     width = max([len(r["task"]) for r in rows] + [20])
     lines = [f"{'task':<{width}}  {'meta-task':<24} {'metric':<14} {'score':>6}  {'queries':>7} {'cand.':>6}"]

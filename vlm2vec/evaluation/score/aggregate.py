@@ -4,16 +4,18 @@ The overall mean is over data sets, not over modalities or meta-tasks. A mean ov
 is marked by its count, so that a part of the benchmark is not mistaken for the whole.
 """
 
-from vlm2vec.evaluation.tasks import load_tasks
+from __future__ import annotations
 
-PUBLISHED_COUNTS = {"image": 36, "video": 18, "visdoc": 24}
+from typing import Any
+
+from vlm2vec.evaluation.tasks import load_tasks
 
 
 def _mean(rows):
     return sum(r["score"] for r in rows) / len(rows)
 
 
-def aggregate(rows):
+def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over per-task summaries.
 
     Args: rows, dicts with "task", "score" (fraction), "meta_task", "group", "split", "modality".

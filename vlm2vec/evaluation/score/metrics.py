@@ -10,13 +10,23 @@ candidate that is no label. Conventions, where libraries differ (and what MMEB-V
 * a label given twice counts once, with the higher grade.
 """
 
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
 import numpy as np
 
 KS = (1, 5, 10)
 METRICS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 
 
-def relevance_table(ranked, labels, grades=None, *, depth=max(KS)):
+def relevance_table(
+    ranked: Sequence[Sequence[Hashable | None]],
+    labels: Sequence[Sequence[Hashable]],
+    grades: Sequence[Sequence[float] | None] | None = None,
+    *,
+    depth: int = KS[-1],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Grades found at each rank, and the labels' own grades from best to worst.
 
     Args:
@@ -32,7 +42,7 @@ def relevance_table(ranked, labels, grades=None, *, depth=max(KS)):
     grades = [None] * len(labels) if grades is None else grades
     if not len(ranked) == len(labels) == len(grades):
         raise ValueError(f"expected one ranking, label list and grade list per query, got {len(ranked)}, {len(labels)} and {len(grades)}")
-    found = np.zeros((len(ranked), depth))
+    gained = np.zeros((len(ranked), depth))
     is_label = np.zeros((len(ranked), depth), dtype=bool)
     ideal = np.zeros((len(ranked), depth))
     count = np.zeros(len(ranked), dtype=np.int64)
@@ -46,36 +56,42 @@ def relevance_table(ranked, labels, grades=None, *, depth=max(KS)):
         for j, name in enumerate(row[:depth]):
             value = best.get(name)
             if value is not None:
-                found[i, j], is_label[i, j] = value, True
+                gained[i, j], is_label[i, j] = value, True
         top = sorted(best.values(), reverse=True)[:depth]
         ideal[i, : len(top)] = top
-    return found, is_label, ideal, count
+    return gained, is_label, ideal, count
 
 
 def _ratio(top, bottom):
     return np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0)
 
 
-def per_query_metrics(ranked, labels, grades=None, *, ks=KS):
+def per_query_metrics(
+    ranked: Sequence[Sequence[Hashable | None]],
+    labels: Sequence[Sequence[Hashable]],
+    grades: Sequence[Sequence[float] | None] | None = None,
+    *,
+    ks: Iterable[int] = KS,
+) -> dict[str, np.ndarray]:
     """{"metric@k": (N,) float64} for every metric of `METRICS` and every k; see the module text for conventions."""
     ks = sorted(set(int(k) for k in ks))
     if not ks or ks[0] < 1:
         raise ValueError(f"expected cut-offs of at least 1, got {ks}")
-    found, is_label, ideal, count = relevance_table(ranked, labels, grades, depth=ks[-1])
+    gained, is_label, ideal, count = relevance_table(ranked, labels, grades, depth=ks[-1])
     rank = np.arange(1, ks[-1] + 1)
     discount = 1.0 / np.log2(rank + 1.0)
     hits = np.cumsum(is_label, axis=1)
     out = {}
     for k in ks:
-        here = hits[:, k - 1].astype(np.float64)
-        precision = here / k
-        recall = np.where(count > 0, _ratio(here, count), 1.0)
+        hit_count = hits[:, k - 1].astype(np.float64)
+        precision = hit_count / k
+        recall = np.where(count > 0, _ratio(hit_count, count), 1.0)
         precise = np.sum(is_label[:, :k] * hits[:, :k] / rank[:k], axis=1)
         first = np.where(is_label[:, :k].any(axis=1), 1.0 / (1.0 + is_label[:, :k].argmax(axis=1)), 0.0)
-        out[f"hit@{k}"] = (here > 0).astype(np.float64)
+        out[f"hit@{k}"] = (hit_count > 0).astype(np.float64)
         for name, gain in (("ndcg_linear", lambda g: g), ("ndcg_exponential", lambda g: np.exp2(g) - 1.0)):
             best = np.sum(gain(ideal[:, :k]) * discount[:k], axis=1)
-            out[f"{name}@{k}"] = _ratio(np.sum(gain(found[:, :k]) * discount[:k], axis=1), best)
+            out[f"{name}@{k}"] = _ratio(np.sum(gain(gained[:, :k]) * discount[:k], axis=1), best)
         out[f"precision@{k}"] = precision
         out[f"recall@{k}"] = recall
         out[f"f1@{k}"] = _ratio(2 * precision * recall, precision + recall)
@@ -84,7 +100,13 @@ def per_query_metrics(ranked, labels, grades=None, *, ks=KS):
     return out
 
 
-def ranking_metrics(ranked, labels, grades=None, *, ks=KS):
+def ranking_metrics(
+    ranked: Sequence[Sequence[Hashable | None]],
+    labels: Sequence[Sequence[Hashable]],
+    grades: Sequence[Sequence[float] | None] | None = None,
+    *,
+    ks: Iterable[int] = KS,
+) -> dict[str, float]:
     """Means over queries, in the key order of the reference's score files: {"hit@1": .., "hit@5": .., ...}.
 
     Args, conventions: see `per_query_metrics`. No queries at all gives 0 everywhere.

@@ -5,13 +5,25 @@ Ties: the candidate that comes first in the data wins. MMEB puts the positive fi
 content share one vector, so their scores are equal to the last bit and the rule decides between them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 
 CHUNK_BYTES = 64 * 2**20
 WORKSPACE_MIB = 128  # of the search among all candidates
 
 
-def rank(query, target, k, *, local=None, target_row=None, blocked=None):
+def rank(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    k: int,
+    *,
+    local: Sequence[Sequence[int]] | None = None,
+    target_row: Sequence[int] | torch.Tensor | None = None,
+    blocked: Sequence[bool] | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best k candidates of each query.
 
     Args:
@@ -43,8 +55,8 @@ def _best(query, target, k):
     """(scores float32, vector numbers) of the best min(k, U) vectors, on the CPU."""
     from contrastive_kernels import topk_similarity
 
-    scores, found = topk_similarity(query, target, min(k, len(target)), workspace_mib=WORKSPACE_MIB)
-    return scores.float().cpu(), found.cpu()
+    scores, indices = topk_similarity(query, target, min(k, len(target)), workspace_mib=WORKSPACE_MIB)
+    return scores.float().cpu(), indices.cpu()
 
 
 def _rank_global(query, target, k, row, blocked):
@@ -54,20 +66,20 @@ def _rank_global(query, target, k, row, blocked):
     # the first candidate of each vector; vectors in that order, so that "lowest index wins" means the data's order
     first = torch.full((len(target),), len(row)).scatter_reduce(0, vector, free, "amin")
     count = torch.bincount(vector, minlength=len(target))
-    kept = first.argsort(stable=True)[: int((count > 0).sum())]
-    if not len(kept):
+    used_vectors = first.argsort(stable=True)[: int((count > 0).sum())]
+    if not len(used_vectors):
         return torch.full((len(query), k), float("-inf")), torch.full((len(query), k), -1)
-    ordered = len(kept) == len(target) and bool((kept[1:] > kept[:-1]).all())
-    used = target if ordered else target[kept.to(target.device)]
-    scores, found = _best(query, used, k)
+    ordered = len(used_vectors) == len(target) and bool((used_vectors[1:] > used_vectors[:-1]).all())
+    used = target if ordered else target[used_vectors.to(target.device)]
+    scores, nearest = _best(query, used, k)
     if int(count.max()) == 1:
-        return _pad(scores, torch.where(found >= 0, first[kept][found.clamp(min=0)], -1), k)
+        return _pad(scores, torch.where(nearest >= 0, first[used_vectors][nearest.clamp(min=0)], -1), k)
     # members[start[v] : start[v] + count[v]] are the candidates of vector v, in order
     members = free[vector.argsort(stable=True)]
     start = count.cumsum(0) - count
     out_scores, out = torch.full((len(query), k), float("-inf")), torch.full((len(query), k), -1)
     for i in range(len(query)):
-        hits = kept[found[i][found[i] >= 0]]
+        hits = used_vectors[nearest[i][nearest[i] >= 0]]
         candidates = torch.cat([members[int(start[v]) : int(start[v] + count[v])] for v in hits])[:k]
         repeated = scores[i, : len(hits)].repeat_interleave(count[hits])[:k]
         out_scores[i, : len(candidates)], out[i, : len(candidates)] = repeated, candidates

@@ -18,89 +18,36 @@ In a data folder, `tasks.json` or `tasks.yaml` may name the meta-task of each da
 {"Products": {"meta_task": "retrieval", "split": "ood", "metric": "hit@5"}}.
 """
 
+from __future__ import annotations
+
 import json
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from vlm2vec.evaluation.tasks.task import GROUP_OF_META, GROUPS, META_OF_GROUP, TASK_MODALITIES, Task, make_task
+from vlm2vec.files import AnyPath
+
+__all__ = [
+    "GROUPS",
+    "GROUP_OF_META",
+    "META_OF_GROUP",
+    "TASK_MODALITIES",
+    "Task",
+    "custom_task",
+    "find_tasks",
+    "label_sets",
+    "load_tasks",
+    "make_task",
+    "published",
+    "read_hints",
+    "read_task_file",
+]
 HERE = Path(__file__).resolve().parent
-MODALITIES = ("image", "video", "visdoc")
-META_OF_GROUP = {
-    "image_cls": "classification",
-    "image_qa": "vqa",
-    "image_ret": "retrieval",
-    "image_vg": "grounding",
-    "video_cls": "video classification",
-    "video_qa": "video question answering",
-    "video_ret": "video retrieval",
-    "video_mret": "moment retrieval",
-    "vidore_v1": "document retrieval",
-    "vidore_v2": "document retrieval",
-    "visrag": "document retrieval",
-    "visdoc_ood": "document retrieval",
-}
-GROUPS = tuple(META_OF_GROUP)
-GROUP_OF_META = {"classification": "image_cls", "vqa": "image_qa", "retrieval": "image_ret", "grounding": "image_vg"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """One line of tasks.yaml; the comments at the top of that file say what the keys mean."""
-
-    name: str
-    modality: str = "image"
-    group: str = "custom"
-    meta_task: str = "custom"
-    split: str | None = None
-    loader: str = "mmeb"
-    form: str | None = None
-    metric: str = "hit@1"
-    candidates: str = "local"
-    queries: int | None = None
-    per_query: int | str | None = None
-    query_prompt: str | dict | None = None
-    target_prompt: str | None = None
-    hub: dict = field(default_factory=dict)
-    frames: str | None = None
-    path: str | None = None
-    report_as: str | None = None
-    options: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        from vlm2vec.evaluation.score.metrics import METRICS
-
-        if self.modality not in MODALITIES:
-            raise ValueError(f"task {self.name!r}: modality is one of {', '.join(MODALITIES)}, got {self.modality!r}")
-        if self.candidates not in ("local", "global"):
-            raise ValueError(f"task {self.name!r}: candidates is local or global, got {self.candidates!r}")
-        metric, _, k = self.metric.partition("@")
-        if metric not in METRICS or not k.isdigit() or int(k) < 1:
-            raise ValueError(f"task {self.name!r}: metric is one of {', '.join(METRICS)} with @k, got {self.metric!r}")
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ValueError(f"a task's name also names its files: no slash, no leading dot, got {self.name!r}")
-
-    @property
-    def report_name(self):
-        """Key of the task in a leaderboard file."""
-        return self.report_as or self.name
-
-
-def make_task(values, source):
-    """A Task from a mapping; ValueError names the source and the keys that no task has."""
-    if not isinstance(values, dict) or "name" not in values:
-        raise ValueError(f"{source}: a task is a mapping with at least a name, got {values!r}")
-    known = {f.name for f in fields(Task)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{source}: task {values['name']!r} has unknown keys {unknown}; known are {sorted(known)}")
-    values = dict(values, name=str(values["name"]))
-    if "meta_task" not in values and values.get("group") in META_OF_GROUP:
-        values["meta_task"] = META_OF_GROUP[values["group"]]
-    if "group" not in values and values.get("meta_task") in GROUP_OF_META and values.get("modality", "image") == "image":
-        values["group"] = GROUP_OF_META[values["meta_task"]]
-    return Task(**values)
 
 
 def _read_yaml(path):
@@ -112,7 +59,7 @@ def _read_yaml(path):
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
 
 
-def read_task_file(path):
+def read_task_file(path: AnyPath) -> dict[str, Task]:
     """{name: Task} of a YAML file with a `tasks:` list."""
     content = _read_yaml(path)
     rows = content.get("tasks") if isinstance(content, dict) else None
@@ -128,24 +75,24 @@ def read_task_file(path):
 
 
 @lru_cache(maxsize=1)
-def load_tasks():
+def load_tasks() -> dict[str, Task]:
     """The 78 published tasks as {name: Task}, in the order of the papers. Do not change the dict."""
     return read_task_file(HERE / "tasks.yaml")
 
 
 @lru_cache(maxsize=1)
-def label_sets():
+def label_sets() -> dict[str, list[str]]:
     """{name: [labels]} of the video classification tasks."""
     return _read_yaml(HERE / "labels.yaml")
 
 
 @lru_cache(maxsize=1)
-def published():
+def published() -> dict[str, Any]:
     """Published scores in percent: {"tables": .., "columns": .., "models": {task: {column: score}}}."""
     return _read_yaml(HERE / "published.yaml")
 
 
-def read_hints(root):
+def read_hints(root: AnyPath) -> dict[str, dict[str, Any]]:
     """{dataset: {task keys}} from ROOT/tasks.json or ROOT/tasks.yaml; {} when there is neither."""
     for name in ("tasks.json", "tasks.yaml", "tasks.yml"):
         path = Path(root) / name
@@ -170,15 +117,15 @@ def read_hints(root):
 
 def _usable(hint):
     """The keys of a hint that describe a task; a benchmark's file may hold much else (counts, chance levels, notes)."""
-    kept = {k: hint[k] for k in ("meta_task", "group", "metric", "modality", "loader", "query_prompt") if hint.get(k)}
+    usable = {k: hint[k] for k in ("meta_task", "group", "metric", "modality", "loader", "query_prompt") if hint.get(k)}
     if hint.get("split") in ("ind", "ood"):
-        kept["split"] = hint["split"]
+        usable["split"] = hint["split"]
     if hint.get("candidates") in ("local", "global"):
-        kept["candidates"] = hint["candidates"]
-    return kept
+        usable["candidates"] = hint["candidates"]
+    return usable
 
 
-def custom_task(name, hint=None, documents=False):
+def custom_task(name: str, hint: dict[str, Any] | None = None, documents: bool = False) -> Task:
     """A task for a folder that the table does not know; `documents` for one with queries, corpus and qrels, prompted as ViDoRe is."""
     like = {}
     if documents:
@@ -187,7 +134,7 @@ def custom_task(name, hint=None, documents=False):
     return make_task({"name": name, **like, **_usable(hint or {})}, f"dataset {name!r}")
 
 
-def find_tasks(root, names=None, extra=None):
+def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[str, Task] | None = None) -> list[Task]:
     """The tasks a data folder holds.
 
     Args:
@@ -203,25 +150,25 @@ def find_tasks(root, names=None, extra=None):
     if not root.is_dir():
         raise ValueError(f"no data folder {root}; expected a folder with one sub-folder per dataset")
     table, hints = {**load_tasks(), **(extra or {})}, read_hints(root)
-    found = []
+    tasks = []
     for task in table.values():
         if holds_tables(root, task):
             hint = _usable(hints.get(task.name, {}))
-            found.append(replace(task, **hint) if hint else task)
-    taken = {task.path or task.name for task in found} | {task.name for task in found}
+            tasks.append(replace(task, **hint) if hint else task)
+    taken = {task.path or task.name for task in tasks} | {task.name for task in tasks}
     order = {name: i for i, name in enumerate(hints)}
     folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
     for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
         task = custom_task(folder.name, hints.get(folder.name), documents=(folder / "corpus").is_dir() and (folder / "qrels").is_dir())
         if holds_tables(root, task):
-            found.append(task)
+            tasks.append(task)
     if names:
-        wanted, found_all = list(names), found
-        found = [t for t in found if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
-        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in found_all)]
+        wanted, all_tasks = list(names), tasks
+        tasks = [t for t in tasks if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
+        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in all_tasks)]
         if missing:
-            there = ", ".join(t.name for t in found_all) or "nothing"
-            raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {there}")
-    if not found:
+            all_names = ", ".join(t.name for t in all_tasks) or "nothing"
+            raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {all_names}")
+    if not tasks:
         raise ValueError(f"{root} holds no dataset; expected e.g. {root}/ImageNet-1K/test-00000.parquet")
-    return found
+    return tasks

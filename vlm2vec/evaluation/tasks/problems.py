@@ -13,7 +13,10 @@ Rules by which an imperfect row is still scored (the summary states the counts):
 | duplicate_candidates | the first of equal candidates stands for all; the score is not affected |
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
+from typing import Any
 
 HARMLESS = frozenset({"duplicate_candidates"})
 EXAMPLES = 5
@@ -26,7 +29,7 @@ class Problems:
         self.rows = defaultdict(set)
         self.examples = defaultdict(list)
 
-    def add(self, kind, row, what=""):
+    def add(self, kind: str, row: int | None, what: str = "") -> None:
         """Note that `row` (an int, or None when no single row is meant) has a problem; `what` names file or value."""
         if row in self.rows[kind] and row is not None:
             return
@@ -34,7 +37,7 @@ class Problems:
         if what and len(self.examples[kind]) < EXAMPLES and what not in self.examples[kind]:
             self.examples[kind].append(str(what))
 
-    def summary(self):
+    def summary(self) -> dict[str, Any]:
         """{"affected_rows": int, kind: {"rows": int, "examples": [str]}}; empty dict when nothing was wrong."""
         if not self.rows:
             return {}
@@ -44,10 +47,10 @@ class Problems:
             out[kind] = {"rows": len(self.rows[kind]), "examples": self.examples[kind]}
         return out
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return any(kind not in HARMLESS for kind in self.rows)
 
-    def text(self):
+    def text(self) -> str:
         """One line for the terminal."""
         parts = []
         for kind in sorted(self.rows):

@@ -1,6 +1,10 @@
 """One loaded task: what is encoded, what is ranked against what, and what is right."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlm2vec.evaluation.tasks import Task
 from vlm2vec.evaluation.tasks.problems import Problems
@@ -37,7 +41,7 @@ class Pool:
         self.items = []
         self.names = []
 
-    def add(self, key, item, name=None):
+    def add(self, key: Hashable, item: dict[str, Any] | Callable[[], dict[str, Any]], name: str | None = None) -> int:
         """Index of the candidate; the first one with a key stands for all."""
         where = self.index.get(key)
         if where is None:

@@ -450,7 +450,7 @@ class ExpPanel:
 
     Args:
         e: (L, R, C) exponentials in the operands' dtype, the positive and everything dropped 0; None where not stored.
-        row_part: (1 or 2, L, column tiles, R) sums of a row's E before rounding, and, where asked for, greatest kept cosines, -1e30 for none.
+        row_part: (1 or 2, L, column tiles, R) sums of a row's E before rounding; where asked for, greatest kept cosines, -1e30 for none.
         col_part: (L, row tiles, C) sums of a column of E; None unless asked for.
     """
 
@@ -483,7 +483,7 @@ class ExpPanel:
 def _takes(panel: str, arch: int, dtype: torch.dtype, plain: bool, columns: int) -> bool:
     """Whether the launch goes to the warp-specialised panel."""
     if panel not in PANELS:
-        raise ValueError(f"panel: expected one of {', '.join(PANELS)}, got {panel!r}")
+        raise ValueError(f"panel: expected one of {', '.join(PANELS)}, got {panel!r}; auto is the default")
     if panel == "plain" or panel == "auto" and configs.tuned_as(arch) not in configs.WARP_SPECIALISED_FASTER:
         return False
     reason = warp_specialised.obstacle(arch, dtype, plain=plain, columns=columns)
@@ -538,7 +538,8 @@ def exp_panel(
         tile: a `configs.Tile` instead of the table's.
         panel: "plain", "warp_specialised" (warp_specialised.py), or "auto": the latter where it was measured to be faster and can be had.
 
-    Raises: ValueError for a dtype or a number of columns the kernels do not take, or a `panel` that cannot take the launch. Numerics: products and sums in float32 (float64 for float64).
+    Raises: ValueError for a dtype or a number of columns the kernels do not take, or a `panel` that cannot take the launch.
+    Numerics: products and sums in float32 (float64 for float64).
     """
     check_dtype("exp_panel", x.dtype)
     check_columns("exp_panel", column_offset + len(y))

@@ -246,7 +246,9 @@ def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_
     if x.shape[1] > MAXIMUM_WIDTH:
         raise ValueError(f"fused: expected D of at most {MAXIMUM_WIDTH}, got {x.shape[1]}; take the panels")
     if row_scale is not None and x.dtype == torch.float16:
-        raise ValueError("fused: float16 cannot hold exponentials times inverse norms; normalise first or take the panels")
+        raise ValueError(
+            "fused: expected bfloat16 or float32 rows beside inverse norms, got float16, which cannot hold exponentials; normalise first"
+        )
     block_d = block_width(x.shape[1])
     (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
     pointers = [x if v is None else v for v in (row_scale, col_scale, positive, row_id, col_id, row_id2, col_id2, threshold)]

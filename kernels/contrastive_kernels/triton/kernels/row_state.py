@@ -362,7 +362,8 @@ def finish(
 
     Args:
         parts: of the panel, or None where nothing is to be added. prior: the state's sums hold something already.
-        direction: `problem.Direction`: the positives' cosines, weights and active rows. inverse_temperature: 0-d, or None for the sums alone.
+        direction: `problem.Direction`: the positives' cosines, weights and active rows.
+        inverse_temperature: 0-d, or None for the sums alone.
         own_shift: `factor` belongs to E = exp(logit - shift) with the rows' own shift, which the caller will write; else to E as it
             was written. With label smoothing it belongs to exp(logit - lse) - smooth. gain: the caller's E is so many times greater.
     """

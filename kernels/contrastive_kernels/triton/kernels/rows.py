@@ -261,7 +261,8 @@ class Segments:
     """Which rows go to which place.
 
     Args:
-        rows: how many there are. step, start: place i * step takes row i, of which [start, start + rows) are here; nothing has to be sorted.
+        rows: how many there are. step, start: place i * step takes row i, of which [start, start + rows) are here;
+            nothing has to be sorted.
         order, first: without a step, (n,) rows sorted by place, and where each place begins among them, (places + 1,).
     """
 
@@ -294,7 +295,8 @@ def update(
     """out_i = (out_i if add) + a_i x_i + b_i s_index(i) y_index(i), in place; with `dot` also returns (n,) a_i x_i . z_i.
 
     Args:
-        out: (n, D) float32 or float64, or None where only the dots are wanted; may be x itself. x: (n, D), a: (n,) of its type, or None for 1.
+        out: (n, D) float32 or float64, or None where only the dots are wanted; may be x itself.
+        x: (n, D), a: (n,) of its type, or None for 1.
         y: (m, D) of any floating type with b (n,) and index (n,) int64; y_scale: (m,) factors s of its rows, or None for 1. z: (n, D).
         z_scale: (n,) inverse norms of z, or None: then out is turned into the gradient of the rows z that were normalised; 0 for a row
             shorter than eps.
@@ -344,7 +346,10 @@ def update(
 
 @on_its_device
 def scatter(out, segments: Segments, *, x=None, a=None, y=None, b=None, y_scale=None, add: bool) -> None:
-    """out_j = (out_j if add) + sum of a_i x_i + b_i s_i y_i over the rows i of segment j. out: (m, D), y_scale: (n,); the rest as for `update`."""
+    """out_j = (out_j if add) + sum of a_i x_i + b_i s_i y_i over the rows i of segment j.
+
+    out: (m, D), y_scale: (n,); the rest as for `update`.
+    """
     places, width = out.shape
     matrices = [_tight(m, out) for m in (x, y)]
     block = _block(width)

@@ -1,7 +1,8 @@
 """The sigmoid loss with the kernels: a logits product whose epilogue makes every pair's loss and derivative, then two products.
 
     x = scale cos + bias,  z = +1 where the pair belongs together, else -1
-    pair = log(1 + exp(-z x))        G = d pair / d x = -z sigmoid(-z x)        d_query = diag(w scale) (G T),  d_target = G^T (diag(w scale) Q)
+    pair = log(1 + exp(-z x))        G = d pair / d x = -z sigmoid(-z x)
+    d_query = diag(w scale) (G T),  d_target = G^T (diag(w scale) Q)
 
 Every pair is judged on its own: no sums are waited for, G lies in [-1, 1], so no shift and no second look. FLOPs 6 n M D, bytes 6 an
 element in 16-bit types. Partial sums have places of their own and are added in a fixed order: deterministic.

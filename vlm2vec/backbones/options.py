@@ -1,0 +1,23 @@
+"""The families' options: what may be asked of a value before a family looks at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+OPTIONAL_COUNTS = ("max_length", "max_image_pixels")  # None means no limit
+
+
+def check_option(name: str, value: Any, default: Any) -> None:
+    """A ValueError unless an option is of its default's kind; numbers are positive. Names and sizes are the families' own to check."""
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int) or name in OPTIONAL_COUNTS:
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an integer of at least 1"
+        if name in OPTIONAL_COUNTS:
+            fits, wanted = fits or value is None, f"{wanted}, or None"
+    elif isinstance(default, float):
+        fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, "a number above 0"
+    else:
+        return
+    if not fits:
+        raise ValueError(f"{name}={value!r}: expected {wanted}")

@@ -1,0 +1,82 @@
+"""One task of the table: what it is, how it is read and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+TASK_MODALITIES = ("image", "video", "visdoc")
+META_OF_GROUP = {
+    "image_cls": "classification",
+    "image_qa": "vqa",
+    "image_ret": "retrieval",
+    "image_vg": "grounding",
+    "video_cls": "video classification",
+    "video_qa": "video question answering",
+    "video_ret": "video retrieval",
+    "video_mret": "moment retrieval",
+    "vidore_v1": "document retrieval",
+    "vidore_v2": "document retrieval",
+    "visrag": "document retrieval",
+    "visdoc_ood": "document retrieval",
+}
+GROUPS = tuple(META_OF_GROUP)
+GROUP_OF_META = {"classification": "image_cls", "vqa": "image_qa", "retrieval": "image_ret", "grounding": "image_vg"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of tasks.yaml; the comments at the top of that file say what the keys mean."""
+
+    name: str
+    modality: str = "image"
+    group: str = "custom"
+    meta_task: str = "custom"
+    split: str | None = None
+    loader: str = "mmeb"
+    form: str | None = None
+    metric: str = "hit@1"
+    candidates: str = "local"
+    queries: int | None = None
+    per_query: int | str | None = None
+    query_prompt: str | dict | None = None
+    target_prompt: str | None = None
+    hub: dict = field(default_factory=dict)
+    frames: str | None = None
+    path: str | None = None
+    report_as: str | None = None
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        from vlm2vec.evaluation.score.metrics import METRICS
+
+        if self.modality not in TASK_MODALITIES:
+            raise ValueError(f"task {self.name!r}: modality is one of {', '.join(TASK_MODALITIES)}, got {self.modality!r}")
+        if self.candidates not in ("local", "global"):
+            raise ValueError(f"task {self.name!r}: candidates is local or global, got {self.candidates!r}")
+        metric, _, k = self.metric.partition("@")
+        if metric not in METRICS or not k.isdigit() or int(k) < 1:
+            raise ValueError(f"task {self.name!r}: metric is one of {', '.join(METRICS)} with @k, got {self.metric!r}")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"a task's name also names its files: no slash, no leading dot, got {self.name!r}")
+
+    @property
+    def report_name(self) -> str:
+        """Key of the task in a leaderboard file."""
+        return self.report_as or self.name
+
+
+def make_task(values: dict[str, Any], source: str) -> Task:
+    """A Task from a mapping; ValueError names the source and the keys that no task has."""
+    if not isinstance(values, dict) or "name" not in values:
+        raise ValueError(f"{source}: a task is a mapping with at least a name, got {values!r}")
+    known = {f.name for f in fields(Task)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{source}: task {values['name']!r} has unknown keys {unknown}; known are {sorted(known)}")
+    values = dict(values, name=str(values["name"]))
+    if "meta_task" not in values and values.get("group") in META_OF_GROUP:
+        values["meta_task"] = META_OF_GROUP[values["group"]]
+    if "group" not in values and values.get("meta_task") in GROUP_OF_META and values.get("modality", "image") == "image":
+        values["group"] = GROUP_OF_META[values["meta_task"]]
+    return Task(**values)
