@@ -10,9 +10,7 @@ PACKAGES = {"contrastive_kernels": ROOT / "kernels", "vlm2vec": ROOT, "train": R
 
 # Circles that are still there, each by two of its members. The list only shrinks: a circle that is gone must leave it.
 KNOWN_CIRCLES: list[set[str]] = [
-    {"contrastive_kernels.core.compute", "contrastive_kernels.core.backends"},
     {"contrastive_kernels", "contrastive_kernels.gradcache.grad_cache"},
-    {"vlm2vec.model", "vlm2vec.checkpoint.saving"},
     {"train.recipe.checks", "train.recipe.schema"},
     {"train.plan.report", "train.plan.search"},
 ]
