@@ -1,27 +1,37 @@
-"""`python -m train RECIPE [--key value ...]`, also under `torchrun`. Run again, it goes on where it stopped."""
+"""`python -m train RECIPE [--key value ...]`, installed `vlm2vec train RECIPE`, also under `torchrun`. Run again, it goes on."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from .command import COMMAND, EXTRA, TORCHRUN
+
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code of a run, a plan or a list, with these words behind the command."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if argv else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
     try:
+        if argv[0] == "--list":
+            from .recipe.files import listing
+
+            print(listing())
+            return 0
         if argv[0] == "plan":
-            from .plan.search import main as plan
+            from .plan.__main__ import main as plan
 
             return plan(argv[1:])
         from .run import run
 
         return run(argv)
     except ModuleNotFoundError as error:
-        print(f"train: {error.name} is not installed; pip install -e '.[train]'", file=sys.stderr)
+        if (error.name or "").split(".")[0] in ("train", "vlm2vec", "contrastive_kernels"):
+            raise
+        print(f"train: {error.name} is not installed; pip install {EXTRA}", file=sys.stderr)
         return 2
     except (ValueError, FloatingPointError) as error:
         print(f"train: {error}", file=sys.stderr)
@@ -31,12 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-_USAGE = """usage: python -m train RECIPE [--key value ...] [--fresh]
-       torchrun --nproc-per-node 8 -m train RECIPE [--key value ...]
-       python -m train plan RECIPE --gpu h100-80 [--ranks 8] [--key value ...]
+_USAGE = f"""usage: {COMMAND} RECIPE [--key value ...] [--fresh] [--profile STEP]
+       torchrun --nproc-per-node 8 {TORCHRUN} RECIPE [--key value ...]
+       {COMMAND} plan RECIPE --gpu h100-80 [--ranks 8] [--key value ...]
+       {COMMAND} --list
 
-RECIPE is a YAML file (train/recipes/); --key value overrides a key of it, nested ones with dots: --loss.temperature 0.05.
+RECIPE is a YAML file, or the name of one of the project's recipes, which --list lists; --key value overrides a key of it,
+nested ones with dots: --loss.temperature 0.05.
 A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds.
+--profile STEP writes a trace of that step into the output folder, for https://ui.perfetto.dev: its operators and kernels, with
+waiting for data, first pass, loss, second pass, synchronisation and optimizer as named ranges. One file a rank.
 `plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows."""
 
 

@@ -54,6 +54,11 @@ def _is_complete(folder: Path) -> bool:
     return bool(here & _WEIGHTS)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Steps made when a checkpoint was written, by its name."""
+    return int(_NAME.match(checkpoint.name).group(1))
+
+
 def publish(staged: Path, final: Path) -> None:
     """Moves a written folder into place, on disk before it has its name."""
     for file in staged.rglob("*"):

@@ -17,8 +17,10 @@ import torch
 from vlm2vec.checkpoint.pretrained import Description, describe
 
 from .build import NO_LORA_SECTION, vision_is_frozen
+from .command import COMMAND
 from .data.rows import PairDataset, collate, longest_sample
 from .data.unreadable_rows import unreadable
+from .optimizers import state_bytes
 from .plan.machine import Memory, device_memory
 from .recipe.schema import Recipe
 
@@ -28,8 +30,6 @@ _GIB = 2**30
 _SAMPLED_ROWS = 256
 _SAMPLED_ROWS_DECODED = 64  # where a family has to decode a picture to know its tokens
 _ROWS_OF_A_SOURCE = 8  # fewer, and a damaged few could be all of them
-# Bytes of optimizer state for a byte of weights; for optimizers in eight bits, for a weight. Those not named keep little.
-_STATE_COPIES = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adam": 2}
 
 
 def check(recipe: Recipe, *, ranks: int = 1, resumed: bool = False) -> None:
@@ -45,9 +45,7 @@ def check(recipe: Recipe, *, ranks: int = 1, resumed: bool = False) -> None:
     if model.adapter is not None and recipe.lora is None:
         raise ValueError(f"{recipe.model} {NO_LORA_SECTION}")
     width = model.backbone.embedding_dim(model.config)
-    if recipe.loss.matryoshka_dims and max(recipe.loss.matryoshka_dims) > width:
-        most = max(recipe.loss.matryoshka_dims)
-        raise ValueError(f"loss.matryoshka_dims: {most} is above the {width} dimensions of {recipe.model}; leave it out")
+    recipe.loss.check_width(width, recipe.model)
     check_memory(recipe, model, device_memory(on_gpu), ranks=ranks, on_gpu=on_gpu)
     if not resumed:
         check_rows(recipe, model.processing)
@@ -84,31 +82,24 @@ def needs(recipe: Recipe, model: Description, ranks: int = 1) -> Needs:
 
     from .plan.fake_model import fake_model
 
-    made = fake_model(replace(recipe, model=model.weights), FakeTensorMode())
+    fake = fake_model(replace(recipe, model=model.weights), FakeTensorMode())
     shards = ranks if recipe.distributed == "fsdp" else 1
     # `train.parallel.sharding` leaves a frozen tower whole on every rank.
-    tower = made.backbone.vision_tower(made.model).parameters() if vision_is_frozen(made) else ()
+    tower = fake.backbone.vision_tower(fake.model).parameters() if vision_is_frozen(fake) else ()
     whole = {id(parameter) for parameter in tower}
-    weights = sum(_bytes(buffer) for buffer in made.buffers())
+    weights = sum(_bytes(buffer) for buffer in fake.buffers())
     gradients = optimizer = 0
-    for parameter in made.parameters():
+    for parameter in fake.parameters():
         size = _bytes(parameter) // (1 if id(parameter) in whole else shards)
         weights += size
         if parameter.requires_grad:
             gradients += _bytes(parameter)  # shards of them are made in the last chunk's backward; until then they add up whole
-            optimizer += _state_bytes(recipe.optimizer, size, parameter.element_size())
+            optimizer += state_bytes(recipe.optimizer, size // parameter.element_size(), parameter.element_size())
     return Needs(weights, gradients, optimizer)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _state_bytes(optimizer: str, size: int, item: int) -> int:
-    if "paged" in optimizer:  # moves to the host where the device is full
-        return 0
-    copies = next((copies for part, copies in _STATE_COPIES.items() if part in optimizer), 0)
-    return copies * (size // item if "8bit" in optimizer else size)
 
 
 def check_memory(recipe: Recipe, model: Description, memory: Memory | None, *, ranks: int, on_gpu: bool) -> None:
@@ -134,7 +125,7 @@ def check_memory(recipe: Recipe, model: Description, memory: Memory | None, *, r
     raise ValueError(
         f"{recipe.model} does not fit: weights {_gib(need.weights)} ({recipe.quantization or recipe.dtype}), gradients "
         f"{_gib(need.gradients)} and {recipe.optimizer} {_gib(need.optimizer)} make {_gib(need.total)}{among} before any chunk, and "
-        f"{where} has {_gib(memory.free)} free of {_gib(memory.total)}; {_mends(recipe, ranks)}; python -m train plan shows what a recipe takes"
+        f"{where} has {_gib(memory.free)} free of {_gib(memory.total)}; {_mends(recipe, ranks)}; {COMMAND} plan shows what a recipe takes"
     )
 
 
@@ -187,10 +178,5 @@ def check_rows(recipe: Recipe, processing: Any) -> None:
     if recipe.chunk_rows is None and tokens > recipe.chunk_tokens:
         raise ValueError(
             f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample: {row} has {tokens} tokens; "
-            f"pass --chunk_tokens {tokens} or more, or make samples shorter by model_options (max_length, {_image_limit(processing)})"
+            f"pass --chunk_tokens {tokens} or more, or make samples shorter by model_options (max_length, {processing.image_limit})"
         )
-
-
-def _image_limit(processing: Any) -> str:
-    """The family's option that bounds the tokens of a picture."""
-    return next((name for name in ("max_pixels", "num_crops", "resolution") if name in processing.options), "max_image_pixels")

@@ -38,6 +38,7 @@ _FREE_KEYS = {
     "offload_activations",
     "output",
     "plan",
+    "profile",
 }
 # Keys that a run which stopped is told to mend: its resumption may have other ones, and says so.
 _MENDS = {"learning_rate", "max_grad_norm", "chunk_tokens", "chunk_rows", "retain", "retain_mib", "gradient_checkpointing"}
@@ -56,7 +57,8 @@ def run(argv: list[str]) -> int:
     _wait_for_everyone()  # all have looked before the main process changes anything
     if finished:
         if is_main:
-            print(f"{output} is already trained by this recipe; --fresh trains it again")
+            untraced = "" if recipe.profile is None else f" and traces step {recipe.profile}"
+            print(f"{output} is already trained by this recipe; --fresh trains it again{untraced}")
         return 0
     found = [] if fresh else checkpoints.complete_checkpoints(output)
     checkpoint = found[-1] if found else None
@@ -73,6 +75,8 @@ def run(argv: list[str]) -> int:
             print(hint)
         other = f" with other {', '.join(mended)}" if mended else ""
         print(f"resuming from {checkpoint}{other}" if checkpoint else f"starting from {recipe.model}", flush=True)
+        if checkpoint is not None and recipe.profile is not None and recipe.profile <= checkpoints.step_of(checkpoint):
+            print(f"profile: step {recipe.profile} is behind {checkpoint.name}, so no trace is written; name a later step, or pass --fresh")
     transformers.set_seed(recipe.seed)
     model = build_model(recipe, checkpoint, device="cpu" if recipe.cpu else None)
     data = PairDataset(recipe.data, model.processing, recipe.held_out_rows)
@@ -101,6 +105,8 @@ def run(argv: list[str]) -> int:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
+        if trainer.profile is not None:
+            trainer.profile.abandon()
     if interrupt.requested and trainer.state.global_step < recipe.steps:
         if is_main:
             print(f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from contrastive_kernels import GradCache
+from contrastive_kernels.gradcache import Observer
 from vlm2vec.model import VLM2Vec
 
 from .build import vision_is_frozen
-from .data.media_stream import Media, Side
+from .data.media_stream import BatchSide, Media
+from .losses import LossBatch
 from .parallel.offload import offloaded
 from .recipe.schema import Recipe
 
@@ -36,13 +38,16 @@ class ContrastiveStep:
         autocast: makes the context of what runs outside `model`'s own forward.
         scaler: a gradient scaler, or None.
         world_size: ranks over which the loss spans.
+        loss: what the recipe's loss made (`train.losses`), with what it has learned so far; default a new one.
+        media: decodes and packs chunks; default a `Media` by the recipe.
+        attention: provider of packed attention (`vlm2vec.attention`), in place of the one that the model chooses.
+        gradcache: makes the `GradCache`, from its arguments.
+        observer: told the phases of every step (`contrastive_kernels.gradcache.observer`).
 
     Attributes:
         media: the decoder, with its figures.
         gradcache: with the chunk budget in force.
     """
-
-    gradcache_class = GradCache
 
     def __init__(
         self,
@@ -54,24 +59,35 @@ class ContrastiveStep:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         world_size: int = 1,
+        loss: Callable | None = None,
+        media: Media | None = None,
+        attention: str | Callable | None = None,
+        gradcache: Callable[..., GradCache] = GradCache,
+        observer: Observer | Sequence[Observer] | None = None,
     ):
         self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
         self.device, self.autocast, self.world_size = device, autocast, world_size
-        self.media = Media(unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict)
-        self.gradcache = self.gradcache_class(
+        self.loss = recipe.loss.function() if loss is None else loss
+        self.media = media or Media(
+            unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict
+        )
+        self.pack = unwrapped.pack if attention is None else functools.partial(unwrapped.backbone.pack, provider=attention)
+        self.gradcache = gradcache(
             self._encode,
+            self.loss,
             chunk_tokens=None if recipe.chunk_rows else recipe.chunk_tokens,
             chunk_size=recipe.chunk_rows,
             retain=recipe.retain,
             retain_mib=recipe.retain_mib,
             freeze=self._frozen_vision if vision_is_frozen(unwrapped) else None,
             keep_mib=recipe.keep_mib,
-            prefetch=Side.prefetch,
-            release=Side.release,
+            prefetch=BatchSide.prefetch,
+            release=BatchSide.release,
             module=model,
             scaler=scaler,
+            observer=observer,
         )
-        self._finite: list[tuple[Side, list[int], torch.Tensor]] = []
+        self._finite: list[tuple[BatchSide, list[int], torch.Tensor]] = []
 
     def __call__(self, batch: dict[str, Any]):
         """Runs the step; gradients are added to the model's.
@@ -88,15 +104,16 @@ class ContrastiveStep:
         report = self._reporter(batch)
         sides = [self.media.side(batch[name], owner, report) for name, owner in zip(_SIDES, owners, strict=True)]
         self._finite.clear()
-        hard = {}
-        if len(sides[2]):
-            hard = {"hard_negatives": sides[2], "hard_offsets": self._tensor(batch["hard_offsets"])}
-            if self.recipe.loss.mask_duplicates:
-                hard["hard_ids"] = self._tensor(batch["hard_ids"])
+        has_hard = len(sides[2]) > 0
         lengths = [side.lengths for side in sides if len(side)]
         try:
             result = self.gradcache.step(
-                sides[0], sides[1], lengths=tuple(lengths), late_options=lambda: self._masks(batch), **hard, **self._loss_options(batch)
+                sides[0],
+                sides[1],
+                hard_negatives=sides[2] if has_hard else None,
+                lengths=tuple(lengths),
+                late_options=lambda: self._masks(batch),
+                **self._loss_options(batch, has_hard),
             )
         finally:
             for side in sides:
@@ -105,7 +122,7 @@ class ContrastiveStep:
 
     # What GradCache calls
 
-    def _encode(self, side: Side, rows: list[int], features=None) -> torch.Tensor:
+    def _encode(self, side: BatchSide, rows: list[int], features=None) -> torch.Tensor:
         packed = self._chunk(side, rows, seen=features is not None)
         with offloaded(self.recipe.offload_activations and torch.is_grad_enabled()):
             hidden = self.model(packed) if features is None else self.model(packed, vision_features=features)
@@ -116,47 +133,39 @@ class ContrastiveStep:
             hidden = torch.where(torch.tensor(unreadable, device=hidden.device)[:, None], hidden.detach(), hidden)
         return hidden
 
-    def embed(self, side: Side, rows: list[int]) -> torch.Tensor:
+    def embed(self, side: BatchSide, rows: list[int]) -> torch.Tensor:
         """(len(rows), D) embeddings outside of a step, for which nothing is kept."""
         hidden = self.model(self._chunk(side, rows))
         side.release(rows)
         return hidden
 
-    def _frozen_vision(self, side: Side, rows: list[int]):
+    def _frozen_vision(self, side: BatchSide, rows: list[int]):
         # The library puts autocast around forward alone.
         with self.autocast():
             return self.unwrapped.vision(self._chunk(side, rows))
 
-    def _chunk(self, side: Side, rows: list[int], *, seen: bool = False):
+    def _chunk(self, side: BatchSide, rows: list[int], *, seen: bool = False):
         """Samples packed and on the device; `seen`: their vision features are there, so that pixels are not needed."""
-        features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)] if seen else side.features(rows)
-        return self.media.to_device(self.unwrapped.pack(features), self.device, self.unwrapped.dtype)
+        return self.media.packed(side, rows, self.pack, self.device, self.unwrapped.dtype, with_pixels=not seen)
 
     # The loss
 
-    def _loss_options(self, batch: dict[str, Any]) -> dict[str, Any]:
-        loss = self.recipe.loss
-        options: dict[str, Any] = {"temperature": loss.temperature, "normalize": True, "symmetric": loss.symmetric, "return_stats": True}
-        if loss.mask_duplicates:
-            options["target_ids"] = self._tensor(batch["target_ids"])
-            if loss.query_negatives or loss.symmetric:
-                options["query_ids"] = self._tensor(batch["query_ids"])
-        for name in ("hardness", "label_smoothing", "matryoshka_dims", "query_negatives", "target_negatives"):
-            if value := getattr(loss, name):
-                options[name] = value
-        if self.world_size > 1:
-            options["group"] = dist.group.WORLD
-        return options
+    def _loss_options(self, batch: dict[str, Any], has_hard: bool) -> dict[str, Any]:
+        hard = {name: self._tensor(batch[name]) for name in ("hard_offsets", "hard_ids")} if has_hard else {}
+        ids = {name: self._tensor(batch[name]) for name in ("query_ids", "target_ids")}
+        return self.recipe.loss.options(LossBatch(**ids, **hard, group=dist.group.WORLD if self.world_size > 1 else None))
 
     def _masks(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows that could not be read are neither queries nor candidates. Every rank passes masks as soon as one has to."""
-        kept = self._tensor(batch["kept"])
         some = not bool(batch["kept"].all())
         if self.world_size > 1:
             flag = torch.tensor(int(some), device=self.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             some = bool(flag)
-        return {"query_mask": kept, "target_mask": kept} if some else {}
+        if not some:
+            return {}
+        readable = self._tensor(batch["kept"])
+        return {"query_mask": readable, "target_mask": readable}
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from contrastive_kernels.gradcache.generator_state import GeneratorState
@@ -19,11 +21,15 @@ from . import checkpoints
 from .data import held_out
 from .data.rows import PairDataset, collate, longest_sample
 from .data.sampler import BlockSampler
-from .data.unreadable_rows import Damage
+from .data.unreadable_rows import UnreadableRows
+from .losses import learned as learned_loss
 from .parallel import sharding
 from .parallel.launch import refuse_other_launchers
 from .recipe.schema import Recipe
+from .reports.callbacks import StepEnd
 from .reports.metrics import StepStats
+from .reports.phases import DATA, OPTIMIZER, OTHER, PhaseTimes
+from .reports.profile import StepProfile
 from .step import ContrastiveStep
 
 logger = logging.getLogger(__name__)
@@ -49,6 +55,8 @@ class ContrastiveTrainer(transformers.Trainer):
         if recipe.global_batch % arguments.world_size:
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
         self.sharded = sharding.is_sharded(model)
+        dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
+        self.loss = learned_loss.attach(recipe.loss, model, device=arguments.device, dtype=dtype)
         super().__init__(
             model=model,
             args=arguments,
@@ -62,8 +70,13 @@ class ContrastiveTrainer(transformers.Trainer):
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._staging: str | None = None
         self._stats = StepStats()
+        self._times = PhaseTimes(arguments.device)
+        self.profile: StepProfile | None = None
+        if recipe.profile is not None:
+            self.profile = StepProfile(recipe.profile, Path(recipe.output), arguments.process_index, arguments.world_size)
+        self.add_callback(StepEnd(self._step_ended))
         self._step: ContrastiveStep | None = None
-        self._damage = Damage()
+        self._unreadable = UnreadableRows()
         self._warned_of_length = False
         self._generators_from: str | None = None
         self._began: float | None = None
@@ -101,13 +114,18 @@ class ContrastiveTrainer(transformers.Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        if self.profile is not None and self.state.global_step + 1 == self.profile.step:
+            self.profile.start()
+        self._enter(DATA)
         try:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         except ValueError as error:
             if not str(error).startswith("Caught "):
                 raise
             # From a worker, its traceback in front.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        self._enter(OTHER)
+        return batch
 
     # The step
 
@@ -128,7 +146,7 @@ class ContrastiveTrainer(transformers.Trainer):
         result, lengths = self._contrastive_step(model)(inputs)
         for error in inputs["errors"]:
             logger.warning("left out of step %d: %s", self.state.global_step + 1, error)
-        self._damage.add(
+        self._unreadable.add(
             inputs["errors"],
             self.recipe.global_batch,
             device=self.args.device,
@@ -138,7 +156,22 @@ class ContrastiveTrainer(transformers.Trainer):
         if not torch.isfinite(result.loss):
             self._stop(f"the loss is {result.loss.item()}", inputs["rows"])
         self._stats.add(result, lengths)
+        self._enter(OPTIMIZER)
         return result.loss.detach().float()
+
+    def _enter(self, phase: str) -> None:
+        """From here on time belongs to `phase`, in the log and in a trace."""
+        self._times.enter(phase)
+        if self.profile is not None:
+            self.profile.enter(None if phase == OTHER else phase)
+
+    def _step_ended(self) -> None:
+        self._times.step_ended()
+        if self.profile is not None and self.profile.is_running:
+            path = self.profile.finish()
+            if self.is_world_process_zero():
+                others = ", a file of each rank" if self.args.world_size > 1 else ""
+                tqdm.write(f"trace of step {self.profile.step}: {path}{others}; open it at https://ui.perfetto.dev", file=sys.stdout)
 
     def _contrastive_step(self, model: torch.nn.Module) -> ContrastiveStep:
         if self._step is None:
@@ -150,6 +183,8 @@ class ContrastiveTrainer(transformers.Trainer):
                 autocast=self.accelerator.autocast,
                 scaler=self.accelerator.scaler,
                 world_size=self.args.world_size,
+                loss=self.loss,
+                observer=[self._times.observe, *([self.profile.observe] if self.profile is not None else [])],
             )
         return self._step
 
@@ -216,8 +251,9 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["temperature"] = self.recipe.loss.temperature
+            logs.update(self.recipe.loss.figures(self.loss))
             logs.update(self._stats.drain(self.args.device, self.args.world_size))
+            logs.update(self._times.drain())
             logs["seconds"] = round(self.seconds(), 3)
         super().log(logs, start_time)
 
@@ -247,6 +283,7 @@ class ContrastiveTrainer(transformers.Trainer):
         weights = sharding.gathered_weights(self.model) if self.sharded else None
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=weights)
+            learned_loss.save(self.loss, output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -280,7 +317,12 @@ class ContrastiveTrainer(transformers.Trainer):
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Nothing to do: the model was loaded from the checkpoint, so that its weights are in memory only once."""
+        """Loads what the loss learned. The model was loaded from the checkpoint, so that its weights are in memory only once."""
+        learned_loss.load(self.loss, resume_from_checkpoint)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All weights that decay; what a loss learned does not."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(learned_loss.PREFIX)]
 
 
 def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
@@ -325,6 +367,9 @@ def failure(what: str, step: int, names: list[str], rows: list[tuple[int, int]],
     sources = ", ".join(sorted({names[source] for source, _ in listed}))
     shown = ", ".join(f"{names[source]}:{row}" for source, row in listed[:8]) + (", ..." if len(listed) > 8 else "")
     if 0 < len(found) < len(rows):
-        return f"step {step}: {what}; {len(found)} of {len(rows)} rows have embeddings that are not finite: {shown} (source {sources}); mend or leave out these rows"
+        return (
+            f"step {step}: {what}; {len(found)} of {len(rows)} rows have embeddings that are not finite: "
+            f"{shown} (source {sources}); mend or leave out these rows"
+        )
     which = "no embedding is finite, so the weights are not" if found else "all embeddings are finite"
     return f"step {step}: {what}; {which}; rows {shown} (source {sources}); lower learning_rate or max_grad_norm, or look at these rows"

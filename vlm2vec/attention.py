@@ -16,6 +16,7 @@ the packed sequence whole instead of cutting it themselves. Calls without `segme
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -52,7 +53,7 @@ class Segments:
         groups: what the SDPA provider batches together.
         rows, inverse: packed token of each grouped row, and grouped row of each packed token; None when all segments are of
             one length and the packed order serves as it is.
-        provider: one of `PROVIDERS`.
+        provider: one of `PROVIDERS`, or a function with `sdpa_packed`'s arguments that does it in their place.
     """
 
     lengths: list[int]
@@ -61,7 +62,7 @@ class Segments:
     groups: list[Group]
     rows: torch.Tensor | None
     inverse: torch.Tensor | None
-    provider: str = "sdpa"
+    provider: str | Callable = "sdpa"
 
     @property
     def max_length(self) -> int:
@@ -72,7 +73,7 @@ class Segments:
         return sum(self.lengths)
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], *, causal: bool, provider: str = "sdpa") -> "Segments":
+    def from_lengths(cls, lengths: list[int], *, causal: bool, provider: str | Callable = "sdpa") -> "Segments":
         cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         if lengths:
             cu[1:] = torch.tensor(lengths).cumsum(0)
@@ -251,7 +252,8 @@ def packed_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """Attention within each segment, by the provider that `segments` names. q (T, Hq, D), k, v (T, Hk, D) -> (T, Hq, D)."""
-    return _PROVIDER_FUNCTIONS[segments.provider](q, k, v, segments, scale=scale, dropout=dropout, window=window)
+    provider = segments.provider if callable(segments.provider) else _PROVIDER_FUNCTIONS[segments.provider]
+    return provider(q, k, v, segments, scale=scale, dropout=dropout, window=window)
 
 
 def choose_provider(attn: str | None, device: torch.device, dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""`vlm2vec embed | search | eval | mine | info`. An expected error is one line on stderr and exit code 2."""
+"""`vlm2vec embed | search | eval | mine | train | info`. An expected error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "search": "the images of a folder, or a file of embeddings, that fit a text or an image best",
     "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
     "mine": "hard negatives for training data",
+    "train": "train a model by a recipe, plan what it will need, list the recipes",
     "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",
 }
 
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         command = import_module(f"vlm2vec.commands.{name}")
+        if hasattr(command, "main"):  # it reads its words itself
+            return command.main(argv[1:])
         parser = Parser(prog=f"vlm2vec {name}", description=COMMANDS[name])
         command.add_arguments(parser)
         return command.run(parser.parse_args(argv[1:])) or 0

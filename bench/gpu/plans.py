@@ -17,7 +17,6 @@ from bench.measure import ROOT
 
 HERE = Path(__file__).parent / "planned"
 GPUS = ("h100-80", "h200-141")
-EFFICIENCY = 0.5  # of the data sheet's FLOP/s, `python -m train plan`'s own default
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def numbers(recipe, name: str, gpus=GPUS) -> dict:
     from train.plan.gpus import parse_gpu
     from train.plan.search import make_plan
 
-    plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name, efficiency=EFFICIENCY) for gpu in gpus}
+    plans = {gpu: make_plan(recipe, parse_gpu(gpu), 1, name=name) for gpu in gpus}
     one = next(iter(plans.values()))
     step = one.simulation
     return {
@@ -54,7 +53,7 @@ def numbers(recipe, name: str, gpus=GPUS) -> dict:
         "tokens": one.tokens,
         "trained": step.trained,
         "weights": step.weights,
-        "flops": step.work.flops,
+        "flops": step.cost.flops,
         "seconds": {gpu: float(f"{plan.step_seconds:.4g}") for gpu, plan in plans.items()},
     }
 

@@ -45,7 +45,7 @@ def equals_images_decoded_at_once(recipe, model, streamed):
 
 def largest_chunk(step, batch, sizes):
     """Bytes of the queries' chunk that holds most, of 24 pairs whose targets are texts."""
-    chunks = step.gradcache._plan(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
+    chunks = step.gradcache.chunks(([len(s["input_ids"]) for s in batch["query"]], [1] * 24))
     return max(sum(sizes[row] for row in chunk.rows) for chunk in chunks if chunk.side == 0)
 
 

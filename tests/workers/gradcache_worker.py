@@ -4,6 +4,7 @@ Truth twice: one backward through the same chunks with every graph kept, average
 dropout, one process on the whole batch.
 """
 
+import contextlib
 import os
 import traceback
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from contrastive_kernels import GradCache, InfoNCELoss, info_nce
+from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD
 from contrastive_kernels.gradcache.retention import counting_saved
 
 ROWS, WIDTH = 16, 10
@@ -237,19 +239,18 @@ class Prepared:
             freeze=(frozen[0] if case.towers == 1 else tuple(frozen)) if case.frozen else None,
             keep_mib=case.keep_mib,
             module=wrapped[0] if case.towers == 1 else wrapped,
+            observer=self.watched,
         )
         sides, offsets = self.batch
         self.given = sides if case.hard else sides[:2]
         self.options = {"hard_negatives": sides[2], "hard_offsets": offsets} if case.hard else {}
         self.kept, self.dummies = [], []
-        backward = self.cache._backward_chunk
 
-        def watched(sides, index, chunk, *rest):
-            self.kept.append(chunk.graph is not None)
-            self.dummies.append(chunk.is_dummy)
-            backward(sides, index, chunk, *rest)
-
-        self.cache._backward_chunk = watched
+    def watched(self, phase):
+        if phase.name == CHUNK_BACKWARD:
+            self.kept.append(phase.retains_graph)
+            self.dummies.append(phase.is_dummy)
+        return contextlib.nullcontext()
 
     @property
     def lengths(self):
@@ -288,7 +289,7 @@ def check(case, rank, world_size):
     halved = case.budget // 2 if case.fault is not None else case.budget
     assert prepared.cache.chunk_tokens == halved, f"a budget of {prepared.cache.chunk_tokens}"
     for index, found in enumerate(steps):
-        same(found, kept_graphs(case, prepared.cache._plan(prepared.lengths), prepared.batch), f"step {index + 1}, kept graphs")
+        same(found, kept_graphs(case, prepared.cache.chunks(prepared.lengths), prepared.batch), f"step {index + 1}, kept graphs")
         if case.dropout == 0:
             same(found, whole_batch(case), f"step {index + 1}, whole batch")
     reductions["restore"]()
@@ -320,7 +321,7 @@ def auto_keeps_what_fits(case, rank, world_size):
     tower, sides = plain.towers[0], plain.given
     tower.always_vision = case.wrapper == "fsdp"
     sizes = []
-    for chunk in plain.cache._plan(plain.lengths):
+    for chunk in plain.cache.chunks(plain.lengths):
         with counting_saved() as saved:
             graph = tower(sides[chunk.side][0][chunk.rows], sides[chunk.side][1][chunk.rows])
         sizes.append(saved.bytes)

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from contrastive_kernels import info_nce
 from contrastive_kernels.gradcache.chunking import row_chunks, token_budget_chunks
 from contrastive_kernels.gradcache.generator_state import GeneratorState
 
 from ..recipe.schema import Recipe
 from ..step import ContrastiveStep
-from .media_stream import Side
+from .media_stream import BatchSide
 from .rows import PairDataset, collate
 
 
@@ -63,22 +62,17 @@ def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: i
     finally:
         for side in sides:
             side.close()
-    kept = torch.from_numpy(batch["kept"]).to(query.device)
+    readable = torch.from_numpy(batch["kept"]).to(query.device)
     if world_size > 1:  # a rank knows of the images that it decoded
-        whole = kept.to(torch.uint8)
-        dist.all_reduce(whole, op=dist.ReduceOp.MIN)
-        kept = whole.bool()
-    options: dict[str, Any] = {}
-    if recipe.loss.mask_duplicates:
-        options["target_ids"] = torch.from_numpy(batch["target_ids"]).to(query.device)
-    loss, stats = info_nce(
-        query, target, temperature=recipe.loss.temperature, normalize=True, query_mask=kept, target_mask=kept, return_stats=True, **options
-    )
-    return float(loss), float(stats.accuracy)
+        everywhere = readable.to(torch.uint8)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        readable = everywhere.bool()
+    with torch.no_grad():
+        return recipe.loss.held_out(step.loss, query, target, torch.from_numpy(batch["target_ids"]).to(query.device), readable)
 
 
 @torch.no_grad()
-def _encoded(step: ContrastiveStep, side: Side, recipe: Recipe, rank: int, world_size: int) -> torch.Tensor:
+def _encoded(step: ContrastiveStep, side: BatchSide, recipe: Recipe, rank: int, world_size: int) -> torch.Tensor:
     """(rows, D) float32 embeddings of a side, the same on every rank."""
     lengths = side.lengths
     chunks = row_chunks(lengths, recipe.chunk_rows) if recipe.chunk_rows else token_budget_chunks(lengths, step.gradcache.chunk_tokens)

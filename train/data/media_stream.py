@@ -22,6 +22,8 @@ from .rows import to_features
 
 logger = logging.getLogger(__name__)
 
+Pack = Callable[[list[Features]], PackedBatch]
+
 _MIB = 2**20
 _GREY = 128
 
@@ -33,6 +35,7 @@ class Media:
         processing: the model's; gives `decode` and `normalised`.
         bound_mib: most MiB of decoded images kept for their next use. The chunk in use and the next one come on top.
         threads: how many images are decoded at a time.
+        executor: what decodes, in place of `threads` threads.
         strict: an image that cannot be decoded raises; otherwise its row is reported and shown grey.
 
     Attributes:
@@ -40,7 +43,9 @@ class Media:
         decoded: how many samples were decoded so far, second times included.
     """
 
-    def __init__(self, processing: Any, *, bound_mib: float, threads: int, strict: bool = False):
+    def __init__(
+        self, processing: Any, *, bound_mib: float, threads: int = 1, strict: bool = False, executor: ThreadPoolExecutor | None = None
+    ):
         self.processing = processing
         self.bound = bound_mib * _MIB
         self.strict = strict
@@ -49,20 +54,25 @@ class Media:
         self.decoded = 0
         self._held = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if executor is None else executor
 
-    def side(self, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]) -> Side:
+    def side(self, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]) -> BatchSide:
         """One side of a batch. `on_error(owner, message)` hears of each sample that cannot be decoded, once.
 
         Args:
             owners: for each sample, the row of the batch that it belongs to.
         """
-        return Side(self, samples, owners, on_error)
+        return BatchSide(self, samples, owners, on_error)
 
     def submit(self, features: Features) -> Future:
-        return self._pool.submit(self._decode, features)
+        return self._pool.submit(self.decode, features)
 
-    def _decode(self, features: Features) -> dict[str, torch.Tensor]:
+    def decode(self, features: Features) -> dict[str, torch.Tensor]:
+        """8-bit pixels of one sample's images; runs in a thread.
+
+        Raises:
+            ValueError: a damaged file, or an image processor that gives something else than 8-bit pixels.
+        """
         tensors = self.processing.decode(features)
         kind = tensors["pixel_values"].dtype
         if kind != torch.uint8:  # floats would pass for values that are normalised already
@@ -83,6 +93,20 @@ class Media:
         """8-bit pixels of one or several samples as floats, where they lie."""
         return self.processing.normalised(pixels, vision)
 
+    def packed(
+        self, side: BatchSide, rows: list[int], pack: Pack, device: torch.device, dtype: torch.dtype, *, with_pixels: bool = True
+    ) -> PackedBatch:
+        """A chunk on the device: the samples of `rows`, packed by `pack`.
+
+        Args:
+            with_pixels: False where their vision features are at hand.
+        """
+        if with_pixels:
+            features = side.features(rows)
+        else:
+            features = [replace(f, vision={}, pending=[]) for f in side.measured(rows)]
+        return self.to_device(pack(features), device, dtype)
+
     def to_device(self, packed: PackedBatch, device: torch.device, dtype: torch.dtype) -> PackedBatch:
         """Moves a chunk; 8-bit pixels become what the vision tower takes once they are there."""
         packed = packed.to(device, dtype)
@@ -98,7 +122,7 @@ class Media:
         self._pool.shutdown(cancel_futures=True)
 
 
-class Side:
+class BatchSide:
     """The samples of one side of a step; `features` gives those of a chunk, decoded."""
 
     def __init__(self, media: Media, samples: list[dict[str, Any]], owners: Sequence[int], on_error: Callable[[int, str], None]):

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-ENOUGH_ROWS = 64  # before so many were seen, damage says nothing of the rest
+ENOUGH_ROWS = 64  # before so many were seen, those left out say nothing of the rest
 
 
-class Damage:
-    """Counts the rows of all ranks that were left out, and stops a run that would learn from the lesser half."""
+class UnreadableRows:
+    """Counts the rows of all ranks that were left out, and stops a run of which more than half the rows cannot be read."""
 
     def __init__(self) -> None:
         self.seen = self.lost = 0

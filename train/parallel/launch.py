@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from ..command import TORCHRUN
+
 # What `accelerate launch` sets, and what to do instead.
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "its hooks reduce gradients on every backward, of which GradCache makes many"),
@@ -24,7 +26,7 @@ def refuse_other_launchers() -> None:
     for variable, (name, reason) in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             raise ValueError(
-                f"{variable} is set: {name} is not supported ({reason}); start with torchrun --nproc-per-node N -m train RECIPE, "
+                f"{variable} is set: {name} is not supported ({reason}); start with torchrun --nproc-per-node N {TORCHRUN} RECIPE, "
                 "and say --distributed fsdp to shard, or unset the variable"
             )
 
@@ -34,4 +36,4 @@ def idle_gpus() -> str | None:
     found = torch.cuda.device_count()
     if ranks() > 1 or found < 2:
         return None
-    return f"one of {found} GPUs is used; torchrun --nproc-per-node {found} -m train RECIPE uses all of them"
+    return f"one of {found} GPUs is used; torchrun --nproc-per-node {found} {TORCHRUN} RECIPE uses all of them"

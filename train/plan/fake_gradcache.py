@@ -1,63 +1,86 @@
 """GradCache as a plan runs it: some chunks of a step, and account of all.
 
 Kept graphs and features of chunks that are not run are tensors of their bytes, which go when the chunk's turn has come; what
-its backward pass takes on top raises the peak.
+its backward pass takes on top raises the peak. All by GradCache's public hooks: `select` picks the chunks, `observer` tells the
+phases, and `PlannedSync` plays the other ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from contrastive_kernels import GradCache
-from contrastive_kernels.gradcache.retention import FeatureStore, retained_chunks
+from contrastive_kernels import InfoNCEResult, info_nce_value_and_grad
+from contrastive_kernels.gradcache import Phase
+from contrastive_kernels.gradcache.chunks import Chunk
+from contrastive_kernels.gradcache.gradient_sync import GradientSync
+from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD, CHUNK_FORWARD, FROZEN_FEATURES, LOSS, SECOND_PASS, SYNCHRONISATION
+from contrastive_kernels.gradcache.retention import retained_chunks
 
 from . import chunks as plan_chunks
 from .chunks import Outline, nearest, picked
-from .meter import Meter, Span, Work
+from .meter import Cost, Meter, Span
 
 _MIB = 2**20
 _LOSS_WORKSPACE = 256 * _MIB  # `workspace_mib` of the loss
 
 
-class PlannedGradCache(GradCache):
-    """Runs some chunks of a step and keeps account of all.
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe and its machine a step's account goes by.
 
     Attributes:
-        meter: set before the first step.
+        retain: chunks whose graph is kept, a number or "all". keep_mib: bound on features of a frozen tower, MiB.
+        feature_width: bytes of a frozen tower's output per image token; 0 where no tower is frozen.
+        ranks: of the run. is_sharded: whether FSDP2 holds the weights.
+        most_chunks: chunks that are all run; of more than that, those that say what the others take.
+    """
+
+    retain: int | str
+    keep_mib: float
+    feature_width: int = 0
+    ranks: int = 1
+    is_sharded: bool = False
+    most_chunks: int = 8
+
+
+class StepAccount:
+    """Picks the chunks of a step that are run and keeps account of all: `select` and `observe` are GradCache's.
+
+    Args:
+        after_chunk: called when a chunk's gradients are there.
+
+    Attributes:
         shapes: (tokens, image tokens, patches) of each sample by side, set before each step.
         count, kept: chunks of the whole step, and those of them whose graph is kept.
         graphs: bytes of the kept graphs, in order.
         largest: (bytes, tokens) of the chunk whose second pass takes most beyond what stood before it; not of the first one, which
             makes the gradients, where there are others.
-        after_chunk: called when a chunk's gradients are there.
     """
 
-    meter: Meter
-    shapes: list
-    count = kept = 0
-    feature_width = 0  # bytes of a frozen tower's output per image token
-    ranks = 1
-    most_chunks = 8  # chunks that are all run; of more than that, those that say what the others take
-    is_sharded = False
+    def __init__(self, meter: Meter, settings: Settings, after_chunk: Callable[[], None] = lambda: None):
+        self.meter, self.settings, self.after_chunk = meter, settings, after_chunk
+        self.shapes: list[list[tuple[int, int, int]]] = []
+        self.count = self.kept = 0
+        self.graphs: list[int] = []
+        self.largest = (0, 0)
 
-    def after_chunk(self) -> None:
-        pass
-
-    def _plan(self, lengths):
-        chunks = super()._plan(lengths)
+    def select(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks of a step that are run, with what each is to keep."""
         self.count = len(chunks)
-        kept = retained_chunks(self.retain, self.count)
+        kept = retained_chunks(self.settings.retain, self.count)
         self.kept = len(kept)
         turns = [*sorted(kept), *(i for i in range(self.count) if i not in kept)]
         turn = {index: position for position, index in enumerate(turns)}
-        self.outlines, room = [], self.keep_mib * _MIB
+        self.outlines, room = [], self.settings.keep_mib * _MIB
         for index, chunk in enumerate(chunks):
             tokens, image_tokens, patches = (sum(self.shapes[chunk.side][row][i] for row in chunk.rows) for i in range(3))
-            features = image_tokens * self.feature_width
+            features = image_tokens * self.settings.feature_width
             features, recomputes = (features, False) if features <= room else (0, True)  # as `FeatureStore` takes them
             room -= features
             kind = index in kept, recomputes
@@ -65,35 +88,38 @@ class PlannedGradCache(GradCache):
         # The first of the second pass makes the gradients, the first with images those of the vision tower; the last one
         # reduces them where weights are sharded.
         pictured = [i for i in turns if self.outlines[i].image_tokens]
-        self._apart = {turns[0], *pictured[:1], *(turns[-1:] if self.is_sharded else ())}
-        self._run_ones = picked(self.outlines, self.most_chunks, self._apart)
+        self._apart = {turns[0], *pictured[:1], *(turns[-1:] if self.settings.is_sharded else ())}
+        self._run_ones = picked(self.outlines, self.settings.most_chunks, self._apart)
+        for side in {chunk.side for chunk in chunks} - {chunks[i].side for i in self._run_ones}:  # the loss wants each side's embeddings
+            largest = max((i for i in range(self.count) if chunks[i].side == side), key=lambda i: self.outlines[i].tokens)
+            self._run_ones = sorted([*self._run_ones, largest])
         self._others = [i for i in range(self.count) if i not in set(self._run_ones)]
         self._forward: dict[int, Span] = {}
         self._left: dict[int, list[torch.Tensor]] = {}
-        self.retain = sum(i in kept for i in self._run_ones)  # they are the last ones here too
+        for index in self._run_ones:
+            chunks[index].retains_graph, recomputes = self.outlines[index].kind
+            chunks[index].keeps_features = not recomputes
         return [chunks[i] for i in self._run_ones]
+
+    @contextlib.contextmanager
+    def observe(self, phase: Phase) -> Iterator[None]:
+        """GradCache's observer."""
+        with self._phases[phase.name](self, phase) if phase.name in self._phases else contextlib.nullcontext():
+            yield
 
     # The first pass
 
-    def _first_pass(self, sides, lengths, chunks, retained, features):
-        embeddings = super()._first_pass(sides, lengths, chunks, retained, features)
-        self.meter.relabel(embeddings, "embeddings")
-        self._leave_behind()
-        return embeddings
-
-    def _forward_chunk(self, sides, index, chunk, features, keep_graph):
-        which = self._run_ones[index]
-        with self.meter.booking(which), self.meter.counting_as("kept graphs" if keep_graph else "activations"):
+    @contextlib.contextmanager
+    def _chunk_forward(self, phase: Phase) -> Iterator[None]:
+        index = self._run_ones[phase.chunk]
+        with self.meter.booking(index), self.meter.counting_as("kept graphs" if phase.retains_graph else "activations"):
             span = self.meter.begin()
-            encoded = super()._forward_chunk(sides, index, chunk, features, keep_graph)
+            yield
             self.meter.end(span)
-        self._forward[which] = span
-        return encoded
+        self._forward[index] = span
 
-    def _frozen(self, sides, chunk, index, store: FeatureStore):
-        store._bound = 0.0 if self.outlines[self._run_ones[index]].kind[1] else float("inf")
-        with self.meter.counting_as("frozen features"):
-            return super()._frozen(sides, chunk, index, store)
+    def _frozen_features(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
+        return self.meter.counting_as("frozen features")
 
     def _leave_behind(self) -> None:
         """What chunks that are not run keep between the passes, and how high the first pass goes with all of it there."""
@@ -131,44 +157,23 @@ class PlannedGradCache(GradCache):
 
     # The loss
 
-    def _loss(self, embeddings, options):
+    @contextlib.contextmanager
+    def _loss(self, phase: Phase) -> Iterator[None]:
+        self.meter.relabel(phase.tensors, "embeddings")
+        self._leave_behind()
         with self.meter.counting_as("loss scratch"):
             # One operator, whose scratch no meter sees: exponentials of all pairs within the bound, as `dispatch.py` lays them.
-            rows, columns = len(embeddings[0]), self.ranks * len(embeddings[1])
+            rows, columns = len(phase.tensors[0]), self.settings.ranks * len(phase.tensors[1])
             scratch = torch.empty(min(rows * columns * 4, _LOSS_WORKSPACE), dtype=torch.uint8)  # noqa: F841  held until the loss is there
-            if self.ranks > 1:
-                result = self._loss_over_ranks(embeddings, options)
-            else:
-                result = super()._loss(embeddings, options)
-        self.meter.relabel([result.d_query, result.d_target, result.d_hard_negatives], "embeddings")
-        return result
-
-    def _loss_over_ranks(self, embeddings, options):
-        """This rank's rows against everyone's columns, and the gathered columns' gradient: what one rank does and holds."""
-
-        def whole(x):
-            return None if x is None else torch.cat([x] * self.ranks)
-
-        query, target, *hard = embeddings
-        symmetric = options.get("symmetric") or options.get("query_negatives")
-        gathered = whole(target)
-        queries = whole(query) if symmetric else query
-        changed = {**options, "positives": torch.arange(len(query))}
-        for name, gather in (("target_ids", True), ("query_ids", symmetric)):
-            if name in options:
-                changed[name] = whole(options[name]) if gather else options[name]
-        if symmetric:  # one direction after the other, each with this rank's rows
-            changed.update(symmetric=False, query_negatives=False)
-            changed.pop("query_ids", None)
-            super()._loss([queries[: len(query)], gathered, *hard], changed)
-        result = super()._loss([query, gathered, *hard], changed)
-        return replace(result, d_target=result.d_target[: len(target)].clone())
+            yield
 
     # The second pass
 
-    def _second_pass(self, sides, chunks, result, features):
+    @contextlib.contextmanager
+    def _second_pass(self, phase: Phase) -> Iterator[None]:
+        self.meter.relabel(phase.tensors, "embeddings")
         self._backward, self._before, self._passed = {}, {}, []
-        super()._second_pass(sides, chunks, result, features)
+        yield
         self._go_on_to(self.count)
         takes = self._every(plan_chunks.bounds, {i: span.high for i, span in self._backward.items()})
         for index, parts in self._before.items():
@@ -178,15 +183,19 @@ class PlannedGradCache(GradCache):
         usual = [i for i in takes if i not in self._apart] or [*takes]
         self.largest = max((takes[i], self.outlines[i].tokens) for i in usual)
 
-    def _backward_chunk(self, sides, index, chunk, gradient, features):
-        which = self._run_ones[index]
-        self._go_on_to(self.outlines[which].turn)
-        with self.meter.booking(which):
+    @contextlib.contextmanager
+    def _chunk_backward(self, phase: Phase) -> Iterator[None]:
+        index = self._run_ones[phase.chunk]
+        self._go_on_to(self.outlines[index].turn)
+        with self.meter.booking(index):
             span = self.meter.begin()
-            super()._backward_chunk(sides, index, chunk, gradient, features)
+            yield
             self.meter.end(span)
-        self._backward[which] = span
+        self._backward[index] = span
         self.after_chunk()
+
+    def _synchronisation(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
+        return self.meter.counting_as("all-reduce buckets")
 
     def _go_on_to(self, turn: int) -> None:
         """Lets the turns of chunks that are not run pass: each finds what is there, and what it left behind goes."""
@@ -196,13 +205,81 @@ class PlannedGradCache(GradCache):
                 del self._left[index][:2]  # what it remembers of its rows stays
                 self._passed.append(self._left.pop(index))
 
-    def total(self) -> Work:
-        """Work of the whole step."""
+    def total(self) -> Cost:
+        """Cost of the whole step."""
         weights: dict = dict.fromkeys(self._run_ones, 1.0) | {None: 1.0}
         for index in self._others:
             like = nearest(self.outlines, index, self._run_ones)
             weights[like] += self.outlines[index].tokens / self.outlines[like].tokens
-        whole = Work()
-        for key, work in self.meter.work.items():
-            whole.add(work, weights[key])
-        return whole
+        step = Cost()
+        for key, cost in self.meter.costs.items():
+            step.add(cost, weights[key])
+        return step
+
+    _phases: dict[str, Callable[..., contextlib.AbstractContextManager[None]]] = {
+        CHUNK_FORWARD: _chunk_forward,
+        FROZEN_FEATURES: _frozen_features,
+        LOSS: _loss,
+        SECOND_PASS: _second_pass,
+        CHUNK_BACKWARD: _chunk_backward,
+        SYNCHRONISATION: _synchronisation,
+    }
+
+
+class PlannedSync(GradientSync):
+    """Plays the ranks of a run: they are alike, so that each agrees with itself.
+
+    Args:
+        trained: the trained weights; stand-ins of repeated layers have none.
+        group: the process group of ranks that hold whole weights; None where weights are sharded, or there is one rank.
+    """
+
+    def __init__(self, module: torch.nn.Module, trained: list[torch.nn.Parameter], group: torch.distributed.ProcessGroup | None):
+        super().__init__(module)
+        self._trained = trained
+        if group is not None:
+            self.group = group
+
+    def largest(self, values: list[int]) -> list[int]:
+        return values
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return self._trained
+
+
+class LossOfRanks:
+    """`info_nce` of this rank's rows against everyone's columns, and the gathered columns' gradient: what one rank does and holds."""
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+
+    def value_and_grad(self, query: torch.Tensor, target: torch.Tensor, *, grad_dtype: torch.dtype, **options: Any) -> InfoNCEResult:
+        """As `info_nce_value_and_grad`; every rank has the same rows."""
+
+        def of_all_ranks(x):
+            return None if x is None else torch.cat([x] * self.ranks)
+
+        symmetric = options.get("symmetric") or options.get("query_negatives")
+        targets = of_all_ranks(target)
+        queries = of_all_ranks(query) if symmetric else query
+        changed = {**options, "positives": torch.arange(len(query))}
+        for name, is_gathered in (("target_ids", True), ("query_ids", symmetric)):
+            if name in options:
+                changed[name] = of_all_ranks(options[name]) if is_gathered else options[name]
+        if symmetric:  # one direction after the other, each with this rank's rows
+            changed.update(symmetric=False, query_negatives=False)
+            changed.pop("query_ids", None)
+            info_nce_value_and_grad(queries[: len(query)], targets, grad_dtype=grad_dtype, **changed)
+        result = info_nce_value_and_grad(query, targets, grad_dtype=grad_dtype, **changed)
+        return replace(result, d_target=result.d_target[: len(target)].clone())
+
+
+def loss_of_ranks(loss: Callable, ranks: int) -> Callable:
+    """Another loss of this rank's rows against everyone's columns; every rank has the same rows."""
+
+    def of_one_rank(query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        if "target_ids" in options:
+            options["target_ids"] = torch.cat([options["target_ids"]] * ranks)
+        return loss(query, torch.cat([target] * ranks), positives=torch.arange(len(query)), **options)
+
+    return of_one_rank

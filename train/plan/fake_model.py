@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from ..build import prepare
 from ..recipe.schema import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"
-_BLOCK, _NESTED_BLOCK, _SMALL_OPTIMIZER_STATE = 64, 256, 4096  # bitsandbytes' own
+_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' own
 
 
 def known_config(name: str) -> Path | None:
@@ -73,12 +71,14 @@ def model_of_config(recipe: Recipe, device: torch.device, attn: str | None = Non
         settings = loading.read_json(where, loading.SETTINGS) or {}
         processing = backbone.processing_class.from_folder(where, config, {**settings.get("options", {}), **options})
     else:
-        processing = backbone.processing_class(_StandInTokenizer(config), _image_processor(raw), config, options)
+        processing = backbone.processing_class(
+            _StandInTokenizer(backbone.marker_ids(config)), backbone.default_image_processor(raw), config, options
+        )
     if folder is not None:
         folder.cleanup()
     dtype = getattr(torch, recipe.dtype)
     with device, loading.quiet():
-        module = _made(backbone.model_class(config), config, dtype)
+        module = _from_config(backbone.model_class(config), config, dtype)
         if recipe.quantization:
             _quantize(module, backbone.unquantized, dtype)
         model = VLM2Vec(module, backbone, processing, source=source, attn=attn)
@@ -97,12 +97,12 @@ def _to_cpu(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in known:
-                    made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-                    known[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                    plain = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+                    known[id(tensor)] = nn.Parameter(plain, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
                 table[name] = known[id(tensor)]
 
 
-def _made(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
+def _from_config(cls: type, config: Any, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -118,14 +118,8 @@ class _StandInTokenizer:
     eos_token_id = 0
     all_special_ids: list[int] = []
 
-    def __init__(self, config: Any):
-        image = getattr(config, "image_token_id", None)
-        self._ids = {
-            "<|image_pad|>": image,
-            "<image>": image if image is not None else getattr(config, "image_token_index", None),
-            "<|video_pad|>": getattr(config, "video_token_id", None),
-        }
-        self._ids = {marker: id_ for marker, id_ in self._ids.items() if id_ is not None}
+    def __init__(self, ids: dict[str, int]):
+        self._ids = ids
 
     def convert_tokens_to_ids(self, token):
         return self._ids.get(token, 1) if isinstance(token, str) else [self._ids.get(t, 1) for t in token]
@@ -134,19 +128,6 @@ class _StandInTokenizer:
         pattern = "(" + "|".join(map(re.escape, self._ids)) + ")" if self._ids else "(?!)"
         parts = re.split(pattern, text)
         return {"input_ids": [id_ for part in parts for id_ in ([self._ids[part]] if part in self._ids else [1] * len(part))]}
-
-
-def _image_processor(raw: dict) -> Any:
-    """What the processing classes ask of an image processor: for families that tile, transformers' own with its defaults."""
-    if raw.get("model_type") == "phi3_v":
-        return {}
-    if raw.get("model_type") == "llava_next":
-        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-        side = raw["vision_config"]["image_size"]
-        crop = {"height": side, "width": side}
-        return LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_grid_pinpoints=raw["image_grid_pinpoints"])
-    return SimpleNamespace(rescale_factor=1 / 255, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 # Four bits
@@ -204,49 +185,3 @@ def _clone_like_peft(model: VLM2Vec) -> None:
     for layer in lora_layers(model).values():
         if isinstance(layer.get_base_layer(), FourBitLinear):
             layer.get_base_layer().clones = True
-
-
-# Optimizers
-
-
-def optimizer(recipe: Recipe, parameters: list[nn.Parameter], on_gpu: bool) -> torch.optim.Optimizer:
-    """The recipe's optimizer, or one of the same bytes.
-
-    Raises:
-        ValueError: an optimizer whose state is not known here.
-    """
-    name, rate = recipe.optimizer, recipe.learning_rate
-    if "8bit" in name and "adamw" in name:
-        return EightBitAdam(parameters, {"lr": rate})
-    if name in ("adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb_32bit"):
-        fused = name == "adamw_torch_fused" or "torch" not in name
-        # On a GPU torch takes all weights at once unless it is told otherwise, which costs memory.
-        return torch.optim.AdamW(
-            parameters, lr=rate, weight_decay=recipe.weight_decay, fused=fused or None, foreach=None if fused else on_gpu
-        )
-    if name in ("sgd", "adafactor"):
-        return torch.optim.SGD(parameters, lr=rate) if name == "sgd" else torch.optim.Adafactor(parameters, lr=rate)
-    raise ValueError(
-        f"the plan does not know what state {name} keeps; plan with adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor or sgd"
-    )
-
-
-class EightBitAdam(torch.optim.Optimizer):
-    """Keeps the bytes of bitsandbytes' 8-bit Adam: two states of one byte and a float32 scale for 256 of them."""
-
-    def step(self, closure=None) -> None:
-        for parameter in self._with_gradients():
-            state = self.state[parameter]
-            if state:
-                continue
-            count = parameter.numel()
-            for which in ("one", "two"):
-                if count < _SMALL_OPTIMIZER_STATE:
-                    state[which] = torch.empty(count)
-                else:
-                    state[which] = torch.empty(count, dtype=torch.uint8)
-                    state[f"scale {which}"] = torch.empty(-(-count // _NESTED_BLOCK))
-
-    def _with_gradients(self) -> Iterator[nn.Parameter]:
-        for group in self.param_groups:
-            yield from (p for p in group["params"] if p.grad is not None)

@@ -1,34 +1,41 @@
-"""Published figures of GPUs, dense bf16 with fp32 accumulation, for predictions."""
+"""The GPU of a plan: a card of `contrastive_kernels.roofline`, or the figures of another one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from contrastive_kernels import roofline
+from contrastive_kernels.roofline.cards import ACHIEVED, ACHIEVED_BANDWIDTH, CARDS, PCIE, Card
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """`gib`: memory that programs see; `tflops`: dense bf16; `tb_s`: memory bandwidth; `link_gb_s`: to other GPUs, one way."""
+    """What a plan needs to know.
+
+    Attributes:
+        gib: memory that programs see. tflops, tb_s: dense bf16 and memory bandwidth by the data sheet.
+        link_gb_s: to other GPUs, one way.
+        reached, reached_bandwidth: shares of `tflops` and `tb_s` that large products and long copies reach.
+    """
 
     name: str
     gib: float
     tflops: float
     tb_s: float
-    link_gb_s: float = 25.0  # PCIe 4 x16, less its overhead
+    link_gb_s: float = PCIE / 1e9
+    reached: float = ACHIEVED
+    reached_bandwidth: float = ACHIEVED_BANDWIDTH
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("h100-80", 79.6, 989, 3.35, 450),
-        Gpu("h200-141", 140.4, 989, 4.8, 450),
-        Gpu("a100-80", 79.2, 312, 2.04, 300),
-        Gpu("a100-40", 39.4, 312, 1.55, 300),
-        Gpu("l40s-48", 44.5, 362, 0.86),
-        Gpu("rtx4090-24", 23.6, 165, 1.01),
-        Gpu("rtx3090-24", 23.6, 71, 0.94),
-        Gpu("l4-24", 22.5, 121, 0.30),
-    )
-}
+def _of_card(card: Card) -> Gpu:
+    """With rates that were measured in place of assumed ones."""
+    kind = roofline.GPUS.get(card.kind)
+    achieved, bandwidth = (card.achieved, card.achieved_bandwidth) if kind is None else (kind.achieved, kind.bandwidth)
+    rates = achieved / card.peak, bandwidth / card.bandwidth
+    return Gpu(card.name, card.gib, card.peak / 1e12, card.bandwidth / 1e12, card.link / 1e9, *rates)
+
+
+GPUS = {name: _of_card(card) for name, card in CARDS.items()}
 
 
 def parse_gpu(word: str) -> Gpu:

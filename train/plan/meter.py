@@ -17,14 +17,14 @@ from .live_bytes import LiveBytes, tensors_in
 
 
 @dataclass
-class Work:
+class Cost:
     """FLOPs of matrix products, bytes that operators read and wrote, and seconds by the meter's rates."""
 
     flops: float = 0.0
     moved: float = 0.0
     seconds: float = 0.0
 
-    def add(self, other: Work, times: float = 1.0) -> None:
+    def add(self, other: Cost, times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.moved += times * other.moved
         self.seconds += times * other.seconds
@@ -37,7 +37,7 @@ class Span:
     Attributes:
         high: most bytes at one time; `at_high`: what they were, by part.
         left: bytes that are there at the end and were not at the start, by part (fewer than none: what has gone).
-        work: what was booked.
+        cost: what was booked.
     """
 
     start: int
@@ -45,7 +45,7 @@ class Span:
     high: int = 0
     at_high: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
-    work: Work = field(default_factory=Work)
+    cost: Cost = field(default_factory=Cost)
 
 
 class Meter(LiveBytes):
@@ -57,14 +57,14 @@ class Meter(LiveBytes):
 
     def __init__(self, tensors, flop_rate: float, byte_rate: float):
         self.flop_rate, self.byte_rate = flop_rate, byte_rate
-        self.work: dict[Any, Work] = {}
-        self._book = self._work_of(None)
-        self._spans: list[tuple[Span, Work]] = []  # open ones, and where their work goes in the end
+        self.costs: dict[Any, Cost] = {}
+        self._book = self._cost_of(None)
+        self._spans: list[tuple[Span, Cost]] = []  # open ones, and where their work goes in the end
         self._is_quiet = False
         super().__init__(tensors)
 
-    def _work_of(self, key: Any) -> Work:
-        return self.work.setdefault(key, Work())
+    def _cost_of(self, key: Any) -> Cost:
+        return self.costs.setdefault(key, Cost())
 
     def count_flops(self, flops: float) -> None:
         """Products of a kernel that is no operator here."""
@@ -73,8 +73,8 @@ class Meter(LiveBytes):
 
     @contextlib.contextmanager
     def booking(self, key: Any) -> Iterator[None]:
-        """Work within it is booked to `key`; None is everything else."""
-        before, self._book = self._book, self._work_of(key)
+        """Cost within it is booked to `key`; None is everything else."""
+        before, self._book = self._book, self._cost_of(key)
         try:
             yield
         finally:
@@ -86,19 +86,19 @@ class Meter(LiveBytes):
         """Opens a span. Spans nest; booking does not change inside of one."""
         span = Span(self.current, dict(self.by_part))
         self._spans.append((span, self._book))
-        self._book = span.work
+        self._book = span.cost
         return span
 
     def end(self, span: Span) -> None:
         (last, book), self._spans = self._spans[-1], self._spans[:-1]
         assert last is span
         self._book = book
-        book.add(span.work)
+        book.add(span.cost)
         span.left = _change(span.start_parts, self.by_part)
 
     def replay(self, span: Span) -> None:
         """Peaks and work as if the span happened now; what it leaves behind is the caller's to make."""
-        self._book.add(span.work)
+        self._book.add(span.cost)
         self.reach(_sum(self.by_part, span.at_high))
 
     def reach(self, parts: dict[str, int]) -> None:

@@ -20,11 +20,11 @@ _FEWEST = 6  # layers of a stack that is worth it
 _FIRST = 2  # layers that are run: the very first one's input may need no gradient, or be held by others
 
 
-class NotAlike(Exception):
+class LayersDiffer(Exception):
     """Layers that looked alike did not take alike; the pass has to run them all."""
 
 
-class LikeLayers:
+class RepeatedLayers:
     """The stacks of like layers in a model, of which only the outer ones are run from here on.
 
     Args:
@@ -97,9 +97,9 @@ class _Pass:
     def replayed(self, meter: Meter, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """What a layer gives; what its graph keeps is left to the caller."""
         if self.forward is None or self.like != _like(hidden) or (any(self.kept.values()) and not hidden.requires_grad):
-            raise NotAlike
+            raise LayersDiffer
         if not _same(self.beside, [*_flat((args, kwargs))]):
-            raise NotAlike
+            raise LayersDiffer
         if self.saves_input is None:
             self.saves_input = self.input() is not None
         meter.replay(self.forward)
@@ -151,12 +151,12 @@ class _Watched(_Inside):
             out = run(hidden, *args, **kwargs)
             meter.end(span)
             if not isinstance(out, torch.Tensor) or meter.reference(out) is at.input:
-                raise NotAlike
+                raise LayersDiffer
             at.forward, at.out, at.kept = span, (out.size(), out.stride(), out.dtype), dict(span.left)
             part = meter.part_of(out)
             at.kept[part] = at.kept.get(part, 0) - out.untyped_storage().nbytes()
             if min(at.kept.values()) < 0:  # it lets go of what was there before
-                raise NotAlike
+                raise LayersDiffer
             return out
         if self._index >= _FIRST and not torch.is_grad_enabled():
             return at.replayed(meter, hidden, args, kwargs)
@@ -184,7 +184,7 @@ class _StandIn(_Inside):
 def _hidden(args: tuple) -> tuple[torch.Tensor, tuple]:
     """The hidden states, and what was handed beside them."""
     if not args or not isinstance(args[0], torch.Tensor):
-        raise NotAlike
+        raise LayersDiffer
     return args[0], args[1:]
 
 
@@ -241,7 +241,7 @@ class _Place:
         for part, size in change.items():
             size += self.state[part].nbytes if part in self.state else 0
             if size < 0 or (size and not self.sharded):
-                raise NotAlike
+                raise LayersDiffer
             if size:
                 self.state[part] = self.meter.hold(part, size)
             else:
@@ -263,7 +263,7 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx, grad):
         place, meter, span = ctx.place, ctx.place.meter, ctx.at.backward
         if span is None:
-            raise NotAlike
+            raise LayersDiffer
         meter.replay(span)
         here = meter.begin()
         ctx.hidden = ctx.kept = None

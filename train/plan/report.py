@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from .search import CONTEXT_GIB, FRAGMENTATION, MEMORY_EFFICIENCY, Plan
+from ..command import COMMAND
+from .search import CONTEXT_GIB, FRAGMENTATION, Plan
 
 _GIB = 2**30
 _ORDER = (
@@ -39,13 +40,7 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         "",
         "```",
         " ".join(
-            [
-                "python -m train plan",
-                plan.name,
-                f"--gpu {plan.gpu.name}",
-                *([f"--ranks {plan.ranks}"] if plan.ranks > 1 else []),
-                *overrides,
-            ]
+            [f"{COMMAND} plan", plan.name, f"--gpu {plan.gpu.name}", *([f"--ranks {plan.ranks}"] if plan.ranks > 1 else []), *overrides]
         ),
         "```",
         "",
@@ -69,7 +64,7 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
     if plan.largest_chunk is not None:
         lines.append(f"| largest `chunk_tokens` that fits | {_budget(plan)} |")
     lines += [
-        f"| FLOPs of a rank | {s.work.flops:.3g} |",
+        f"| FLOPs of a rank | {s.cost.flops:.3g} |",
         f"| seconds | {_seconds(plan.step_seconds)} |",
         *(
             [f"| of them collectives, at {plan.gpu.link_gb_s:g} GB/s and not hidden | {_seconds(plan.link_seconds)} |"]
@@ -80,8 +75,9 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         f"| hours of {r.steps:,} steps | {plan.step_seconds * r.steps / 3600:,.1f} |",
         *_media(plan),
         "",
-        f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at {MEMORY_EFFICIENCY:.0%} of "
-        f"{plan.gpu.tb_s:g} TB/s, whichever takes an operator longer; attention counted as full squares.",
+        f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at "
+        f"{plan.gpu.reached_bandwidth:.0%} of {plan.gpu.tb_s:g} TB/s, whichever takes an operator longer; "
+        "attention counted as full squares.",
         "",
         f"What dominates: {_dominates(plan)}.",
         "",
@@ -129,10 +125,10 @@ def _media(plan: Plan) -> list[str]:
 def _dominates(plan: Plan) -> str:
     s = plan.simulation
     part, size = max(s.parts.items(), key=lambda item: item[1])
-    products = s.work.flops / (plan.gpu.tflops * 1e12 * plan.efficiency)
+    products = s.cost.flops / (plan.gpu.tflops * 1e12 * plan.efficiency)
     shares = {
         "matrix products": products,
-        "operators bound by memory": max(0.0, s.work.seconds - products),
+        "operators bound by memory": max(0.0, s.cost.seconds - products),
         "collectives": plan.link_seconds,
     }
     what, seconds = max(shares.items(), key=lambda item: item[1])

@@ -1,4 +1,4 @@
-"""`python -m train plan RECIPE --gpu NAME [--ranks N]`: what a recipe will need and take, before it is paid for.
+"""What a recipe will need and take, before it is paid for; and the largest chunk budget that fits.
 
 The recipe's own step runs under fake tensors (`train.plan.simulate`); nothing is downloaded where the model's config is a
 file here, no weight is read or allocated. Everything printed is predicted; the page ends with what cannot be known.
@@ -8,19 +8,16 @@ torch's FSDPMemTracker is not used: it raises on frozen parameters, which adapte
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..recipe.schema import Recipe, load_recipe
+from ..recipe.schema import Recipe
 from . import batch as plan_batch
-from .gpus import GPUS, Gpu, parse_gpu
+from .gpus import Gpu
 from .simulate import Simulation, simulate
 
 CONTEXT_GIB = 0.75  # CUDA context and libraries
 FRAGMENTATION = 0.04  # of the rest: rounding and gaps of the allocator
-MEMORY_EFFICIENCY = 0.75  # of the bandwidth
 _GIB = 2**30
 _STEP = 256  # chunk budgets are multiples of it
 _TRIALS, _NEAR = 4, 1.03  # of the search for the largest; a gain below it ends the search
@@ -60,15 +57,18 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return self.simulation.work.seconds + self.link_seconds
+        return self.simulation.cost.seconds + self.link_seconds
 
 
 def usable(gpu: Gpu) -> int:
     return int((gpu.gib - CONTEXT_GIB) * (1 - FRAGMENTATION) * _GIB)
 
 
-def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float = 0.5) -> Plan:
+def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None) -> Plan:
     """Simulates a step, and another one with the largest chunk budget that should fit.
+
+    Args:
+        efficiency: share of the GPU's data sheet that matrix products reach; None: what its large products are known to reach.
 
     Raises:
         ValueError: the recipe contradicts itself, has no rows to plan with, or a sample is longer than its chunk budget.
@@ -86,7 +86,8 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
             made["media"] = plan_batch.decoded_total(processing, made["batch"])
         return made["batch"]
 
-    rates = {"flop_rate": gpu.tflops * 1e12 * efficiency, "byte_rate": gpu.tb_s * 1e12 * MEMORY_EFFICIENCY}
+    efficiency = gpu.reached if efficiency is None else efficiency
+    rates = {"flop_rate": gpu.tflops * 1e12 * efficiency, "byte_rate": gpu.tb_s * 1e12 * gpu.reached_bandwidth}
 
     def run(changed: Recipe, most_chunks: int) -> Simulation:
         return simulate(changed, None, ranks=ranks, make_batch=batch, most_chunks=most_chunks, **rates)
@@ -98,7 +99,8 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     longest = plan_batch.longest(made["batch"])
     if recipe.chunk_rows is None and recipe.chunk_tokens < longest:
         raise ValueError(
-            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); raise it, or lower the image limits in model_options"
+            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); "
+            "raise it, or lower the image limits in model_options"
         )
     largest = None if recipe.chunk_rows else _largest_chunk(kept, gpu, result, longest, plan_batch.tokens(made["batch"]), run)
     return Plan(
@@ -137,31 +139,3 @@ def _largest_chunk(recipe: Recipe, gpu: Gpu, result: Simulation, longest: int, t
         low, high = ((budget, trial.peak), high) if trial.peak <= limit else (low, (budget, trial.peak))
         slope = trial.largest[0] / max(1, trial.largest[1]) if high is None else max(1.0, (high[1] - low[1]) / (high[0] - low[0]))
     return low[0] if low[0] >= longest else 0
-
-
-def main(argv: list[str]) -> int:
-    """Prints the plan; exit code 1 where the recipe is not predicted to fit."""
-    from .report import report
-
-    parser = argparse.ArgumentParser(
-        prog="python -m train plan",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        epilog="Any other --key value overrides a key of the recipe, as in a run. RECIPE goes first.",
-    )
-    parser.add_argument("recipe")
-    parser.add_argument("--gpu", required=True, help=f"{', '.join(GPUS)}, or SIZE_GiB:TFLOPS:TBs")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of this kind, all of them")
-    parser.add_argument("--efficiency", type=float, default=0.5, help="share of the GPU's TFLOP/s that matrix products reach")
-    known, overrides = parser.parse_known_args(argv)
-    if known.ranks < 1 or not 0 < known.efficiency <= 1:
-        raise ValueError(f"--ranks must be at least 1 and --efficiency in (0, 1], got {known.ranks} and {known.efficiency}")
-    plan = make_plan(
-        load_recipe(known.recipe, overrides, ranks=known.ranks),
-        parse_gpu(known.gpu),
-        known.ranks,
-        name=known.recipe,
-        efficiency=known.efficiency,
-    )
-    sys.stdout.write(report(plan, [*overrides]))
-    return 0 if plan.fits else 1

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..build import trained_parameters
+from ..optimizers import planned_optimizer
 from ..parallel import sharding
 from ..recipe.schema import Recipe
-from . import fake_model as plan_model
-from . import repeated_layers as plan_alike
+from . import fake_model, repeated_layers
 from .fake_step import PlannedStep
-from .meter import Meter, Work
+from .meter import Cost, Meter
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Simulation:
     chunks: int
     kept: int
     graphs: list[int]
-    work: Work
+    cost: Cost
     trained: int
     weights: int
     gathered: int = 0
@@ -70,7 +70,7 @@ def simulate(
     for outer in () if every_layer else (1, 2):
         try:
             return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, outer)
-        except plan_alike.NotAlike:
+        except repeated_layers.LayersDiffer:
             pass
     return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, None)
 
@@ -79,7 +79,7 @@ def _simulated(
     recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, outer: int | None
 ) -> Simulation:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = plan_model.fake_model(recipe, mode).train()
+    model = fake_model.fake_model(recipe, mode).train()
     batch = make_batch(model.processing) if batch is None else batch
     counts = trained_parameters(model)
     is_sharded = recipe.distributed == "fsdp" and ranks > 1
@@ -90,45 +90,49 @@ def _simulated(
         gathered = _gathered(model, recipe, ranks) if is_sharded else 0
         trained = [p for p in model.parameters() if p.requires_grad]
         # Shards as plain tensors: the optimizer's own dispatch over hundreds of sharded ones takes longer than the step.
-        own = [nn.Parameter(p._local_tensor) if is_sharded and hasattr(p, "_local_tensor") else p for p in trained]
+        plain = [nn.Parameter(p._local_tensor) if is_sharded and hasattr(p, "_local_tensor") else p for p in trained]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: meter.relabel(p.grad, "gradients"))
-        optimizer = plan_model.optimizer(recipe, own, on_gpu=flash)
-        alike = None if outer is None else plan_alike.LikeLayers(model, meter, is_sharded, outer)
+        optimizer = planned_optimizer(recipe, plain, on_gpu=flash)
+        repeated = None if outer is None else repeated_layers.RepeatedLayers(model, meter, is_sharded, outer)
         with mode, meter, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # what is returned is not written to
             buckets = _reducer(trained, meter) if ranks > 1 and not is_sharded else None  # noqa: F841  keeps them alive
-            _make_state(optimizer, own, meter)
+            _make_state(optimizer, plain, meter)
             resident = meter.current
             meter.restart_peak()
-            meter.work.clear()
-            step = PlannedStep(recipe, model, mode, meter, ranks=ranks, flash=flash)
-            step.gradcache.is_sharded = is_sharded
-            step.gradcache.sync.parameters = lambda: trained  # stand-ins have none
-            if is_sharded:
-                step.gradcache.after_chunk = lambda: _label_gradients(model, alike, meter)
-            elif ranks > 1:
-                step.gradcache.sync.group = torch.distributed.group.WORLD
-            step.gradcache.most_chunks = most_chunks
+            meter.costs.clear()
+            step = PlannedStep(
+                recipe,
+                model,
+                mode,
+                meter,
+                trained=trained,
+                ranks=ranks,
+                is_sharded=is_sharded,
+                flash=flash,
+                most_chunks=most_chunks,
+                after_chunk=(lambda: _label_gradients(model, repeated, meter)) if is_sharded else (lambda: None),
+            )
             with meter.booking(None):
                 step(batch)
                 meter.relabel([p.grad for p in trained], "gradients")
                 if recipe.max_grad_norm and not is_sharded:
                     torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
                 if is_sharded:
-                    _hand_over_gradients(trained, own, alike, mode)
+                    _hand_over_gradients(trained, plain, repeated, mode)
                 with meter.counting_as("optimizer"):
                     optimizer.step()
-    cache = step.gradcache
+    account = step.account
     return Simulation(
         peak=meter.peak,
         parts={part: size for part, size in meter.at_peak.items() if size},
         resident=resident,
-        largest=cache.largest,
-        chunks=cache.count,
-        kept=cache.kept,
-        graphs=cache.graphs,
-        work=cache.total(),
+        largest=account.largest,
+        chunks=account.count,
+        kept=account.kept,
+        graphs=account.graphs,
+        cost=account.total(),
         trained=counts[0],
         weights=counts[1],
         gathered=gathered,
@@ -140,26 +144,26 @@ def _gathered(model, recipe: Recipe, ranks: int) -> int:
     return sum(p.numel() for p in model.parameters() if hasattr(p, "_local_tensor")) * size * (ranks - 1) // ranks
 
 
-def _label_gradients(model, alike: plan_alike.LikeLayers | None, meter: Meter) -> None:
+def _label_gradients(model, repeated: repeated_layers.RepeatedLayers | None, meter: Meter) -> None:
     """Gradients between two chunks: of plain weights, and the whole ones that FSDP2 holds until the last backward."""
     for module in model.modules():
         group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
         for held in group.fsdp_params if group is not None else ():
             whole = getattr(held, "_unsharded_param", None)
             meter.relabel([held.unsharded_accumulated_grad, None if whole is None else whole.grad], "gradients")
-    if alike is not None:
-        alike.label_gradients()
+    if repeated is not None:
+        repeated.label_gradients()
 
 
-def _hand_over_gradients(trained: list, own: list, alike: plan_alike.LikeLayers | None, mode: FakeTensorMode) -> None:
+def _hand_over_gradients(trained: list, plain: list, repeated: repeated_layers.RepeatedLayers | None, mode: FakeTensorMode) -> None:
     """Shards of the gradients, to the plain tensors that the optimizer knows the shards of the weights as."""
-    counted = set() if alike is None else {id(p) for p in alike.sharded_weights()}
-    for parameter, plain in zip(trained, own, strict=True):
+    counted = set() if repeated is None else {id(p) for p in repeated.sharded_weights()}
+    for parameter, local in zip(trained, plain, strict=True):
         if parameter.grad is not None:
-            plain.grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
+            local.grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
         elif id(parameter) in counted:
             with _disable_current_modes(), mode:  # no meter counts it: its bytes are there already
-                plain.grad = torch.empty_like(plain)
+                local.grad = torch.empty_like(local)
 
 
 def _make_state(optimizer: torch.optim.Optimizer, trained: list, meter: Meter) -> None:

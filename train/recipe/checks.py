@@ -8,12 +8,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-from typing import TYPE_CHECKING
 
 from vlm2vec.data.row_formats import FORMATS
 
-if TYPE_CHECKING:
-    from .schema import Recipe
+from .keys import RecipeKeys
 
 # Those of the library's that need nothing but the steps and the warm-up.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -42,11 +40,12 @@ _COUNTS = (
     "keep_checkpoints",
     "decode_threads",
     "chunk_rows",
+    "profile",
 )
 _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps", "weight_decay", "max_grad_norm")
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: RecipeKeys) -> None:
     """Raises ValueError for the first thing that cannot run: what was expected, what is there, and the mend."""
     _check_numbers(recipe)
     _check_data(recipe)
@@ -56,7 +55,7 @@ def check(recipe: Recipe) -> None:
     _check_reports(recipe)
 
 
-def _check_numbers(recipe: Recipe) -> None:
+def _check_numbers(recipe: RecipeKeys) -> None:
     if recipe.held_out is not None and min(recipe.held_out.rows, recipe.held_out.steps) < 1:
         rows, steps = recipe.held_out.rows, recipe.held_out.steps
         raise ValueError(
@@ -79,13 +78,15 @@ def _check_numbers(recipe: Recipe) -> None:
             f"interleave_batch_size ({recipe.interleave_batch_size}) must divide global_batch ({recipe.global_batch}): "
             "a step is made of whole blocks, each from one source"
         )
+    if recipe.profile is not None and recipe.profile > recipe.steps:
+        raise ValueError(f"profile ({recipe.profile}) is beyond the last step ({recipe.steps}); name one from 1 to {recipe.steps}")
     if recipe.warmup_steps > recipe.steps:
         raise ValueError(f"warmup_steps ({recipe.warmup_steps}) exceeds steps ({recipe.steps})")
     if recipe.lr_schedule not in SCHEDULES:
         raise ValueError(f"lr_schedule {recipe.lr_schedule!r} is unknown; {_nearest(recipe.lr_schedule, SCHEDULES)}")
 
 
-def _check_data(recipe: Recipe) -> None:
+def _check_data(recipe: RecipeKeys) -> None:
     sources = recipe.data.sources
     if not sources:
         raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
@@ -104,19 +105,19 @@ def _check_data(recipe: Recipe) -> None:
         raise ValueError("every source has a from_step above 0, so the first step has no rows; give one of them from_step: 0")
 
 
-def _check_loss(recipe: Recipe) -> None:
+def _check_loss(recipe: RecipeKeys) -> None:
     loss = recipe.loss
-    if not 0 < loss.temperature < math.inf:
-        raise ValueError(f"loss.temperature must be above 0, got {loss.temperature}; it divides the similarities (0.02 is usual)")
-    if not 0 <= loss.hardness < math.inf:
-        raise ValueError(f"loss.hardness must be 0 or more, got {loss.hardness}; 0 turns it off")
-    if not 0 <= loss.label_smoothing < 1:
-        raise ValueError(f"loss.label_smoothing must be in [0, 1), got {loss.label_smoothing}; 0 turns it off")
-    if loss.matryoshka_dims is not None and (not loss.matryoshka_dims or min(loss.matryoshka_dims) < 1):
-        raise ValueError(f"loss.matryoshka_dims must list widths of at least 1, got {loss.matryoshka_dims}; leave it out")
+    loss.check()
+    if recipe.data.hard_negatives and not loss.takes_hard_negatives:
+        raise ValueError(f"data.hard_negatives: {loss.name} has no place for them; leave the key out, or choose loss.name: info_nce")
+    if loss.learns and recipe.distributed == "fsdp":
+        raise ValueError(
+            f"loss {loss.name} learns parameters of its own, which sharded training does not keep; choose distributed: ddp, or hold "
+            "them constant"
+        )
 
 
-def _check_memory(recipe: Recipe) -> None:
+def _check_memory(recipe: RecipeKeys) -> None:
     """How weights, gradients and graphs are held: adapters, four bits, shards, dtypes, chunks."""
     lora = recipe.lora
     if recipe.quantization not in (None, "nf4"):
@@ -161,7 +162,7 @@ def _check_memory(recipe: Recipe) -> None:
         )
 
 
-def _check_optimizer(recipe: Recipe) -> None:
+def _check_optimizer(recipe: RecipeKeys) -> None:
     from transformers.training_args import OptimizerNames
 
     known = [name.value for name in OptimizerNames]
@@ -177,7 +178,7 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise ValueError(f"optimizer {name} needs {module}; pip install {module.replace('_', '-')}, or choose adamw_torch")
 
 
-def _check_reports(recipe: Recipe) -> None:
+def _check_reports(recipe: RecipeKeys) -> None:
     if not recipe.report_to:
         return
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK

@@ -8,6 +8,8 @@ import types
 import typing
 from typing import Any
 
+from ..losses import Loss, loss_class
+
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
     """Sets a nested key (`loss.temperature`) of a recipe read from YAML; sections on the way are made."""
@@ -58,6 +60,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             except ValueError as error:
                 errors.append(error)
         raise errors[0]
+    if hint is Loss:
+        hint = loss_class(value)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{where}.")
     if origin is list:

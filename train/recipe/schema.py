@@ -3,183 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .checks import check
+from .files import recipe_path
 from .from_yaml import assign, build
+from .keys import Content as Content
+from .keys import Data as Data
+from .keys import RecipeKeys
+from .keys import Source as Source
+from .keys import read_mixture as read_mixture
 from .reference_flags import parse_overrides
 
-MIXTURES = Path(__file__).parents[1] / "recipes" / "mixtures"
-
 
 @dataclass
-class Source:
-    """One data set of the mixture: `name` is its folder (or hub config); `rows` takes its first rows only.
-
-    `from_step` leaves it out of the mixture before that step, so that simple tasks can come first. The rest says where its
-    rows are when they are not with the others' (`data.root`): a folder or a hub data set with its split, or one file of
-    it, its images, and the `format` of its rows (`vlm2vec.data.row_formats`).
-    """
-
-    name: str
-    weight: float = 1.0
-    rows: int | None = None
-    from_step: int = 0
-    format: str = "mmeb"
-    root: str | None = None
-    split: str | None = None
-    file: str | None = None
-    images: str | None = None
-
-
-@dataclass
-class Data:
-    """Where the training rows are: a local folder in MMEB's layout or a hub data set, and the folder of their images.
-
-    `mixture` names a file of train/recipes/mixtures/, whose sources become the recipe's; a source of that name in `sources`
-    replaces it, others join it.
-    """
-
-    root: str
-    images: str
-    sources: list[Source] = field(default_factory=list)
-    mixture: str | None = None
-    split: str = "original"
-    rows: int | None = None  # first rows of every source that does not say its own number
-    hard_negatives: bool = False
-    strict: bool = False  # a row that cannot be read stops the run; otherwise it is logged and left out of the loss
-
-    def __post_init__(self) -> None:
-        if self.mixture is not None:
-            own = {source.name: source for source in self.sources}
-            listed = [own.pop(source.name, source) for source in read_mixture(self.mixture)]
-            self.sources, self.mixture = [*listed, *own.values()], None  # a resolved recipe stands for itself
-
-
-def read_mixture(name: str) -> list[Source]:
-    """The sources of train/recipes/mixtures/NAME.yaml."""
-    path = MIXTURES / f"{name}.yaml"
-    known = sorted(file.stem for file in MIXTURES.glob("mmeb-*.yaml"))
-    if not path.is_file():
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise ValueError(f"data.mixture {name!r} is unknown; {f'did you mean {near[0]}?' if near else f'there are {known}'}")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return [build(Source, entry, f"{path.name}[{i}].") for i, entry in enumerate(entries)]
-
-
-@dataclass
-class Loss:
-    """Options of `contrastive_kernels.info_nce`; see there."""
-
-    temperature: float = 0.02
-    symmetric: bool = False
-    mask_duplicates: bool = True  # a target equal to a query's positive is no negative of it
-    hardness: float = 0.0
-    label_smoothing: float = 0.0
-    matryoshka_dims: list[int] | None = None
-    query_negatives: bool = False
-    target_negatives: bool = False
-
-
-@dataclass
-class Lora:
-    """A PEFT adapter; `dora=True` adds the magnitude vectors that the published VLM2Vec adapters have.
-
-    `targets`: last parts of layer names, in place of the reference's (`vlm2vec.checkpoint.adapters.REFERENCE_TARGETS`).
-    `vision`: false leaves the vision tower frozen as it is, so that its features are computed once a step; true adapts
-    its linear layers too; left out, layers of the tower that bear a target's name are adapted, as the reference does.
-    """
-
-    r: int = 16
-    alpha: float = 64.0
-    dropout: float = 0.1
-    dora: bool = True
-    targets: list[str] | None = None
-    vision: bool | None = None
-
-
-@dataclass
-class HeldOut:
-    """Rows that are kept out of training, the last `rows` of each source (at most a tenth of it), and scored every `steps` steps."""
-
-    rows: int = 128
-    steps: int = 100
-
-
-@dataclass
-class Content:
-    """One side of an assumed row: tokens of text, and `images` pictures of [width, height] or a film [frames, width, height]."""
-
-    text: int
-    image: list[int] | None = None
-    images: int = 1
-    video: list[int] | None = None
-
-
-@dataclass
-class Rows:
-    """A kind of rows and its share of a batch."""
-
-    share: float
-    query: Content
-    target: Content
-
-
-@dataclass
-class Assumed:
-    """What `plan` takes a batch to be where the data is not at hand. Training does not look at it."""
-
-    rows: list[Rows]
-
-
-@dataclass
-class Recipe:
-    """A whole run. `model`: hub name or folder; `output`: folder of checkpoints and of the trained model."""
-
-    model: str
-    output: str
-    data: Data
-    steps: int
-    global_batch: int
-    interleave_batch_size: int | None = None  # rows drawn from one source in a row; default: the global batch
-    chunk_tokens: int = 8192
-    chunk_rows: int | None = None  # chunks of so many rows, as the reference cuts them, instead of by tokens
-    retain: int | str = 0
-    retain_mib: float | None = None
-    keep_mib: float = 4096.0  # features of a frozen vision tower kept between the two passes
-    media_mib: float = 4096.0  # decoded images kept in host memory between the two passes; the others are decoded again
-    decode_threads: int = 4
-    loss: Loss = field(default_factory=Loss)
-    lora: Lora | None = None
-    quantization: str | None = None  # "nf4": the frozen base in four bits (QLoRA)
-    freeze_vision: bool = False
-    dtype: str = "float32"  # of the weights
-    autocast: str | None = None  # "bfloat16": matrix products in bf16, weights and loss in `dtype`
-    learning_rate: float = 2e-5
-    lr_schedule: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: str = "adamw_torch"
-    gradient_checkpointing: bool = False
-    offload_activations: bool = False  # what the backward pass needs waits in host memory
-    distributed: str = "ddp"  # under torchrun: "ddp", or "fsdp" (FSDP2: weights, gradients and optimizer sharded)
-    model_options: dict[str, Any] = field(default_factory=dict)
-    workers: int = 0
-    seed: int = 0
-    save_steps: int = 100
-    keep_checkpoints: int = 2
-    logging_steps: int = 10
-    report_to: list[str] = field(default_factory=list)
-    run_name: str | None = None
-    held_out: HeldOut | None = None
-    cpu: bool = False
-    plan: Assumed | None = None
+class Recipe(RecipeKeys):
+    """A whole run, checked: what cannot run on any machine raises ValueError here."""
 
     def __post_init__(self) -> None:
         if self.interleave_batch_size is None:
@@ -211,7 +54,9 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: list[str] = (), *, ranks: int | None = None) -> Recipe:
-    """Reads a recipe and applies `--key value` pairs (nested keys with dots: `--loss.temperature 0.05`).
+    """Reads a recipe, a file or one of the project's by its name, and applies `--key value` pairs.
+
+    Nested keys are written with dots: `--loss.temperature 0.05`.
 
     Args:
         ranks: processes that the run will have, where flags count by the process; default those of this launch.
@@ -220,9 +65,7 @@ def load_recipe(path: str | Path, overrides: list[str] = (), *, ranks: int | Non
         ValueError: for a file that is not a recipe, an unknown key (with the nearest known one), a value of the wrong
             type, or a recipe that contradicts itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"recipe {path} is not a file; recipes of the project are in train/recipes/")
+    path = recipe_path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

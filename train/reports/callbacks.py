@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ class Progress(transformers.TrainerCallback):
 
 def _brief(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+class StepEnd(transformers.TrainerCallback):
+    """Calls a function where the optimizer's step is over."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        self._function()
 
 
 class StopOnInterrupt(transformers.TrainerCallback):

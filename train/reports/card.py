@@ -54,8 +54,8 @@ def model_card(recipe: Recipe, *, base: str, family: str, trained: int, total: i
             "# Multimodal embedding model",
             "",
             f"One vector for any mix of text and images: `{base}` ({family}) trained contrastively, {how} "
-            f"({trained:,} of {total:,} parameters), for {steps:,} steps of {recipe.global_batch:,} pairs at temperature "
-            f"{recipe.loss.temperature:g}.",
+            f"({trained:,} of {total:,} parameters), for {steps:,} steps of {recipe.global_batch:,} pairs "
+            f"{recipe.loss.words()}.",
             "",
             "## Use",
             "",
@@ -91,7 +91,7 @@ def model_card(recipe: Recipe, *, base: str, family: str, trained: int, total: i
             "## Training it again",
             "",
             "```",
-            f"python -m train {recipe.output}/recipe.yaml --output ANOTHER_FOLDER",
+            f"vlm2vec train {recipe.output}/recipe.yaml --output ANOTHER_FOLDER",
             "```",
             "",
             "with `recipe.yaml`, every key written out:",

@@ -62,6 +62,7 @@ class LlavaNextProcessing(Processing):
 
     image_marker = "<image>"
     defaults = {"resolution": None, "pixels": "pil"}
+    image_limit = "resolution"
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
@@ -210,6 +211,13 @@ class LlavaNext(Backbone):
 
     # VLM2Vec-LLaVa-Next was trained and scored on images squashed to 1344 x 1344 (arXiv:2410.05160, Table 2: high resolution)
     published = [(r"(^|/)vlm2vec-llava-next$", {"resolution": "high"})]
+
+    def default_image_processor(self, raw: dict) -> Any:
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+        side = raw["vision_config"]["image_size"]
+        crop = {"height": side, "width": side}
+        return LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_grid_pinpoints=raw["image_grid_pinpoints"])
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None:
         # All that `vision` runs. Frozen features are kept from one pass to the next, so freezing the tower alone would leave

@@ -42,6 +42,7 @@ class Phi3VProcessing(Processing):
     """
 
     image_marker = "<|image_1|>"
+    image_limit = "num_crops"
     from_headers = True
     defaults = {"num_crops": 4}
 
@@ -132,6 +133,9 @@ class Phi3V(Backbone):
 
     def config(self, source: str, raw: dict, **hub: Any) -> Phi3VConfig:
         return Phi3VConfig.from_pretrained(source, **hub)
+
+    def default_image_processor(self, raw: dict) -> Any:
+        return {}
 
     def model_class(self, config: PretrainedConfig) -> type:
         return Phi3VModel

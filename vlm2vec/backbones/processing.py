@@ -31,12 +31,14 @@ class Processing:
         from_headers: `process_image` and `process_video` also take `vlm2vec.media.images.Undecoded`, and the four methods are there
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
+        image_limit: the option that bounds the tokens of a picture.
     """
 
     image_marker: str | None = None
     video_marker: str | None = None
     from_headers = False
     defaults: dict = {}
+    image_limit = "max_image_pixels"
     shared_defaults = {"max_length": None, "layout": "image", "frames": FRAMES, "max_image_pixels": None, "append_eos": False}
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):

@@ -33,6 +33,7 @@ class Qwen2VLProcessing(Processing):
     """
 
     image_marker = "<|image_pad|>"
+    image_limit = "max_pixels"
     video_marker = "<|video_pad|>"
     reference_edges = True  # tiny and very long images become squares, as in the V2 reference
     defaults = {"min_pixels": 4 * 28 * 28, "max_pixels": 1280 * 28 * 28, "positions": "sequential", "pixels": "pil", "resolution": None}

@@ -153,6 +153,9 @@ class Qwen3VL(Qwen2VL):
         )
         return {"interp_indices": indices, "interp_weights": weights}
 
+    def vision_width(self, config: PretrainedConfig) -> int:
+        return self.embedding_dim(config) * (1 + len(config.vision_config.deepstack_visual_indexes))
+
     def vision(self, model: nn.Module, packed: PackedBatch) -> torch.Tensor | None:
         """(V, D * (1 + deepstack layers)): the features and, beside them, those for the decoder's first layers."""
         if not packed.vision:

@@ -21,6 +21,7 @@ from bench.gpu.check import Check
 from bench.measure import ROOT
 from train.build import trained_parameters
 from train.data.media_stream import Media
+from train.optimizers import planned_optimizer
 from train.plan import batch as plan_batch
 from train.plan import fake_model as plan_model
 from train.recipe.schema import load_recipe
@@ -33,7 +34,7 @@ MOST_OVER_PLAN = 1.1  # a peak above this times the predicted one breaks the pro
 class RandomMedia(Media):
     """Gives random pixels of the sizes that decoding would give."""
 
-    def _decode(self, features):
+    def decode(self, features):
         tensors = {"pixel_values": torch.randint(0, 256, self.processing.decoded_shape(features), dtype=torch.uint8)}
         with self._lock:
             self.decoded += 1
@@ -98,7 +99,7 @@ def real_steps(recipe, device: str) -> tuple[list[dict], dict]:
     device = torch.device(device)
     model = plan_model.model_of_config(recipe, device).to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = plan_model.optimizer(recipe, parameters, device.type == "cuda")
+    optimizer = planned_optimizer(recipe, parameters, device.type == "cuda")
     step = CountedStep(recipe, model, model, device=device)
     step.media.close()
     step.media = RandomMedia(model.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads)

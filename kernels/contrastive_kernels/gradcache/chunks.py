@@ -17,10 +17,22 @@ SIDES = ("query", "target", "hard_negatives")
 
 @dataclass
 class Chunk:
+    """Rows of one side that are encoded together.
+
+    Attributes:
+        side: index into `SIDES`. rows: of that side. tokens: their sum.
+        is_dummy: run for its collectives alone: a rank with fewer chunks than another.
+        retains_graph, keeps_features: whether its graph, and what `freeze` gave for it, stay from the first pass to the second;
+            None as the step's bounds have it.
+        encode_state, freeze_state: generators before its first forward, which the second repeats. graph: embeddings with their graph.
+    """
+
     side: int
     rows: list[int]
     tokens: int
-    is_dummy: bool = False  # run for its collectives alone: a rank with fewer chunks than another
+    is_dummy: bool = False
+    retains_graph: bool | None = None
+    keeps_features: bool | None = None
     encode_state: GeneratorState | None = None
     freeze_state: GeneratorState | None = None
     graph: torch.Tensor | None = field(default=None, repr=False)

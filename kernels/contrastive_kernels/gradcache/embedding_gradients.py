@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..info_nce import InfoNCEResult, info_nce, info_nce_value_and_grad
+
 
 @dataclass
 class LateGradients:
@@ -47,30 +49,29 @@ def embedding_gradients(
     """(`InfoNCEResult`, late gradients). The late ones are scaled, the embeddings' are not: they are scaled in the second pass.
 
     Args:
-        loss: None or `info_nce`, or another callable `loss(query, target, **options)` that gives a scalar, or a pair of it
-            and statistics.
+        loss: None or `info_nce`; an object whose `value_and_grad(query, target, *, grad_dtype, **options)` gives an `InfoNCEResult`
+            as `info_nce_value_and_grad` does; or another callable `loss(query, target, **options)` that gives a scalar, or a pair of
+            it and statistics.
         embeddings: of query, target and, where there are any, hard negatives. No graph hangs on them.
 
     Raises:
         ValueError: where the loss learns a parameter that `fully_shard` has sharded.
     """
-    from .. import info_nce
-
     given = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     _refuse_sharded([*given, *(leaf for x in given for leaf in leaves_behind(x))])
     if loss is None or loss is info_nce:
-        return _of_info_nce(embeddings, options, scaler)
+        return _of_value_and_grad(info_nce_value_and_grad, embeddings, options, scaler)
+    if hasattr(loss, "value_and_grad"):
+        return _of_value_and_grad(loss.value_and_grad, embeddings, options, scaler)
     return _of_callable(loss, embeddings, options, scaler)
 
 
-def _of_info_nce(embeddings, options, scaler):
-    from .. import info_nce_value_and_grad
-
+def _of_value_and_grad(value_and_grad, embeddings, options, scaler):
     query, target, *hard = embeddings
     if hard:
         options = {**options, "hard_negatives": hard[0]}
     gradient_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    result = info_nce_value_and_grad(query, target, grad_dtype=gradient_dtype, **options)
+    result = value_and_grad(query, target, grad_dtype=gradient_dtype, **options)
     temperature, late = options.get("temperature"), LateGradients()
     if isinstance(temperature, torch.Tensor) and temperature.requires_grad:
         late.options.append((temperature, scaled(scaler, result.d_temperature.to(temperature.dtype))))
@@ -78,8 +79,6 @@ def _of_info_nce(embeddings, options, scaler):
 
 
 def _of_callable(loss, embeddings, options, scaler):
-    from .. import InfoNCEResult
-
     leaves = [e.detach().requires_grad_() for e in embeddings]
     learned = {name: x for name, x in options.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     cut = {name: x.detach().requires_grad_() for name, x in learned.items()}

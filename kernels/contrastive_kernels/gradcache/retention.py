@@ -125,9 +125,10 @@ class FeatureStore:
         self._used = 0
         self._kept: dict[int, _Kept] = {}
 
-    def offer(self, index: int, value: Any) -> None:
+    def offer(self, index: int, value: Any, keep: bool | None = None) -> None:
+        """Keeps a chunk's features where they fit; `keep` says it whatever the bound."""
         size = _tensor_bytes(value)
-        if self._used + size <= self._bound:
+        if keep if keep is not None else self._used + size <= self._bound:
             self._used += size
             self._kept[index] = _Kept(value)
 

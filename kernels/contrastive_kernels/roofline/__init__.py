@@ -10,7 +10,7 @@ of assumed ones. Units: seconds, bytes, FLOP (a multiply-add is two).
 
 A call takes the longer of the two.
 
-Source: vendors' data sheets for peaks; achieved rates are assumptions (docs/design.md: H100 about 700 TFLOP/s and 3.0 TB/s, A100 250 and 1.8).
+Source: `cards.py` for peaks and achieved rates.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from .cards import CARDS
 from .measured import RATES
 
 # Assumptions that compilation cannot tell; `python -m bench gpu` measures the first and the third on the device at hand.
@@ -78,10 +79,18 @@ def measured(gpu: Gpu) -> Gpu:
 
 
 GIB = 1 << 30
-A100 = Gpu("a100", 80, 108, 1.30e9, 312e12, 250e12, 16e12, 1.8e12, 4.5e12, 80 * GIB, 167_936, 166_912)
-H100 = Gpu("h100", 90, 132, 1.60e9, 989e12, 700e12, 45e12, 3.0e12, 7.0e12, 80 * GIB, 233_472, 232_448)
-H200 = dataclasses.replace(H100, name="h200", bandwidth=4.3e12, memory=141 * GIB)
-B200 = Gpu("b200", 100, 148, 1.85e9, 2250e12, 1500e12, 60e12, 7.0e12, 12e12, 180 * GIB, 233_472, 232_448)
+
+
+def _of_card(name: str, arch: int, sms: int, clock: float, *, fp32: float, l2: float, shared: int, shared_block: int) -> Gpu:
+    card = CARDS[name]
+    rates = card.peak, card.achieved, fp32, card.achieved_bandwidth, l2
+    return Gpu(card.kind, arch, sms, clock, *rates, card.size * GIB, shared, shared_block)
+
+
+A100 = _of_card("a100-80", 80, 108, 1.30e9, fp32=16e12, l2=4.5e12, shared=167_936, shared_block=166_912)
+H100 = _of_card("h100-80", 90, 132, 1.60e9, fp32=45e12, l2=7.0e12, shared=233_472, shared_block=232_448)
+H200 = _of_card("h200-141", 90, 132, 1.60e9, fp32=45e12, l2=7.0e12, shared=233_472, shared_block=232_448)
+B200 = _of_card("b200-180", 100, 148, 1.85e9, fp32=60e12, l2=12e12, shared=233_472, shared_block=232_448)
 ASSUMED = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
 A100, H100, H200, B200 = map(measured, ASSUMED.values())
 GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}

@@ -1,11 +1,14 @@
 """`retain="auto"`: how many graphs are kept, what is counted, and that it changes no gradient."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 from contrastive_kernels import GradCache
 from contrastive_kernels.core.workspace import free_cuda_bytes
+from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD
 from contrastive_kernels.gradcache.retention import GraphSize, counting_saved, fitting_chunks
 from tests.kernels.helpers.gradcache_encoder import Encoder, assert_same, batch, gradients
 
@@ -112,9 +115,14 @@ def test_larger_graphs_in_a_later_step_lower_the_number_kept():
 
     sides = torch.randn(2, 8, 4, dtype=torch.float64)
     graph = 2 * 8 * (4 + 3)  # of two rows
-    cache = GradCache(encode, chunk_size=2, retain="auto", retain_mib=4.5 * graph / MIB)
     kept = []
-    cache._backward_chunk = lambda *a, original=cache._backward_chunk: (kept.append(a[2].graph is not None), original(*a))[1]
+
+    def observer(phase):
+        if phase.name == CHUNK_BACKWARD:
+            kept.append(phase.retains_graph)
+        return contextlib.nullcontext()
+
+    cache = GradCache(encode, chunk_size=2, retain="auto", retain_mib=4.5 * graph / MIB, observer=observer)
 
     def run():
         kept.clear()

@@ -25,7 +25,8 @@ from train.data.rows import collate, to_features
 from train.plan import batch as plan_batch
 from train.plan.batch import decoded_total, is_measured
 from train.plan.simulate import simulate
-from train.recipe.schema import Assumed, Content, Rows, load_recipe
+from train.recipe.keys import Assumed, Content, Rows
+from train.recipe.schema import load_recipe
 from train.step import ContrastiveStep
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -196,7 +197,7 @@ def test_a_chunk_of_bytes_and_floats_is_planned(root, prepared):
     batch = company(root, model.processing)
     plan = simulate(recipe, batch)
     alone = simulate(recipe, company(root, Whole(model.processing)))
-    assert plan.peak == pytest.approx(alone.peak, rel=0.02) and plan.work.flops == alone.work.flops
+    assert plan.peak == pytest.approx(alone.peak, rel=0.02) and plan.cost.flops == alone.cost.flops
 
 
 def test_floats_from_decoding_do_not_pass_for_normalised_pixels(prepared):

@@ -12,7 +12,7 @@ from tests.helpers.tiny_recipe import first_batch, gradients, write_recipe
 from train.build import build_model
 from train.data.rows import PairDataset, collate, content_id, longest_sample, to_features
 from train.data.sources import open_source
-from train.data.unreadable_rows import Damage
+from train.data.unreadable_rows import UnreadableRows
 from train.recipe.schema import Data, Source, load_recipe
 from train.run import run
 from train.step import ContrastiveStep
@@ -116,11 +116,11 @@ def test_a_workers_error_arrives_without_its_traceback(root, tmp_path, monkeypat
 
 
 def lose(*steps, last=None):
-    """Damage of steps of four rows, so many of them bad."""
-    damage = Damage()
+    """Counts of steps of four rows, so many of them bad."""
+    unreadable = UnreadableRows()
     for step, count in enumerate(steps):
-        damage.add(["x"] * count, 4, device=torch.device("cpu"), is_last=step == last)
-    return damage
+        unreadable.add(["x"] * count, 4, device=torch.device("cpu"), is_last=step == last)
+    return unreadable
 
 
 def test_a_few_bad_rows_never_stop_a_run_and_most_do():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny_recipe import tiny_models, write_recipe
-from train.plan import repeated_layers as plan_alike
+from train.plan import repeated_layers
 from train.plan import simulate as plan_simulate
 from train.plan.batch import first_batch
 from train.plan.meter import Meter
@@ -79,9 +79,9 @@ def test_layers_that_are_alike_take_what_they_take_when_all_are_run(roots, monke
     assert not runs
     for what in ("peak", "parts", "resident", "largest", "chunks", "kept", "graphs", "trained", "weights", "gathered"):
         assert getattr(fast, what) == getattr(every, what), what
-    assert fast.work.flops == every.work.flops > 0
-    assert fast.work.moved == pytest.approx(every.work.moved, rel=1e-9)
-    assert fast.work.seconds == pytest.approx(every.work.seconds, rel=1e-9)
+    assert fast.cost.flops == every.cost.flops > 0
+    assert fast.cost.moved == pytest.approx(every.cost.moved, rel=1e-9)
+    assert fast.cost.seconds == pytest.approx(every.cost.seconds, rel=1e-9)
 
 
 class Layers(torch.nn.Module):
@@ -119,12 +119,12 @@ def test_layers_that_turn_out_not_alike_are_noticed(layer, handed, is_alike):
     given = handed()
     model = Layers(layer, (lambda: given) if is_alike else handed)
     meter = Meter([*model.parameters()], 1.0, 1.0)
-    plan_alike.LikeLayers(model, meter, False)
+    repeated_layers.RepeatedLayers(model, meter, False)
     with meter:
         x = torch.ones(2, 4, requires_grad=True)
         meter.track(x)
         if not is_alike:
-            with pytest.raises(plan_alike.NotAlike):
+            with pytest.raises(repeated_layers.LayersDiffer):
                 model(x).sum().backward()
             return
         (model(x * 1) * 2).sum().backward()
@@ -134,7 +134,7 @@ def test_layers_that_turn_out_not_alike_are_noticed(layer, handed, is_alike):
 def test_where_layers_are_not_alike_all_are_run(roots, monkeypatch):
     """Autocast keeps copies of the weights until it ends, which no stand-in has."""
     raised = []
-    monkeypatch.setattr(plan_alike.NotAlike, "__init__", lambda self: raised.append(self))
+    monkeypatch.setattr(repeated_layers.LayersDiffer, "__init__", lambda self: raised.append(self))
     values = {"autocast": "bfloat16", "freeze_vision": True}
     assert planned(roots["qwen2_vl"], 1, values) == planned(roots["qwen2_vl"], 1, values, every_layer=True)
     assert len(raised) == 2
@@ -144,7 +144,7 @@ def test_stacks_are_of_layers_of_one_kind():
     def stacks(*layers):
         model = torch.nn.Module()
         model.layers = torch.nn.ModuleList(layers)
-        return len(plan_alike.LikeLayers(model, Meter([], 1.0, 1.0), False).stacks)
+        return len(repeated_layers.RepeatedLayers(model, Meter([], 1.0, 1.0), False).stacks)
 
     like = [torch.nn.Linear(2, 2) for _ in range(8)]
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
@@ -175,4 +175,4 @@ def test_chunks_that_are_not_run_are_bounded(tmp_path_factory, seed, weights, ch
     every, some = run(1000), run(8)
     assert every.chunks == some.chunks > 12 and every.kept == some.kept
     assert 1.0 <= some.peak / every.peak <= 1.02, (some.parts, every.parts)
-    assert some.work.flops == pytest.approx(every.work.flops, rel=0.1)
+    assert some.cost.flops == pytest.approx(every.cost.flops, rel=0.1)

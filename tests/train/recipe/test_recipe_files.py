@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.helpers.repository import ROOT
 from train.data.sources import open_source
-from train.plan.search import main
+from train.plan.__main__ import main
 from train.preflight import needs
 from train.recipe.schema import Data, Source, load_recipe, read_mixture
 from vlm2vec.checkpoint.pretrained import Description

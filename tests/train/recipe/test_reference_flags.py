@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from train.plan.search import main as plan_main
+from train.plan.__main__ import main as plan_main
 from train.recipe.reference_flags import ALWAYS, NEEDLESS, REFUSED, RENAMED, parse_overrides
 from train.recipe.schema import load_recipe
 from vlm2vec.backbones import FAMILIES, backbone_for

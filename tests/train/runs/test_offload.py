@@ -1,5 +1,6 @@
 """Activation offload: what a backward pass needs leaves the device, weights stay, gradients are the same."""
 
+import contextlib
 import functools
 from collections import Counter
 
@@ -8,6 +9,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import train.step
+from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD
 from contrastive_kernels.gradcache.retention import counting_saved
 from tests.helpers.tiny_recipe import first_batch, gradients, write_recipe
 from train.build import build_model
@@ -82,10 +84,14 @@ def root(tmp_path_factory):
 def step_gradients(root, **changes):
     recipe = load_recipe(write_recipe(root, **({"dtype": "float64", "seed": 3, "chunk_tokens": 120} | changes)))
     model = build_model(recipe).train()
-    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
     kept = []
-    backward = step.gradcache._backward_chunk
-    step.gradcache._backward_chunk = lambda *a: (kept.append(a[2].graph is not None), backward(*a))[1]
+
+    def observer(phase):
+        if phase.name == CHUNK_BACKWARD:
+            kept.append(phase.retains_graph)
+        return contextlib.nullcontext()
+
+    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"), observer=observer)
     step(first_batch(recipe, model))
     return gradients(model), sum(kept)
 

@@ -89,8 +89,9 @@ def test_shards_optimizers_and_four_bits(root):
     tower = whole.gradients - frozen.gradients
     assert halves.weights == pytest.approx(tower + (frozen.weights - tower) / 2, rel=0.01), "a frozen tower is whole on every rank"
     eight = needs(optimizer="adamw_8bit")
-    assert eight.optimizer == whole.optimizer / 4 and needs(optimizer="paged_adamw_8bit").optimizer == 0
-    assert needs(optimizer="sgd").optimizer == 0 and needs(optimizer="lion_8bit").optimizer == whole.optimizer / 8
+    assert whole.optimizer / 4 < eight.optimizer < whole.optimizer, "weights of few numbers keep theirs in float32"
+    assert needs(optimizer="paged_adamw_8bit").optimizer == 0
+    assert needs(optimizer="sgd").optimizer == 0 and needs(optimizer="lion_8bit").optimizer == eight.optimizer / 2
     lora = {"r": 2, "vision": False, "dora": False}
     assert needs(lora=lora, quantization="nf4").weights < needs(lora=lora).weights
 

@@ -27,6 +27,14 @@ FIGURES = (
     "tokens_per_second",
     "padding_avoided",
     "peak_memory_mib",
+    "data_ms",
+    "first_pass_ms",
+    "loss_ms",
+    "second_pass_ms",
+    "sync_ms",
+    "optimizer_ms",
+    "other_ms",
+    "step_ms",
 )
 
 

@@ -158,7 +158,7 @@ def test_interrupted_from_the_keyboard(root, uninterrupted):
 def seen(monkeypatch):
     """What the runs of a test read in this process (`rows`), decoded (`decoded`) and trained on (`trained`), in order."""
     found = {"rows": [], "decoded": [], "trained": []}
-    read, decode, step = PairDataset.__getitem__, Media._decode, ContrastiveTrainer.training_step
+    read, decode, step = PairDataset.__getitem__, Media.decode, ContrastiveTrainer.training_step
 
     def counted_read(self, key):
         found["rows"].append(key)
@@ -173,7 +173,7 @@ def seen(monkeypatch):
         return step(self, model, inputs, *rest)
 
     monkeypatch.setattr(PairDataset, "__getitem__", counted_read)
-    monkeypatch.setattr(Media, "_decode", counted_decode)
+    monkeypatch.setattr(Media, "decode", counted_decode)
     monkeypatch.setattr(ContrastiveTrainer, "training_step", counted_step)
     return found
 

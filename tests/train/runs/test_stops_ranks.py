@@ -76,13 +76,13 @@ def stopped(rank, recipe, at_step, which, gradient):
 
 def lose_rows(rank):
     """Steps until both ranks give up a run of eight rows a step of which rank 0 can read none of its four, and then a fifth."""
-    from train.data.unreadable_rows import Damage
+    from train.data.unreadable_rows import UnreadableRows
 
-    damage = Damage()
+    unreadable = UnreadableRows()
     for step in range(20):
         errors = [f"row {step}"] * 4 if rank == 0 else (["other"] if step == 7 else [])
         try:
-            damage.add(errors, 8, device=torch.device("cpu"), world_size=2)
+            unreadable.add(errors, 8, device=torch.device("cpu"), world_size=2)
         except ValueError as error:
             return step + 1, str(error)
     return None, None

@@ -1,0 +1,28 @@
+"""The losses that a recipe can name. A new one is a file with a dataclass that derives from `base.Loss`, and an entry here."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from .base import Loss as Loss
+from .base import LossBatch as LossBatch
+from .info_nce import InfoNCE as InfoNCE
+from .sigmoid import Sigmoid
+
+DEFAULT = "info_nce"
+LOSSES: dict[str, type[Loss]] = {DEFAULT: InfoNCE, "sigmoid_loss": Sigmoid}
+
+
+def loss_class(section: Any) -> type[Loss]:
+    """The class of a recipe's `loss:` section, by its `name`; InfoNCE where it says none.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one.
+    """
+    name = section.get("name", DEFAULT) if isinstance(section, dict) else DEFAULT
+    if name not in LOSSES:
+        near = difflib.get_close_matches(str(name), LOSSES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
+        raise ValueError(f"loss.name {name!r} is unknown; {hint}")
+    return LOSSES[name]

@@ -1,0 +1,70 @@
+"""The sigmoid loss of SigLIP: every pair is a yes or no of its own; scale and bias are learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from contrastive_kernels import sigmoid_loss
+
+from .base import Loss, LossBatch
+
+
+class ScaledSigmoid(torch.nn.Module):
+    """`sigmoid_loss` with its scale, kept as its logarithm, and its bias.
+
+    Args:
+        scale, bias: start values, or the constants. learns: whether they are parameters.
+    """
+
+    def __init__(self, scale: float, bias: float, learns: bool):
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learns)
+        self.bias = torch.nn.Parameter(torch.tensor(float(bias)), requires_grad=learns)
+
+    def forward(self, query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        return sigmoid_loss(query, target, scale=self.log_scale.exp(), bias=self.bias, **options)
+
+
+@dataclass
+class Sigmoid(Loss):
+    """Options of `contrastive_kernels.sigmoid_loss`; see there. `scale` and `bias` are where they start, where they are learned."""
+
+    name: str = "sigmoid_loss"
+    scale: float = 10.0
+    bias: float = -10.0
+    learn: bool = True
+    exchange: str = "gather"
+
+    def check(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"loss.scale must be above 0, got {self.scale}; it multiplies the similarities (SigLIP starts at 10)")
+        if not math.isfinite(self.bias):
+            raise ValueError(f"loss.bias must be a finite number, got {self.bias}; SigLIP starts at -10")
+        if self.exchange not in ("gather", "ring"):
+            raise ValueError(f"loss.exchange must be gather or ring, got {self.exchange!r}; gather is the default")
+
+    @property
+    def learns(self) -> bool:
+        return self.learn
+
+    def function(self) -> Callable:
+        return ScaledSigmoid(self.scale, self.bias, self.learn)
+
+    def options(self, batch: LossBatch) -> dict[str, Any]:
+        options: dict[str, Any] = {"normalize": True}
+        if self.mask_duplicates:
+            options["target_ids"] = batch.target_ids  # a target that bears the positive's id belongs to the query too
+        if batch.group is not None:
+            options |= {"group": batch.group, "exchange": self.exchange}
+        return options
+
+    def figures(self, function: Callable) -> dict[str, float]:
+        return {"scale": float(function.log_scale.detach().exp()), "bias": float(function.bias)}
+
+    def words(self) -> str:
+        return f"by the sigmoid loss, scale {self.scale:g} and bias {self.bias:g}" + (" at first" if self.learn else "")

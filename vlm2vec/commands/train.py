@@ -1,0 +1,22 @@
+"""`vlm2vec train RECIPE [--key value ...]`: the trainer, which is installed as `vlm2vec.train`."""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the trainer's own command line."""
+    return import_module(f"{_package()}.__main__").main(argv)
+
+
+def _package() -> str:
+    """`vlm2vec.train`; in a checkout that was never installed the folder `train` beside this package."""
+    if find_spec("vlm2vec.train") is not None:
+        return "vlm2vec.train"
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "train" / "recipes").is_dir():
+        raise ValueError("the trainer is not part of this installation; pip install 'vlm2vec[train]' again")
+    sys.path.insert(0, str(checkout))
+    return "train"
