@@ -80,7 +80,7 @@ def needs(recipe: Recipe, model: Description, ranks: int = 1) -> Needs:
     """Counted on the recipe's own modules, adapter and shards included, without reading or allocating a weight."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from .plan.fake_model import fake_model
+    from .plan.fake.model import fake_model
 
     fake = fake_model(replace(recipe, model=model.weights), FakeTensorMode())
     shards = ranks if recipe.distributed == "fsdp" else 1

@@ -6,7 +6,7 @@ import torch
 from bench.gpu import plans
 from train.build import trained_parameters
 from train.plan import batch as plan_batch
-from train.plan import fake_model as plan_model
+from train.plan.fake import model as plan_model
 
 
 @pytest.mark.parametrize("name", plans.PLANNED)

@@ -20,6 +20,7 @@ WRITERS = {
     "vlm2vec/files.py": "the home",
     "train/checkpoints.py": "a checkpoint's own order of renames, which `rotate` and a resumed run rely on",
     "train/run.py": "moves a finished model out of its staging folder by checkpoints' rules",
+    "train/reports/profile.py": "torch's profiler goes by the ending of the name, which a part's name has not",
     "vlm2vec/evaluation/encode/store.py": "sets a broken shard aside; writes nothing",
 }
 

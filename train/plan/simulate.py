@@ -17,8 +17,9 @@ from ..build import trained_parameters
 from ..optimizers import planned_optimizer
 from ..parallel import sharding
 from ..recipe.schema import Recipe
-from . import fake_model, repeated_layers
-from .fake_step import PlannedStep
+from . import repeated_layers
+from .fake import model as fake_model
+from .fake.step import PlannedStep
 from .meter import Cost, Meter
 
 

@@ -105,18 +105,18 @@ class Backbone:
 
     # -- planning: what a family is without its files (`train.plan`) ---------------------------------------------------------
 
-    def marker_ids(self, config) -> dict[str, int]:
+    def marker_ids(self, config: PretrainedConfig) -> dict[str, int]:
         """Token ids of the markers of visuals, as the configuration has them."""
         cls, text = self.processing_class, ("image_token_id", "image_token_index")
         ids = {cls.video_marker: getattr(config, "video_token_id", None)}
         ids[cls.image_marker] = next((i for i in (getattr(config, name, None) for name in text) if i is not None), None)
         return {marker: id_ for marker, id_ in ids.items() if marker is not None and id_ is not None}
 
-    def default_image_processor(self, raw: dict):
+    def default_image_processor(self, raw: dict) -> Any:
         """What `processing_class` asks of an image processor, with the defaults of the family's checkpoints; `raw` is config.json."""
         return SimpleNamespace(rescale_factor=1 / 255, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    def vision_width(self, config) -> int:
+    def vision_width(self, config: PretrainedConfig) -> int:
         """Numbers that `vision` gives for an image token."""
         return self.embedding_dim(config)
 

@@ -23,7 +23,7 @@ from train.build import trained_parameters
 from train.data.media_stream import Media
 from train.optimizers import planned_optimizer
 from train.plan import batch as plan_batch
-from train.plan import fake_model as plan_model
+from train.plan.fake import model as plan_model
 from train.recipe.schema import load_recipe
 from train.step import ContrastiveStep
 

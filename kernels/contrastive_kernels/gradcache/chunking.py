@@ -23,9 +23,9 @@ def token_budget_chunks(lengths: Sequence[int], budget: int, *, max_rows: int | 
     if budget < 1:
         raise ValueError(f"chunk_tokens: expected a budget of at least 1 token, got {budget}; pass a larger one")
     if max_rows is not None and max_rows < 1:
-        raise ValueError(f"a chunk must hold at least one row, got max_rows={max_rows}")
+        raise ValueError(f"max_rows: expected at least 1 row a chunk, got {max_rows}; None leaves it out")
     if any(length < 0 for length in lengths):
-        raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+        raise ValueError(f"lengths: expected 0 or more tokens a row, got {min(lengths)}; pass the tokens of each row")
     chunks: list[list[int]] = []
     filled = 0
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -41,5 +41,5 @@ def token_budget_chunks(lengths: Sequence[int], budget: int, *, max_rows: int | 
 def row_chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Rows in chunks of `size`, longest rows first. See `token_budget_chunks`."""
     if size < 1:
-        raise ValueError(f"a chunk must hold at least one row, got chunk_size={size}")
+        raise ValueError(f"chunk_size: expected at least 1 row a chunk, got {size}; raise it")
     return token_budget_chunks(lengths, max(1, sum(lengths)), max_rows=size)

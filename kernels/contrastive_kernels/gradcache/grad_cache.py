@@ -103,11 +103,14 @@ class GradCache:
         select: Callable[[list[Chunk]], list[Chunk]] | None = None,
     ):
         if (chunk_tokens is None) == (chunk_size is None):
-            raise ValueError("expected exactly one of chunk_tokens= and chunk_size=; they are two ways to cut a batch")
+            raise ValueError(
+                f"expected exactly one of chunk_tokens and chunk_size, got {chunk_tokens!r} and {chunk_size!r}; "
+                "they are two ways to cut a batch"
+            )
         if not (retain in ("all", "auto") or (isinstance(retain, int) and retain >= 0)):
-            raise ValueError(f'retain must be a number of chunks, "all" or "auto", got {retain!r}')
+            raise ValueError(f'retain: expected a number of chunks, "all" or "auto", got {retain!r}; 0 keeps no graph')
         if retain == "auto" and retain_mib is None and not torch.cuda.is_available():
-            raise ValueError('retain="auto" needs retain_mib= where there is no GPU whose free memory bounds it')
+            raise ValueError('retain_mib: expected MiB beside retain="auto" where no GPU\'s free memory bounds it, got None; pass a bound')
         self.callbacks = Callbacks(
             by_side(encode), *(by_side(function) if function is not None else None for function in (freeze, prefetch, release))
         )
@@ -152,7 +155,9 @@ class GradCache:
         """
         sides = [query, target] + ([hard_negatives] if hard_negatives is not None else [])
         if len(lengths) != len(sides):
-            raise ValueError(f"lengths must hold one sequence a side ({', '.join(SIDES[: len(sides)])}), got {len(lengths)}")
+            raise ValueError(
+                f"lengths: expected a sequence for each of {', '.join(SIDES[: len(sides)])}, got {len(lengths)}; pass one a side"
+            )
         with self.memory.watching():
             result = self._attempt(sides, lengths, loss_options, late_options)
             if result is None:

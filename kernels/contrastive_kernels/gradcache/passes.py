@@ -120,7 +120,9 @@ class Passes:
         with self.sync.deferred(), graph_mode(keep_graph), counting_saved() if is_counted else contextlib.nullcontext() as saved:
             encoded = self._encode(chunk, frozen)
         if encoded.dim() != 2 or encoded.shape[0] != len(chunk.rows):
-            raise ValueError(f"encode must return ({len(chunk.rows)}, D) for {len(chunk.rows)} rows, got {tuple(encoded.shape)}")
+            raise ValueError(
+                f"encode: expected ({len(chunk.rows)}, D) for {len(chunk.rows)} rows, got {tuple(encoded.shape)}; return one row a sample"
+            )
         if keep_graph:
             chunk.graph = encoded
         if is_counted:

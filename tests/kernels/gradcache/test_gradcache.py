@@ -192,8 +192,8 @@ def test_generator_state_replays_dropout():
     [
         ({}, "exactly one of chunk_tokens"),
         ({"chunk_tokens": 4, "chunk_size": 4}, "exactly one of chunk_tokens"),
-        ({"chunk_size": 4, "retain": -1}, "retain must be"),
-        ({"chunk_size": 4, "retain": "some"}, "retain must be"),
+        ({"chunk_size": 4, "retain": -1}, "retain: expected"),
+        ({"chunk_size": 4, "retain": "some"}, "retain: expected"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):
@@ -204,9 +204,9 @@ def test_bad_arguments_are_named(arguments, words):
 def test_bad_inputs_are_named():
     encoder = Encoder()
     cache = GradCache(encoder, chunk_size=2)
-    with pytest.raises(ValueError, match="lengths must hold one sequence a side"):
+    with pytest.raises(ValueError, match="lengths: expected a sequence for each"):
         cache.step(batch(2, 1), batch(2, 2), lengths=([1, 2],))
     with pytest.raises(ValueError, match="query: expected at least one row"):
         cache.step([], batch(2, 2), lengths=([], [1, 2]))
-    with pytest.raises(ValueError, match="encode must return"):
+    with pytest.raises(ValueError, match="encode: expected"):
         GradCache(lambda inputs, rows: torch.zeros(1), chunk_size=2).step(batch(2, 1), batch(2, 2), lengths=([1, 1], [1, 1]))

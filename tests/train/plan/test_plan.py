@@ -10,7 +10,7 @@ from tests.helpers.measured_peak import measured
 from tests.helpers.tiny_recipe import write_recipe
 from train.build import trained_parameters
 from train.plan.batch import _counts, first_batch
-from train.plan.fake_model import fake_model
+from train.plan.fake.model import fake_model
 from train.plan.gpus import GPUS, parse_gpu
 from train.plan.live_bytes import LiveBytes
 from train.plan.report import report

@@ -124,7 +124,7 @@ def test_a_share_of_one_process_counts_for_the_ranks_that_are_planned(load, tmp_
         planned.update(batch=recipe.global_batch, ranks=ranks)
         raise ValueError("seen")
 
-    monkeypatch.setattr("train.plan.search.make_plan", stop)
+    monkeypatch.setattr("train.plan.__main__.make_plan", stop)
     with pytest.raises(ValueError, match="seen"):
         plan_main([str(path), "--gpu", "h100-80", "--ranks", "8", *words])
     assert planned == {"batch": 1024, "ranks": 8}

@@ -16,10 +16,10 @@ from vlm2vec.backbones import backbone_for
 from vlm2vec.checkpoint import loading
 from vlm2vec.model import VLM2Vec
 
-from ..build import prepare
-from ..recipe.schema import Recipe
+from ...build import prepare
+from ...recipe.schema import Recipe
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' own
 
 

@@ -22,9 +22,9 @@ from contrastive_kernels.gradcache.gradient_sync import GradientSync
 from contrastive_kernels.gradcache.observer import CHUNK_BACKWARD, CHUNK_FORWARD, FROZEN_FEATURES, LOSS, SECOND_PASS, SYNCHRONISATION
 from contrastive_kernels.gradcache.retention import retained_chunks
 
-from . import chunks as plan_chunks
-from .chunks import Outline, nearest, picked
-from .meter import Cost, Meter, Span
+from .. import chunks as plan_chunks
+from ..chunks import Outline, nearest, picked
+from ..meter import Cost, Meter, Span
 
 _MIB = 2**20
 _LOSS_WORKSPACE = 256 * _MIB  # `workspace_mib` of the loss

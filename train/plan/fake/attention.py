@@ -8,8 +8,8 @@ import torch
 
 from vlm2vec.attention import Segments
 
-from .flops import attention_backward_flops, attention_flops
-from .meter import Meter
+from ..flops import attention_backward_flops, attention_flops
+from ..meter import Meter
 
 
 class FlashAttention:

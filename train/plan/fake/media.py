@@ -15,8 +15,8 @@ from vlm2vec import attention
 from vlm2vec.backbones.base import Processing
 from vlm2vec.packing import Features, PackedBatch
 
-from ..data.media_stream import BatchSide, Media, Pack
-from .meter import Meter
+from ...data.media_stream import BatchSide, Media, Pack
+from ..meter import Meter
 
 
 class PlannedMedia(Media):

@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from contrastive_kernels import GradCache
 from vlm2vec.model import VLM2Vec
 
-from ..build import vision_is_frozen
-from ..recipe.schema import Recipe
-from ..step import ContrastiveStep
-from .fake_attention import FlashAttention
-from .fake_gradcache import LossOfRanks, PlannedSync, Settings, StepAccount, loss_of_ranks
-from .fake_media import PlannedMedia, map_tensors
-from .meter import Meter
+from ...build import vision_is_frozen
+from ...recipe.schema import Recipe
+from ...step import ContrastiveStep
+from ..meter import Meter
+from .attention import FlashAttention
+from .gradcache import LossOfRanks, PlannedSync, Settings, StepAccount, loss_of_ranks
+from .media import PlannedMedia, map_tensors
 
 
 class PlannedStep:
