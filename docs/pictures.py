@@ -34,7 +34,7 @@ def chart(rows: list[dict[str, str]]) -> str:
     ]
     for number, row in enumerate(rows):
         y, ratio = TOP + number * (BAR + GAP), float(row["times_as_fast"])
-        what, against = escape(row["what"]), escape(f"against {row['against']}; {row['machine'].removeprefix('2 cores, ')}")
+        what, against = escape(row["what"]), escape(f"against {row['against']}; {row['machine'].split(', ')[-1]}")
         parts += [
             f'<text x="{LEFT - 12}" y="{y + 10}" text-anchor="end" fill="#1f2430">{what}</text>',
             f'<text x="{LEFT - 12}" y="{y + 25}" text-anchor="end" font-size="11" fill="#667085">{against}</text>',
