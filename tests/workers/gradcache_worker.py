@@ -348,7 +348,7 @@ def refusals(case, rank, world_size):
     temperature = fully_shard(nn.Linear(1, world_size, bias=False)).weight.sum()
     refused(lambda: prepared.cache.step(*sides, lengths=lengths, temperature=temperature), "ignored_params")
     temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=rank == 0)
-    refused(lambda: prepared.cache.step(*sides, lengths=lengths, normalize=True, temperature=temperature), "0 to 1 learned tensors")
+    refused(lambda: prepared.cache.step(*sides, lengths=lengths, normalize=True, temperature=temperature), "got 0 to 1 of them")
     return {}
 
 

@@ -185,7 +185,7 @@ def test_the_model_card(told):
         f"`{recipe.data.root}`, split `original`; 4 rows in a row",
         f'VLM2Vec.from_pretrained("{told.output}")',
         f"vlm2vec eval {told.output} --data",
-        f"python -m train {told.output}/recipe.yaml",
+        f"vlm2vec train {told.output}/recipe.yaml",
     ):
         assert words in body, words
     last = told.log[-1]
