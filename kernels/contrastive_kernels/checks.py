@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .options import VECTORS, InfoNCEOptions, check_temperature
+from .core.option_checks import check_temperature
+from .options import VECTORS, InfoNCEOptions
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -15,8 +15,9 @@ import torch
 
 from .checks import check_inputs
 from .core import autograd_function as info_nce_direct
+from .core.option_checks import check_switches
 from .info_nce_op import GRADIENTS, detached, info_nce_op, pack
-from .options import TEMPERATURE_RANGE, InfoNCEOptions, check_switches, shows_options
+from .options import TEMPERATURE_RANGE, InfoNCEOptions, shows_options
 from .stats import InfoNCEStats
 
 

@@ -11,8 +11,8 @@ import torch
 
 from .checks import check_tensor, may_look
 from .core.backends import choose
+from .core.option_checks import check_switches, is_finite
 from .core.scaled_backward import refuse_second_derivative
-from .options import check_switches, is_finite
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 

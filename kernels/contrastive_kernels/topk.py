@@ -7,12 +7,12 @@ import math
 import torch
 
 from .checks import check_matrices, check_tensor, may_look
+from .core.backend import log_once
 from .core.backends import choose
-from .core.fallback import log_once
 from .core.operands import Operand, compute_dtype, product_dtype
+from .core.option_checks import check_switches, check_workspace
 from .eager.gemm import product_into
 from .eager.sweep import MIB
-from .options import check_switches, check_workspace
 
 WORKSPACE_MIB = 256
 CHECKED_ROWS = 65_536  # looked at together

@@ -83,7 +83,7 @@ def in_child(checkout: Path, backend: str, sets: int) -> dict:
         file = Path(folder) / "results.pt"
         command = [sys.executable, __file__, str(checkout), "--backend", backend, "--sets", str(sets), "--write", str(file)]
         subprocess.run(command, check=True, env=environment, cwd=folder)
-        return torch.load(file, weights_only=False)
+        return torch.load(file, weights_only=True)
 
 
 def same(a, b) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import functools
+import logging
 
 import torch
 
@@ -13,6 +15,7 @@ from .operands import Operand, RowOperations
 from .problem import Direction, Problem
 from .softmax import RowResult, RowSums
 
+logger = logging.getLogger(__name__)
 Swept = tuple[RowResult, RowSums | None]  # of all rows of one direction, (n,) each
 
 
@@ -95,3 +98,9 @@ class Backend(RowOperations):
     @abc.abstractmethod
     def add_sigmoid_columns(self, pairs, target: Operand, target_ids: torch.Tensor | None, offset: int, sums, d_target) -> None:
         """Add to `sums` and `d_target` every pair of the sigmoid loss with these columns, whose first has the global number `offset`."""
+
+
+@functools.cache
+def log_once(reason: str) -> None:
+    """Says once why `backend="auto"` does not take the kernels."""
+    logger.warning("contrastive_kernels: backend='auto' takes torch: %s", reason)

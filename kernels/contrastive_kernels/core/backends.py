@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..eager.backend import EAGER
-from ..options import BACKENDS, one_of
-from .fallback import log_once
+from ..options import BACKENDS
+from .backend import log_once
+from .option_checks import one_of
 
 
 def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:

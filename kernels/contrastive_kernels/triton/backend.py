@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..core import matryoshka as levels_of
-from ..core.backend import Backend
-from ..core.fallback import log_once
+from ..core.backend import Backend, log_once
 from ..core.operands import product_dtype
 from ..eager.backend import EAGER
 from . import matryoshka, ring, sweep, symmetric

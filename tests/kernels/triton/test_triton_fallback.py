@@ -8,20 +8,20 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels import info_nce, sigmoid_loss, topk, topk_similarity
-from contrastive_kernels.core import backends, fallback
+from contrastive_kernels.core import backend, backends
 from contrastive_kernels.eager.backend import EAGER
 from contrastive_kernels.triton.backend import TRITON
 
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    fallback.log_once.cache_clear()
+    backend.log_once.cache_clear()
     yield
-    fallback.log_once.cache_clear()
+    backend.log_once.cache_clear()
 
 
 def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == fallback.logger.name]
+    return [record.getMessage() for record in caplog.records if record.name == backend.logger.name]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is what stands in the way")
