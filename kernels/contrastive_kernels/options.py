@@ -115,9 +115,17 @@ class InfoNCEOptions:
     query_ids: torch.Tensor | None = option(
         None,
         "Tensor?",
-        "(N,) int64. Among queries (needs `query_negatives` or `symmetric`) a negative that bears the query's id is dropped; -1 matches "
-        "nothing.",
+        "(N,) int64. Among queries (`query_negatives`, `symmetric`) a negative that bears the query's id is dropped, among targets one "
+        "whose `target_query_ids` does; -1 matches nothing.",
         vector=("N", torch.int64),
+        breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
+    )
+    target_query_ids: torch.Tensor | None = option(
+        None,
+        "Tensor?",
+        "(M,) int64, the id of the query that each target belongs to; needs `query_ids`. A target of an equal query is no negative: "
+        "of several rows with one query, as a picture with five captions, none pushes another's positive away. -1 belongs to none.",
+        vector=("M", torch.int64),
         breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
     )
     hard_ids: torch.Tensor | None = option(
@@ -309,14 +317,15 @@ class InfoNCEOptions:
         for name, needed, mend in (
             ("hard_offsets", "hard_negatives", hard),
             ("hard_ids", "hard_negatives", hard),
+            ("target_query_ids", "query_ids", "a target is dropped where its query's id is the row's: pass query_ids too"),
             ("hard_ids", "target_ids", "ids of hard negatives are compared with the positive's id: pass target_ids too"),
         ):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{name}: expected {needed} beside it, got it alone; {mend}")
-        if self.query_ids is not None and not (self.query_negatives or self.symmetric):
+        if self.query_ids is not None and self.target_query_ids is None and not (self.query_negatives or self.symmetric):
             raise ValueError(
-                "query_ids: expected query_negatives or symmetric beside them, got neither, and no query is a candidate; "
-                "turn one of them on or leave query_ids out"
+                "query_ids: expected target_query_ids, query_negatives or symmetric beside them, got none, and nothing to compare them "
+                "with; pass one of them or leave query_ids out"
             )
         check_exchange(self.exchange, self.group)
 

@@ -187,11 +187,14 @@ def _level(q, t, hard, o):
     if o.query_ids is not None:
         query_match = same(o.query_ids, o.query_ids)
 
-    blocks = [block(q @ t.T, is_column(p, m) | target_match, is_candidate)]
+    excluded = is_column(p, m) | target_match
+    if o.target_query_ids is not None:
+        excluded = excluded | same(o.query_ids, o.target_query_ids)
+    blocks = [block(q @ t.T, excluded, is_candidate)]
     if o.query_negatives:
         blocks.append(block(q @ q.T, is_column(me, n) | query_match, is_query))
     if o.target_negatives:
-        blocks.append(block(t[p] @ t.T, is_column(p, m) | target_match, is_candidate))
+        blocks.append(block(t[p] @ t.T, excluded, is_candidate))
     if hard is not None:
         dropped = torch.zeros(hard.shape[:2], dtype=torch.bool, device=device)
         if o.hard_offsets is not None:

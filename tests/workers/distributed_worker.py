@@ -12,7 +12,7 @@ from tests.kernels.helpers.sampling import Case, random_sets
 
 PER_ROW = ("query_ids", "query_mask", "own_negatives_only", "weight")
 ALONE = {"sum", "none", "small_workspace"}  # refused over ranks, or taken by a call alone
-PER_TARGET = ("target_ids", "target_mask")
+PER_TARGET = ("target_ids", "target_query_ids", "target_mask")
 NAMES = ("query", "target", "hard_negatives", "temperature")
 
 

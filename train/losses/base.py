@@ -35,7 +35,7 @@ class Loss:
 
     Attributes:
         name: of the registry.
-        mask_duplicates: a target equal to a query's positive is no negative of it.
+        mask_duplicates: a target equal to a query's positive, or the positive of an equal query, is no negative of it.
     """
 
     takes_hard_negatives: ClassVar[bool] = False

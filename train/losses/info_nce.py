@@ -67,9 +67,7 @@ class _InfoNCE(Loss):
         if batch.hard_offsets is not None:
             options["hard_offsets"] = batch.hard_offsets
         if self.mask_duplicates:
-            options["target_ids"] = batch.target_ids
-            if self.query_negatives or self.symmetric:
-                options["query_ids"] = batch.query_ids
+            options |= {"target_ids": batch.target_ids, "query_ids": batch.query_ids, "target_query_ids": batch.query_ids}
             if batch.hard_ids is not None:
                 options["hard_ids"] = batch.hard_ids
         return options

@@ -27,7 +27,8 @@ class Columns:
     Args:
         operand: (C, D). sink: name that its gradient is kept under.
         ids: (C,) int64 or None. keep: (C,) bool or None, False where it is no candidate.
-        owners: (C,) int64 or None, for queries: the identity of the target that each belongs to, -1 for none.
+        owners: (C,) int64 or None, for queries the identity of the target that each belongs to, for targets the id of the query; -1
+            for none.
         offset: global number of the first column, or None where all columns are here.
     """
 
@@ -223,7 +224,7 @@ def own_columns(problem: Problem) -> tuple[Columns, Columns]:
         has_positive = torch.ones_like(problem.active) if o.positives is None else o.positives != o.ignore_index
         owners = torch.where(has_positive, _identity(problem), -1)
     queries = Columns(problem.query, "query", o.query_ids, o.query_mask, owners)
-    return queries, Columns(problem.target, "target", o.target_ids, o.target_mask)
+    return queries, Columns(problem.target, "target", o.target_ids, o.target_mask, o.target_query_ids)
 
 
 def _identity(problem: Problem) -> torch.Tensor:
@@ -273,6 +274,8 @@ def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Dir
     my_positive = positives + problem.first_target if problem.first_target else positives
     query_ids = () if o.query_ids is None else ((matchable(o.query_ids), queries.ids),)
     target_ids = () if o.target_ids is None else ((matchable(o.target_ids[positives]), targets.ids),)
+    if o.target_query_ids is not None:
+        target_ids += ((matchable(o.query_ids), targets.owners),)
 
     blocks = [Block(problem.query, "query", targets, my_positive, scale, target_ids)]
     if o.query_negatives:

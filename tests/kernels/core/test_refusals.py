@@ -37,7 +37,6 @@ GOOD = {"query": torch.randn(N, D), "target": torch.randn(M, D)}
 BAD = {
     "wrong rank": ({"query": torch.randn(N, 2, D)}, "query: expected 2 dimensions"),
     "a vector": ({"target": torch.randn(D)}, "target: expected 2 dimensions"),
-    "more queries than targets": ({"target": torch.randn(3, D)}, "positives: expected at least as many targets .* got N=4 and M=3"),
     "positives first, fewer negatives": ({"target": torch.randn(7, D)}, "positives: expected M targets to be a multiple .* pass positives"),
     "mismatched D": ({"target": torch.randn(M, D + 1)}, "got query D=3 and target D=4"),
     "devices differ": ({"target": torch.randn(M, D, device="meta")}, "one device.*cpu.*meta"),
@@ -90,7 +89,11 @@ BAD = {
     "backend": ({"backend": "cuda"}, "backend: expected one of"),
     "workspace": ({"workspace_mib": 0}, "workspace_mib"),
     "workspace of words": ({"workspace_mib": "256"}, "workspace_mib: expected MiB above 0, got '256'"),
-    "query ids that nothing asks for": ({"query_ids": ints(0, 1, 2, 3)}, "query_ids: expected query_negatives or symmetric beside"),
+    "queries of targets without queries": ({"target_query_ids": torch.zeros(M, dtype=torch.int64)}, "target_query_ids: expected query_ids"),
+    "query ids that nothing asks for": (
+        {"query_ids": ints(0, 1, 2, 3)},
+        "query_ids: expected target_query_ids, query_negatives or symmetric beside",
+    ),
     "a ring of one": ({"exchange": "ring"}, "exchange: expected a group beside 'ring'"),
     "a group of another kind": ({"group": "x"}, "group: expected a torch.distributed process group.*got 'x'"),
     "weight with a gradient": ({"weight": torch.ones(N, requires_grad=True)}, "weight: expected a tensor without gradient"),

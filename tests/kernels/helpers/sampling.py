@@ -33,7 +33,7 @@ class Case:
         out = {"temperature": 0.2}
         for name in names:
             out.update(getattr(self, "_" + name)())
-        if "query_ids" in out and not (out.get("symmetric") or out.get("query_negatives")):
+        if "query_ids" in out and "target_query_ids" not in out and not (out.get("symmetric") or out.get("query_negatives")):
             # they are refused where no query is a candidate
             out[("symmetric", "query_negatives")[int(self.integers(0, 2))]] = True
         return out
@@ -57,6 +57,9 @@ class Case:
 
     def _query_ids(self):
         return {"query_ids": self.integers(-1, self.n // 2, self.n)}
+
+    def _target_query_ids(self):
+        return {**self._query_ids(), "target_query_ids": self.integers(-1, self.n // 2, self.m)}
 
     def _query_mask(self):
         mask = self.chance(0.8, self.n)

@@ -80,7 +80,12 @@ def test_every_way_is_taken(ways):
 
 
 VECTORS = ("positives", "target_ids", "query_mask", "target_mask", "own_negatives_only", "packed_hard", "weight")
-VECTOR_SETS = [*((name,) for name in VECTORS), ("query_negatives", "query_ids"), (*VECTORS, "query_negatives", "query_ids")]
+VECTOR_SETS = [
+    *((name,) for name in VECTORS),
+    ("query_negatives", "query_ids"),
+    ("target_query_ids",),
+    (*VECTORS, "query_negatives", "query_ids"),
+]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -260,7 +260,11 @@ def written_out(model, batch, hard, mask_duplicates, symmetric, temperature):
         own, said = batch["target_ids"][i], batch["query_ids"][i]
         positive = query[i] @ target[i]
         logits = [positive]
-        logits += [query[i] @ target[j] for j in range(8) if j != i and not (mask_duplicates and batch["target_ids"][j] == own)]
+        logits += [
+            query[i] @ target[j]
+            for j in range(8)
+            if j != i and not (mask_duplicates and (batch["target_ids"][j] == own or batch["query_ids"][j] == said))
+        ]
         if hard:
             for h in range(batch["hard_offsets"][i], batch["hard_offsets"][i + 1]):
                 if not (mask_duplicates and batch["hard_ids"][h] == own):

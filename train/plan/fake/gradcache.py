@@ -263,12 +263,15 @@ class LossOfRanks:
         targets = of_all_ranks(target)
         queries = of_all_ranks(query) if symmetric else query
         changed = {**options, "positives": torch.arange(len(query))}
-        for name, is_gathered in (("target_ids", True), ("query_ids", symmetric)):
+        for name, is_gathered in (("target_ids", True), ("target_query_ids", True), ("query_ids", symmetric)):
             if name in options:
                 changed[name] = of_all_ranks(options[name]) if is_gathered else options[name]
         if symmetric:  # one direction after the other, each with this rank's rows
             changed.update(symmetric=False, query_negatives=False)
-            changed.pop("query_ids", None)
+            if "query_ids" in options:  # one direction's, of this rank's rows
+                changed["query_ids"] = options["query_ids"]
+            if "target_query_ids" not in options:
+                changed.pop("query_ids", None)
             info_nce_value_and_grad(queries[: len(query)], targets, grad_dtype=grad_dtype, **changed)
         result = info_nce_value_and_grad(query, targets, grad_dtype=grad_dtype, **changed)
         return replace(result, d_target=result.d_target[: len(target)].clone())
@@ -278,8 +281,9 @@ def loss_of_ranks(loss: Callable, ranks: int) -> Callable:
     """Another loss of this rank's rows against everyone's columns; every rank has the same rows."""
 
     def of_one_rank(query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
-        if "target_ids" in options:
-            options["target_ids"] = torch.cat([options["target_ids"]] * ranks)
+        for name in ("target_ids", "target_query_ids"):
+            if name in options:
+                options[name] = torch.cat([options[name]] * ranks)
         return loss(query, torch.cat([target] * ranks), positives=torch.arange(len(query)), **options)
 
     return of_one_rank
