@@ -188,6 +188,18 @@ class VLM2Vec(nn.Module):
         """
         return self.processing.hf_processor()
 
+    def reading(self, *, orientation: str, background: str) -> VLM2Vec:
+        """A view of this model, same weights, that reads pictures otherwise (`vlm2vec.media.images`); `self` stays as it is.
+
+        Example:
+            >>> model.reading(orientation="stored", background="hidden").options["orientation"], model.options["orientation"]
+            ('stored', 'exif')
+        """
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.processing = self.processing.reading(orientation=orientation, background=background)
+        return view
+
     # -- running --------------------------------------------------------------------------------------------------------
 
     def preprocess(self, inputs: list) -> list[Features]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -15,8 +16,9 @@ from vlm2vec.backbones.visual import Visual
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
 from vlm2vec.media.films import read_frames
-from vlm2vec.media.images import Undecoded, image_name, measure_image, open_image
+from vlm2vec.media.images import BACKGROUNDS, ORIENTATIONS, Undecoded, measure_picture, open_picture
 from vlm2vec.media.sampling import FRAMES
+from vlm2vec.media.sources import image_name
 from vlm2vec.packing import Features, concat_vision
 
 if TYPE_CHECKING:
@@ -32,6 +34,16 @@ class Processing:
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
         image_limit: the option that bounds the tokens of a picture.
+
+    Options that every family has:
+        orientation: "exif" turns pictures as the camera says, as people see them; "stored" leaves them as the reference reads them.
+        background: what stands under transparent pixels: "white" paper, as people see it, or the "hidden" colour that the file
+            stores there, as the reference reads it. MMEB's protocols are scored with "stored" and "hidden" (`vlm2vec.evaluation`).
+        frames: how many frames are taken of a film.
+        max_length: most tokens of an input.
+        max_image_pixels: largest width * height of a file that is decoded.
+        layout: how instruction and text are laid out (`vlm2vec.checkpoint.prompts`).
+        append_eos: end with the end token.
     """
 
     image_marker: str | None = None
@@ -39,7 +51,16 @@ class Processing:
     from_headers = False
     defaults: dict = {}
     image_limit = "max_image_pixels"
-    shared_defaults = {"max_length": None, "layout": "image", "frames": FRAMES, "max_image_pixels": None, "append_eos": False}
+    shared_defaults = {
+        "max_length": None,
+        "layout": "image",
+        "frames": FRAMES,
+        "max_image_pixels": None,
+        "append_eos": False,
+        "orientation": "exif",
+        "background": "white",
+    }
+    allowed = {"layout": LAYOUTS, "orientation": ORIENTATIONS, "background": BACKGROUNDS}
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         self.tokenizer = tokenizer
@@ -52,14 +73,18 @@ class Processing:
         self.options = {**known, **options}
         for name, default in known.items():
             check_option(name, self.options[name], default)
-        if self.options["layout"] not in LAYOUTS:
-            raise ValueError(f"layout={self.options['layout']!r}: expected {' or '.join(map(repr, LAYOUTS))}")
+        self._check_names()
         self.max_length = self.options["max_length"]
         self.truncated = 0
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
         self.tail = int(self.options["append_eos"])  # last tokens that shortening leaves in place
         self.image_token_id = None if self.image_marker is None else tokenizer.convert_tokens_to_ids(self.image_marker)
         self.video_token_id = None if self.video_marker is None else tokenizer.convert_tokens_to_ids(self.video_marker)
+
+    def _check_names(self) -> None:
+        for name, values in self.allowed.items():
+            if self.options[name] not in values:
+                raise ValueError(f"{name}={self.options[name]!r}: expected {' or '.join(map(repr, values))}")
 
     # -- hooks ----------------------------------------------------------------------------------------------------------
 
@@ -218,16 +243,26 @@ class Processing:
         visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
         return self.assemble(self.tokenize(text), visuals), opened
 
+    def reading(self, *, orientation: str, background: str) -> Processing:
+        """The same processing with pictures read otherwise; `self` stays as it is."""
+        twin = copy.copy(self)
+        twin.options = {**self.options, "orientation": orientation, "background": background}
+        twin._check_names()
+        return twin
+
     def open(self, image: Any) -> Any:
+        """An RGB PIL image of what `vlm2vec.media.sources` takes."""
+        return open_picture(image, background=self.options["background"], **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
         limit = self.options["max_image_pixels"]
-        return open_image(image) if limit is None else open_image(image, max_pixels=limit)
+        return {"orientation": self.options["orientation"], **({} if limit is None else {"max_pixels": limit})}
 
     def _measured(self, image):
         """An image file by its header; a picture that is in memory already as it is."""
         if not isinstance(image, (str, os.PathLike, bytes, bytearray)):
             return self.open(image)
-        limit = self.options["max_image_pixels"]
-        return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
+        return measure_picture(image, **self._reading())
 
     def frames(self, video: Any, open_one: Callable | None = None) -> list:
         return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.media.images import REFERENCE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         faiss=args.faiss,
         device=str(model.device),
         workers=args.workers,
+        pictures={name: value for name, value in common.parse_options(args.option).items() if name in REFERENCE},
     )
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
