@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vlm2vec.media.films import Frames
+
 MARKER = re.compile(r"<\|(image|video)_\d+\|>")
 # What stands for a visual in some model's vocabulary. One that is not this model's is then missed, by an error, and not fed as text.
 LIKE_A_MARKER = re.compile(r"<\|?(image|video)(_pad|_\d+)?\|?>")
@@ -69,7 +71,7 @@ def _videos(x) -> list:
     if isinstance(x, (list, tuple)):
         if x and isinstance(x[0], (list, tuple)):
             return [list(v) for v in x]
-        return [list(x)] if x else []
+        return [x if isinstance(x, Frames) else list(x)] if x else []
     return [x]
 
 

@@ -39,7 +39,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.data = data
         self.processing = processing
         self.tables = [open_source(data, source) for source in data.sources]
-        self.frames = processing.options["frames"]
+        options = processing.options  # by frames a second a folder of frames is used whole, up to its maximum
+        self.frames = options["frames"] if options["fps"] is None else options["max_frames"]
         self._held_out = [min(held_out, len(table) // 10) for table in self.tables]
         self._placeholder: Features | None = None
 

@@ -44,7 +44,7 @@ class SourceTable:
     def __len__(self) -> int:
         return len(self.table)
 
-    def row(self, index: int, frames: int) -> Row:
+    def row(self, index: int, frames: int | None) -> Row:
         """Row `index`; a video gives so many of its frames.
 
         Raises:

@@ -15,7 +15,7 @@ from vlm2vec.backbones.options import check_option
 from vlm2vec.backbones.visual import Visual
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
-from vlm2vec.media.films import read_frames
+from vlm2vec.media.films import Frames, read_frames
 from vlm2vec.media.images import BACKGROUNDS, ORIENTATIONS, Undecoded, measure_picture, open_picture
 from vlm2vec.media.sampling import FRAMES
 from vlm2vec.media.sources import image_name
@@ -39,7 +39,8 @@ class Processing:
         orientation: "exif" turns pictures as the camera says, as people see them; "stored" leaves them as the reference reads them.
         background: what stands under transparent pixels: "white" paper, as people see it, or the "hidden" colour that the file
             stores there, as the reference reads it. MMEB's protocols are scored with "stored" and "hidden" (`vlm2vec.evaluation`).
-        frames: how many frames are taken of a film.
+        frames: how many frames are taken of a film, spread evenly.
+        fps: frames a second of a film file instead (`vlm2vec.media.sampling`). max_frames: at most so many of any film.
         max_length: most tokens of an input.
         max_image_pixels: largest width * height of a file that is decoded.
         layout: how instruction and text are laid out (`vlm2vec.checkpoint.prompts`).
@@ -55,6 +56,8 @@ class Processing:
         "max_length": None,
         "layout": "image",
         "frames": FRAMES,
+        "fps": None,
+        "max_frames": None,
         "max_image_pixels": None,
         "append_eos": False,
         "orientation": "exif",
@@ -130,7 +133,7 @@ class Processing:
         raise ValueError(f"{type(self).__name__} takes no images")
 
     def process_video(self, frames: list) -> Visual:
-        """RGB PIL frames of one video -> its inputs for the vision tower."""
+        """RGB PIL frames of one video -> its inputs for the vision tower; `frames.seconds` says when each is shown, where that is known."""
         raise ValueError(f"{type(self).__name__} takes no videos; give its frames as images")
 
     def positions(self, input_ids: torch.Tensor, spans: list[tuple[int, tuple | None, int]]) -> torch.Tensor | None:
@@ -264,8 +267,10 @@ class Processing:
             return self.open(image)
         return measure_picture(image, **self._reading())
 
-    def frames(self, video: Any, open_one: Callable | None = None) -> list:
-        return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
+    def frames(self, video: Any, open_one: Callable | None = None) -> Frames:
+        """The frames of a film that the options choose, opened, with their times."""
+        film = read_frames(video, **{name: self.options[name] for name in ("frames", "fps", "max_frames")})
+        return Frames([(open_one or self.open)(f) for f in film], film.seconds)
 
     def assemble(self, ids: list[int], visuals: list[Visual]) -> Features:
         """Expand each marker token to its visual's tokens and cut a text that is too long around them."""

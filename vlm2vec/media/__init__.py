@@ -11,7 +11,7 @@
 What is decided here holds for encoding, evaluation, training and plans alike.
 """
 
-from vlm2vec.media.films import read_frames
+from vlm2vec.media.films import Frames, read_frames
 from vlm2vec.media.images import measure_picture, open_picture
 
-__all__ = ["measure_picture", "open_picture", "read_frames"]
+__all__ = ["Frames", "measure_picture", "open_picture", "read_frames"]
