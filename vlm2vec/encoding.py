@@ -53,13 +53,13 @@ def with_prompt(model: nn.Module, inputs: list, prompt: str | None) -> list:
     if not prompt:
         return inputs
     prompt = model.prompts.get(prompt, prompt)
-    items, markers = [], model.processing.markers
+    items = []
     for x in inputs:
-        item = as_item(x, markers)
+        item = as_item(x, model.processing.markers)
         if model.processing.prompt_is_instruction:
             items.append(replace(item, instruction=item.instruction or prompt))
         else:
-            items.append(replace(item, text=prepend(prompt, item.text, markers)))
+            items.append(replace(item, text=prepend(prompt, item.text)))
     return items
 
 

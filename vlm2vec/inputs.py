@@ -3,20 +3,24 @@
 Accepted: `str` (text), a PIL image, `bytes` of an image file, `os.PathLike` (an image file; a plain string is always text),
 `{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat messages (`[{"role":, "content":}]`).
 
-Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand; a visual without a marker comes first,
-followed by a newline when text follows. Videos are marked `<|video_1|>`, ...
+Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand, by their numbers; a visual without a marker
+comes first, followed by a newline when text follows. Videos are marked `<|video_1|>`, ... The model's own tokens (`<image>`,
+`<|image_pad|>`) stand for the visuals where a text begins with as many as there are; anywhere else they are text like any other.
+
+Halves of surrogate pairs, which JSON allows and UTF-8 does not, become U+FFFD.
 """
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from vlm2vec.media.films import Frames
 
-MARKER = re.compile(r"<\|(image|video)_\d+\|>")
-# What stands for a visual in some model's vocabulary. One that is not this model's is then missed, by an error, and not fed as text.
-LIKE_A_MARKER = re.compile(r"<\|?(image|video)(_pad|_\d+)?\|?>")
+MARKER = re.compile(r"<\|(image|video)_(\d+)\|>")
+AROUND_NATIVE = r"\s|<\|vision_start\|>|<\|vision_end\|>"  # what may stand around the model's own tokens at the head of a text
 MODALITIES = ("text", "image", "video")
 IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 VISUAL_KEYS = IMAGE_KEYS + VIDEO_KEYS
@@ -46,9 +50,22 @@ class Item:
     markers_added: bool = False
     markers_are_text: bool = False
 
+    def __post_init__(self) -> None:
+        self.text = whole_characters(self.text)
+        self.instruction = None if self.instruction is None else whole_characters(self.instruction)
+
     @property
     def visuals(self) -> int:
         return len(self.images) + len(self.videos)
+
+
+def whole_characters(text: str) -> str:
+    """A text that UTF-8 can hold: halves of surrogate pairs that belong together are joined, others become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def is_image(x: Any) -> bool:
@@ -75,7 +92,7 @@ def _videos(x) -> list:
     return [x]
 
 
-def _from_dict(x: dict, native: tuple[str, ...]) -> Item:
+def _from_dict(x: dict, native: Mapping[str, str]) -> Item:
     unknown = [k for k in x if k not in ITEM_KEYS]
     if unknown:
         raise ValueError(f"input has unknown keys {unknown}; use {', '.join(ITEM_KEYS)}")
@@ -116,22 +133,61 @@ def _from_messages(messages: list) -> Item:
     return item
 
 
-def with_markers(item: Item, native: tuple[str, ...] = ()) -> Item:
-    """An item whose missing markers are in front: visuals first, then a newline if text follows. The caller's is left alone.
+def with_markers(item: Item, native: Mapping[str, str] = {}) -> Item:
+    """An item in whose text markers stand in the order of its visuals. The caller's is left alone.
+
+    Missing markers come first, then a newline if text follows. Numbers say which visual stands where.
 
     Args:
-        native: the markers of the model's own vocabulary, which stand for visuals as MMEB's do.
+        native: the model's own markers and the kind of each (`Processing.markers`).
+
+    Raises:
+        ValueError: as many markers as visuals, whose numbers name no visual or one of them twice.
     """
-    marked = LIKE_A_MARKER.search(item.text) or any(marker in item.text for marker in native)
-    if item.visuals and not marked:
+    if not item.visuals:
+        return item
+    if not MARKER.search(item.text):
+        item = _native_head(item, native)
+    if not MARKER.search(item.text):
         marks = [f"<|image_{i + 1}|>" for i in range(len(item.images))]
         marks += [f"<|video_{i + 1}|>" for i in range(len(item.videos))]
         text = "\n".join(marks + [item.text]) if item.text else "\n".join(marks)
         return replace(item, text=text, markers_added=True)
-    return item
+    return _by_number(_by_number(item, "image"), "video")
 
 
-def as_item(x: Any, native: tuple[str, ...] = ()) -> Item:
+def _native_head(item: Item, native: Mapping[str, str]) -> Item:
+    """The model's own markers at the head of a text as MMEB's, where they are as many as the visuals."""
+    if not native:
+        return item
+    ours = "|".join(map(re.escape, native))
+    head = re.match(rf"(?:{AROUND_NATIVE}|{ours})*", item.text).group(0)
+    kinds = [native[marker] for marker in re.findall(ours, head)]
+    if (kinds.count("image"), kinds.count("video")) != (len(item.images), len(item.videos)):
+        return item
+    numbers = {"image": count(1), "video": count(1)}
+    marked = re.sub(ours, lambda found: f"<|{native[found.group(0)]}_{next(numbers[native[found.group(0)]])}|>", head)
+    return replace(item, text=marked + item.text[len(head) :])
+
+
+def _by_number(item: Item, kind: str) -> Item:
+    """The visuals of a kind in the order in which the text names them, numbered anew; all named 1, or not as many as there are: as it is."""
+    visuals = item.images if kind == "image" else item.videos
+    numbers = [int(number) for named, number in MARKER.findall(item.text) if named == kind]
+    if len(numbers) != len(visuals) or numbers == sorted(numbers) == list(range(1, len(numbers) + 1)):
+        return item  # a wrong count is told by the family, which knows what it takes
+    if len(numbers) > 1 and set(numbers) == {1}:
+        return item  # MMEB names every picture 1
+    if sorted(numbers) != list(range(1, len(numbers) + 1)):
+        raise ValueError(
+            f"input {item.text[:80]!r} names {kind}s {', '.join(map(str, numbers))}; number the {len(visuals)} given from 1, each once"
+        )
+    fresh = count(1)
+    text = MARKER.sub(lambda found: f"<|{kind}_{next(fresh)}|>" if found.group(1) == kind else found.group(0), item.text)
+    return replace(item, text=text, **{f"{kind}s": [visuals[number - 1] for number in numbers]})
+
+
+def as_item(x: Any, native: Mapping[str, str] = {}) -> Item:
     """Bring one input to an `Item`.
 
     Args:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.backbones.literals import LiteralTokenizer, WithLiterals, swap
 from vlm2vec.backbones.options import check_option
 from vlm2vec.backbones.visual import Visual
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
@@ -41,7 +42,8 @@ class Processing:
             stores there, as the reference reads it. MMEB's protocols are scored with "stored" and "hidden" (`vlm2vec.evaluation`).
         frames: how many frames are taken of a film, spread evenly.
         fps: frames a second of a film file instead (`vlm2vec.media.sampling`). max_frames: at most so many of any film.
-        max_length: most tokens of an input.
+        max_length: most tokens of an input; never more than the model has positions.
+        truncation: True cuts longer texts, with a warning that counts them; False refuses them.
         max_image_pixels: largest width * height of a file that is decoded.
         layout: how instruction and text are laid out (`vlm2vec.checkpoint.prompts`).
         append_eos: end with the end token.
@@ -54,6 +56,7 @@ class Processing:
     image_limit = "max_image_pixels"
     shared_defaults = {
         "max_length": None,
+        "truncation": True,
         "layout": "image",
         "frames": FRAMES,
         "fps": None,
@@ -78,7 +81,11 @@ class Processing:
             check_option(name, self.options[name], default)
         self._check_names()
         self.max_length = self.options["max_length"]
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        limits = {"positions": getattr(text_config, "max_position_embeddings", None), "max_length": self.max_length}
+        self.limits = {name: limit for name, limit in limits.items() if isinstance(limit, int)}
         self.truncated = 0
+        self._literals = LiteralTokenizer(tokenizer)
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
         self.tail = int(self.options["append_eos"])  # last tokens that shortening leaves in place
         self.image_token_id = None if self.image_marker is None else tokenizer.convert_tokens_to_ids(self.image_marker)
@@ -115,9 +122,10 @@ class Processing:
         return {}
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """The texts that stand for a visual in this family's vocabulary."""
-        return tuple(dict.fromkeys(marker for marker in (self.image_marker, self.video_marker) if marker is not None))
+    def markers(self) -> dict[str, str]:
+        """The texts that stand for a visual in this family's vocabulary, and the kind of each."""
+        pairs = ((self.video_marker, "video"), (self.image_marker, "image"))
+        return {marker: kind for marker, kind in pairs if marker is not None and not MARKER.fullmatch(marker)}
 
     @property
     def prompt_is_instruction(self) -> bool:
@@ -142,26 +150,23 @@ class Processing:
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of the text with each visual still one marker token."""
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self._literals.tokenize(text) if isinstance(text, WithLiterals) else self.tokenizer(text, verbose=False)["input_ids"]
         return ids + [self.tokenizer.eos_token_id] if self.options["append_eos"] else ids
 
     def render(self, item: Item) -> str:
         """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.checkpoint.prompts`."""
-        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"], self.markers)
+        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
 
     # -- shared ---------------------------------------------------------------------------------------------------------
 
     def native_text(self, item: Item) -> tuple[str, list[str]]:
-        """Swap MMEB's markers for the family's own; returns the text and the kinds of the visuals in their order."""
+        """Swap MMEB's markers for the family's own; returns the text and the kinds of the visuals in their order.
+
+        The family's own markers in the caller's text are text: a text that holds any comes back as `literals.WithLiterals`.
+        """
         text = self.render(item)
-        swapped = MARKER.sub(lambda m: self._marker(m.group(1)), text)
-        native = [("image", self.image_marker), ("video", self.video_marker)]
-        native = [(k, m) for k, m in native if m is not None and not (k == "video" and m == self.image_marker)]
-        kinds = []
-        if native:
-            pattern = re.compile("|".join(re.escape(m) for _, m in native))
-            by_marker = {m: k for k, m in native}
-            kinds = [by_marker[m] for m in pattern.findall(swapped)]
+        kinds = [found.group(1) for found in MARKER.finditer(text)]
+        swapped = swap(text, MARKER, lambda found: self._marker(found.group(1)), tuple(self.markers))
         self._check(item, kinds)
         return swapped, kinds
 
@@ -311,23 +316,29 @@ class Processing:
 
     def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:
         """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
-        if self.max_length is None:
+        if not self.limits:
             return pieces
+        limit = min(self.limits.values())
+        if sum(p.length if isinstance(p, Visual) else 1 for p in pieces) <= limit:
+            return pieces
+        named = f"max_length={limit}" if limit == self.max_length else f"the model's {limit} positions"
         kept_ids = self.kept_ids if kept_ids is None else kept_ids
         free = [isinstance(p, int) and p not in kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
         fixed = sum(p.length if isinstance(p, Visual) else 1 for p, cuttable in zip(pieces, free) if not cuttable)
-        text, room = sum(free), self.max_length - fixed
-        if text <= room:
-            return pieces
+        text, room = sum(free), limit - fixed
         if room < 0:
             raise ValueError(
-                f"max_length={self.max_length} is below the {fixed} image tokens of the input; image tokens are never cut: "
-                "raise max_length or lower max_pixels"
+                f"{named}: below the {fixed} image tokens of the input, which are never cut; "
+                f"{'raise max_length or ' if limit == self.max_length else ''}lower {self.image_limit}"
+            )
+        if not self.options["truncation"]:
+            raise ValueError(
+                f"{text + fixed} tokens are more than {named}; shorten the text, or say truncation=True to feed its first {room} tokens"
             )
         self.truncated += 1
         if self.truncated in (1, 10, 100) or self.truncated % 1000 == 0:
             warnings.warn(
-                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to max_length={self.max_length} tokens "
+                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to {named}{' tokens' if named[0] == 'm' else ''} "
                 f"(the last one had {text} besides {fixed} that stay)",
                 stacklevel=3,
             )
