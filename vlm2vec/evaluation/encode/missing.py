@@ -203,10 +203,9 @@ def fill_store(
         disable=not progress or rank != 0 or not missing or not sys.stderr.isatty(),
     )
     unreadable = {}
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
-    try:
+    from vlm2vec.encoding import NOT_FINITE, evaluating
+
+    with evaluating(model), bar:
         encoder = Encoder(model, batch_size, prompt, workers)
         inputs = [[items[key] for key in shard] for shard in shards]
         groups = [[visual_key(item, hashes) for item in shard] for shard in inputs]
@@ -216,14 +215,10 @@ def fill_store(
             finite = torch.isfinite(vectors).all(dim=1)
             if not bool(finite.all()):
                 worst = items[keys[good[int((~finite).nonzero()[0])]]]
-                raise ValueError(f"the model returned a vector that is not finite for {short_name(worst)}; check weights and dtype")
+                raise ValueError(f"{short_name(worst)}: {NOT_FINITE}")
             if good:
                 store.add([keys[i] for i in good], vectors)
             bar.update(len(keys))
-    finally:
-        bar.close()
-        if was_training:
-            model.train()
     return unreadable
 
 
