@@ -92,8 +92,9 @@ def _acquire(path: Path, doing: str) -> int:
         except OSError as error:
             raise ValueError(f"{path.parent}: cannot be written ({error.strerror}); choose a folder that can be") from error
         try:
-            if not _lock(descriptor):
-                raise ValueError(_in_use(path, descriptor))
+            refused = _refusal(path, descriptor)
+            if refused:
+                raise ValueError(refused)
             if not _is_still(path, descriptor):  # its holder has ended and removed it meanwhile
                 os.close(descriptor)
                 continue
@@ -107,17 +108,21 @@ def _acquire(path: Path, doing: str) -> int:
             raise
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether the system, or where it has no locks the file's content, gives the lock to this process."""
+def _refusal(path: Path, descriptor: int) -> str | None:
+    """None where the system, or where it has no locks the file's content, gives the lock to this process; else what to tell."""
+    about = _holder(descriptor)
+    who = f": {about['doing']}, process {about['process']} on {about['host']} since {about['since']}" if len(about) == 4 else ""
+    told = f"{path.parent} is in use{who}; wait for it to end or choose another folder"
     if fcntl is not None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return None
         except OSError as error:
             if error.errno in _REFUSED:
-                return False
-    holder = _holder(descriptor)
-    return not holder or (holder.get("host") == socket.gethostname() and not _is_alive(holder.get("process")))
+                return told
+    if not about or (about.get("host") == socket.gethostname() and not _is_alive(about.get("process"))):
+        return None
+    return f"{told} (if it is gone, remove {path})"
 
 
 def _is_alive(process: object) -> bool:
@@ -139,9 +144,3 @@ def _holder(descriptor: int) -> dict:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _in_use(path: Path, descriptor: int) -> str:
-    about = _holder(descriptor)
-    who = f": {about['doing']}, process {about['process']} on {about['host']} since {about['since']}" if len(about) == 4 else ""
-    return f"{path.parent} is in use{who}; wait for it to end or choose another folder (if it is gone, remove {path})"
