@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+
+from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, write_text
+from vlm2vec.files.locks import LOCK, locked
 
 from . import checkpoints, preflight
 from .build import build_model, trained_parameters
@@ -52,6 +56,12 @@ def run(argv: list[str]) -> int:
     refuse_other_launchers()
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
+    with locked(output, "a training run") if is_main else contextlib.nullcontext():
+        return _run(recipe, output, fresh, is_main)
+
+
+def _run(recipe: Recipe, output: Path, fresh: bool, is_main: bool) -> int:
+    """`run` of a checked recipe, while the output is this run's alone."""
     inputs = fingerprints(recipe)
     finished = not fresh and _is_finished(recipe, output, inputs)
     _wait_for_everyone()  # all have looked before the main process changes anything
@@ -86,8 +96,8 @@ def run(argv: list[str]) -> int:
             _discard(output)
         output.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_unfinished(output)
-        checkpoints.write_text(output / checkpoints.INPUTS, json.dumps(inputs, indent=1))
-        checkpoints.write_text(output / checkpoints.RECIPE, recipe.to_yaml())
+        write_text(output / checkpoints.INPUTS, json.dumps(inputs, indent=1))
+        write_text(output / checkpoints.RECIPE, recipe.to_yaml())
     _wait_for_everyone()
     weights = trained_parameters(model)
     if is_main:
@@ -132,9 +142,12 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
     card = model_card(recipe, base=recipe.model, family=family, trained=trained, total=total, steps=trainer.state.global_step, figures=last)
     (staged / "README.md").write_text(card, encoding="utf-8")
     published = sorted(file.name for file in staged.iterdir())
+    give_umask_mode(staged)
+    sync_tree_to_disk(staged)
     for name in published:
-        os.replace(staged / name, output / name)
+        _take_place(staged / name, output / name)
     staged.rmdir()
+    sync_to_disk(output)  # the result file below says that all of this is there
     seconds = trainer.seconds()
     result: dict[str, Any] = {
         "steps": trainer.state.global_step,
@@ -146,8 +159,15 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
         "files": published,
         "recipe": recipe.to_dict(),
     }
-    checkpoints.write_text(output / checkpoints.RESULT, json.dumps(result, indent=1))
+    write_text(output / checkpoints.RESULT, json.dumps(result, indent=1))
     print(f"trained {result['steps']} steps in {seconds:.0f} s, peak memory {result['peak_memory_mib']:.0f} MiB: {output}")
+
+
+def _take_place(staged: Path, final: Path) -> None:
+    """A file or folder under its published name; an earlier run's folder of that name goes first, since no rename replaces it."""
+    if final.is_dir() and not final.is_symlink():
+        shutil.rmtree(final)
+    os.replace(staged, final)
 
 
 def _is_finished(recipe: Recipe, output: Path, inputs: dict[str, str]) -> bool:
@@ -189,7 +209,7 @@ def _require_discardable(output: Path) -> None:
     if (
         not any((output / name).is_file() for name in (checkpoints.INPUTS, checkpoints.RESULT))
         and output.is_dir()
-        and any(output.iterdir())
+        and any(entry.name != LOCK for entry in output.iterdir())
     ):
         raise ValueError(f"{output} is not empty and holds no earlier run; choose another output")
 
@@ -207,7 +227,10 @@ def _discard(output: Path) -> None:
     checkpoints.remove_unfinished(output)
     checkpoints.discard(output)
     for name in [*published, checkpoints.RECIPE, checkpoints.INPUTS]:
-        (output / name).unlink(missing_ok=True)
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _wait_for_everyone() -> None:

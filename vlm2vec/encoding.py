@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -63,6 +66,83 @@ def with_prompt(model: nn.Module, inputs: list, prompt: str | None) -> list:
     return items
 
 
+class EvalMode:
+    """Evaluation mode for the time of a call, shared by the threads that use a model.
+
+    `model.eval()` before and `model.train()` after would be wrong twice: the first of two threads to end switches dropout on under
+    the other, and one flag for all modules forgets which of them (a frozen tower) were in evaluation mode all along. One belongs to
+    each `VLM2Vec`; a copy of the model gets a new one.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._evaluating: Counter[int] = Counter()  # thread -> calls
+        self._training: Counter[int] = Counter()  # thread -> forward passes in training mode
+        self._switched: list[nn.Module] = []  # what the first call found in training mode
+
+    def __reduce__(self):
+        return EvalMode, ()  # a lock is neither copied nor pickled
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Every module is in evaluation mode within the block; when the last of overlapping blocks ends, each has its own mode back.
+
+        Raises:
+            ValueError: another thread is in a forward pass in training mode.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            switched = [module for module in model.modules() if module.training]
+            if switched and any(passes and thread != me for thread, passes in self._training.items()):
+                raise ValueError("the model is busy: another thread trains it; encode when its step is done, or encode with a copy")
+            for module in switched:
+                module.training = False
+            self._switched += switched
+            self._evaluating[me] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._evaluating[me] -= 1
+                if not self._evaluating[me]:
+                    del self._evaluating[me]
+                if not self._evaluating:
+                    for module in self._switched:
+                        module.training = True
+                    self._switched = []
+
+    @contextlib.contextmanager
+    def forward(self, training: bool) -> Iterator[None]:
+        """Around a forward pass, in training mode or not. ValueError when another thread holds the model out of training mode."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._switched and me not in self._evaluating:
+                raise ValueError("the model is busy: another thread encodes with it; train when that is done, or train a copy")
+            self._training[me] += training
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._training[me] -= training
+                if not self._training[me]:
+                    del self._training[me]
+
+    def ask(self, mode: bool) -> None:
+        """Before `model.train(mode)`: ValueError where that would switch dropout on under an evaluation."""
+        with self._lock:
+            if self._evaluating and mode:
+                raise ValueError("the model is busy: it is encoding; call train() when that is done, or train a copy")
+            self._switched = []  # eval() within an evaluation is meant to last
+
+
+def evaluating(model: Any) -> contextlib.AbstractContextManager[None]:
+    """`EvalMode.evaluating` for a model of any kind: a `VLM2Vec`'s own, a new one for another module, nothing for what has no modes."""
+    if not isinstance(model, nn.Module):
+        return contextlib.nullcontext()
+    mode = getattr(model, "eval_mode", None)
+    return (mode if isinstance(mode, EvalMode) else EvalMode()).evaluating(model)
+
+
 @torch.no_grad()
 def encode(
     model: nn.Module,
@@ -84,9 +164,7 @@ def encode(
         raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
     dim = truncate_dim or model.embedding_dim
     out = torch.empty(len(inputs), dim, dtype=torch.float32, device=model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         threads = min(MAX_THREADS, os.cpu_count() or 1)  # decoding and resizing leave Python's lock
         with _progress(len(inputs), show_progress_bar) as bar, ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(inputs), batch_size * WINDOW_CHUNKS)
@@ -106,10 +184,20 @@ def encode(
                     hidden = model(packed)[:, :dim].float()
                     out[torch.tensor(rows, device=out.device) + start] = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
                     bar.update(len(rows))
-    finally:
-        model.train(was_training)
+                require_finite(out[start : start + len(features)], start)
     out = out[0] if single else out
     return out if convert_to_tensor else out.cpu().numpy()
+
+
+NOT_FINITE = "the model's vector for it is not finite; load it with dtype bfloat16 or float32 (float16 overflows), and look at its weights"
+
+
+def require_finite(embeddings: torch.Tensor, first: int = 0) -> None:
+    """ValueError naming the first row of (N, D) that holds NaN or infinity, counted from `first`, and how many there are."""
+    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        more = f" ({len(broken)} such inputs of {len(embeddings)})" if len(broken) > 1 else ""
+        raise ValueError(f"input {first + broken[0]}: {NOT_FINITE}{more}")
 
 
 def chunks(lengths: list[int], batch_size: int, device_type: str) -> list[list[int]]:

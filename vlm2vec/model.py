@@ -64,6 +64,7 @@ class VLM2Vec(nn.Module):
         self.prompts = {**processing.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
         self.always_vision = False
+        self.eval_mode = encoding.EvalMode()
         backbone.finish(model)
 
     @classmethod
@@ -243,6 +244,12 @@ class VLM2Vec(nn.Module):
             >>> model(packed).shape == (2, model.embedding_dim)
             True
         """
+        if torch.compiler.is_compiling():  # a lock is nothing to compile
+            return self._forward(packed, vision_features)
+        with self.eval_mode.forward(self.training):
+            return self._forward(packed, vision_features)
+
+    def _forward(self, packed: PackedBatch, vision_features: torch.Tensor | None) -> torch.Tensor:
         features = self.backbone.vision(self.model, packed) if vision_features is None else vision_features
         placeholder_features = None
         if features is None and self.always_vision and not packed.vision:
@@ -251,6 +258,16 @@ class VLM2Vec(nn.Module):
             placeholder_features = self.backbone.vision(self.model, self.placeholder().to(packed.input_ids.device))
         hidden = self.backbone.last_hidden(self.model, packed, features)
         return hidden if placeholder_features is None else hidden + 0 * placeholder_features.sum().to(hidden.dtype)
+
+    def train(self, mode: bool = True) -> VLM2Vec:
+        """As `nn.Module.train`. ValueError while the model encodes, in this thread or another: dropout would start in the midst.
+
+        Example:
+            >>> model.train().training, model.eval().training
+            (True, False)
+        """
+        self.eval_mode.ask(mode)
+        return super().train(mode)
 
     def placeholder(self) -> PackedBatch:
         """A chunk of one small grey image: what a sharded tower sees where a chunk has no visuals.

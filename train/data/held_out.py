@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from contrastive_kernels.gradcache.chunking import row_chunks, token_budget_chunks
 from contrastive_kernels.gradcache.generator_state import GeneratorState
+from vlm2vec.encoding import evaluating
 
 from ..recipe.schema import Recipe
 from ..step import ContrastiveStep
@@ -30,17 +31,15 @@ def evaluate(step: ContrastiveStep, dataset: PairDataset, recipe: Recipe, rank: 
         `eval_loss` and `eval_accuracy`, means over the sources, and `eval_SOURCE_accuracy` of each; empty where no source is
         large enough to hold rows back.
     """
-    model, was_training = step.unwrapped, step.unwrapped.training
     generators = GeneratorState.capture()
     figures: dict[str, tuple[float, float]] = {}
-    model.eval()
     try:
-        for source, rows in enumerate(dataset.held_out_rows()):
-            if len(rows):
-                name = recipe.data.sources[source].name
-                figures[name] = _score(step, collate([dataset[source, row] for row in rows]), recipe, rank, world_size)
+        with evaluating(step.unwrapped):
+            for source, rows in enumerate(dataset.held_out_rows()):
+                if len(rows):
+                    name = recipe.data.sources[source].name
+                    figures[name] = _score(step, collate([dataset[source, row] for row in rows]), recipe, rank, world_size)
     finally:
-        model.train(was_training)
         generators.restore()
     if not figures:
         return {}

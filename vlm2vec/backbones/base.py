@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-__all__ = ["Backbone", "Processing", "Visual", "last_tokens_only", "override", "patches_as_linear"]
+__all__ = ["Backbone", "Processing", "Visual", "override", "patches_as_linear"]
 
 
 class Backbone:
@@ -153,16 +153,17 @@ class Backbone:
         """Hidden state of each sample's last token after the final norm, (B, D)."""
         text = self.text_model(model)
         embeds = self.embed(model, packed, features)
-        with last_tokens_only(text.norm, packed.last_index):
-            out = text(
-                inputs_embeds=embeds[None],
-                position_ids=self.position_argument(packed),
-                attention_mask=self.no_mask(text),
-                use_cache=False,
-                segments=packed.segments,
-                **self.text_kwargs(model, packed, features),
-            )
-        return out.last_hidden_state[0]
+        out = with_norm_of_rows(text, packed.last_index)(
+            inputs_embeds=embeds[None],
+            position_ids=self.position_argument(packed),
+            attention_mask=self.no_mask(text),
+            use_cache=False,
+            segments=packed.segments,
+            **self.text_kwargs(model, packed, features),
+        )
+        hidden = out.last_hidden_state[0]
+        # A decoder whose forward is bound to itself (compiled in place, wrapped by accelerate) ran its own norm, on all tokens.
+        return hidden if len(hidden) == len(packed) else hidden.index_select(0, packed.last_index)
 
     def position_argument(self, packed: PackedBatch) -> torch.Tensor:
         """Position ids as the decoder takes them: (1, T), or (3, 1, T)."""
@@ -173,17 +174,24 @@ class Backbone:
         return {kind: None for kind in ("full_attention", "sliding_attention")}
 
 
-class last_tokens_only:
-    """Within it, a decoder's final norm sees only the rows (B,) it is asked for: (1, T, D) -> (1, B, D)."""
+class NormOfRows(nn.Module):
+    """A decoder's final norm on the rows (B,) it is asked for: (1, T, D) -> (1, B, D)."""
 
     def __init__(self, norm: nn.Module, index: torch.Tensor):
+        super().__init__()
         self.norm, self.index = norm, index
 
-    def __enter__(self) -> None:
-        self.handle = self.norm.register_forward_pre_hook(lambda module, args: (args[0].index_select(1, self.index),))
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden.index_select(1, self.index))
 
-    def __exit__(self, *exc: object) -> None:
-        self.handle.remove()
+
+def with_norm_of_rows(text: nn.Module, index: torch.Tensor) -> nn.Module:
+    """The decoder with `NormOfRows` for its norm: a view of the same layers for one call. The decoder itself, which other threads may
+    be using, stays as it is; a hook on its norm would reach into their calls."""
+    view = object.__new__(type(text))
+    modules = {**text._modules, "norm": NormOfRows(text.norm, index)}
+    view.__dict__.update(text.__dict__, _modules=modules)
+    return view
 
 
 def override(module: torch.nn.Module, **methods: Callable) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
+import sys
 from typing import TYPE_CHECKING
 
 from vlm2vec.files import replacing
@@ -108,17 +111,59 @@ def _below(root: str, value):
     return [_below(root, v) for v in value] if isinstance(value, list) else os.path.join(root, value)
 
 
-def write_embeddings(path: str, embeddings: torch.Tensor, keys: list[str], about: dict) -> None:
-    """A safetensors file: tensor "embeddings" (N, D) float32, metadata "keys" (a JSON list) and what else is told."""
+def require_own_output(path: str, model: str) -> None:
+    """ValueError where an embeddings file would replace something else: a model's weights, or any file that embed did not write."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ValueError(f"--output {path} is a folder; name a file in it, such as {os.path.join(path, 'embeddings.safetensors')}")
+    if os.path.isfile(path) and not _is_embeddings(path):
+        raise ValueError(f"--output {path} is there and is no file of embeddings (a model's weights?); choose another name, or remove it")
+    weights = re.fullmatch(r"(model|adapter_model|pytorch_model|consolidated).*", name)
+    if weights and (os.path.isfile(os.path.join(folder, "config.json")) or os.path.realpath(folder) == os.path.realpath(model)):
+        raise ValueError(f"--output {path} has the name of a model's weights in a model's folder; choose another name")
+
+
+def _is_embeddings(path: str) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            return "keys" in (f.metadata() or {}) and list(f.keys()) == ["embeddings"]
+    except (SafetensorError, OSError):
+        return False
+
+
+def model_told(model: VLM2Vec) -> dict:
+    """What tells whether two sets of embeddings can be compared, JSON-able: weights, precision and tokenizer, not limits of images or
+    prompts, which one side may have otherwise."""
+    from vlm2vec.evaluation.encode.keys import model_identity
+
+    identity = model_identity(model)
+    return {name: identity[name] for name in ("family", "weights", "dtype", "config", "adapter", "tokenizer") if name in identity}
+
+
+def write_embeddings(path: str, embeddings: torch.Tensor, keys: list[str], about: dict, told: dict | None = None) -> None:
+    """A safetensors file: tensor "embeddings" (N, D) float32, metadata "keys" (a JSON list) and what else is told.
+
+    Args:
+        told: of the model (`model_told`), for `require_same_model`.
+    """
     from safetensors.torch import save_file
 
-    metadata = {"keys": json.dumps(keys), **{k: str(v) for k, v in about.items()}}
+    embeddings = embeddings.float().cpu().contiguous()
+    metadata = {"keys": json.dumps(keys), **{k: str(v) for k, v in about.items()}, "checksum": _checksum(embeddings)}
+    if told is not None:
+        metadata["model_identity"] = json.dumps(told, sort_keys=True)
     with replacing(path) as part:
-        save_file({"embeddings": embeddings.float().cpu().contiguous()}, part, metadata=metadata)
+        save_file({"embeddings": embeddings}, part, metadata=metadata)
 
 
 def read_embeddings(path: str) -> tuple[torch.Tensor, list[str], dict[str, str]]:
-    """(embeddings (N, D), keys, metadata) of a file that `vlm2vec embed` wrote."""
+    """(embeddings (N, D), keys, metadata) of a file that `vlm2vec embed` wrote.
+
+    Raises:
+        ValueError: no such file, rows without a key or keys without a row, numbers that are not finite or not as written.
+    """
     from safetensors import safe_open
 
     if not os.path.isfile(path):
@@ -126,6 +171,34 @@ def read_embeddings(path: str) -> tuple[torch.Tensor, list[str], dict[str, str]]
     try:
         with safe_open(path, "pt") as f:
             about = f.metadata() or {}
-            return f.get_tensor("embeddings"), json.loads(about["keys"]), about
+            embeddings, keys = f.get_tensor("embeddings"), json.loads(about["keys"])
     except Exception as e:
         raise ValueError(f"{path} is not a file of embeddings that vlm2vec embed wrote ({e})") from e
+    rows = embeddings.shape[0] if embeddings.dim() == 2 else None
+    if rows is None or not isinstance(keys, list) or len(keys) != rows:
+        shape, count = tuple(embeddings.shape), len(keys) if isinstance(keys, list) else "no list of"
+        raise ValueError(f"{path}: {count} keys for embeddings of shape {shape}, expected one a row; embed again")
+    if "checksum" in about and about["checksum"] != _checksum(embeddings):
+        raise ValueError(f"{path} is damaged (its numbers are not those that were written); embed again")
+    broken = (~embeddings.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(f"{path}: row {broken[0]} ({keys[broken[0]]}) of {rows} is not finite; embed again, with --dtype float32")
+    return embeddings, [str(key) for key in keys], about
+
+
+def require_same_model(path: str, about: dict[str, str], model: VLM2Vec, name: str) -> None:
+    """ValueError where a file of embeddings was made by another model than `name`; a file that does not say by which is told on stderr."""
+    if "model_identity" not in about:
+        print(f"{path} does not say which model made it; it should be {name}, or scores mean nothing", file=sys.stderr)
+        return
+    made, now = json.loads(about["model_identity"]), model_told(model)
+    other = [part for part in now if made.get(part) != now[part]]
+    if other == ["dtype"] or (set(other) <= {"dtype", "weights"} and "dtype" in other):
+        made_in, loaded = (said["dtype"].removeprefix("torch.") for said in (made, now))
+        raise ValueError(f"{path} was embedded in {made_in}, {name} is loaded in {loaded}; give --dtype {made_in}, or embed again")
+    if other:
+        raise ValueError(f"{path} was made by another model ({about.get('model')}) than {name}: other {', '.join(other)}; embed with it again")
+
+
+def _checksum(embeddings: torch.Tensor) -> str:
+    return hashlib.blake2b(embeddings.contiguous().numpy(), digest_size=16).hexdigest()

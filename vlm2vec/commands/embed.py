@@ -51,6 +51,7 @@ def collect(args: argparse.Namespace) -> tuple[list[str], list]:
 def run(args: argparse.Namespace) -> int:
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .safetensors")
+    common.require_own_output(args.output, args.model)
     keys, inputs = collect(args)
     model = common.load_model(args.model, args)
     try:
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as e:
         raise ValueError(_named(str(e), keys)) from e
-    common.write_embeddings(args.output, embeddings, keys, {"model": args.model, "prompt": args.prompt or "", "normalized": True})
+    about = {"model": args.model, "prompt": args.prompt or "", "normalized": True}
+    common.write_embeddings(args.output, embeddings, keys, about, common.model_told(model))
     print(f"{args.output}: {embeddings.shape[0]} embeddings of {embeddings.shape[1]} dimensions")
     return 0
 

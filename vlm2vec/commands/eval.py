@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
 
 
@@ -91,14 +94,23 @@ def run(args: argparse.Namespace) -> int:
     _need(args)
     tasks = _tasks(args)
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
+
+    rank, world, barrier = process_group()
+    args.device = args.device or local_device()
+    with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
+        _evaluate(args, tasks, rank, world, barrier)
+    finish()
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barrier: Callable[[], None] | None) -> None:
+    """Scores, and on the first process their summary and report."""
     from vlm2vec.evaluation.report.export import write_leaderboard
     from vlm2vec.evaluation.report.html import write_report
     from vlm2vec.evaluation.report.summary import terminal, write_summary
     from vlm2vec.evaluation.runner import Options, run_tasks
     from vlm2vec.evaluation.tasks import load_tasks
 
-    rank, world, barrier = process_group()
-    args.device = args.device or local_device()
     model = common.load_model(args.model, args)
     options = Options(
         protocol=args.protocol,
@@ -125,5 +137,3 @@ def run(args: argparse.Namespace) -> int:
             print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
         if not args.no_report:
             print(f"report: {write_report(args.output, rows, name)}")
-    finish()
-    return 0

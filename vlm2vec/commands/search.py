@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     asked, prompt = _asked(model, [Path(query) if is_file else query], args.prompt, "query", FIND_BY_IMAGE if is_file else FIND_BY_TEXT)
     vector = model.encode(asked, prompt=prompt, convert_to_tensor=True)
     if stored is not None:
-        targets, keys, _ = stored
+        targets, keys, about = stored
+        common.require_same_model(args.embeddings, about, model, name)
         if targets.shape[1] != vector.shape[1]:
             raise ValueError(
                 f"{args.embeddings} holds {targets.shape[1]} dimensions, the model makes {vector.shape[1]}; embed with the same model"

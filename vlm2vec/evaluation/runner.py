@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
-from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
+from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable, unreadable_file
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
@@ -21,6 +22,7 @@ from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
 from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
+from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
 
 if TYPE_CHECKING:
@@ -238,20 +240,24 @@ def run_tasks(
         store: folder of the embedding store, default OUTPUT/embeddings.
         options: Options.
 
-    Returns: list of per-task summaries (also in OUTPUT/tasks/{dataset}.json), in the order of `tasks`.
+    Returns: list of per-task summaries (also in OUTPUT/tasks/{dataset}.json), in the order of `tasks`. Raises ValueError while another
+        evaluation writes into `output`.
     """
     options = options or Options()
     parts = {}
     for task in tasks:
         parts.setdefault(task.name in load_tasks(), []).append(task)
-    if len(parts) > 1:
-        rows = {}
-        for part in parts.values():
-            rows |= {row["task"]: row for row in run_tasks(model, part, data, media, output, store=store, options=options)}
-        return [rows[task.name] for task in tasks]
-    model = reading(model, published=True in parts, asked=options.pictures)
+    rows = {}
+    with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
+        for is_published, part in parts.items():
+            reader = reading(model, published=is_published, asked=options.pictures)
+            rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
+    return [rows[task.name] for task in tasks]
+
+
+def _run_tasks(model, tasks, data, media, output: Path, store, options: Options) -> list[dict[str, Any]]:
+    """`run_tasks` for tasks whose pictures are read alike, while the output is this run's alone."""
     say = print if options.progress and options.rank == 0 else (lambda *a, **k: None)
-    output = Path(output)
     hashes = ContentHashes()
     prepared = []
     for task in tasks:
@@ -265,6 +271,7 @@ def run_tasks(
                 items.setdefault(key, item)
     asked = sum(len(p.query_keys) + len(p.candidate_keys) for p in prepared)
     store = EmbeddingStore(store or output / "embeddings", model_identity(model))
+    store.verify(items)
     options.broken_shards += store.broken
     for line in store.broken:
         say(f"set aside a shard that does not read back: {line}", file=sys.stderr)
@@ -285,11 +292,8 @@ def run_tasks(
             hashes=hashes,
             **extra,
         )
-    share_unreadable(store, failed, options.rank)
-    if options.barrier:
-        options.barrier()
+    unreadable = _all_unreadable(failed, output, options)
     store.refresh()
-    unreadable = collect_unreadable(store, options.world)
     summaries = {}
     for p in prepared[options.rank :: options.world]:
         summaries[p.data.task.name] = score_task(p, store, unreadable, options, output)
@@ -302,6 +306,18 @@ def run_tasks(
         if name not in summaries:
             summaries[name] = json.loads((output / "tasks" / f"{name}.json").read_text(encoding="utf-8"))
     return [summaries[p.data.task.name] for p in prepared]
+
+
+def _all_unreadable(failed: dict[bytes, str], output: Path, options: Options) -> dict[bytes, str]:
+    """What cannot be decoded, over all processes of the run."""
+    if options.world == 1:
+        return failed
+    share_unreadable(output, failed, options.rank)
+    options.barrier()
+    everywhere = collect_unreadable(output, options.world)
+    options.barrier()
+    unreadable_file(output, options.rank).unlink(missing_ok=True)
+    return everywhere
 
 
 def run_task(model: Any, task: Task, data: AnyPath | None, media: AnyPath, output: AnyPath, **options: Any) -> dict[str, Any]:
