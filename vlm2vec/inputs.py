@@ -171,7 +171,7 @@ def _native_head(item: Item, native: Mapping[str, str]) -> Item:
 
 
 def _by_number(item: Item, kind: str) -> Item:
-    """The visuals of a kind in the order in which the text names them, numbered anew; all named 1, or not as many as there are: as it is."""
+    """The visuals of a kind in the order in which the text names them, numbered anew. All named 1, or a wrong count: as it is."""
     visuals = item.images if kind == "image" else item.videos
     numbers = [int(number) for named, number in MARKER.findall(item.text) if named == kind]
     if len(numbers) != len(visuals) or numbers == sorted(numbers) == list(range(1, len(numbers) + 1)):

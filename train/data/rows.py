@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm2vec.inputs import whole_characters
 from vlm2vec.packing import Features
 
 from ..recipe.schema import Data
@@ -87,7 +88,7 @@ def content_id(item: dict[str, Any]) -> int:
     """The same non-negative 63-bit number for the same content, on every rank and in every run."""
     visual = item.get("image") or item.get("video") or ""
     parts = visual if isinstance(visual, list) else [visual]
-    digest = hashlib.blake2b(item["text"].encode(), digest_size=8)
+    digest = hashlib.blake2b(whole_characters(item["text"]).encode(), digest_size=8)
     for part in parts:
         digest.update(b"\0")
         digest.update(part if isinstance(part, bytes) else Path(part).as_posix().encode() if part else b"")

@@ -10,6 +10,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.files import replacing
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
@@ -74,20 +75,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
     """
     root = os.path.dirname(os.path.abspath(path)) if root is None else root
     keys, inputs = [], []
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: not JSON ({e})") from e
+    for number, row in read_json_lines(path):
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
@@ -197,7 +185,9 @@ def require_same_model(path: str, about: dict[str, str], model: VLM2Vec, name: s
         made_in, loaded = (said["dtype"].removeprefix("torch.") for said in (made, now))
         raise ValueError(f"{path} was embedded in {made_in}, {name} is loaded in {loaded}; give --dtype {made_in}, or embed again")
     if other:
-        raise ValueError(f"{path} was made by another model ({about.get('model')}) than {name}: other {', '.join(other)}; embed with it again")
+        raise ValueError(
+            f"{path} was made by another model ({about.get('model')}) than {name}: other {', '.join(other)}; embed with it again"
+        )
 
 
 def _checksum(embeddings: torch.Tensor) -> str:

@@ -20,6 +20,7 @@ from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
 from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
+from vlm2vec.evaluation.score.ties import WARN_ABOVE, ties
 from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
@@ -167,6 +168,7 @@ def score_task(
     ranks = [
         next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, ranking.labels)
     ]
+    tied, lost = ties(ranking.scores, ranked, ranking.labels)
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
         write_v1(output, data, ranking.indices, table["hit@1"] > 0)
@@ -186,6 +188,11 @@ def score_task(
         "split": task.split,
         "metric": task.metric,
         "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, ranking.labels, data.grades, task.metric),
+        "ties": {
+            "queries": sum(tied),
+            "share": sum(tied) / max(1, len(tied)),
+            "score_ties_lost": _other_metric(lost, ranking.labels, data.grades, task.metric),
+        },
         "metrics": metrics,
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),
@@ -195,6 +202,17 @@ def score_task(
     }
     write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
     return summary
+
+
+def _tell_ties(row: dict[str, Any]) -> None:
+    """A warning on stderr where more than a few queries of a task are tied."""
+    told = row["ties"]
+    if told["share"] > WARN_ABOVE:
+        print(
+            f"{row['task']}: {told['share']:.1%} of the queries are tied between a right candidate and a wrong one; with ties lost "
+            f"{row['metric']} is {100 * told['score_ties_lost']:.1f} %, not {100 * row['score']:.1f} %",
+            file=sys.stderr,
+        )
 
 
 def _chance(data):
@@ -299,6 +317,7 @@ def _run_tasks(model, tasks, data, media, output: Path, store, options: Options)
         summaries[p.data.task.name] = score_task(p, store, unreadable, options, output)
         if p.data.problems:
             print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)
+        _tell_ties(summaries[p.data.task.name])
     if options.barrier:
         options.barrier()
     for p in prepared:

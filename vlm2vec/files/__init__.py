@@ -19,6 +19,7 @@ from typing import Any
 
 PART = ".part"
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+_UNENCODABLE = "backslashreplace"  # half of a surrogate pair is written as JSON's own escape of it
 AnyPath = str | os.PathLike  # what functions of this project take for a file or folder
 
 
@@ -157,12 +158,12 @@ def write_bytes(path: AnyPath, content: bytes, *, durable: bool = True) -> None:
 def write_text(path: AnyPath, text: str, *, durable: bool = True, make_parents: bool = True) -> None:
     """A UTF-8 file of this text; see `replacing`."""
     with replacing(path, durable=durable, make_parents=make_parents) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors=_UNENCODABLE)
 
 
 def write_lines(path: AnyPath, lines: Iterable[str], *, durable: bool = True) -> None:
     """A UTF-8 file of these lines, which are written as they come; see `replacing`."""
-    with replacing(path, durable=durable) as part, open(part, "w", encoding="utf-8") as file:
+    with replacing(path, durable=durable) as part, open(part, "w", encoding="utf-8", errors=_UNENCODABLE) as file:
         for line in lines:
             file.write(line + "\n")
 

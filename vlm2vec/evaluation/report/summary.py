@@ -59,6 +59,13 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
         lines.append(f"| **{model}** | " + " | ".join(percent(own_scores.get(c)) for c in wanted) + " |")
         for name, row in books["tables"][key].items():
             lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
+    tied = [r for r in rows if r.get("ties", {}).get("queries")]
+    if tied:
+        lines += ["", "## Ties", "", "Queries of which a right candidate and a wrong one score the same; above, the first one wins.", ""]
+        lines += ["| task | tied queries | score | with ties lost |", "|---|---|---|---|"]
+        for r in tied:
+            cells = (f"{r['ties']['share']:.1%}", percent(r["score"]), percent(r["ties"]["score_ties_lost"]))
+            lines.append(f"| {r['task']} | {' | '.join(cells)} |")
     bad = [r for r in rows if r["problems"]]
     lines += ["", "## Data problems", ""]
     if not bad and not broken_shards:
@@ -102,6 +109,8 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     lines = [f"{'task':<{width}}  {'meta-task':<24} {'metric':<14} {'score':>6}  {'queries':>7} {'cand.':>6}"]
     for r in rows:
         mark = f"  {r['problems']['affected_rows']} rows affected" if r["problems"].get("affected_rows") else ""
+        if r.get("ties", {}).get("queries"):
+            mark += f"  {r['ties']['share']:.1%} tied, {percent(r['ties']['score_ties_lost'])} with ties lost"
         lines.append(
             f"{r['task']:<{width}}  {r['meta_task']:<24} {r['metric']:<14} {percent(r['score']):>6}  {r['num_queries']:>7} "
             f"{r['candidates_per_query']:>6.0f}{mark}"
