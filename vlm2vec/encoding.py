@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -18,7 +19,9 @@ from torch import nn
 
 from contrastive_kernels.gradcache.chunking import token_budget_chunks
 from vlm2vec.checkpoint.prompts import prepend
-from vlm2vec.inputs import as_item, is_image
+from vlm2vec.inputs import Item, as_item, is_image, names_a_file
+from vlm2vec.media.endings import FILMS, PICTURES
+from vlm2vec.media.sources import fetch, image_name, is_source_dict, is_url
 from vlm2vec.packing import Features
 
 if TYPE_CHECKING:
@@ -64,6 +67,24 @@ def with_prompt(model: nn.Module, inputs: list, prompt: str | None) -> list:
         else:
             items.append(replace(item, text=prepend(prompt, item.text)))
     return items
+
+
+def hint_at_paths(inputs: list) -> None:
+    """A warning where strings, which are fed as text, are the names of pictures or films that exist."""
+    named = [x for x in inputs if names_a_file(x, PICTURES + FILMS)]
+    if named:
+        warnings.warn(
+            f"{len(named)} of {len(inputs)} inputs are strings, fed as text, though files of these names exist (e.g. {image_name(named[0])}); "
+            'to embed the picture give pathlib.Path(name) or {"image": name}, of a film {"video": name}',
+            stacklevel=4,
+        )
+
+
+def with_fetched(x: Any, model: nn.Module) -> Item:
+    """The input with the pictures behind its http(s) URLs read."""
+    item = as_item(x, model.processing.markers)
+    addresses = [image.get("url") if is_source_dict(image) else image for image in item.images]
+    return replace(item, images=[fetch(url) if is_url(url) else image for url, image in zip(addresses, item.images)])
 
 
 class EvalMode:
@@ -154,10 +175,12 @@ def encode(
     convert_to_tensor: bool,
     normalize_embeddings: bool,
     truncate_dim: int | None,
+    urls: bool = False,
 ) -> np.ndarray | torch.Tensor:
     """See `VLM2Vec.encode`."""
     single = is_single(inputs)
     inputs = [inputs] if single else list(inputs)
+    hint_at_paths(inputs)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
@@ -171,7 +194,8 @@ def encode(
 
             def prepare(start: int) -> list[Features]:
                 window = with_prompt(model, inputs[start : start + batch_size * WINDOW_CHUNKS], prompt)
-                return preprocess(model.processing, window, start, pool)
+                processing = (lambda x: model.processing(with_fetched(x, model))) if urls else model.processing
+                return preprocess(processing, window, start, pool)
 
             # The next window is preprocessed while the model runs on this one.
             coming = worker.submit(prepare, 0) if inputs else None

@@ -1,7 +1,8 @@
 """What a caller may hand to the model, brought to one form.
 
-Accepted: `str` (text), a PIL image, `bytes` of an image file, `os.PathLike` (an image file; a plain string is always text),
-`{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat messages (`[{"role":, "content":}]`).
+Accepted: `str` (text), a picture in any form of `vlm2vec.media.sources` (PIL image, NumPy or torch array, bytes, an open file,
+`os.PathLike`, `{"bytes":, "path":}`, a data: URI), `{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat
+messages (`[{"role":, "content":}]`). A plain string is text, never a path; as the value of "image" it is a path.
 
 Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand, by their numbers; a visual without a marker
 comes first, followed by a newline when text follows. Videos are marked `<|video_1|>`, ... The model's own tokens (`<image>`,
@@ -18,6 +19,7 @@ from itertools import count
 from typing import Any
 
 from vlm2vec.media.films import Frames
+from vlm2vec.media.sources import is_array, is_data_uri, is_file, is_source_dict
 
 MARKER = re.compile(r"<\|(image|video)_(\d+)\|>")
 AROUND_NATIVE = r"\s|<\|vision_start\|>|<\|vision_end\|>"  # what may stand around the model's own tokens at the head of a text
@@ -69,24 +71,33 @@ def whole_characters(text: str) -> str:
 
 
 def is_image(x: Any) -> bool:
-    """A PIL image, a path object or the bytes of an image file (a `str` is text, never a path)."""
-    if isinstance(x, (bytes, bytearray, os.PathLike)):
+    """A picture in one of the forms of `vlm2vec.media.sources`; a `str` is text, never a path, unless it is a data: URI."""
+    if isinstance(x, (bytes, bytearray, memoryview, os.PathLike)) or is_data_uri(x) or is_source_dict(x):
         return True
-    return type(x).__module__.partition(".")[0] == "PIL" or hasattr(x, "getexif")
+    if is_array(x):
+        return x.ndim in (2, 3) and getattr(x.dtype, "kind", "u") in "buif"
+    return type(x).__module__.partition(".")[0] == "PIL" or hasattr(x, "getexif") or is_file(x)
+
+
+def names_a_file(x: Any, endings: tuple[str, ...]) -> bool:
+    """A plain string that is the name of an existing file with one of these endings."""
+    return isinstance(x, str) and len(x) < 1024 and "\0" not in x and x.lower().endswith(endings) and os.path.isfile(x)
 
 
 def _listed(x) -> list:
     if x is None or (isinstance(x, str) and not x):
         return []
-    return list(x) if isinstance(x, (list, tuple)) else [x]
+    return list(x) if isinstance(x, (list, tuple)) or (is_array(x) and x.ndim == 4) else [x]
 
 
 def _videos(x) -> list:
-    """A path is one video; a list of frames is one video; a list of paths or of frame lists is several."""
+    """A path is one video; a list of frames (also one array of them) is one video; a list of paths or of frame lists is several."""
     if x is None or (isinstance(x, str) and not x):
         return []
+    if is_array(x):
+        return [list(x)]
     if isinstance(x, (list, tuple)):
-        if x and isinstance(x[0], (list, tuple)):
+        if len(x) and (isinstance(x[0], (list, tuple)) or (is_array(x[0]) and x[0].ndim == 4)):
             return [list(v) for v in x]
         return [x if isinstance(x, Frames) else list(x)] if x else []
     return [x]
@@ -121,7 +132,7 @@ def _from_messages(messages: list) -> Item:
             if kind == "text":
                 parts.append(part["text"])
             elif kind in ("image", "image_url"):
-                item.images.append(part.get("image", part.get("image_url", part.get("path"))))
+                item.images.append(_image_of(part))
                 parts.append(f"<|image_{len(item.images)}|>\n")
             elif kind == "video":
                 item.videos += _videos(part.get("video", part.get("path")))
@@ -131,6 +142,16 @@ def _from_messages(messages: list) -> Item:
     text = "".join(parts)
     item.text, item.markers_added = text[:-1] if text.endswith("|>\n") else text, item.visuals > 0
     return item
+
+
+def _image_of(part: dict) -> Any:
+    """The picture of a chat part, under any of the names that libraries give it."""
+    given = next((part[name] for name in ("image", "image_url", "path", "url") if part.get(name) is not None), None)
+    if given is None and part.get("base64") is not None:
+        return {"base64": part["base64"]}
+    if given is None:
+        raise ValueError("chat part of type 'image' without a picture; give it as image, image_url, path, url or base64")
+    return given
 
 
 def with_markers(item: Item, native: Mapping[str, str] = {}) -> Item:
@@ -198,14 +219,15 @@ def as_item(x: Any, native: Mapping[str, str] = {}) -> Item:
     """
     if isinstance(x, Item):
         return with_markers(x, native)
-    if isinstance(x, str):
+    if isinstance(x, str) and not is_data_uri(x):
         return Item(text=x)
-    if isinstance(x, dict):
+    if isinstance(x, dict) and not is_source_dict(x):
         return _from_messages([x]) if "role" in x else _from_dict(x, native)
     if is_image(x):
         return with_markers(Item(images=[x]), native)
     if isinstance(x, (list, tuple)) and x and all(isinstance(m, dict) and "role" in m for m in x):
         return _from_messages(list(x))
     raise ValueError(
-        f"expected text, a PIL image, a path object, a dict with {', '.join(ITEM_KEYS)}, or chat messages; got {type(x).__name__}"
+        f"expected text, a picture (PIL image, array, bytes, open file or path object), a dict with {', '.join(ITEM_KEYS)}, "
+        f"or chat messages; got {type(x).__name__}"
     )

@@ -318,17 +318,20 @@ class VLM2Vec(nn.Module):
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
+        urls: bool = False,
     ) -> np.ndarray | torch.Tensor:
         """Embed one input or a list of inputs, in the caller's order.
 
         Args:
-            inputs: see `vlm2vec.inputs`; a list gives (N, D), one input gives (D,).
+            inputs: see `vlm2vec.inputs`; a list gives (N, D), one input gives (D,). A string is text, also where it is the name of
+                a picture (a warning says so).
             prompt: a name in `self.prompts` or the text itself, put before each input's text (behind its image markers).
             batch_size: at most so many inputs per chunk; long ones are fewer, chunks are cut by tokens.
             show_progress_bar: None shows it on a terminal for more than 512 inputs.
             convert_to_tensor: a float32 tensor on the model's device instead of a NumPy array.
             normalize_embeddings: L2 to length 1, in float32.
             truncate_dim: keep the first dimensions (Matryoshka), then normalise.
+            urls: read pictures that are given as http(s) URLs; refused otherwise.
 
         Raises:
             ValueError: names the input that cannot be read, by its position.
@@ -348,6 +351,7 @@ class VLM2Vec(nn.Module):
             convert_to_tensor=convert_to_tensor,
             normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
+            urls=urls,
         )
 
     def encode_query(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:

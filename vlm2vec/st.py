@@ -10,12 +10,15 @@ the installed vlm2vec package and nothing from the folder (sentence-transformers
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.base.modules.input_module import InputModule
 from torch import nn
 
-from vlm2vec.inputs import MODALITIES
+from vlm2vec.inputs import MODALITIES, names_a_file
+from vlm2vec.media.endings import FILMS, PICTURES
+from vlm2vec.media.sources import fetch, image_name, is_url
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -29,6 +32,7 @@ class VLM2VecModule(InputModule):
     """Input module that packs a batch, runs it and gives normalised sentence embeddings."""
 
     save_in_root = True
+    urls = False  # whether pictures are read from http(s) URLs
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -54,8 +58,22 @@ class VLM2VecModule(InputModule):
     def preprocess(self, inputs: list, prompt: str | None = None, **kwargs: Any) -> dict:
         from vlm2vec.encoding import with_prompt
 
-        inputs = with_prompt(self.vlm2vec, list(inputs), prompt)
+        inputs = with_prompt(self.vlm2vec, [self._as_sentence_transformers_reads(x) for x in inputs], prompt)
         return {"packed": self.vlm2vec.pack(self.vlm2vec.preprocess(inputs))}
+
+    def _as_sentence_transformers_reads(self, x: Any) -> Any:
+        """A string that names an existing picture or film, or a picture's URL, is the picture: sentence-transformers' own convention."""
+        if names_a_file(x, PICTURES):
+            return Path(x)
+        if names_a_file(x, FILMS):
+            return {"video": x}
+        if is_url(x) and " " not in x and x.lower().endswith(PICTURES):
+            if not self.urls:
+                raise ValueError(
+                    f"{image_name(x)} is a picture's URL; set model[0].urls = True to read it, or give {{'text': ...}} to embed the words"
+                )
+            return fetch(x)
+        return x
 
     def forward(self, features: dict, **kwargs: Any) -> dict:
         from torch.nn.functional import normalize

@@ -81,8 +81,7 @@ class Processing:
         self._check_names()
         self.max_length = self.options["max_length"]
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        limits = {"positions": getattr(text_config, "max_position_embeddings", None), "max_length": self.max_length}
-        self.limits = {name: limit for name, limit in limits.items() if isinstance(limit, int)}
+        self.positions_limit = getattr(text_config, "max_position_embeddings", None)
         self.truncated = 0
         self._literals = LiteralTokenizer(tokenizer)
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
@@ -315,10 +314,8 @@ class Processing:
 
     def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:
         """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
-        if not self.limits:
-            return pieces
-        limit = min(self.limits.values())
-        if sum(p.length if isinstance(p, Visual) else 1 for p in pieces) <= limit:
+        limit = min((limit for limit in (self.max_length, self.positions_limit) if limit is not None), default=None)
+        if limit is None or sum(p.length if isinstance(p, Visual) else 1 for p in pieces) <= limit:
             return pieces
         named = f"max_length={limit}" if limit == self.max_length else f"the model's {limit} positions"
         kept_ids = self.kept_ids if kept_ids is None else kept_ids

@@ -14,6 +14,7 @@ from typing import Any
 from vlm2vec.files import replacing_folder
 from vlm2vec.media.endings import PICTURES
 from vlm2vec.media.sampling import frame_files, frame_indices
+from vlm2vec.media.sources import is_source_dict
 
 STORED_FRAMES = 64  # of a film, in the frame folders that MMEB-V2 publishes
 
@@ -54,6 +55,8 @@ def read_frames(
             raise ValueError("a video needs at least one frame, got an empty list")
         kept, times = frame_indices(len(video), None, max_frames=max_frames), getattr(video, "seconds", None)
         return Frames([video[i] for i in kept], None if times is None else [times[i] for i in kept])
+    if is_source_dict(video) and video.get("path") is not None:  # as `datasets` gives an undecoded film
+        video = video["path"]
     if not isinstance(video, (str, os.PathLike)):
         raise ValueError(f"expected a video file, a folder of frames or a list of frames, got {type(video).__name__}")
     path = os.fspath(video)
