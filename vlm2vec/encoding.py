@@ -74,7 +74,7 @@ def hint_at_paths(inputs: list) -> None:
     named = [x for x in inputs if names_a_file(x, PICTURES + FILMS)]
     if named:
         warnings.warn(
-            f"{len(named)} of {len(inputs)} inputs are strings, fed as text, though files of these names exist (e.g. {image_name(named[0])}); "
+            f"{len(named)} of {len(inputs)} inputs are strings, fed as text, though such files exist (e.g. {image_name(named[0])}); "
             'to embed the picture give pathlib.Path(name) or {"image": name}, of a film {"video": name}',
             stacklevel=4,
         )

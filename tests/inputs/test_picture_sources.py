@@ -206,7 +206,7 @@ def test_a_url_alone_is_text(model):
 def test_a_string_that_names_a_picture_is_text_with_a_hint(model, tmp_path):
     (tmp_path / "fox.png").write_bytes(DATA)
     name = str(tmp_path / "fox.png")
-    with pytest.warns(UserWarning, match="1 of 2 inputs are strings, fed as text, though files of these names exist.*fox.png.*pathlib"):
+    with pytest.warns(UserWarning, match="1 of 2 inputs are strings, fed as text, though such files exist.*fox.png.*pathlib"):
         rows = model.encode([name, "a fox"])
     np.testing.assert_allclose(rows[0], model.encode({"text": name}), atol=1e-6)
     with warnings.catch_warnings():

@@ -227,17 +227,17 @@ def _other_metric(ranked, labels, grades, metric):
     return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
 
 
-def reading(model: Any, *, published: bool, asked: dict[str, str]) -> Any:
-    """The model as it reads the pictures of published tasks (as the reference does) or of one's own (as its options say).
+def reading(model: Any, task: Task, asked: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """How a task's pictures are read, as options of `VLM2Vec.reading`: published tasks' as the reference reads them, others' as the
+    model says; () for a model that reads in one way only.
 
     Args:
-        asked: orientation and background that were asked for by name, which hold for both.
+        asked: orientation and background that were asked for by name, which hold for all tasks.
     """
-    chosen = {**(REFERENCE if published else {}), **asked}
-    if not chosen or not hasattr(model, "reading"):
-        return model
-    now = {name: model.options[name] for name in REFERENCE} | chosen
-    return model.reading(**now)
+    if not hasattr(model, "reading"):
+        return ()
+    own = {name: model.options[name] for name in REFERENCE}
+    return tuple({**own, **(REFERENCE if task.name in load_tasks() else {}), **asked}.items())
 
 
 def run_tasks(
@@ -264,11 +264,11 @@ def run_tasks(
     options = options or Options()
     parts = {}
     for task in tasks:
-        parts.setdefault(task.name in load_tasks(), []).append(task)
+        parts.setdefault(reading(model, task, options.pictures), []).append(task)
     rows = {}
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
-        for is_published, part in parts.items():
-            reader = reading(model, published=is_published, asked=options.pictures)
+        for pictures, part in parts.items():
+            reader = model.reading(**dict(pictures)) if pictures else model
             rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
     return [rows[task.name] for task in tasks]
 

@@ -91,7 +91,8 @@ def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, c
             table = _read_files(files)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(said if str(files[0].parent) in said else f"{source} cannot be read: {said}") from error
+            named = files[0].suffix == ".jsonl" and str(files[0].parent) in said
+            raise ValueError(said if named else f"{source} cannot be read: {said}") from error
     elif hub and task.hub.get("dataset"):
         source = f"hub dataset {task.hub['dataset']}"
         table = load_dataset(task.hub["dataset"], config, split=task.hub.get("split", "test"))
