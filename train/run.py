@@ -138,8 +138,16 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**last, **next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})}
     trained, total = trainer.weights
-    family = trainer.model.family
-    card = model_card(recipe, base=recipe.model, family=family, trained=trained, total=total, steps=trainer.state.global_step, figures=last)
+    card = model_card(
+        recipe,
+        base=recipe.model,
+        family=trainer.model.family,
+        trained=trained,
+        total=total,
+        steps=trainer.state.global_step,
+        figures=last,
+        prompts=trainer.model.prompts,
+    )
     (staged / "README.md").write_text(card, encoding="utf-8")
     published = sorted(file.name for file in staged.iterdir())
     give_umask_mode(staged)

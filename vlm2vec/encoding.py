@@ -34,15 +34,28 @@ MAX_THREADS = 8
 MAX_CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # a CPU is as fast with fewer, and holds less at a time
 
 
-def preprocess(processing: Callable[[Any], Features], inputs: list, first: int = 0, pool: Executor | None = None) -> list[Features]:
-    """Features of each input, made by the threads of `pool` where there is one; an error is prefixed with the input's position."""
+def preprocess(
+    processing: Callable[[Any], Features],
+    inputs: list,
+    first: int = 0,
+    pool: Executor | None = None,
+    unreadable: dict[int, str] | None = None,
+) -> list[Features | None]:
+    """Features of each input, made by the threads of `pool` where there is one; an error is prefixed with the input's position.
 
-    def one(numbered) -> Features:
+    Args:
+        unreadable: takes {position: why} of inputs that cannot be read, whose features are None; without it they raise.
+    """
+
+    def one(numbered) -> Features | None:
         i, x = numbered
         try:
             return processing(x)
         except ValueError as e:
-            raise ValueError(f"input {first + i}: {e}") from e
+            if unreadable is None:
+                raise ValueError(f"input {first + i}: {e}") from e
+            unreadable[first + i] = str(e)
+            return None
 
     return list((map if pool is None else pool.map)(one, enumerate(inputs)))
 
@@ -176,8 +189,13 @@ def encode(
     normalize_embeddings: bool,
     truncate_dim: int | None,
     urls: bool = False,
+    unreadable: dict[int, str] | None = None,
 ) -> np.ndarray | torch.Tensor:
-    """See `VLM2Vec.encode`."""
+    """See `VLM2Vec.encode`.
+
+    Args:
+        unreadable: takes {position: why} of inputs that cannot be read, whose rows are zero; without it they raise.
+    """
     single = is_single(inputs)
     inputs = [inputs] if single else list(inputs)
     hint_at_paths(inputs)
@@ -193,9 +211,11 @@ def encode(
             starts = range(0, len(inputs), batch_size * WINDOW_CHUNKS)
 
             def prepare(start: int) -> list[Features]:
-                window = with_prompt(model, inputs[start : start + batch_size * WINDOW_CHUNKS], prompt)
-                processing = (lambda x: model.processing(with_fetched(x, model))) if urls else model.processing
-                return preprocess(processing, window, start, pool)
+                return preprocess(one, inputs[start : start + batch_size * WINDOW_CHUNKS], start, pool, unreadable)
+
+            def one(x: Any) -> Features:
+                x = with_prompt(model, [x], prompt)[0]
+                return model.processing(with_fetched(x, model) if urls else x)
 
             # The next window is preprocessed while the model runs on this one.
             coming = worker.submit(prepare, 0) if inputs else None
@@ -203,8 +223,11 @@ def encode(
                 features = coming.result()
                 if start + starts.step < len(inputs):
                     coming = worker.submit(prepare, start + starts.step)
-                for rows in chunks([f.length for f in features], batch_size, model.device.type):
-                    packed = model.pack([features[r] for r in rows]).to(model.device)
+                good = [row for row, made in enumerate(features) if made is not None]
+                out[start : start + len(features)] = 0
+                for places in chunks([features[row].length for row in good], batch_size, model.device.type):
+                    rows = [good[place] for place in places]
+                    packed = model.pack([features[row] for row in rows]).to(model.device)
                     hidden = model(packed)[:, :dim].float()
                     out[torch.tensor(rows, device=out.device) + start] = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
                     bar.update(len(rows))

@@ -8,17 +8,21 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.files import replacing
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
+from vlm2vec.media.sources import is_data_uri, is_url
 
 if TYPE_CHECKING:
     import torch
 
     from vlm2vec.model import VLM2Vec
+
+
+MOST_NAMED = 20  # inputs left out that are named one by one
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +60,49 @@ def load_model(name: str, args: argparse.Namespace) -> VLM2Vec:
         name, base=args.base, dtype=args.dtype, device=args.device, attn=args.attn, **parse_options(args.option)
     )
     return model.merge_adapter()
+
+
+def encode_named(
+    model: VLM2Vec, inputs: list, keys: list[str], *, skip_bad: bool = False, what: str = "input", **options: Any
+) -> tuple[torch.Tensor, list[str]]:
+    """(embeddings (N, D), keys) of inputs that have names, which errors hold. What cannot be read is left out where it is asked for.
+
+    Args:
+        skip_bad: leave out inputs that cannot be read, and tell on stderr how many and which.
+
+    Raises:
+        ValueError: an input that cannot be read, by its key; with `skip_bad`, none can be.
+    """
+    from vlm2vec import encoding
+
+    bad: dict[int, str] | None = {} if skip_bad else None
+    options = {"prompt": None, "batch_size": 32, "truncate_dim": None, "urls": False, **options}
+    try:
+        rows = encoding.encode(
+            model, inputs, show_progress_bar=None, convert_to_tensor=True, normalize_embeddings=True, unreadable=bad, **options
+        )
+    except ValueError as e:
+        raise ValueError(_named(str(e), keys)) from e
+    if not bad:
+        return rows, keys
+    worst = min(bad)
+    if len(bad) == len(inputs):
+        raise ValueError(f"none of the {len(inputs)} {what}s can be read, {keys[worst]} because of: {bad[worst]}")
+    print(f"left out {len(bad)} of {len(inputs)} {what}s that cannot be read:", file=sys.stderr)
+    for place in sorted(bad)[:MOST_NAMED]:
+        reason = bad[place]
+        print(f"  {reason if f'{keys[place]}:' in reason else f'{keys[place]}: {reason}'}"[:500], file=sys.stderr)
+    if len(bad) > MOST_NAMED:
+        print(f"  and {len(bad) - MOST_NAMED} more", file=sys.stderr)
+    good = [place for place in range(len(inputs)) if place not in bad]
+    return rows[good], [keys[place] for place in good]
+
+
+def _named(message: str, keys: list[str]) -> str:
+    """ "input 3: ..." with the key of input 3 beside it."""
+    head, colon, rest = message.partition(":")
+    number = head.removeprefix("input ")
+    return f"{head} ({keys[int(number)]}):{rest}" if colon and number.isdigit() and int(number) < len(keys) else message
 
 
 def images_below(folder: str) -> list[str]:
@@ -96,7 +143,12 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
 
 
 def _below(root: str, value):
-    return [_below(root, v) for v in value] if isinstance(value, list) else os.path.join(root, value)
+    """Paths of a row taken from `root`; URLs, data: URIs and base64 as they are."""
+    if isinstance(value, list):
+        return [_below(root, v) for v in value]
+    if isinstance(value, dict):
+        return value | {"path": os.path.join(root, value["path"])} if value.get("path") else value
+    return value if is_url(value) or is_data_uri(value) else os.path.join(root, value)
 
 
 def require_own_output(path: str, model: str) -> None:
