@@ -179,38 +179,60 @@ def _take_place(staged: Path, final: Path) -> None:
 
 
 def _is_finished(recipe: Recipe, output: Path, inputs: dict[str, str]) -> bool:
+    """Whether the output holds the model of this recipe. More steps than it was trained for are a run that goes on."""
     result = checkpoints.read_result(output)
     if result is None:
         return False
     if not isinstance(result.get("recipe"), dict):
         raise ValueError(f"{output / checkpoints.RESULT} names no recipe; remove it, or pass --fresh")
-    _refuse_changes(f"{output} holds a model trained", _changed_keys(result["recipe"], recipe.to_dict()), output, inputs)
+    other = _changed_keys(result["recipe"], recipe.to_dict())
+    longer = recipe.steps > result.get("steps", 0) and bool(checkpoints.complete_checkpoints(output))
+    if "steps" in other and longer:
+        del other["steps"]
+        _refuse_changes(f"{output} holds a model trained", other, output, inputs, output)
+        return False
+    _refuse_changes(f"{output} holds a model trained", other, output, inputs, output)
     return True
 
 
 def _require_same(recipe: Recipe, output: Path, checkpoint: Path, inputs: dict[str, str]) -> list[str]:
-    """Refuses a resumption by another recipe. Returns the keys of `_MENDS` that it changes."""
+    """Refuses a resumption by another recipe. Returns what the resumption changes: keys of `_MENDS`, and `steps` that are still to come."""
     path = output / checkpoints.RECIPE
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {checkpoints.RECIPE} beside it; choose another output, or pass --fresh")
-    keys = _changed_keys(checkpoints.read_mapping(path), recipe.to_dict())
-    _refuse_changes(f"{checkpoint} was made", [key for key in keys if key not in _MENDS], output, inputs)
-    return sorted(_MENDS.intersection(keys))
+    other = _changed_keys(checkpoints.read_mapping(path), recipe.to_dict())
+    mends = _MENDS | ({"steps"} if recipe.steps > checkpoints.step_of(checkpoint) else set())
+    _refuse_changes(f"{checkpoint} was made", {key: pair for key, pair in other.items() if key not in mends}, output, inputs, checkpoint)
+    return sorted(mends.intersection(other))
 
 
-def _refuse_changes(what: str, keys: list[str], output: Path, inputs: dict[str, str]) -> None:
-    if keys:
-        raise ValueError(f"{what} with other {', '.join(keys)}; choose another output, or pass --fresh")
-    path = output / checkpoints.INPUTS
-    other = changed(checkpoints.read_mapping(path), inputs) if path.is_file() else []
+def _refuse_changes(what: str, other: dict[str, tuple[Any, Any]], output: Path, inputs: dict[str, str], model: Path) -> None:
+    """Refuses keys, {name: (old, new)}, and inputs that are not those of the earlier run, whose weights are in `model`."""
+    way_on = f"go on from its weights with --model {model} --output NEW, choose another output, or pass --fresh"
     if other:
-        raise ValueError(f"{what} from other contents of {', '.join(other)}; choose another output, or pass --fresh")
+        raise ValueError(f"{what} with other {', '.join(_told(key, *pair) for key, pair in other.items())}; {way_on}")
+    path = output / checkpoints.INPUTS
+    contents = changed(checkpoints.read_mapping(path), inputs) if path.is_file() else []
+    if contents:
+        raise ValueError(f"{what} from other contents of {', '.join(contents)}; choose another output, or pass --fresh")
 
 
-def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Top-level keys that differ. A key that the earlier recipe did not know had its default."""
+def _told(key: str, old: Any, new: Any) -> str:
+    """`key (old, now new)`; of sections the keys below it that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(_told(f"{key}.{name}", old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name))
+    return f"{key} ({_short(old)}, now {_short(new)})"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Top-level keys that differ, with the old value and the new. A key that the earlier recipe did not know had its default."""
     before = build(Recipe, {key: value for key, value in before.items() if key in now}, where="").to_dict()
-    return [key for key in now if key not in _FREE_KEYS and before[key] != now[key]]
+    return {key: (before[key], now[key]) for key in now if key not in _FREE_KEYS and before[key] != now[key]}
 
 
 def _require_discardable(output: Path) -> None:

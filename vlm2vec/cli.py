@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from vlm2vec.commands.notices import keep_back
+
 COMMANDS = {
     "embed": "embeddings of files or of a JSONL, written to a safetensors file",
     "index": "the images of a folder, embedded once, for search",
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"vlm2vec: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    keep_back()
     try:
         command = import_module(f"vlm2vec.commands.{name}")
         if hasattr(command, "main"):  # it reads its words itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -67,8 +68,16 @@ def check_source(source: str) -> None:
     if os.path.isdir(source):
         if not any(os.path.isfile(os.path.join(source, n)) for n in ("config.json", "adapter_config.json")):
             raise ValueError(f"{source} is not a model folder: it has neither config.json nor adapter_config.json")
-    elif looks_local:
-        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as {EXAMPLE}")
+    elif looks_local or os.path.isdir(source.partition("/")[0]):  # OWNER/NAME, where a folder OWNER is: mistyped, and no name on the hub
+        raise ValueError(f"{source}: no such folder{_near(source)}; give a model folder or a hub name such as {EXAMPLE}")
+
+
+def _near(source: str) -> str:
+    """ ", did you mean ..." where a folder of nearly that name is beside it."""
+    parent, name = os.path.split(source.rstrip("/"))
+    beside = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()] if os.path.isdir(parent or ".") else []
+    close = difflib.get_close_matches(name, beside, n=1)
+    return f", did you mean {os.path.join(parent, close[0])}" if close else ""
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm2vec.evaluation.loaders.tables import read_table
 from vlm2vec.evaluation.tasks import Task
-from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.evaluation.tasks.task_data import Pool, TaskData, asked
 from vlm2vec.files import AnyPath, write_bytes
 
 
@@ -72,9 +72,9 @@ def load_documents(
         pool.add(name, {"text": task.target_prompt, "image": path}, str(name))
     if task.options.get("language"):
         queries = queries.filter(lambda language: language == task.options["language"], input_columns="language")
-    for row in queries:
+    for i, row in enumerate(queries):
         relevant = qrels.get(row["query-id"], {})
-        data.queries.append({"text": task.query_prompt.replace("{text}", row["query"])})
+        data.queries.append(asked(task.query_prompt, row["query"], i, "query"))
         data.labels.append([pool.index.get(name, -1) for name in relevant])
         data.label_names.append([str(name) for name in relevant])
         data.grades.append([int(g) if g == int(g) else g for g in relevant.values()])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.score.aggregate import aggregate
-from vlm2vec.evaluation.tasks import GROUPS, published
+from vlm2vec.evaluation.tasks import GROUPS, load_tasks, published
 from vlm2vec.files import AnyPath, write_json, write_lines
 
 V1_TABLE = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
@@ -31,19 +31,33 @@ def own_row(means: dict[str, Any]) -> dict[str, float]:
     return row
 
 
+def not_as_published(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each task that bears a published name and has another number of queries or candidates than was published."""
+    lines, table = [], load_tasks()
+    for row in rows:
+        task = table.get(row["task"])
+        if task is not None and task.queries and row["num_queries"] != task.queries:
+            lines.append(
+                f"{row['task']} has {row['num_queries']:,} queries here, {task.queries:,} as published: its scores cannot be compared"
+            )
+    return lines
+
+
 def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, broken_shards: Sequence[str] = ()) -> list[str]:
     """Lines of summary.md."""
     books = published()
     columns = list(books["columns"])
     known = any(r["task"] in books["models"] for r in rows)
+    others = not_as_published(rows)
     head = ["task", "group", "metric", model, *(books["columns"][c] for c in columns if known)]
     lines = [f"# {model}", "", "Scores in percent; the means are unweighted over data sets.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        theirs = books["models"].get(r["task"], {})
+        theirs = {} if any(line.startswith(f"{r['task']} has") for line in others) else books["models"].get(r["task"], {})
         cells = [r["task"], r["group"], r["metric"], f"**{percent(r['score'])}**"]
         cells += [str(theirs.get(c, "-")) for c in columns if known]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"* {line}" for line in others)] if others else []
     lines += ["", "## Means", "", "| mean over | data sets | score |", "|---|---|---|"]
     for field, title in (("meta_task", ""), ("group", "group "), ("split", "split "), ("modality", "modality ")):
         for name, part in means[field].items():
@@ -122,4 +136,4 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     lines.append(
         f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks"
     )
-    return lines
+    return lines + not_as_published(rows)
