@@ -80,9 +80,6 @@ def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) ->
             return None
 
     prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
-    rows = [query["unreadable"] for query in data.queries if query.get("row")]
-    if len(rows) > MISSING_SHARE * len(data.queries):
-        raise ValueError(f"task {data.task.name}: {len(rows)} of {len(data.queries)} rows cannot be scored, the first: {rows[0]}")
     read = [i for i in data.queries + data.candidates if not i.get("row")]
     visual = [i for i in read if i.get("image") or i.get("video") or i.get("unreadable")]
     bad = [i for i in visual if id(i) in reasons]

@@ -53,7 +53,7 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
     lines = [f"# {model}", "", "Scores in percent; the means are unweighted over data sets.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        theirs = {} if any(line.startswith(f"{r['task']} has") for line in others) else books["models"].get(r["task"], {})
+        theirs = books["models"].get(r["task"], {})
         cells = [r["task"], r["group"], r["metric"], f"**{percent(r['score'])}**"]
         cells += [str(theirs.get(c, "-")) for c in columns if known]
         lines.append("| " + " | ".join(cells) + " |")
@@ -129,6 +129,7 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
             f"{r['task']:<{width}}  {r['meta_task']:<24} {r['metric']:<14} {percent(r['score']):>6}  {r['num_queries']:>7} "
             f"{r['candidates_per_query']:>6.0f}{mark}"
         )
+    lines += not_as_published(rows)
     for field in ("meta_task", "split", "modality"):
         if len(means[field]) > 1 or field == "meta_task":
             for name, part in means[field].items():
@@ -136,4 +137,4 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     lines.append(
         f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks"
     )
-    return lines + not_as_published(rows)
+    return lines
