@@ -16,6 +16,7 @@ import yaml
 from safetensors import safe_open
 
 from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, write_json
+from vlm2vec.files import write_text as write_text
 
 STAGING = ".saving"
 RECIPE = "recipe.yaml"
@@ -111,7 +112,7 @@ def require_whole(checkpoint: Path) -> None:
     now = checksums(checkpoint)
     for name, digest in read_mapping(checkpoint / CHECKSUMS).items():
         if now.get(name) != digest:
-            what = "not there" if name not in now else "damaged (its content is not what the run wrote)"
+            what = "not there" if name not in now else f"damaged (its content is not what the run wrote; was the change yours, remove {CHECKSUMS} beside it)"
             raise ValueError(f"{checkpoint / name} is {what}; {mend}")
 
 

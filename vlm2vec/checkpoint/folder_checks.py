@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -27,6 +28,7 @@ JSON_FILES = (
     "generation_config.json",
     "vocab.json",
 )
+LARGE = ("tokenizer.json", "vocab.json")  # looked at where a library has failed on them
 INDEX = "model.safetensors.index.json"
 PICKLES = re.compile(r"(pytorch_model|model|consolidated)[^/]*\.(bin|pt|pth)")
 # Sizes that a configuration may name, in any section, each an integer of at least 1.
@@ -141,6 +143,37 @@ def check_adapter_config(path: str, adapter: dict) -> None:
     rank = adapter.get("r", 8)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{path}: r should be an integer of at least 1, got {kind(rank)}")
+
+
+def check_processor_files(source: str) -> None:
+    """ValueError for a local folder's small JSON files of another shape, or an image processor whose numbers make no pixels."""
+    for name in JSON_FILES if os.path.isdir(source) else ():
+        path = os.path.join(source, name)
+        if name in LARGE or not os.path.lexists(path):
+            continue
+        content = read_object(path)
+        if name in ("processor_config.json", "preprocessor_config.json"):
+            nested = content.get("image_processor", {})
+            if not isinstance(nested, dict):
+                raise ValueError(f"{path}: image_processor should be an object, got {kind(nested)}")
+            _check_pixels(path, {**content, **nested})
+
+
+def _check_pixels(path: str, settings: dict) -> None:
+    for name in ("image_mean", "image_std"):
+        value = settings.get(name)
+        numbers = value if isinstance(value, list) else [value]
+        fits = len(numbers) in (1, 3) and all(is_number(n) and (n > 0 or name == "image_mean") for n in numbers)
+        if value is not None and not fits:
+            wanted = "three numbers" if name == "image_mean" else "three numbers above 0"
+            raise ValueError(f"{path}: {name} should be {wanted}, got {json.dumps(value)[:60]}")
+    if "rescale_factor" in settings and settings.get("do_rescale", True) and not is_number(settings["rescale_factor"]):
+        raise ValueError(f"{path}: rescale_factor should be a number such as 1/255 = 0.00392, got {kind(settings['rescale_factor'])}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextlib.contextmanager

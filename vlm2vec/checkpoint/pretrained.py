@@ -57,12 +57,12 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
         raise ValueError(f"base={base!r} was given, but {source} is not an adapter (it has no adapter_config.json); leave base out")
     raw = loading.read_json(weights, "config.json", **weights_hub)
     if raw is None:
-        raise ValueError(loading.unknown(weights))
+        raise ValueError(loading.unknown(weights) if adapter is None else f"{source}: its base: {loading.unknown(weights)}; pass base=")
     backbone = _backbone(weights, raw)
     if family not in (None, backbone.name):
         raise ValueError(
-            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; "
-            "pass its own base with base="
+            f"{source} was made with family {family}, {weights} (model_type {raw['model_type']}) is of family {backbone.name}: tensors have "
+            "no place in it; pass its own base with base="
         )
     folder_checks.check_config(weights, raw, backbone.sections)
     with folder_checks.naming(weights, "config.json"):
@@ -72,7 +72,8 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
     processing = None
     for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
         if loading.has_processor(folder, **of):
-            with folder_checks.naming(folder, "its tokenizer or processor"):
+            folder_checks.check_processor_files(folder)
+            with folder_checks.naming(folder, "its tokenizer (tokenizer.json, tokenizer_config.json) or processor"):
                 processing = backbone.processing_class.from_folder(folder, config, options, **of)
             break
     if processing is None:
