@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
 
 from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, write_json
 from vlm2vec.files import write_text as write_text
+from vlm2vec.files.documents import read_yaml
 
 STAGING = ".saving"
 RECIPE = "recipe.yaml"
@@ -155,9 +155,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read as one; names the file.
     """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); remove it, or pass --fresh") from error
+        found = read_yaml(path)  # JSON is YAML
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or pass --fresh") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (no mapping in it); remove it, or pass --fresh")
     return found

@@ -11,9 +11,10 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator
 from typing import Any
+
+from vlm2vec.files.documents import kind, read_object, require_regular
 
 JSON_FILES = (
     "config.json",
@@ -50,42 +51,6 @@ SIZES = (
     "image_size",
     "in_channels",
 )
-
-
-def read_object(path: str) -> dict:
-    """The JSON object of a file.
-
-    Raises:
-        ValueError: no regular file, not UTF-8, not JSON, nested without end, or a list, text or number; names the file.
-    """
-    require_regular(path)
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); copy it again") from e
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deep to be read; copy it again") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); copy it again") from e
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object, got {kind(found)}; copy it again")
-    return found
-
-
-def require_regular(path: str) -> None:
-    """ValueError for a pipe, a device or a folder, which would be waited for or read without end."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a file")
-
-
-def kind(value: Any) -> str:
-    """The JSON name of a value's type, with a short value behind it."""
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    name = names.get(type(value), "a number")
-    shown = json.dumps(value, default=str) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
-    return f"{name} {shown[:40]}".strip()
 
 
 def check_settings(path: str, settings: dict) -> None:

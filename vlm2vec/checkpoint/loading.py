@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from vlm2vec.backbones import EXAMPLE
-from vlm2vec.checkpoint.folder_checks import check_weights, read_object, require_regular
+from vlm2vec.checkpoint.folder_checks import check_weights
+from vlm2vec.files.documents import read_object, require_regular
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vec.backbones import backbone_for
 from vlm2vec.checkpoint import folder_checks, loading
+from vlm2vec.files.documents import kind
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def _backbone(source: str, raw: dict) -> Backbone:
     """The family that config.json names."""
     name = raw.get("model_type")
     if name is not None and (not isinstance(name, str) or len(name) > 100):
-        raise ValueError(f"{source}: config.json's model_type should be the name of a family, got {folder_checks.kind(name)}")
+        raise ValueError(f"{source}: config.json's model_type should be the name of a family, got {kind(name)}")
     return backbone_for(name)
 
 
