@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,16 @@ def require_whole(checkpoint: Path) -> None:
         if now.get(name) != digest:
             what = "not there" if name not in now else f"damaged (its content is not what the run wrote; was the change yours, remove {CHECKSUMS} beside it)"
             raise ValueError(f"{checkpoint / name} is {what}; {mend}")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | Path, name: str) -> Iterator[None]:
+    """Around what unpickles tensors of a checkpoint's file: what is no such file, or asks for code to be run, is refused by name."""
+    try:
+        yield
+    except Exception as error:  # torch's advice in it is to run the code
+        mend = f"remove the folder {checkpoint} to go on from the one before it, or from the start"
+        raise ValueError(f"{Path(checkpoint, name)} holds what no checkpoint of ours does ({type(error).__name__}), unread; {mend}") from None
 
 
 def rotate(output: str | Path, keep: int) -> None:

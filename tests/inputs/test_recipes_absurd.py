@@ -175,7 +175,6 @@ KINDS = {
     "a source that is null": ({"data.sources": [None]}, "sources[0]"),
     "a source without a name": ({"data.sources": [{}]}, "name"),
     "a source named by a number": ({"data.sources": [{"name": 5}]}, "name"),
-    "a source outside": ({"data.sources": [{"name": "../train/Texts"}]}, "Texts"),
     "one source twice": ({"data.sources": [{"name": "Texts"}, {"name": "Texts"}]}, "Texts"),
     "no such source": ({"data.sources": [{"name": "Gone"}]}, "Gone"),
     "data root a file": ({"data.root": __file__}, "test_recipes_absurd"),
