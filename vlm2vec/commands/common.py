@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vlm2vec.files import replacing
+from vlm2vec.files.documents import parse_json, read_text, shown
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
 
@@ -43,7 +44,7 @@ def parse_options(pairs: list[str]) -> dict:
             raise ValueError(f"--option {pair!r}: expected NAME=VALUE")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 
@@ -74,20 +75,11 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
     """
     root = os.path.dirname(os.path.abspath(path)) if root is None else root
     keys, inputs = [], []
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+    lines = read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: not JSON ({e})") from e
+        row = parse_json(line, f"{path}, line {number}")
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
@@ -99,7 +91,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
                 try:
                     row[kind] = _below(root, row[kind])
                 except TypeError:
-                    raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {row[kind]!r}") from None
+                    raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {shown(row[kind])}") from None
         keys.append(str(number - 1) if key is None else str(key))
         inputs.append(row)
     if not inputs:

@@ -140,7 +140,7 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
     for key, bad in zip(prepared.query_keys, bad_query):
         if not bad:
             query_row.setdefault(key, len(query_row))
-    depth, count, target = max(options.top, max(KS)), len(data.queries), None
+    depth, count, target = max(min(options.top, len(data.candidates)), max(KS)), len(data.queries), None
     scores, indices = torch.full((count, depth), float("-inf")), torch.full((count, depth), -1)
     if rows and query_row:
         target = store.get(list(rows)).to(options.device or "cpu")

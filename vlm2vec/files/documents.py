@@ -12,6 +12,7 @@ MOST_VALUES = 200_000  # of a YAML document with its aliases written out
 _reprs = reprlib.Repr()
 _reprs.maxlevel, _reprs.maxlist, _reprs.maxdict, _reprs.maxtuple, _reprs.maxstring, _reprs.maxother, _reprs.maxlong = 2, 4, 4, 4, 60, 60, 40
 MOST_SHOWN = 120
+DEEPEST = 500  # brackets of a line that are not counted
 
 
 def shown(value: Any) -> str:
@@ -32,16 +33,16 @@ def require_regular(path: str | os.PathLike) -> None:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-        raise ValueError(f"{shown(os.fspath(path))}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
+        raise ValueError(f"{os.fspath(path)[:250]}: {getattr(e, 'strerror', None) or e}") from e
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a file")
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A file's text. ValueError for no regular file, one that may not be read, or bytes that are no UTF-8."""
+    """A file's text, without a mark of byte order. ValueError for no regular file, one that may not be read, or bytes that are no UTF-8."""
     require_regular(path)
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return f.read()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
@@ -69,6 +70,29 @@ def read_object(path: str | os.PathLike) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} should hold a JSON object, got {kind(found)}; copy it again")
     return found
+
+
+def require_rows(path: str | os.PathLike) -> None:
+    """ValueError for a file of JSON lines with a line that is no object, or nested without end: readers of tables end the process on
+    some of them. A file of one JSON list is left to the reader."""
+    require_regular(path)
+    with open(path, "rb") as f:
+        is_list = None
+        for number, line in enumerate(f, 1):
+            line = line.strip().removeprefix(b"\xef\xbb\xbf")
+            if not line:
+                continue
+            if is_list is None and line[:1] == b"[":
+                is_list = not line.endswith(b"]")
+            if is_list:
+                return
+            is_list = False
+            where = f"{path}, line {number}"
+            if line.count(b"[") + line.count(b"{") > DEEPEST:
+                parse_json(line.decode(errors="replace"), where)
+            if line[:1] != b"{" and (line[:1] in b'["-0123456789' or line in (b"null", b"true", b"false")):
+                text = line[:40].decode(errors="replace")
+                raise ValueError(f"{where}: expected a JSON object, a row of the table, got {text}; mend or remove the line")
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -17,7 +17,8 @@ def image_name(x: Any) -> str:
     if isinstance(x, (bytes, bytearray)):
         return f"{len(x)} bytes"
     if isinstance(x, (str, os.PathLike)):
-        return os.fspath(x)
+        name = os.fspath(x)
+        return name if len(name) <= 250 else f"{name[:100]}...{name[-100:]}"
     return getattr(x, "filename", None) or f"{type(x).__name__} object"
 
 

@@ -42,6 +42,12 @@ def _check(task):
         raise ValueError(f"task {task.name}: loader {task.loader} needs {', '.join(missing)}")
 
 
+def check_loader(task: Task) -> None:
+    """ValueError for a loader that there is not."""
+    if task.loader not in LOADERS:
+        raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+
+
 def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) -> TaskData:
     """Read one task into a TaskData.
 
@@ -50,8 +56,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) 
             holds video-tasks/ for videos.
         options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked).
     """
-    if task.loader not in LOADERS:
-        raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+    check_loader(task)
     _check(task)
     module, function = LOADERS[task.loader]
     return getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)

@@ -80,6 +80,10 @@ def _check(task, row, i):
         raise ValueError(f"task {task.name}, row {i}: tgt_text and tgt_img_path are lists, one entry per candidate")
     if len(texts) != len(paths):
         raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
+    for column, values in (("tgt_text", texts), ("tgt_img_path", paths)):
+        other = next((value for value in values if not isinstance(value, (str, type(None)))), None)
+        if other is not None:
+            raise ValueError(f"task {task.name}, row {i}: {column} is a list of texts, got {type(other).__name__} in it")
 
 
 def own_prompts(task: Task) -> Task:
