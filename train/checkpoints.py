@@ -114,7 +114,11 @@ def require_whole(checkpoint: Path) -> None:
     now = checksums(checkpoint)
     for name, digest in read_mapping(checkpoint / CHECKSUMS).items():
         if now.get(name) != digest:
-            what = "not there" if name not in now else f"damaged (its content is not what the run wrote; was the change yours, remove {CHECKSUMS} beside it)"
+            what = (
+                "not there"
+                if name not in now
+                else f"damaged (its content is not what the run wrote; was the change yours, remove {CHECKSUMS} beside it)"
+            )
             raise ValueError(f"{checkpoint / name} is {what}; {mend}")
 
 
@@ -125,7 +129,9 @@ def reading(checkpoint: str | Path, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # torch's advice in it is to run the code
         mend = f"remove the folder {checkpoint} to go on from the one before it, or from the start"
-        raise ValueError(f"{Path(checkpoint, name)} holds what no checkpoint of ours does ({type(error).__name__}), unread; {mend}") from None
+        raise ValueError(
+            f"{Path(checkpoint, name)} holds what no checkpoint of ours does ({type(error).__name__}), unread; {mend}"
+        ) from None
 
 
 def rotate(output: str | Path, keep: int) -> None:

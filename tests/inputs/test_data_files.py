@@ -69,7 +69,13 @@ def test_a_row_of_another_shape(model, tmp_path, capsys, case):
     assert_refused(capsys, ["embed", model, tmp_path / "rows.jsonl", "-o", tmp_path / "out.safetensors", "--device", "cpu"], name)
 
 
-FILES = {"Latin-1": b'{"text": "\xe9"}\n', "UTF-16": '{"text": "a"}\n'.encode("utf-16"), "zeros": bytes(64), "empty": b"", "blank": b"\n \n"}
+FILES = {
+    "Latin-1": b'{"text": "\xe9"}\n',
+    "UTF-16": '{"text": "a"}\n'.encode("utf-16"),
+    "zeros": bytes(64),
+    "empty": b"",
+    "blank": b"\n \n",
+}
 
 
 @pytest.mark.timeout(60)
@@ -295,7 +301,19 @@ def test_a_task_file_of_another_shape(tmp_path, capsys, case):
     assert "gone" not in call(capsys, *words)[2].replace(str(tmp_path), ""), "refused before the model is looked for"
 
 
-HINTS = ["[1]", "[null]", '["a"]', "3", '"a"', '{"Task": 5}', '{"Task": [1]}', '{"Task": {"metric": 5}}', DEEP, '{"tasks": [5]}', '{"Task": ']
+HINTS = [
+    "[1]",
+    "[null]",
+    '["a"]',
+    "3",
+    '"a"',
+    '{"Task": 5}',
+    '{"Task": [1]}',
+    '{"Task": {"metric": 5}}',
+    DEEP,
+    '{"tasks": [5]}',
+    '{"Task": ',
+]
 
 
 @pytest.mark.timeout(60)
@@ -308,7 +326,7 @@ def test_hints_of_another_shape(tmp_path, content):
     assert len(str(refused.value)) < 500 and ("tasks.json" in str(refused.value) or "Task" in str(refused.value))
 
 
-# -- numbers on the command line -------------------------------------------------------------------------------------------------------------
+# -- numbers on the command line --------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "--batch-size": ["0", "-1", "x", "1.5"],
@@ -358,7 +376,9 @@ def test_search_for_more_than_there_are(model, tmp_path, capsys, k):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("words", [["--top", "0"], ["--workers", "0"], ["--workers", "1000000"], ["--batch-size", "0"], ["--top", "9" * 30]])
+@pytest.mark.parametrize(
+    "words", [["--top", "0"], ["--workers", "0"], ["--workers", "1000000"], ["--batch-size", "0"], ["--top", "9" * 30]]
+)
 def test_evaluation_with_absurd_numbers(model, tmp_path, capsys, words):
     mmeb(tmp_path, rows=3)
     base = ["eval", model, "--data", tmp_path / "eval", "--images", tmp_path / "images", "--output", tmp_path / "out", "--device", "cpu"]

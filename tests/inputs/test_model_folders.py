@@ -248,7 +248,9 @@ def test_an_index_of_shards(places, tmp_path, capsys, case):
     model = tmp_path / "model"
     shutil.copytree(places / "full", model)
     INDEXES[case](model)
-    assert_refused(capsys, ["embed", model, "--text", "a", "-o", tmp_path / "out.safetensors", "--device", "cpu"], "model.safetensors.index.json")
+    assert_refused(
+        capsys, ["embed", model, "--text", "a", "-o", tmp_path / "out.safetensors", "--device", "cpu"], "model.safetensors.index.json"
+    )
 
 
 PICKLES = {

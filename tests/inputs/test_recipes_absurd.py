@@ -99,9 +99,7 @@ def test_a_run_whose_numbers_explode_publishes_nothing(root, tmp_path, capsys):
 
 # -- the file itself ---------------------------------------------------------------------------------------------------------
 
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
-)
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
 TEXTS = {
     "anchors as an unknown key": BOMB + "model: m\noutput: o\nsteps: 1\n",
     "anchors as a number": BOMB.replace("a8:", "steps:") + "model: m\noutput: o\n",

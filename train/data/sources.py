@@ -66,7 +66,7 @@ def _table(data: Data, source: Source) -> Any:
         if os.path.isdir(root):
             if not os.path.exists(local):
                 raise ValueError(f"source {source.name}: no such file as {local}; mend `root` or `file`")
-            require_rows(local)
+            require_rows(local, lists=True)
         return _load("json", data_files=local if os.path.isdir(root) else f"hf://datasets/{root}/{source.file}", split="train")
     if os.path.isdir(root):
         files = sorted(os.fspath(f) for f in Path(root).rglob(f"{split}-*.parquet"))

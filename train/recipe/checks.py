@@ -48,14 +48,7 @@ _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps
 
 
 # What no run has had a use for, and a slip of the hand has: more forks processes without end, fills memory, or makes weights infinite.
-_MOST = {
-    "steps": 10**10,
-    "global_batch": 10**7,
-    "workers": 1024,
-    "decode_threads": 1024,
-    "learning_rate": 100.0,
-    "weight_decay": 100.0,
-}
+_MOST = {"steps": 10**10, "global_batch": 10**7, "workers": 1024, "decode_threads": 1024, "learning_rate": 100.0, "weight_decay": 100.0}
 _TEMPERATURES = (1e-4, 100.0)
 
 

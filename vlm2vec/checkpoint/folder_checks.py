@@ -157,7 +157,9 @@ def naming(source: str, what: str) -> Iterator[None]:
             if os.path.lexists(path):
                 read_object(path)
         reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{source}: {what} cannot be read ({type(e).__name__}: {reason}); copy it again from the model's own folder") from e
+        raise ValueError(
+            f"{source}: {what} cannot be read ({type(e).__name__}: {reason}); copy it again from the model's own folder"
+        ) from e
 
 
 def check_weights(source: str, config: Any) -> None:

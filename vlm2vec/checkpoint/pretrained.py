@@ -62,8 +62,8 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
     backbone = _backbone(weights, raw)
     if family not in (None, backbone.name):
         raise ValueError(
-            f"{source} was made with family {family}, {weights} (model_type {raw['model_type']}) is of family {backbone.name}: tensors have "
-            "no place in it; pass its own base with base="
+            f"{source} was made with family {family}, {weights} (model_type {raw['model_type']}) is of family {backbone.name}: "
+            "tensors have no place in it; pass its own base with base="
         )
     folder_checks.check_config(weights, raw, backbone.sections)
     with folder_checks.naming(weights, "config.json"):

@@ -189,7 +189,9 @@ def require_same_model(path: str, about: dict[str, str], model: VLM2Vec, name: s
         made_in, loaded = (said["dtype"].removeprefix("torch.") for said in (made, now))
         raise ValueError(f"{path} was embedded in {made_in}, {name} is loaded in {loaded}; give --dtype {made_in}, or embed again")
     if other:
-        raise ValueError(f"{path} was made by another model ({about.get('model')}) than {name}: other {', '.join(other)}; embed with it again")
+        raise ValueError(
+            f"{path} was made by another model ({about.get('model')}) than {name}: other {', '.join(other)}; embed with it again"
+        )
 
 
 def _checksum(embeddings: torch.Tensor) -> str:

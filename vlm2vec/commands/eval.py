@@ -11,7 +11,6 @@ from vlm2vec.commands import common
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 
-
 MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
 

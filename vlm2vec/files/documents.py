@@ -72,9 +72,9 @@ def read_object(path: str | os.PathLike) -> dict:
     return found
 
 
-def require_rows(path: str | os.PathLike) -> None:
+def require_rows(path: str | os.PathLike, *, lists: bool = False) -> None:
     """ValueError for a file of JSON lines with a line that is no object, or nested without end: readers of tables end the process on
-    some of them. A file of one JSON list is left to the reader."""
+    some of them. With `lists` a file of one JSON list is left to the reader."""
     require_regular(path)
     with open(path, "rb") as f:
         is_list = None
@@ -83,7 +83,7 @@ def require_rows(path: str | os.PathLike) -> None:
             if not line:
                 continue
             if is_list is None and line[:1] == b"[":
-                is_list = not line.endswith(b"]")
+                is_list = lists and not line.endswith(b"]")
             if is_list:
                 return
             is_list = False
