@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
 
 from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, write_json
+from vlm2vec.files import write_text as write_text
+from vlm2vec.files.documents import read_yaml
 
 STAGING = ".saving"
 RECIPE = "recipe.yaml"
@@ -111,8 +114,24 @@ def require_whole(checkpoint: Path) -> None:
     now = checksums(checkpoint)
     for name, digest in read_mapping(checkpoint / CHECKSUMS).items():
         if now.get(name) != digest:
-            what = "not there" if name not in now else "damaged (its content is not what the run wrote)"
+            what = (
+                "not there"
+                if name not in now
+                else f"damaged (its content is not what the run wrote; was the change yours, remove {CHECKSUMS} beside it)"
+            )
             raise ValueError(f"{checkpoint / name} is {what}; {mend}")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | Path, name: str) -> Iterator[None]:
+    """Around what unpickles tensors of a checkpoint's file: what is no such file, or asks for code to be run, is refused by name."""
+    try:
+        yield
+    except Exception as error:  # torch's advice in it is to run the code
+        mend = f"remove the folder {checkpoint} to go on from the one before it, or from the start"
+        raise ValueError(
+            f"{Path(checkpoint, name)} holds what no checkpoint of ours does ({type(error).__name__}), unread; {mend}"
+        ) from None
 
 
 def rotate(output: str | Path, keep: int) -> None:
@@ -154,9 +173,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read as one; names the file.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); remove it, or pass --fresh") from error
+        fields = read_yaml(path)  # JSON is YAML
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or pass --fresh") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is damaged (no mapping in it); remove it, or pass --fresh")
     return fields

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, write_text
+from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk
 from vlm2vec.files.locks import LOCK, locked
 
 from . import checkpoints, preflight
@@ -96,8 +96,8 @@ def _run(recipe: Recipe, output: Path, fresh: bool, is_main: bool) -> int:
             _discard(output)
         output.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_unfinished(output)
-        write_text(output / checkpoints.INPUTS, json.dumps(inputs, indent=1))
-        write_text(output / checkpoints.RECIPE, recipe.to_yaml())
+        checkpoints.write_text(output / checkpoints.INPUTS, json.dumps(inputs, indent=1))
+        checkpoints.write_text(output / checkpoints.RECIPE, recipe.to_yaml())
     _wait_for_everyone()
     weights = trained_parameters(model)
     if is_main:
@@ -167,7 +167,7 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
         "files": published,
         "recipe": recipe.to_dict(),
     }
-    write_text(output / checkpoints.RESULT, json.dumps(result, indent=1))
+    checkpoints.write_text(output / checkpoints.RESULT, json.dumps(result, indent=1))
     print(f"trained {result['steps']} steps in {seconds:.0f} s, peak memory {result['peak_memory_mib']:.0f} MiB: {output}")
 
 

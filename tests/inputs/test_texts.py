@@ -97,8 +97,8 @@ def test_lines_end_at_line_feeds_alone(tmp_path, inside):
         (b'{"text": "a"}\n{"text":\n', "rows.jsonl, line 2: not JSON"),
         (b'{"text": "a"}\nnull\n', "rows.jsonl, line 2: expected an object"),
         (b'["a"]\n', "rows.jsonl, line 1: expected an object"),
-        (b'\n\n"\xff"\n', "rows.jsonl: not UTF-8 text"),
-        (b"[" * 100_000, "rows.jsonl, line 1: not JSON"),
+        (b'\n\n"\xff"\n', "rows.jsonl is not UTF-8 text"),
+        (b"[" * 100_000, "rows.jsonl, line 1: nested too deep to be read"),
     ],
 )
 def test_lines_that_are_no_rows_are_named(tmp_path, content, said):

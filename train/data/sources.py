@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm2vec.data.mmeb import read_train
 from vlm2vec.data.row_formats import FORMATS, Row
+from vlm2vec.files.documents import require_rows
 
 from ..recipe.schema import Data, Source
 
@@ -63,6 +64,10 @@ def _table(data: Data, source: Source) -> Any:
         return _load("parquet", data_files=[os.fspath(file) for file in files], split="train")
     if source.file is not None:
         local = os.path.join(root, source.file)
+        if os.path.isdir(root):
+            if not os.path.exists(local):
+                raise ValueError(f"source {source.name}: no such file as {local}; mend `root` or `file`")
+            require_rows(local, lists=True)
         return _load("json", data_files=local if os.path.isdir(root) else f"hf://datasets/{root}/{source.file}", split="train")
     if os.path.isdir(root):
         files = sorted(os.fspath(f) for f in Path(root).rglob(f"{split}-*.parquet"))

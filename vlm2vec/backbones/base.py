@@ -57,6 +57,7 @@ class Backbone:
     )
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
+    sections: tuple[str, ...] = ("text_config", "vision_config")  # of config.json, without which a library would take a default's sizes
     published: list[tuple[str, dict]] = []  # (pattern of a lower-case name or folder, options it wants and does not name itself)
 
     # -- loading --------------------------------------------------------------------------------------------------------
@@ -68,7 +69,9 @@ class Backbone:
         try:
             return AutoConfig.from_pretrained(source, **hub)
         except (ValueError, KeyError) as e:
-            raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is unknown to this transformers ({e})") from e
+            if "model_type" not in str(e) and "model type" not in str(e) and str(e) != repr(raw.get("model_type")):
+                raise  # the family is known, its configuration is damaged
+            raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is unknown to this transformers ({str(e)[:200]})") from e
 
     def options_for(self, source: str, raw: dict) -> dict:
         """Options that a checkpoint wants without saying so in vlm2vec.json (a public one, known by its name or config)."""

@@ -109,6 +109,7 @@ class GenericProcessing(Processing):
 
 class Generic(Backbone):
     name = "generic"
+    sections = ()  # families differ
     processing_class = GenericProcessing
     packs = False
     unused_keys = [r"(^|\.)lm_head\."]  # the embedding model has no language-model head

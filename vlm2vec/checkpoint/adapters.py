@@ -59,7 +59,7 @@ def read_tensors(source: str, **hub: Any) -> dict[str, torch.Tensor]:
                 return load_file(path)
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
-            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); download it again or convert it to safetensors") from e
+            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); download it again or convert it to safetensors") from None
     raise ValueError(f"{source} has adapter_config.json but neither adapter_model.safetensors nor adapter_model.bin")
 
 

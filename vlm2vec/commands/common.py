@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.files import replacing
+from vlm2vec.files.documents import shown
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
 from vlm2vec.media.sources import is_data_uri, is_url
@@ -48,7 +49,7 @@ def parse_options(pairs: list[str]) -> dict:
             raise ValueError(f"--option {pair!r}: expected NAME=VALUE")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 
@@ -134,7 +135,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
                 try:
                     row[kind] = _below(root, row[kind])
                 except TypeError:
-                    raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {row[kind]!r}") from None
+                    raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {shown(row[kind])}") from None
         keys.append(str(number - 1) if key is None else str(key))
         inputs.append(row)
     if not inputs:

@@ -8,8 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
+
+MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +50,10 @@ def _need(args):
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
     if args.top < 1 or args.batch_size < 1:
         raise ValueError(f"--top and --batch-size are at least 1, got {args.top} and {args.batch_size}")
-    if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers is at least 1, got {args.workers}")
+    if args.top > MOST_SHOWN:
+        raise ValueError(f"--top is at most {MOST_SHOWN:,}, got {shown(args.top)}")
+    if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
+        raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
 def _tasks(args):
@@ -94,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
     _need(args)
     tasks = _tasks(args)
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
+    from vlm2vec.evaluation.loaders import check_loader
 
+    for task in tasks:
+        check_loader(task)
     rank, world, barrier = process_group()
     args.device = args.device or local_device()
     with locked(args.output, "an evaluation") if rank == 0 else nullcontext():

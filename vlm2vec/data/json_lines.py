@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
+from vlm2vec.files.documents import parse_json, require_regular
 from vlm2vec.inputs import whole_characters
 
 
@@ -15,21 +15,19 @@ def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
     Raises:
         ValueError: names the file, and the line that is not JSON.
     """
+    require_regular(path)
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             lines = file.read().split("\n")
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     values = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}, line {number}: not JSON ({str(e)[:200]})") from e
+        value = parse_json(line, f"{path}, line {number}")
         values.append((number, _whole(value) if "\\u" in line else value))
     return values
 

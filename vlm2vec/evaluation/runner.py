@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
-from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable, unreadable_file
+from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
@@ -145,7 +145,7 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
     for key, bad in zip(prepared.query_keys, bad_query):
         if not bad:
             query_row.setdefault(key, len(query_row))
-    depth, count, target = max(options.top, max(KS)), len(data.queries), None
+    depth, count, target = max(min(options.top, len(data.candidates)), max(KS)), len(data.queries), None
     scores, indices = torch.full((count, depth), float("-inf")), torch.full((count, depth), -1)
     if rows and query_row:
         target = store.get(list(rows)).to(options.device or "cpu")
@@ -311,7 +311,7 @@ def _run_tasks(model, tasks, data, media, output: Path, store, options: Options)
             hashes=hashes,
             **extra,
         )
-    unreadable = _all_unreadable(failed, output, options)
+    unreadable = _all_unreadable(failed, store, output, options)
     store.refresh()
     summaries = {}
     for p in prepared[options.rank :: options.world]:
@@ -328,16 +328,13 @@ def _run_tasks(model, tasks, data, media, output: Path, store, options: Options)
     return [summaries[p.data.task.name] for p in prepared]
 
 
-def _all_unreadable(failed: dict[bytes, str], output: Path, options: Options) -> dict[bytes, str]:
+def _all_unreadable(failed: dict[bytes, str], store: EmbeddingStore, output: Path, options: Options) -> dict[bytes, str]:
     """What cannot be decoded, over all processes of the run."""
     if options.world == 1:
         return failed
-    share_unreadable(output, failed, options.rank)
+    share_unreadable(store, output, failed, options.rank)
     options.barrier()
-    everywhere = collect_unreadable(output, options.world)
-    options.barrier()
-    unreadable_file(output, options.rank).unlink(missing_ok=True)
-    return everywhere
+    return collect_unreadable(store, output, options.world)
 
 
 def run_task(model: Any, task: Task, data: AnyPath | None, media: AnyPath, output: AnyPath, **options: Any) -> dict[str, Any]:

@@ -76,11 +76,11 @@ def locked(folder: str | os.PathLike, doing: str) -> Iterator[None]:
 
 def _make(folder: Path) -> list[Path]:
     """Makes the folder; what of its path was not there, innermost first."""
-    made = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
+        made = [part for part in (folder, *folder.parents) if not part.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that can be written") from error
+        raise ValueError(f"output {str(folder)[:200]}: cannot be made ({error.strerror}); choose a folder that can be written") from error
     return made
 
 

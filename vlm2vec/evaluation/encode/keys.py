@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from vlm2vec.checkpoint.release import __version__
+from vlm2vec.files.documents import require_regular
 from vlm2vec.inputs import VISUAL_KEYS
 
 DIGEST = 16
@@ -52,6 +53,7 @@ class ContentHashes:
     def _file(path):
         digest = _hash()
         digest.update(b"file")
+        require_regular(path)  # a pipe would be waited for, a device read without end
         try:
             with open(path, "rb") as file:
                 while block := file.read(READ_BYTES):

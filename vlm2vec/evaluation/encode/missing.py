@@ -6,6 +6,7 @@ to the processes in turn. Task order, the number of processes and earlier kills 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -233,20 +234,21 @@ def short_name(item: dict[str, Any]) -> str:
     return " ".join(part for part in (str(visual), repr(text[:60]) if text else "") if part)
 
 
-def unreadable_file(folder: AnyPath, rank: int) -> Path:
-    """Where a process of a run leaves its failures for the others: in the run's own folder, since a store may serve several runs."""
-    return Path(folder) / f"unreadable-{rank}.json"
+def unreadable_file(store: EmbeddingStore, run: AnyPath, rank: int) -> Path:
+    """Where a process leaves its failures for the others of its run; a store may serve several runs, known by their output folders."""
+    name = hashlib.blake2b(os.path.realpath(run).encode(), digest_size=8).hexdigest()
+    return store.folder / f"unreadable-{name}-{rank}.json"
 
 
-def share_unreadable(folder: AnyPath, unreadable: dict[bytes, str], rank: int) -> None:
+def share_unreadable(store: EmbeddingStore, run: AnyPath, unreadable: dict[bytes, str], rank: int) -> None:
     """Write this process's failures (plain JSON; nothing is unpickled)."""
-    write_json(unreadable_file(folder, rank), {key.hex(): reason for key, reason in unreadable.items()})
+    write_json(unreadable_file(store, run, rank), {key.hex(): reason for key, reason in unreadable.items()})
 
 
-def collect_unreadable(folder: AnyPath, world: int) -> dict[bytes, str]:
+def collect_unreadable(store: EmbeddingStore, run: AnyPath, world: int) -> dict[bytes, str]:
     """{key: reason} over all processes of a run."""
     reasons = {}
     for rank in range(world):
-        told = json.loads(unreadable_file(folder, rank).read_text(encoding="utf-8"))
+        told = json.loads(unreadable_file(store, run, rank).read_text(encoding="utf-8"))
         reasons.update({bytes.fromhex(key): reason for key, reason in told.items()})
     return reasons

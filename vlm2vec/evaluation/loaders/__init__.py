@@ -42,6 +42,12 @@ def _check(task):
         raise ValueError(f"task {task.name}: loader {task.loader} needs {', '.join(missing)}")
 
 
+def check_loader(task: Task) -> None:
+    """ValueError for a loader that there is not."""
+    if task.loader not in LOADERS:
+        raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+
+
 def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) -> TaskData:
     """Read one task into a TaskData.
 
@@ -53,8 +59,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) 
     Raises:
         ValueError: names the task and what it lacks; more than half of its rows cannot be scored (fewer are told and counted).
     """
-    if task.loader not in LOADERS:
-        raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+    check_loader(task)
     _check(task)
     module, function = LOADERS[task.loader]
     data = getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)

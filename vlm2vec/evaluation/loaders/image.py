@@ -81,6 +81,10 @@ def _fault(row: dict[str, Any]) -> str | None:
         return "tgt_text and tgt_img_path are lists, one entry per candidate"
     if len(texts) != len(paths):
         return f"{len(texts)} tgt_text but {len(paths)} tgt_img_path entries"
+    for column, values in (("tgt_text", texts), ("tgt_img_path", paths)):
+        other = next((value for value in values if not isinstance(value, (str, type(None)))), None)
+        if other is not None:
+            return f"{column} is a list of texts, got {type(other).__name__} in it"
     if not (row["qry_text"] or "").strip() and not _path(row["qry_img_path"]):
         return "neither query text nor query image"
     return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vlm2vec.data.json_lines import read_json_rows
 from vlm2vec.evaluation.tasks.task import Task
 from vlm2vec.files import AnyPath
+from vlm2vec.files.documents import require_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +64,8 @@ def _read_files(files):
     from datasets import Dataset, concatenate_datasets
 
     if files[0].suffix == ".jsonl":
+        for file in files:
+            require_rows(file)
         return concatenate_datasets([Dataset.from_dict(read_json_rows(f)) for f in files])
     if sum(f.stat().st_size for f in files) > IN_MEMORY_BYTES:
         return Dataset.from_parquet([str(f) for f in files])
@@ -90,9 +93,8 @@ def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, c
         try:
             table = _read_files(files)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            named = files[0].suffix == ".jsonl" and str(files[0].parent) in said
-            raise ValueError(said if named else f"{source} cannot be read: {said}") from error
+            told = (str(error).splitlines() or [type(error).__name__])[0][:250]
+            raise ValueError(told if source in told else f"{source} cannot be read: {told}") from error
     elif hub and task.hub.get("dataset"):
         source = f"hub dataset {task.hub['dataset']}"
         table = load_dataset(task.hub["dataset"], config, split=task.hub.get("split", "test"))
