@@ -206,7 +206,7 @@ TABLES = {
     "candidates that are texts": ({"tgt_text": ["a", "b"]}, "tgt_text"),
     "candidates that are numbers": ({"tgt_text": [[1, 2], [3, 4]]}, "tgt_text"),
     "candidates that are null": ({"tgt_text": [None, None]}, "tgt_text"),
-    "lists of other lengths": ({"tgt_text": [["a"], ["b", "c"]]}, "tgt_text"),
+    "lists of other lengths": ({"tgt_text": [["a"], ["b"]]}, "tgt_text"),
     "pictures that are numbers": ({"qry_img_path": [1, 2]}, "qry_img_path"),
     "no column": ({"qry_text": None}, "qry_text"),
 }
