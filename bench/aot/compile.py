@@ -46,6 +46,26 @@ TYPES = {
 }
 
 
+def _specialised(value, path: tuple[int, ...], constants: dict, attributes: dict):
+    """Type of an argument in a signature; what is known of it when the kernel is compiled goes into `constants` and `attributes`.
+
+    A tuple's elements are specialised like arguments, under their path of positions.
+    """
+    if isinstance(value, tuple):
+        types = [_specialised(element, (*path, i), constants, attributes) for i, element in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
 def source(launch: CapturedLaunch) -> ASTSource:
     """Signature, constants and alignment as the run-time specialisation would find them."""
     signature, constants, attributes = {}, {}, {}
@@ -53,19 +73,9 @@ def source(launch: CapturedLaunch) -> ASTSource:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif value is None or (value == 1 and not isinstance(value, float)):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = None if value is None else 1
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            constants[(index,)] = value
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = _specialised(value, (index,), constants, attributes)
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
 
 

@@ -191,7 +191,7 @@ def _joint(dtype):
 
 def _rows(dtype):
     from contrastive_kernels.core.operands import Operand
-    from contrastive_kernels.triton.kernels import rows
+    from contrastive_kernels.triton.kernels import norms, rows
 
     out, narrow, factor, index = torch.zeros(R, D), matrix(R, D, dtype), torch.zeros(R), torch.zeros(R, dtype=torch.int64)
     segments, regular = rows.Segments.make(index, R), rows.Segments(R, step=2)
@@ -199,17 +199,17 @@ def _rows(dtype):
     operand = Operand(narrow, torch.float32, factor, torch.ones(R, dtype=torch.bool))
     yield "update, store", lambda: rows.update(out, index=index, add=False, **both)
     yield "update, normalize", lambda: rows.update(out, index=index, y_scale=factor, z=narrow, z_scale=factor, eps=1e-12, add=False, **both)
-    yield "dots", lambda: rows.dots(narrow, narrow, index, torch.float32)
-    yield "dots, normalize", lambda: rows.dots(narrow, narrow, index, torch.float32, factor, factor)
+    yield "dots", lambda: norms.dots(narrow, narrow, index, torch.float32)
+    yield "dots, normalize", lambda: norms.dots(narrow, narrow, index, torch.float32, factor, factor)
     yield "scatter, add", lambda: rows.scatter(out, segments, y=narrow, b=factor, add=True)
     yield "scatter, default positives", lambda: rows.scatter(out, regular, y=narrow, b=factor, y_scale=factor, add=False)
-    yield "scaled", lambda: rows.scaled(narrow, factor)
-    yield "scaled, normalize", lambda: rows.scaled(narrow, factor, factor)
-    yield "inverse norms", lambda: rows.inverse_norms(narrow, torch.float32, 1e-12)
-    yield "project out", lambda: rows.project_out(out, Operand(narrow, torch.float32, factor), 1e-12)
+    yield "scaled", lambda: norms.scaled(narrow, factor)
+    yield "scaled, normalize", lambda: norms.scaled(narrow, factor, factor)
+    yield "inverse norms", lambda: norms.inverse_norms(narrow, torch.float32, 1e-12)
+    yield "project out", lambda: norms.project_out(out, Operand(narrow, torch.float32, factor), 1e-12)
     if dtype == torch.bfloat16:
-        yield "inverse norms, masked", lambda: rows.inverse_norms(narrow, torch.float32, 1e-12, operand.keep)
-        yield "project out, masked", lambda: rows.project_out(out, operand, 1e-12)
+        yield "inverse norms, masked", lambda: norms.inverse_norms(narrow, torch.float32, 1e-12, operand.keep)
+        yield "project out, masked", lambda: norms.project_out(out, operand, 1e-12)
         yield "update, add, dot", lambda: rows.update(out, index=index, z=narrow, dot=True, add=True, **both)
         yield "update, dot alone", lambda: rows.update(None, x=out, a=factor, z=narrow, dot=True, add=False)
         yield "update, positives alone", lambda: rows.update(out, y=narrow, b=factor, index=index, add=True)
@@ -357,6 +357,13 @@ def _families():
             yield name, dtype, cases(dtype)
 
 
+def _hashable(argument):
+    """An argument with its tensors replaced by their types, for comparing launches."""
+    if isinstance(argument, tuple):
+        return tuple(map(_hashable, argument))
+    return str(argument.dtype) if isinstance(argument, torch.Tensor) else argument
+
+
 def launches(arch: int) -> list[tuple[str, CapturedLaunch, bool]]:
     """(case, launch, whether it multiplies 2-byte elements) for one architecture, equal ones once."""
     out, seen = [], set()
@@ -368,10 +375,7 @@ def launches(arch: int) -> list[tuple[str, CapturedLaunch, bool]]:
                 for launch, note in zip(captured, noted) if len(captured) == len(noted) else ():
                     launch.flops, launch.bytes, launch.tiles = note.flops, note.bytes, note.grid
                 for launch in captured:
-                    key = (
-                        launch.function.fn.__name__,
-                        *((k, str(v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()),
-                    )
+                    key = (launch.function.fn.__name__, *((name, _hashable(value)) for name, value in launch.arguments.items()))
                     if key in seen:
                         continue
                     seen.add(key)

@@ -61,20 +61,34 @@ def test_a_kernel_that_does_not_compile_is_a_fault_of_its_own(monkeypatch, tmp_p
 
 
 SWITCHES = """
-import collections, json, sys
+import collections, json, re, sys
+from triton.runtime.jit import JITFunction
 from bench.aot.launches import launches
 
 seen = collections.defaultdict(lambda: collections.defaultdict(set))
+
+def text(function, done=()):
+    # source of a kernel with that of the functions it calls
+    called = {function.fn.__globals__.get(name) for name in re.findall(r"\\b_\\w+", function.src)} - {*done, function}
+    return function.src + "".join(text(f, (*done, function)) for f in called if isinstance(f, JITFunction))
+
+def note(switches, kernel, name, value):
+    if isinstance(value, bool):
+        switches[name].add(value)
+    elif re.search(rf"\\b{name.split('.')[-1]} is (not )?None", kernel):
+        switches[name].add(value is not None)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        for field in value._fields:
+            note(switches, kernel, f"{name}.{field}", getattr(value, field))
+
 for _, launch, _ in launches(int(sys.argv[1])):
     switches = seen[launch.function.fn.__name__]  # a kernel may have none
     for parameter in launch.function.params:
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr and isinstance(value, bool):
-            switches[parameter.name].add(value)
+        note(switches, text(launch.function), parameter.name, launch.arguments[parameter.name])
 print(json.dumps({kernel: {name: sorted(values) for name, values in switches.items()} for kernel, switches in seen.items()}))
 """
-# switches that no launch of a GPU turns the other way: the interpreter's widening, and candidates without a positive among them
-FIXED = {"UPCAST": [False], "HAS_POSITIVE": [True]}
+# flags, and arguments that a kernel asks for, that no launch of a GPU turns the other way: candidates without a positive among them
+FIXED = {"masks.positive": [True], "out.masks.positive": [True]}
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)

@@ -7,7 +7,7 @@ from ..core.backend import Backend, log_once
 from ..core.operands import product_dtype
 from ..eager.backend import EAGER
 from . import matryoshka, ring, sweep, symmetric
-from .kernels import rows, sigmoid_panel
+from .kernels import norms, sigmoid_panel
 from .kernels.common import INTERPRET
 
 
@@ -18,13 +18,13 @@ class TritonBackend(Backend):
     strided_positives = False
 
     def inverse_norms(self, matrix, dtype, eps, keep):
-        return rows.inverse_norms(matrix, dtype, eps, keep)
+        return norms.inverse_norms(matrix, dtype, eps, keep)
 
     def row_dots(self, a, b):
-        return rows.operand_dots(a, b)
+        return norms.operand_dots(a, b)
 
     def project_out(self, gradient, operand, eps):
-        rows.project_out(gradient, operand, eps)
+        norms.project_out(gradient, operand, eps)
 
     def sweep_direction(self, problem, direction, hard, gradients, workspace, want_best):
         return sweep.sweep(problem, direction, hard, gradients, workspace, want_best)

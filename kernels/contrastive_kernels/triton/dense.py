@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..core.softmax import RowResult
 from . import launch_log as work
-from .kernels.common import INTERPRET, _narrow, on_its_device
+from .kernels.common import _narrow, on_its_device
 from .kernels.row_state import _log1p
 from .operand_views import stored
 from .products import matmul
@@ -31,9 +31,7 @@ def _negatives(p_row, o_c, i_positive, b_scale, C):
 
 
 @triton.jit
-def _slopes_kernel(
-    p_cos, p_out, p_loss, p_inverse_temperature, p_positive, p_weight, C, stride, stride_out, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _slopes_kernel(p_cos, p_out, p_loss, p_inverse_temperature, p_positive, p_weight, C, stride, stride_out, BLOCK_C: tl.constexpr):
     ACC: tl.constexpr = p_cos.dtype.element_ty
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_cos + i_row * stride
@@ -62,7 +60,7 @@ def _slopes_kernel(
         o_c = first + tl.arange(0, BLOCK_C)
         b_slopes = tl.exp(_negatives(p_row, o_c, i_positive, b_scale, C) - b_top) * b_factor
         b_slopes = tl.where(o_c == i_positive, b_slope, b_slopes)
-        tl.store(p_out + i_row * stride_out + o_c, _narrow(b_slopes, p_out.dtype.element_ty, UPCAST), mask=o_c < C)
+        tl.store(p_out + i_row * stride_out + o_c, _narrow(b_slopes, p_out.dtype.element_ty), mask=o_c < C)
 
 
 def plain(problem, direction, gradients) -> bool:
@@ -96,7 +94,6 @@ def slopes(cosine: torch.Tensor, inverse_temperature: torch.Tensor, positives: t
             columns,
             cosine.stride(0),
             out.stride(0),
-            UPCAST=INTERPRET,
             BLOCK_C=block,
             num_warps=4 if block <= 1024 else 8,
         )

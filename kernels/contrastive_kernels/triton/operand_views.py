@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.operands import Operand
-from .kernels.rows import scaled
+from .kernels.norms import scaled
 from .panel_sums import BlockView
 
 

@@ -6,7 +6,7 @@ E is in the operands' type, results are float32: on CUDA by `out_dtype`, which t
 import torch
 
 from . import launch_log as work
-from .kernels.rows import scaled
+from .kernels.norms import scaled
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

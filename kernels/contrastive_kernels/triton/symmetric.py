@@ -29,7 +29,7 @@ from .products import matmul
 
 
 @triton.jit
-def _combine_kernel(p_e, p_f, p_h, R, C, stride, ACC: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _combine_kernel(p_e, p_f, p_h, R, C, stride, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     tiles_c = tl.cdiv(C, BLOCK_C)
     i_r, i_c = (tl.program_id(0) // tiles_c).to(tl.int64), (tl.program_id(0) % tiles_c).to(tl.int64)
     o_r, o_c = i_r * BLOCK_R + tl.arange(0, BLOCK_R), i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -37,7 +37,7 @@ def _combine_kernel(p_e, p_f, p_h, R, C, stride, ACC: tl.constexpr, UPCAST: tl.c
     p_be = p_e + o_r[:, None] * stride + o_c[None, :]
     b_e = tl.load(p_be, mask=m_r[:, None] & m_c[None, :], other=0.0).to(ACC)
     b_f, b_h = tl.load(p_f + o_r, mask=m_r, other=0.0), tl.load(p_h + o_c, mask=m_c, other=0.0)
-    tl.store(p_be, _narrow(b_e * (b_f[:, None] + b_h[None, :]), p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
+    tl.store(p_be, _narrow(b_e * (b_f[:, None] + b_h[None, :]), p_e.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
 
 
 @on_its_device
@@ -53,7 +53,6 @@ def combine(e: torch.Tensor, f: torch.Tensor, h: torch.Tensor) -> None:
         columns,
         e.stride(0),
         ACC=TRITON_DTYPE[accumulator(e.dtype)],
-        UPCAST=INTERPRET,
         BLOCK_R=tile.block_r,
         BLOCK_C=tile.block_c,
         **tile.options,

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from contrastive_kernels.triton import configs
-from contrastive_kernels.triton.kernels import rows
+from contrastive_kernels.triton.kernels import norms, rows
 from contrastive_kernels.triton.kernels.chunk_panel import chunk_reduce, chunk_write
 from contrastive_kernels.triton.kernels.exp_panel import exp_panel
 from contrastive_kernels.triton.kernels.fused import fused_backward, fused_forward
@@ -124,7 +124,7 @@ def test_rows(far):
     def every(out, x, y):
         dot = rows.update(out, x=x, a=a, y=y, b=a, index=index, z=y, dot=True, add=True)
         rows.scatter(out, segments, x=x, a=a, y=y, b=a, add=True)
-        return out.clone(), dot, rows.dots(x, y, index, torch.float32)
+        return out.clone(), dot, norms.dots(x, y, index, torch.float32)
 
     near = [m.clone() for m in (out, x, y)]
     for ours, theirs in zip(every(out, x, y), every(*near)):

@@ -16,73 +16,22 @@ import triton.language as tl
 
 from .. import configs
 from .. import launch_log as work
-from .common import INTERPRET, _drop, _narrow, cdiv, check_columns, on_its_device, scalar
+from .common import Masks, Scales, _drop, _narrow, _scaled_cosines, cdiv, check_columns, on_its_device, scalar
 
 
 @triton.jit
-def _masked_cosines(
-    p_cos,
-    o_r,
-    o_c,
-    m_r,
-    m_c,
-    stride,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
-    column_offset,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-):
+def _masked_cosines(p_cos, scales, masks, o_r, o_c, m_r, m_c, stride, column_offset):
     b_cos = tl.load(p_cos + o_r[:, None] * stride + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0)
-    if HAS_SCALE:
-        b_cos = b_cos * tl.load(p_row_scale + o_r, mask=m_r, other=0.0)[:, None]
-        b_cos = b_cos * tl.load(p_col_scale + o_c, mask=m_c, other=0.0)[None, :]
-    return _drop(
-        b_cos,
-        o_r,
-        o_c,
-        m_r,
-        m_c,
-        o_c + column_offset,
-        p_positive,
-        p_row_id,
-        p_col_id,
-        p_row_id2,
-        p_col_id2,
-        p_threshold,
-        p_keep,
-        HAS_POSITIVE,
-        IDS,
-        HAS_THRESHOLD,
-        HAS_KEEP,
-        False,
-        False,
-    )
+    b_cos = _scaled_cosines(b_cos, scales, o_r, o_c, m_r, m_c)
+    return _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_r, o_c + column_offset, False, False)
 
 
 @triton.jit
 def _chunk_reduce_kernel(
     p_cos,
     p_exponent,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
+    scales,
+    masks,
     p_shift,
     p_total,
     p_best,
@@ -92,12 +41,6 @@ def _chunk_reduce_kernel(
     C,
     stride,
     column_offset,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    SMOOTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -112,43 +55,21 @@ def _chunk_reduce_kernel(
     for first in range(0, C, BLOCK_C):
         o_c = first + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
-        b_cos = _masked_cosines(
-            p_cos,
-            o_r,
-            o_c,
-            m_r,
-            m_c,
-            stride,
-            p_row_scale,
-            p_col_scale,
-            p_positive,
-            p_row_id,
-            p_col_id,
-            p_row_id2,
-            p_col_id2,
-            p_threshold,
-            p_keep,
-            column_offset,
-            HAS_SCALE,
-            HAS_POSITIVE,
-            IDS,
-            HAS_THRESHOLD,
-            HAS_KEEP,
-        )
+        b_cos = _masked_cosines(p_cos, scales, masks, o_r, o_c, m_r, m_c, stride, column_offset)
         b_new = tl.maximum(b_best, tl.max(b_cos, 1))
         # exp2((-1e30 - -1e30) k) would be 1 in a row that has no candidate yet: such elements are excluded by value
         b_kept = b_cos > -1e29
         b_e = tl.where(b_kept, tl.exp2((b_cos - b_new[:, None]) * b_k), 0.0)
         b_total = b_total * tl.exp2((b_best - b_new) * b_k) + tl.sum(b_e, 1)
         b_best = b_new
-        if SMOOTH:
+        if p_count is not None:
             b_sum += tl.sum(tl.where(b_kept, b_cos, 0.0), 1)
             b_count += tl.sum(b_kept.to(ACC), 1)
     tl.store(p_total + o_r, b_total, mask=m_r)
     b_any = b_best > -1e29
     tl.store(p_best + o_r, tl.where(b_any, b_best, float("-inf")), mask=m_r)
     tl.store(p_shift + o_r, tl.where(b_any, b_best * tl.load(p_exponent).to(ACC), float("-inf")), mask=m_r)
-    if SMOOTH:
+    if p_count is not None:
         tl.store(p_sum + o_r, b_sum * tl.load(p_exponent).to(ACC), mask=m_r)
         tl.store(p_count + o_r, b_count, mask=m_r)
 
@@ -160,28 +81,14 @@ def _chunk_write_kernel(
     p_exponent,
     p_shift,
     p_smooth,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
+    scales,
+    masks,
     R,
     C,
     stride,
     stride_out,
     column_offset,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    SMOOTH: tl.constexpr,
     GAIN: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -191,39 +98,16 @@ def _chunk_write_kernel(
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_r, m_c = o_r < R, o_c < C
-    b_cos = _masked_cosines(
-        p_cos,
-        o_r,
-        o_c,
-        m_r,
-        m_c,
-        stride,
-        p_row_scale,
-        p_col_scale,
-        p_positive,
-        p_row_id,
-        p_col_id,
-        p_row_id2,
-        p_col_id2,
-        p_threshold,
-        p_keep,
-        column_offset,
-        HAS_SCALE,
-        HAS_POSITIVE,
-        IDS,
-        HAS_THRESHOLD,
-        HAS_KEEP,
-    )
+    b_cos = _masked_cosines(p_cos, scales, masks, o_r, o_c, m_r, m_c, stride, column_offset)
     b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634
     b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf")) * 1.4426950408889634
     b_e = tl.exp2(b_cos * b_k - b_shift[:, None])
-    if SMOOTH:
+    if p_smooth is not None:
         b_smooth = tl.load(p_smooth + o_r, mask=m_r, other=0.0)
         b_e -= tl.where(b_shift < float("inf"), b_smooth, 0.0)[:, None]  # nothing for a row that takes no part
     b_e = tl.where(b_cos > -1e29, b_e * GAIN, 0.0)
-    tl.store(
-        p_out + o_r[:, None] * stride_out + o_c[None, :], _narrow(b_e, p_out.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :]
-    )
+    p_bout = p_out + o_r[:, None] * stride_out + o_c[None, :]
+    tl.store(p_bout, _narrow(b_e, p_out.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
 
 
 @dataclass
@@ -238,21 +122,6 @@ class RowReduction:
     best: torch.Tensor
     logits: torch.Tensor | None
     count: torch.Tensor | None
-
-
-def _masks(cos, row_scale, col_scale, positive, ids, threshold, keep):
-    """Pointers and flags that both passes share; an absent vector is given as the matrix, which is never read in its stead."""
-    (row_id, col_id), (row_id2, col_id2) = (*ids, (cos, cos), (cos, cos))[:2]
-    pointers = [cos if v is None else v for v in (row_scale, col_scale, positive, row_id, col_id, row_id2, col_id2, threshold)]
-    pointers.append(cos if keep is None else keep.view(torch.uint8))
-    flags = dict(
-        HAS_SCALE=row_scale is not None,
-        HAS_POSITIVE=positive is not None,
-        IDS=len(ids),
-        HAS_THRESHOLD=threshold is not None,
-        HAS_KEEP=keep is not None,
-    )
-    return pointers, flags
 
 
 @on_its_device
@@ -273,32 +142,30 @@ def chunk_reduce(
     """First pass over cosines (R, C) float32 (or float64): per row what the loss needs. Arguments as for `exp_panel`."""
     rows, columns = cos.shape
     check_columns("chunk_reduce", column_offset + columns)
-    made = [torch.empty(rows, dtype=cos.dtype, device=cos.device) for _ in range(5 if smoothing else 3)]
-    shift, total, best, logits, count = made if smoothing else (*made, None, None)
+    sums = [torch.empty(rows, dtype=cos.dtype, device=cos.device) for _ in range(5 if smoothing else 3)]
+    shift, total, best, logits, count = sums if smoothing else (*sums, None, None)
     tile = tile or configs.CHUNK_REDUCE
-    pointers, flags = _masks(cos, row_scale, col_scale, positive, ids, threshold, keep)
     grid = cdiv(rows, tile.block_r)
     if rows:
         _chunk_reduce_kernel[(grid,)](
             cos,
             scalar(scale, cos.dtype, cos.device),
-            *pointers,
+            Scales.of(row_scale, col_scale),
+            Masks.of(positive, ids, threshold, keep),
             shift,
             total,
             best,
-            cos if logits is None else logits,
-            cos if count is None else count,
+            logits,
+            count,
             rows,
             columns,
             cos.stride(0),
             column_offset,
-            SMOOTH=smoothing,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
-            **flags,
             **tile.options,
         )
-    work.note("chunk_reduce", grid, 0, work.size(cos), work.size(*made))
+    work.note("chunk_reduce", grid, 0, work.size(cos), work.size(*sums))
     return RowReduction(shift, total, best, logits, count)
 
 
@@ -326,7 +193,6 @@ def chunk_write(
     """
     rows, columns = cos.shape
     tile = tile or configs.CHUNK_WRITE
-    pointers, flags = _masks(cos, row_scale, col_scale, positive, ids, threshold, keep)
     grid = cdiv(rows, tile.block_r) * cdiv(columns, tile.block_c)
     if rows and columns:
         _chunk_write_kernel[(grid,)](
@@ -334,19 +200,17 @@ def chunk_write(
             out,
             scalar(scale, cos.dtype, cos.device),
             shift,
-            shift if smooth is None else smooth,
-            *pointers,
+            smooth,
+            Scales.of(row_scale, col_scale),
+            Masks.of(positive, ids, threshold, keep),
             rows,
             columns,
             cos.stride(0),
             out.stride(0),
             column_offset,
-            SMOOTH=smooth is not None,
             GAIN=float(gain),
-            UPCAST=INTERPRET,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
-            **flags,
             **tile.options,
         )
     work.note("chunk_write", grid, 0, work.size(cos), work.size(out))

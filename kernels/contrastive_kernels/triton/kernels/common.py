@@ -5,6 +5,7 @@ Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,7 @@ import triton.language as tl
 from ..interpreter import INTERPRET
 
 LOG2E = 1.4426950408889634
+UPCAST = tl.constexpr(INTERPRET)
 MAXIMUM_COLUMNS = 2**31 - 129  # less the 128 numbers that stand for top-k's empty slots
 
 TRITON_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -65,6 +67,41 @@ def on_its_device(launcher):
     return guarded
 
 
+class Scales(NamedTuple):
+    """Factors of the cosines as one argument of a kernel: inverse norms of the rows (R,) and of the columns (C,); None for none."""
+
+    row: torch.Tensor | None
+    col: torch.Tensor | None
+
+    @classmethod
+    def of(cls, row: torch.Tensor | None, col: torch.Tensor | None) -> "Scales | None":
+        return None if row is None else cls(row, col)
+
+
+class Masks(NamedTuple):
+    """What takes candidates out of the rows' negatives, as one argument of a kernel. Vectors are contiguous: no stride is taken.
+
+    A field that is None is known to be so when the kernel is compiled, and costs nothing.
+
+    Args:
+        positive: (R,) int64, column of the row's positive; -1 for none.
+        ids, more_ids: ((R,), (C,)) int64; a column that bears its row's number is no negative.
+        threshold: (R,) cosines above which a column is no negative. keep: (C,) uint8, 0 where a column is no candidate.
+    """
+
+    positive: torch.Tensor | None
+    ids: tuple[torch.Tensor, torch.Tensor] | None
+    more_ids: tuple[torch.Tensor, torch.Tensor] | None
+    threshold: torch.Tensor | None
+    keep: torch.Tensor | None
+
+    @classmethod
+    def of(cls, positive=None, ids=(), threshold=None, keep=None) -> "Masks":
+        """From the launchers' arguments: at most two pairs of ids, and a bool `keep`."""
+        first, second = (*ids, None, None)[:2]
+        return cls(positive, first, second, threshold, None if keep is None else keep.view(torch.uint8))
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -82,7 +119,7 @@ def whole_blocks(matrix: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @triton.jit
-def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr):
     """acc + x @ y. The interpreter's products of bfloat16 are garbage, so there (UPCAST) operands are widened first."""
     if UPCAST:
         b_x = b_x.to(b_acc.dtype)
@@ -91,7 +128,7 @@ def _dot(b_x, b_y, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _narrow(b_x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+def _narrow(b_x, DTYPE: tl.constexpr):
     """Cast to the storage type, rounding to nearest even. The interpreter truncates to bfloat16: there the bits are rounded by hand."""
     if UPCAST and DTYPE == tl.bfloat16:
         b_bits = b_x.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -139,56 +176,45 @@ def _per_column(b_vector, ON_SIDE: tl.constexpr):
 
 
 @triton.jit
-def _drop(
-    b_cos,
-    o_r,
-    o_c,
-    m_r,
-    m_c,
-    o_global,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    EVEN_C: tl.constexpr,
-    ON_SIDE: tl.constexpr,
-):
-    """Cosines of a tile with everything that is no negative set to -1e30: positive, false negatives, padding.
-
-    -1e30 and not -inf, since its exponential is 0 all the same and 0 * -1e30 stays 0. Each condition is a comparison and a select
-    on the spot: anding boolean tiles would pack and unpack predicate registers, three times the instructions.
-    o_r, o_c index the per-row and per-column vectors; o_global is the column's number as `positive` counts it.
-    """
-    if HAS_THRESHOLD:
-        # first, while the cosines are themselves; not-greater keeps a NaN in, to be seen in the loss
-        b_threshold = tl.load(p_threshold + o_r, mask=m_r, other=float("inf"))
-        b_cos = tl.where(b_cos > _per_row(b_threshold, ON_SIDE), -1e30, b_cos)
-    if HAS_KEEP:
-        b_keep = tl.load(p_keep + o_c, mask=m_c, other=0)
-        b_cos = tl.minimum(b_cos, _per_column(tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
-    elif not EVEN_C:
-        b_cos = tl.minimum(b_cos, _per_column(tl.where(m_c, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
-    if HAS_POSITIVE:
-        # 32 bits are enough for a column's number and halve the comparisons
-        b_positive = tl.load(p_positive + o_r, mask=m_r, other=-1).to(tl.int32)
-        b_cos = tl.where(_per_row(b_positive, ON_SIDE) == _per_column(o_global.to(tl.int32), ON_SIDE), -1e30, b_cos)
-    if IDS >= 1:
-        b_cos = _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c, ON_SIDE)
-    if IDS >= 2:
-        b_cos = _drop_same(b_cos, p_row_id2, p_col_id2, o_r, o_c, m_r, m_c, ON_SIDE)
+def _scaled_cosines(b_cos, scales, o_r, o_c, m_r, m_c):
+    """Cosines of a (rows, columns) tile from its products."""
+    if scales is not None:
+        b_cos = b_cos * tl.load(scales.row + o_r, mask=m_r, other=0.0)[:, None]
+        b_cos = b_cos * tl.load(scales.col + o_c, mask=m_c, other=0.0)[None, :]
     return b_cos
 
 
 @triton.jit
-def _drop_same(b_cos, p_row_id, p_col_id, o_r, o_c, m_r, m_c, ON_SIDE: tl.constexpr):
+def _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_threshold, o_global, EVEN_C: tl.constexpr, ON_SIDE: tl.constexpr):
+    """Cosines of a tile with everything that is no negative set to -1e30: positive, false negatives, padding.
+
+    -1e30 and not -inf, since its exponential is 0 all the same and 0 * -1e30 stays 0. Each condition is a comparison and a select
+    on the spot: anding boolean tiles would pack and unpack predicate registers, three times the instructions.
+    o_r, o_c index the per-row and per-column vectors, o_threshold the thresholds; o_global is the column's number as `positive` counts it.
+    """
+    if masks.threshold is not None:
+        # first, while the cosines are themselves; not-greater keeps a NaN in, to be seen in the loss
+        b_threshold = tl.load(masks.threshold + o_threshold, mask=m_r, other=float("inf"))
+        b_cos = tl.where(b_cos > _per_row(b_threshold, ON_SIDE), -1e30, b_cos)
+    if masks.keep is not None:
+        b_keep = tl.load(masks.keep + o_c, mask=m_c, other=0)
+        b_cos = tl.minimum(b_cos, _per_column(tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
+    elif not EVEN_C:
+        b_cos = tl.minimum(b_cos, _per_column(tl.where(m_c, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
+    if masks.positive is not None:
+        # 32 bits are enough for a column's number and halve the comparisons
+        b_positive = tl.load(masks.positive + o_r, mask=m_r, other=-1).to(tl.int32)
+        b_cos = tl.where(_per_row(b_positive, ON_SIDE) == _per_column(o_global.to(tl.int32), ON_SIDE), -1e30, b_cos)
+    if masks.ids is not None:
+        b_cos = _drop_same(b_cos, masks.ids, o_r, o_c, m_r, m_c, ON_SIDE)
+    if masks.more_ids is not None:
+        b_cos = _drop_same(b_cos, masks.more_ids, o_r, o_c, m_r, m_c, ON_SIDE)
+    return b_cos
+
+
+@triton.jit
+def _drop_same(b_cos, ids, o_r, o_c, m_r, m_c, ON_SIDE: tl.constexpr):
     # the launchers' contract: a row whose id matches nothing comes with a number that no column bears
-    b_row = tl.load(p_row_id + o_r, mask=m_r, other=-0x7FFFFFFFFFFFFFFF)
-    b_col = tl.load(p_col_id + o_c, mask=m_c, other=-1)
+    b_row = tl.load(ids[0] + o_r, mask=m_r, other=-0x7FFFFFFFFFFFFFFF)
+    b_col = tl.load(ids[1] + o_c, mask=m_c, other=-1)
     return tl.where(_per_row(b_row, ON_SIDE) == _per_column(b_col, ON_SIDE), -1e30, b_cos)

@@ -12,6 +12,7 @@ Source: the design of this repository; the fixed shift is that of CLIP-style los
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,12 +23,13 @@ from .. import configs
 from .. import launch_log as work
 from . import warp_specialised
 from .common import (
-    INTERPRET,
-    TRITON_DTYPE,
+    Masks,
+    Scales,
     _dot,
     _drop,
     _grouped_tile,
     _narrow,
+    _scaled_cosines,
     _slices,
     accumulator,
     cdiv,
@@ -43,11 +45,34 @@ PANELS = ("auto", "plain", "warp_specialised")
 
 
 @triton.jit
-def _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """acc + X[:, k_from:k_to] Y[:, k_from:k_to]^T, both bounds multiples of BLOCK_K."""
     for k in range(k_from, k_to, BLOCK_K):
-        b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION, UPCAST)
+        b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION)
     return b_acc
+
+
+class Epilogue(NamedTuple):
+    """What a tile's epilogue reads and writes, as one argument of the kernels; None where a launch has no such thing.
+
+    Args:
+        e: (L, R, C), rows `stride_e` apart. exponent: 0-d. shift: (L, R). scales: of (L, R) and (L, C). masks: thresholds are (L, R).
+        row_part: (1 or 2, L, column tiles, R), the second for the greatest cosines. col_part: (L, row tiles, C).
+        column_offset: number of the first column, as positives count them. levels: L.
+    """
+
+    e: torch.Tensor | None
+    exponent: torch.Tensor
+    shift: torch.Tensor
+    scales: Scales | None
+    masks: Masks
+    row_part: torch.Tensor
+    col_part: torch.Tensor | None
+    rows: int
+    columns: int
+    stride_e: int
+    column_offset: int
+    levels: int
 
 
 @triton.jit
@@ -56,49 +81,24 @@ def _finish(
     i_r,
     i_c,
     level,
-    levels,
-    p_e,
-    p_exponent,
-    p_shift,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
-    p_row_part,
-    p_col_part,
-    R,
-    C,
-    stride_e,
-    column_offset,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    STORE: tl.constexpr,
+    out,
     ROW_MAX: tl.constexpr,
-    COL_SUM: tl.constexpr,
     EVEN_C: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """The epilogue: cosines of one tile and level -> E and partial sums in memory."""
+    """The epilogue: cosines of one tile and level -> E and partial sums in memory; `out` is an Epilogue."""
     ACC: tl.constexpr = b_acc.dtype
     WIDTH: tl.constexpr = BLOCK_C // SLICES
+    R, C = out.rows, out.columns
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     tiles_r, tiles_c = tl.cdiv(R, BLOCK_R).to(tl.int64), tl.cdiv(C, BLOCK_C).to(tl.int64)
     o_row = o_r + level * R
-    b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634  # exp(a) = exp2(a log2 e)
+    b_k = tl.load(out.exponent).to(ACC) * 1.4426950408889634  # exp(a) = exp2(a log2 e)
     # a row that takes no part has shift +inf, which makes its exponentials 0 without a comparison
-    b_shift = tl.load(p_shift + o_row, mask=m_r, other=float("inf")).to(ACC) * 1.4426950408889634
+    b_shift = tl.load(out.shift + o_row, mask=m_r, other=float("inf")).to(ACC) * 1.4426950408889634
     b_sum = tl.zeros((BLOCK_R,), ACC)
     b_max = tl.full((BLOCK_R,), -1e30, ACC)
     # finished in slices of columns: with all of E alive beside the accumulator the registers would spill
@@ -106,45 +106,22 @@ def _finish(
     for i_slice in tl.static_range(SLICES):
         o_c = i_c * BLOCK_C + i_slice * WIDTH + tl.arange(0, WIDTH)
         m_c = o_c < C
-        b_cos = b_slices[i_slice]
-        if HAS_SCALE:
-            b_cos = b_cos * tl.load(p_row_scale + o_row, mask=m_r, other=0.0)[:, None]
-            b_cos = b_cos * tl.load(p_col_scale + o_c + level * C, mask=m_c, other=0.0)[None, :]
-        b_cos = _drop(
-            b_cos,
-            o_r,
-            o_c,
-            m_r,
-            m_c,
-            o_c + column_offset,
-            p_positive,
-            p_row_id,
-            p_col_id,
-            p_row_id2,
-            p_col_id2,
-            p_threshold + level * R,
-            p_keep,
-            HAS_POSITIVE,
-            IDS,
-            HAS_THRESHOLD,
-            HAS_KEEP,
-            EVEN_C,
-            False,
-        )
+        b_cos = _scaled_cosines(b_slices[i_slice], out.scales, o_row, o_c + level * C, m_r, m_c)
+        b_cos = _drop(b_cos, out.masks, o_r, o_c, m_r, m_c, o_row, o_c + out.column_offset, EVEN_C, False)
         b_e = tl.exp2(b_cos * b_k - b_shift[:, None])
-        if STORE:
-            p_be = p_e + o_row[:, None] * stride_e + o_c[None, :]
-            tl.store(p_be, _narrow(b_e, p_e.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
+        if out.e is not None:
+            p_be = out.e + o_row[:, None] * out.stride_e + o_c[None, :]
+            tl.store(p_be, _narrow(b_e, out.e.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
         b_sum += tl.sum(b_e, 1)
         if ROW_MAX:
             b_max = tl.maximum(b_max, tl.max(b_cos, 1))
-        if COL_SUM:
-            tl.store(p_col_part + (level * tiles_r + i_r) * C + o_c, tl.sum(b_e, 0), mask=m_c)
+        if out.col_part is not None:
+            tl.store(out.col_part + (level * tiles_r + i_r) * C + o_c, tl.sum(b_e, 0), mask=m_c)
     # partial results lie as (statistic, level, column tile, row): a row tile writes one contiguous piece
-    p_part = p_row_part + (level * tiles_c + i_c) * R + o_r
+    p_part = out.row_part + (level * tiles_c + i_c) * R + o_r
     tl.store(p_part, b_sum, mask=m_r)
     if ROW_MAX:
-        tl.store(p_part + levels * tiles_c * R, b_max, mask=m_r)
+        tl.store(p_part + out.levels * tiles_c * R, b_max, mask=m_r)
 
 
 @triton.jit
@@ -153,42 +130,14 @@ def _tile(
     i_c,
     p_x,
     p_y,
-    p_e,
-    p_exponent,
-    p_shift,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
-    p_row_part,
-    p_col_part,
     p_levels,
-    R,
-    C,
+    out,
     D,
     stride_x,
     stride_y,
-    stride_e,
-    column_offset,
-    levels,
-    PREFIXES: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    STORE: tl.constexpr,
     ROW_MAX: tl.constexpr,
-    COL_SUM: tl.constexpr,
     EVEN_C: tl.constexpr,
-    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,248 +149,55 @@ def _tile(
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     o_k = tl.arange(0, BLOCK_K)
     # rows past the end read row 0 instead of being masked in the hot loop; the epilogue drops them
-    p_bx = p_x + tl.where(o_r < R, o_r, 0)[:, None] * stride_x + o_k[None, :]
-    p_by = p_y + tl.where(o_c < C, o_c, 0)[:, None] * stride_y + o_k[None, :]
-    b_acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-    if PREFIXES:
+    p_bx = p_x + tl.where(o_r < out.rows, o_r, 0)[:, None] * stride_x + o_k[None, :]
+    p_by = p_y + tl.where(o_c < out.columns, o_c, 0)[:, None] * stride_y + o_k[None, :]
+    b_acc = tl.zeros((BLOCK_R, BLOCK_C), out.row_part.dtype.element_ty)
+    if p_levels is not None:
         # Matryoshka levels share one sweep: the accumulator of a prefix grows into that of the next
         k_from = tl.load(p_levels) * 0
-        for level in range(levels):
+        for level in range(out.levels):
             k_to = tl.load(p_levels + level)
-            b_acc = _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K, PRECISION, UPCAST)
+            b_acc = _products(b_acc, p_bx, p_by, k_from, k_to, BLOCK_K, PRECISION)
             k_from = k_to
             # a zero that the compiler cannot tell: it would move every mask of the tile out of this loop, and spill them
             i_zero = level >> 30
-            _finish(
-                b_acc,
-                i_r + i_zero,
-                i_c + i_zero,
-                level,
-                levels,
-                p_e,
-                p_exponent,
-                p_shift,
-                p_row_scale,
-                p_col_scale,
-                p_positive,
-                p_row_id,
-                p_col_id,
-                p_row_id2,
-                p_col_id2,
-                p_threshold,
-                p_keep,
-                p_row_part,
-                p_col_part,
-                R,
-                C,
-                stride_e,
-                column_offset,
-                HAS_SCALE,
-                HAS_POSITIVE,
-                IDS,
-                HAS_THRESHOLD,
-                HAS_KEEP,
-                STORE,
-                ROW_MAX,
-                COL_SUM,
-                EVEN_C,
-                UPCAST,
-                BLOCK_R,
-                BLOCK_C,
-                SLICES,
-            )
+            _finish(b_acc, i_r + i_zero, i_c + i_zero, level, out, ROW_MAX, EVEN_C, BLOCK_R, BLOCK_C, SLICES)
     else:
-        b_acc = _products(b_acc, p_bx, p_by, 0, D, BLOCK_K, PRECISION, UPCAST)
-        _finish(
-            b_acc,
-            i_r,
-            i_c,
-            0,
-            1,
-            p_e,
-            p_exponent,
-            p_shift,
-            p_row_scale,
-            p_col_scale,
-            p_positive,
-            p_row_id,
-            p_col_id,
-            p_row_id2,
-            p_col_id2,
-            p_threshold,
-            p_keep,
-            p_row_part,
-            p_col_part,
-            R,
-            C,
-            stride_e,
-            column_offset,
-            HAS_SCALE,
-            HAS_POSITIVE,
-            IDS,
-            HAS_THRESHOLD,
-            HAS_KEEP,
-            STORE,
-            ROW_MAX,
-            COL_SUM,
-            EVEN_C,
-            UPCAST,
-            BLOCK_R,
-            BLOCK_C,
-            SLICES,
-        )
+        b_acc = _products(b_acc, p_bx, p_by, 0, D, BLOCK_K, PRECISION)
+        _finish(b_acc, i_r, i_c, 0, out, ROW_MAX, EVEN_C, BLOCK_R, BLOCK_C, SLICES)
 
 
 @triton.jit
 def _exp_panel_kernel(
     p_x,
     p_y,
-    p_e,
-    p_exponent,
-    p_shift,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
-    p_row_part,
-    p_col_part,
     p_levels,
     p_redo,
-    R,
-    C,
+    out,
     D,
     stride_x,
     stride_y,
-    stride_e,
-    column_offset,
-    levels,
-    PREFIXES: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    STORE: tl.constexpr,
     ROW_MAX: tl.constexpr,
-    COL_SUM: tl.constexpr,
     REDO: tl.constexpr,
     EVEN_C: tl.constexpr,
-    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    if REDO:
-        # second launch for rows whose shift was unsafe: few programs, and nearly every one leaves here
-        i_r = tl.program_id(0) // REDO
+    if p_redo is None:
+        i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(out.rows, BLOCK_R), tl.cdiv(out.columns, BLOCK_C), GROUP)
+        _tile(i_r, i_c, p_x, p_y, p_levels, out, D, stride_x, stride_y, ROW_MAX, EVEN_C, PRECISION, BLOCK_R, BLOCK_C, BLOCK_K, SLICES)
+    else:
+        # second launch for rows whose shift was unsafe: REDO programs a tile of rows, and nearly every one leaves here
+        i_r, i_c = tl.program_id(0) // REDO, tl.program_id(0) % REDO
         if tl.load(p_redo + i_r) == 0:
             return
-        i_c = tl.program_id(0) % REDO
-        while i_c < tl.cdiv(C, BLOCK_C):
-            _tile(
-                i_r,
-                i_c,
-                p_x,
-                p_y,
-                p_e,
-                p_exponent,
-                p_shift,
-                p_row_scale,
-                p_col_scale,
-                p_positive,
-                p_row_id,
-                p_col_id,
-                p_row_id2,
-                p_col_id2,
-                p_threshold,
-                p_keep,
-                p_row_part,
-                p_col_part,
-                p_levels,
-                R,
-                C,
-                D,
-                stride_x,
-                stride_y,
-                stride_e,
-                column_offset,
-                levels,
-                PREFIXES,
-                HAS_SCALE,
-                HAS_POSITIVE,
-                IDS,
-                HAS_THRESHOLD,
-                HAS_KEEP,
-                STORE,
-                ROW_MAX,
-                COL_SUM,
-                EVEN_C,
-                ACC,
-                PRECISION,
-                UPCAST,
-                BLOCK_R,
-                BLOCK_C,
-                BLOCK_K,
-                SLICES,
-            )
+        while i_c < tl.cdiv(out.columns, BLOCK_C):
+            _tile(i_r, i_c, p_x, p_y, p_levels, out, D, stride_x, stride_y, ROW_MAX, EVEN_C, PRECISION, BLOCK_R, BLOCK_C, BLOCK_K, SLICES)
             i_c += REDO
-    else:
-        i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
-        _tile(
-            i_r,
-            i_c,
-            p_x,
-            p_y,
-            p_e,
-            p_exponent,
-            p_shift,
-            p_row_scale,
-            p_col_scale,
-            p_positive,
-            p_row_id,
-            p_col_id,
-            p_row_id2,
-            p_col_id2,
-            p_threshold,
-            p_keep,
-            p_row_part,
-            p_col_part,
-            p_levels,
-            R,
-            C,
-            D,
-            stride_x,
-            stride_y,
-            stride_e,
-            column_offset,
-            levels,
-            PREFIXES,
-            HAS_SCALE,
-            HAS_POSITIVE,
-            IDS,
-            HAS_THRESHOLD,
-            HAS_KEEP,
-            STORE,
-            ROW_MAX,
-            COL_SUM,
-            EVEN_C,
-            ACC,
-            PRECISION,
-            UPCAST,
-            BLOCK_R,
-            BLOCK_C,
-            BLOCK_K,
-            SLICES,
-        )
 
 
 @dataclass
@@ -543,7 +299,7 @@ def exp_panel(
     """
     check_dtype("exp_panel", x.dtype)
     check_columns("exp_panel", column_offset + len(y))
-    rows, columns, width = len(x), len(y), x.shape[1]
+    rows, columns = len(x), len(y)
     acc = accumulator(x.dtype)
     device = x.device
     number = 1 if levels is None else len(levels)
@@ -563,70 +319,40 @@ def exp_panel(
         tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None, odd)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
-    width = x.shape[1]
     if out is None and store:
         out = torch.empty(number, rows, columns, dtype=x.dtype, device=device)
-    exponent = scalar(scale, acc, device)
     row_part = torch.empty(1 + row_max, number, tiles_c, rows, dtype=acc, device=device)
-    col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else x
-    (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
+    col_part = torch.empty(number, tiles_r, columns, dtype=acc, device=device) if col_sum else None
+    epilogue = Epilogue(
+        e=out if store else None,
+        exponent=scalar(scale, acc, device),
+        shift=shift if shift.dtype == acc else shift.to(acc),
+        scales=Scales.of(row_scale, col_scale),
+        masks=Masks.of(positive, ids, threshold, keep),
+        row_part=row_part,
+        col_part=col_part,
+        rows=rows,
+        columns=columns,
+        stride_e=out.stride(-2) if store else 0,
+        column_offset=column_offset,
+        levels=number,
+    )
     if rows and columns and special:
-        warp_specialised.launch(
-            x,
-            y,
-            out[0] if store else None,
-            exponent,
-            shift.to(acc),
-            row_scale,
-            col_scale,
-            positive,
-            row_part[0, 0],
-            column_offset,
-            tile,
-            configs.processors(device),
-        )
+        warp_specialised.launch(x, y, epilogue, tile, configs.processors(device))
     elif rows and columns:
-        _exp_panel_kernel[(tiles_r * (REDO_PROGRAMS if redo is not None else tiles_c),)](
+        _exp_panel_kernel[(tiles_r * (tiles_c if redo is None else REDO_PROGRAMS),)](
             x,
             y,
-            out if store else x,
-            exponent,
-            shift if shift.dtype == acc else shift.to(acc),
-            x if row_scale is None else row_scale,
-            x if col_scale is None else col_scale,
-            x if positive is None else positive,
-            row_id,
-            col_id,
-            row_id2,
-            col_id2,
-            x if threshold is None else threshold,
-            x if keep is None else keep.view(torch.uint8),
-            row_part,
-            col_part,
-            x if levels is None else levels,
-            x if redo is None else redo,
-            rows,
-            columns,
-            width,
+            levels,
+            redo,
+            epilogue,
+            x.shape[1],
             x.stride(0),
             y.stride(0),
-            out.stride(-2) if store else 0,
-            column_offset,
-            number,
-            PREFIXES=levels is not None,
-            HAS_SCALE=row_scale is not None,
-            HAS_POSITIVE=positive is not None,
-            IDS=len(ids),
-            HAS_THRESHOLD=threshold is not None,
-            HAS_KEEP=keep is not None,
-            STORE=store,
             ROW_MAX=row_max,
-            COL_SUM=col_sum,
-            REDO=0 if redo is None else REDO_PROGRAMS,
+            REDO=REDO_PROGRAMS,
             EVEN_C=columns % tile.block_c == 0,
-            ACC=TRITON_DTYPE[acc],
             PRECISION=dot_precision(x.dtype),
-            UPCAST=INTERPRET,
             GROUP=tile.group,
             SLICES=tile.slices,
             **tile.constants,
@@ -639,8 +365,8 @@ def exp_panel(
         work.note(
             "exp_panel_warp_specialised" if special else "exp_panel",
             tiles_r * tiles_c,
-            2 * tiles_r * tile.block_r * tiles_c * tile.block_c * cdiv(width, tile.block_k) * tile.block_k,
+            2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1],
             work.size(x, y),
-            work.size(out if store else None, row_part) + (work.size(col_part) if col_sum else 0),
+            work.size(out if store else None, row_part, col_part),
         )
-    return ExpPanel(out, row_part, col_part if col_sum else None)
+    return ExpPanel(out, row_part, col_part)

@@ -19,8 +19,8 @@ import triton.language as tl
 from .. import configs
 from .. import launch_log as work
 from .common import (
-    INTERPRET,
-    TRITON_DTYPE,
+    Masks,
+    Scales,
     _dot,
     _drop,
     _narrow,
@@ -45,15 +45,8 @@ def _fused_fwd_kernel(
     p_x,
     p_y,
     p_exponent,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
+    scales,
+    masks,
     p_shift,
     p_total,
     p_best,
@@ -65,20 +58,13 @@ def _fused_fwd_kernel(
     per_share,
     column_offset,
     gain,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    WITH_SUM: tl.constexpr,
     EVEN_C: tl.constexpr,
-    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    ACC: tl.constexpr = p_total.dtype.element_ty
     i_r, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
@@ -87,38 +73,18 @@ def _fused_fwd_kernel(
     b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634
     b_best = tl.full((BLOCK_R,), -1e30, ACC)
     b_total = tl.zeros((BLOCK_R,), ACC)
-    b_out = tl.zeros((BLOCK_R, BLOCK_D if WITH_SUM else 16), ACC)
+    b_out = tl.zeros((BLOCK_R, BLOCK_D if p_out is not None else 16), ACC)
     first = i_share * per_share
     for start in range(first, tl.minimum(first + per_share, C), BLOCK_C):
         o_c = start + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
         # columns past the end read column 0; _drop takes them out
         b_y = tl.load(p_y + tl.where(m_c, o_c, 0)[:, None] * stride_y + o_d[None, :])
-        b_cos = _dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_R, BLOCK_C), ACC), PRECISION, UPCAST)
-        if HAS_SCALE:
-            b_col_scale = tl.load(p_col_scale + o_c, mask=m_c, other=0.0)
-            b_cos = b_cos * tl.load(p_row_scale + o_r, mask=m_r, other=0.0)[:, None] * b_col_scale[None, :]
-        b_cos = _drop(
-            b_cos,
-            o_r,
-            o_c,
-            m_r,
-            m_c,
-            o_c + column_offset,
-            p_positive,
-            p_row_id,
-            p_col_id,
-            p_row_id2,
-            p_col_id2,
-            p_threshold,
-            p_keep,
-            HAS_POSITIVE,
-            IDS,
-            HAS_THRESHOLD,
-            HAS_KEEP,
-            EVEN_C,
-            False,
-        )
+        b_cos = _dot(b_x, tl.trans(b_y), tl.zeros((BLOCK_R, BLOCK_C), ACC), PRECISION)
+        if scales is not None:
+            b_col_scale = tl.load(scales.col + o_c, mask=m_c, other=0.0)
+            b_cos = b_cos * tl.load(scales.row + o_r, mask=m_r, other=0.0)[:, None] * b_col_scale[None, :]
+        b_cos = _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_r, o_c + column_offset, EVEN_C, False)
         b_new = tl.maximum(b_best, tl.max(b_cos, 1))
         # nothing kept so far: relative to 0, where -1e30 gives 0 and not exp(0)
         b_base = tl.where(b_new > -1e29, b_new, 0.0) * b_k
@@ -126,16 +92,16 @@ def _fused_fwd_kernel(
         b_e = tl.exp2(b_cos * b_k - b_base[:, None])
         b_total = b_total * b_rescale + tl.sum(b_e, 1)
         b_best = b_new
-        if WITH_SUM:
-            if HAS_SCALE:
+        if p_out is not None:
+            if scales is not None:
                 b_e = b_e * b_col_scale[None, :]
-            b_out = _dot(_narrow(b_e * gain, b_x.dtype, UPCAST), b_y, b_out * b_rescale[:, None], PRECISION, UPCAST)
+            b_out = _dot(_narrow(b_e * gain, b_x.dtype), b_y, b_out * b_rescale[:, None], PRECISION)
     o_part = i_share * R + o_r
     b_any = b_best > -1e29
     tl.store(p_best + o_part, tl.where(b_any, b_best, float("-inf")), mask=m_r)
     tl.store(p_shift + o_part, tl.where(b_any, b_best * tl.load(p_exponent).to(ACC), float("-inf")), mask=m_r)
     tl.store(p_total + o_part, b_total, mask=m_r)
-    if WITH_SUM:
+    if p_out is not None:
         tl.store(p_out + o_part[:, None] * BLOCK_D + o_d[None, :], b_out / gain, mask=m_r[:, None])
 
 
@@ -146,15 +112,8 @@ def _fused_bwd_kernel(
     p_exponent,
     p_shift,
     p_factor,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_row_id2,
-    p_col_id2,
-    p_threshold,
-    p_keep,
+    scales,
+    masks,
     p_out,
     R,
     C,
@@ -162,19 +121,13 @@ def _fused_bwd_kernel(
     stride_y,
     per_share,
     column_offset,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    IDS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
     EVEN_C: tl.constexpr,
-    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    ACC: tl.constexpr = p_out.dtype.element_ty
     # tiles stand on their side, (columns, rows): the product that follows takes them as they lie in registers
     i_c, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -188,37 +141,17 @@ def _fused_bwd_kernel(
         o_r = start + tl.arange(0, BLOCK_R).to(tl.int64)
         m_r = o_r < R
         b_x = tl.load(p_x + tl.where(m_r, o_r, 0)[:, None] * stride_x + o_d[None, :])
-        b_cos = _dot(b_y, tl.trans(b_x), tl.zeros((BLOCK_C, BLOCK_R), ACC), PRECISION, UPCAST)
+        b_cos = _dot(b_y, tl.trans(b_x), tl.zeros((BLOCK_C, BLOCK_R), ACC), PRECISION)
         # a row that takes no part, or is past the end, has shift +inf and factor 0
         b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf")).to(ACC) * 1.4426950408889634
         b_factor = tl.load(p_factor + o_r, mask=m_r, other=0.0).to(ACC)
-        if HAS_SCALE:
-            b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=0.0)
-            b_cos = b_cos * tl.load(p_col_scale + o_c, mask=m_c, other=0.0)[:, None] * b_row_scale[None, :]
+        if scales is not None:
+            b_row_scale = tl.load(scales.row + o_r, mask=m_r, other=0.0)
+            b_cos = b_cos * tl.load(scales.col + o_c, mask=m_c, other=0.0)[:, None] * b_row_scale[None, :]
             b_factor = b_factor * b_row_scale
-        b_cos = _drop(
-            b_cos,
-            o_r,
-            o_c,
-            m_r,
-            m_c,
-            o_c + column_offset,
-            p_positive,
-            p_row_id,
-            p_col_id,
-            p_row_id2,
-            p_col_id2,
-            p_threshold,
-            p_keep,
-            HAS_POSITIVE,
-            IDS,
-            HAS_THRESHOLD,
-            HAS_KEEP,
-            EVEN_C,
-            True,
-        )
+        b_cos = _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_r, o_c + column_offset, EVEN_C, True)
         b_e = tl.exp2(b_cos * b_k - b_shift[None, :]) * b_factor[None, :]
-        b_out = _dot(_narrow(b_e, b_x.dtype, UPCAST), b_x, b_out, PRECISION, UPCAST)
+        b_out = _dot(_narrow(b_e, b_x.dtype), b_x, b_out, PRECISION)
     tl.store(p_out + (i_share * C + o_c)[:, None] * BLOCK_D + o_d[None, :], b_out, mask=m_c[:, None])
 
 
@@ -250,21 +183,8 @@ def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_
             "fused: expected bfloat16 or float32 rows beside inverse norms, got float16, which cannot hold exponentials; normalise first"
         )
     block_d = block_width(x.shape[1])
-    (row_id, col_id), (row_id2, col_id2) = (*ids, (x, x), (x, x))[:2]
-    pointers = [x if v is None else v for v in (row_scale, col_scale, positive, row_id, col_id, row_id2, col_id2, threshold)]
-    pointers.append(x if keep is None else keep.view(torch.uint8))
-    flags = dict(
-        HAS_SCALE=row_scale is not None,
-        HAS_POSITIVE=positive is not None,
-        IDS=len(ids),
-        HAS_THRESHOLD=threshold is not None,
-        HAS_KEEP=keep is not None,
-        ACC=TRITON_DTYPE[accumulator(x.dtype)],
-        PRECISION=dot_precision(x.dtype),
-        UPCAST=INTERPRET,
-        BLOCK_D=block_d,
-    )
-    return whole_blocks(x, block_d), whole_blocks(y, block_d), block_d, pointers, flags
+    scales, masks = Scales.of(row_scale, col_scale), Masks.of(positive, ids, threshold, keep)
+    return whole_blocks(x, block_d), whole_blocks(y, block_d), block_d, scales, masks
 
 
 def _cut(steps: int, programs: int, device, shares) -> tuple[int, int]:
@@ -297,20 +217,21 @@ def fused_forward(
     Raises: ValueError for a dtype or width that the kernel does not take.
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
-    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
+    x, y, block_d, scales, masks = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
     tile = tile or configs.fused(
         configs.architecture(device), block_d, "forward", configs.is_rich(columns, ids, threshold, keep, row_scale)
     )
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     shares, per_share = _cut(tiles_c, tiles_r, device, shares) if columns else (1, 0)
     shift, total, best = (torch.empty(shares, rows, dtype=acc, device=device) for _ in range(3))
-    out = torch.empty(shares, rows, block_d, dtype=acc, device=device) if weighted else shift
+    out = torch.empty(shares, rows, block_d, dtype=acc, device=device) if weighted else None
     if rows:
         _fused_fwd_kernel[(tiles_r, shares)](
             x,
             y,
             scalar(scale, acc, device),
-            *pointers,
+            scales,
+            masks,
             shift,
             total,
             best,
@@ -322,17 +243,15 @@ def fused_forward(
             per_share * tile.block_c,
             column_offset,
             GAIN.get(x.dtype, 1.0),
-            WITH_SUM=weighted,
             EVEN_C=columns % tile.block_c == 0,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
-            **flags,
+            PRECISION=dot_precision(x.dtype),
+            BLOCK_D=block_d,
             **tile.options,
         )
     flops = (4 if weighted else 2) * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d
-    work.note(
-        "fused_forward", tiles_r * shares, flops, work.size(x, y), work.size(shift, total, best) + (work.size(out) if weighted else 0)
-    )
+    work.note("fused_forward", tiles_r * shares, flops, work.size(x, y), work.size(shift, total, best, out))
     if shares == 1:
         return FusedSums(shift[0], total[0], best[0], out[0][:, :width] if weighted else None)
     top = shift.amax(0)
@@ -364,7 +283,7 @@ def fused_backward(
     shift: (R,), at least the row's greatest logit, +inf for a row without part. factor: (R,). The rest as for `fused_forward`.
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
-    x, y, block_d, pointers, flags = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
+    x, y, block_d, scales, masks = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
     tile = tile or configs.fused(
         configs.architecture(device), block_d, "backward", configs.is_rich(columns, ids, threshold, keep, row_scale)
     )
@@ -384,7 +303,8 @@ def fused_backward(
             scalar(scale, acc, device),
             shift.to(acc),
             factor.to(acc),
-            *pointers,
+            scales,
+            masks,
             out,
             rows,
             columns,
@@ -395,7 +315,8 @@ def fused_backward(
             EVEN_C=columns % tile.block_c == 0,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
-            **flags,
+            PRECISION=dot_precision(x.dtype),
+            BLOCK_D=block_d,
             **tile.options,
         )
     work.note(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .. import launch_log as work
-from .common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, check_dtype, on_its_device
+from .common import TRITON_DTYPE, _narrow, accumulator, check_dtype, on_its_device
 
 BLOCK_D = 1024
 BLOCK_L = 1024
@@ -32,17 +32,7 @@ def _last_token_kernel(p_mask, p_index, L, stride_b, stride_l, BLOCK_L: tl.const
 
 @triton.jit
 def _pool_fwd_kernel(
-    p_hidden,
-    p_index,
-    p_out,
-    p_inverse,
-    D,
-    stride_h,
-    eps,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    p_hidden, p_index, p_out, p_inverse, D, stride_h, eps, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
@@ -60,23 +50,12 @@ def _pool_fwd_kernel(
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
         b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
-        tl.store(p_out + i_b * D + o_d, _narrow(b_h * b_factor, p_out.dtype.element_ty, UPCAST), mask=o_d < D)
+        tl.store(p_out + i_b * D + o_d, _narrow(b_h * b_factor, p_out.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit
 def _pool_bwd_kernel(
-    p_grad,
-    p_hidden,
-    p_index,
-    p_inverse,
-    p_out,
-    D,
-    stride_g,
-    stride_h,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    p_grad, p_hidden, p_index, p_inverse, p_out, D, stride_g, stride_h, NORMALIZE: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
@@ -96,7 +75,7 @@ def _pool_bwd_kernel(
         if NORMALIZE:
             b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
             b_g = (b_g - b_dot * b_h) * b_inverse
-        tl.store(p_out + i_b * D + o_d, _narrow(b_g, p_out.dtype.element_ty, UPCAST), mask=o_d < D)
+        tl.store(p_out + i_b * D + o_d, _narrow(b_g, p_out.dtype.element_ty), mask=o_d < D)
 
 
 @on_its_device
@@ -146,7 +125,6 @@ def pool_forward(hidden, index, *, normalize=True, eps=1e-12) -> tuple[torch.Ten
             eps,
             NORMALIZE=normalize,
             ACC=TRITON_DTYPE[acc],
-            UPCAST=INTERPRET,
             BLOCK_D=_block(width),
             num_warps=4,
         )
@@ -176,7 +154,6 @@ def pool_backward(grad, hidden, index, inverse, *, normalize=True) -> torch.Tens
             hidden.stride(0),
             NORMALIZE=normalize,
             ACC=TRITON_DTYPE[inverse.dtype],
-            UPCAST=INTERPRET,
             BLOCK_D=_block(width),
             num_warps=4,
         )

@@ -132,21 +132,7 @@ def _mark_sums_kernel(p_total, p_shift, p_marks, R, parts, above, below, BLOCK: 
 
 
 @triton.jit
-def _mark_kernel(
-    p_best,
-    p_shift,
-    p_exponent,
-    p_within,
-    p_own,
-    p_marks,
-    R,
-    parts,
-    above,
-    below,
-    HAS_WITHIN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+def _mark_kernel(p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     ACC: tl.constexpr = p_shift.dtype.element_ty
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
@@ -155,7 +141,7 @@ def _mark_kernel(
     b_top = b_best * tl.load(p_exponent).to(ACC)
     b_off = b_top - b_shift
     b_unsafe = ((b_off > above) | (b_off < below)) & (b_best > -1e29) & (b_shift < float("inf"))
-    if HAS_WITHIN:
+    if p_within is not None:
         # of other tiles there are no maxima: what was read is unwritten memory
         b_unsafe = b_unsafe & (tl.load(p_within + tl.program_id(0)) != 0)
     tl.store(p_own + o_r, tl.where(b_unsafe, b_top, b_shift), mask=m_r)
@@ -195,12 +181,7 @@ def _finish_kernel(
     again_parts,
     best_parts,
     mark_rows,
-    HAS_PART: tl.constexpr,
-    HAS_BEST: tl.constexpr,
-    HAS_AGAIN: tl.constexpr,
     HAS_PRIOR: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr,
-    FINISH: tl.constexpr,
     OWN_SHIFT: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
@@ -217,13 +198,13 @@ def _finish_kernel(
     b_logits = tl.zeros((BLOCK,), ACC)
     b_count = tl.zeros((BLOCK,), ACC)
     b_written = b_shift  # the shift of the exponentials in memory
-    if HAS_PART:
+    if p_total is not None:
         b_total = _sum_parts(p_total, o_r, m_r, R, parts, ACC, BLOCK, PARTS)
         b_written = tl.load(p_shift + o_r, mask=m_r, other=float("inf"))
-        if HAS_BEST:
+        if p_best is not None:
             b_best = _greatest_part(p_best, o_r, m_r, R, best_parts, ACC, BLOCK, PARTS)
             b_best = tl.where(b_best > -1e29, b_best, float("-inf"))
-        if HAS_AGAIN:
+        if p_again is not None:
             if tl.load(p_marks + tl.program_id(0) * BLOCK // mark_rows) != 0:
                 b_again = _sum_parts(p_again, o_r, m_r, R, again_parts, ACC, BLOCK, PARTS)
                 b_own = tl.load(p_own + o_r, mask=m_r, other=float("inf"))
@@ -232,7 +213,7 @@ def _finish_kernel(
         if SMOOTH:
             b_logits = tl.load(p_logits + o_r, mask=m_r, other=0.0)
             b_count = tl.load(p_count + o_r, mask=m_r, other=0.0)
-        if HAS_ACTIVE:
+        if p_active is not None:
             b_active = tl.load(p_active + o_r, mask=m_r, other=0) != 0
             b_total = tl.where(b_active, b_total, 0.0)
             b_best = tl.where(b_active, b_best, float("-inf"))
@@ -249,14 +230,14 @@ def _finish_kernel(
         if SMOOTH:
             b_logits += tl.load(p_sums + 3 * N + o_r, mask=m_r, other=0.0)
             b_count += tl.load(p_sums + 4 * N + o_r, mask=m_r, other=0.0)
-    if HAS_PART:
+    if p_total is not None:
         tl.store(p_sums + o_r, b_shift, mask=m_r)
         tl.store(p_sums + N + o_r, b_total, mask=m_r)
         tl.store(p_sums + 2 * N + o_r, b_best, mask=m_r)
         if SMOOTH:
             tl.store(p_sums + 3 * N + o_r, b_logits, mask=m_r)
             tl.store(p_sums + 4 * N + o_r, b_count, mask=m_r)
-    if FINISH:
+    if p_inverse_temperature is not None:
         b_inverse = tl.load(p_inverse_temperature).to(ACC)
         b_weight = tl.load(p_weight + o_r, mask=m_r, other=0.0)
         b_positive = tl.load(p_positive + o_r, mask=m_r, other=0.0) * b_inverse
@@ -280,7 +261,7 @@ def _finish_kernel(
             b_factor = b_factor * 0.0 + 1.0 / GAIN
             b_last = b_lse
         b_apart = b_none
-        if HAS_ACTIVE:
+        if p_active is not None:
             b_apart = b_apart | (tl.load(p_active + o_r, mask=m_r, other=0) == 0)
         tl.store(p_results + o_r, tl.where(b_weight != 0, b_weight * b_loss, 0.0), mask=m_r)
         tl.store(p_results + N + o_r, b_lse, mask=m_r)
@@ -327,20 +308,7 @@ def mark(
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
         _mark_kernel[(tiles,)](
-            best,
-            shift,
-            exponent,
-            marks if within is None else within,
-            own,
-            marks,
-            rows,
-            parts,
-            SAFE_ABOVE,
-            SAFE_BELOW,
-            HAS_WITHIN=within is not None,
-            BLOCK=block_r,
-            PARTS=MARK_PARTS,
-            num_warps=4,
+            best, shift, exponent, within, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4
         )
     work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own))
     return own, marks
@@ -368,43 +336,35 @@ def finish(
             was written. With label smoothing it belongs to exp(logit - lse) - smooth. gain: the caller's E is so many times greater.
     """
     matrix, results = state.sums.matrix[:, rows], state.results[:, rows]
-    count, anything = results.shape[1], matrix
+    count = results.shape[1]
     active, given, finishing = direction.active, parts or Parts(None, None), inverse_temperature is not None
     block = min(BLOCK, given.block_r)  # of rows that share a mark
     programs = cdiv(count, block)
     if not count:
         return
 
-    def pointer(tensor):
-        return anything if tensor is None else tensor
-
     _finish_kernel[(programs,)](
         matrix,
         results,
-        pointer(given.total),
-        pointer(given.shift),
-        pointer(given.best),
-        pointer(given.own),
-        pointer(given.marks),
-        pointer(given.again),
-        pointer(given.logits),
-        pointer(given.count),
-        direction.positive[rows] if finishing else anything,
-        pointer(inverse_temperature),
-        direction.weight[rows] if finishing else anything,
-        anything if active is None else active[rows].view(torch.uint8),
+        given.total,
+        given.shift,
+        given.best,
+        given.own,
+        given.marks,
+        given.again,
+        given.logits,
+        given.count,
+        direction.positive[rows] if finishing else None,
+        inverse_temperature,
+        direction.weight[rows] if finishing else None,
+        None if active is None else active[rows].view(torch.uint8),
         count,
         matrix.stride(0),
         0 if given.total is None else len(given.total),
         0 if given.again is None else len(given.again),
         0 if given.best is None else len(given.best),
         given.block_r,
-        HAS_PART=parts is not None,
-        HAS_BEST=given.best is not None,
-        HAS_AGAIN=given.again is not None,
         HAS_PRIOR=prior,
-        HAS_ACTIVE=active is not None,
-        FINISH=finishing,
         OWN_SHIFT=own_shift,
         SMOOTHING=float(state.smoothing),
         GAIN=float(gain),

@@ -21,11 +21,12 @@ from .. import launch_log as work
 from ..operand_views import Side, tight
 from ..products import add_scaled_matmul, matmul, row_scaled
 from .common import (
-    INTERPRET,
-    TRITON_DTYPE,
+    Masks,
+    Scales,
     _dot,
     _grouped_tile,
     _narrow,
+    _scaled_cosines,
     _slices,
     accumulator,
     cdiv,
@@ -62,12 +63,8 @@ def _sigmoid_kernel(
     p_g,
     p_scale,
     p_bias,
-    p_row_scale,
-    p_col_scale,
-    p_positive,
-    p_row_id,
-    p_col_id,
-    p_keep,
+    scales,
+    masks,
     p_part,
     R,
     C,
@@ -75,21 +72,15 @@ def _sigmoid_kernel(
     stride_x,
     stride_y,
     column_offset,
-    HAS_SCALE: tl.constexpr,
-    HAS_POSITIVE: tl.constexpr,
-    HAS_ID: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    STORE: tl.constexpr,
     GAIN: tl.constexpr,
-    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
 ):
+    ACC: tl.constexpr = p_part.dtype.element_ty
     tiles_c = tl.cdiv(C, BLOCK_C)
     i_r, i_c = _grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_R), tiles_c, GROUP)
     i_r, i_c = i_r.to(tl.int64), i_c.to(tl.int64)
@@ -99,7 +90,7 @@ def _sigmoid_kernel(
     p_by = p_y + tl.where(o_c < C, o_c, 0)[:, None] * stride_y + o_k[None, :]
     b_acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for k in range(0, D, BLOCK_K):
-        b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION, UPCAST)
+        b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION)
     b_scale, b_bias = tl.load(p_scale).to(ACC), tl.load(p_bias).to(ACC)
     b_loss, b_slope, b_along = tl.zeros((BLOCK_R,), ACC), tl.zeros((BLOCK_R,), ACC), tl.zeros((BLOCK_R,), ACC)
     WIDTH: tl.constexpr = BLOCK_C // SLICES
@@ -107,38 +98,35 @@ def _sigmoid_kernel(
     for i_slice in tl.static_range(SLICES):
         o_c = i_c * BLOCK_C + i_slice * WIDTH + tl.arange(0, WIDTH)
         m_c = o_c < C
-        b_cos = b_slices[i_slice]
-        if HAS_SCALE:
-            b_cos = b_cos * tl.load(p_row_scale + o_r, mask=m_r, other=0.0)[:, None]
-            b_cos = b_cos * tl.load(p_col_scale + o_c, mask=m_c, other=0.0)[None, :]
+        b_cos = _scaled_cosines(b_slices[i_slice], scales, o_r, o_c, m_r, m_c)
         b_x = b_cos * b_scale + b_bias
         b_sign = tl.full((BLOCK_R, WIDTH), 1.0, ACC)  # -z
-        if HAS_POSITIVE:
-            b_positive = tl.load(p_positive + o_r, mask=m_r, other=-1)
+        if masks.positive is not None:
+            b_positive = tl.load(masks.positive + o_r, mask=m_r, other=-1)
             b_sign = tl.where(b_positive[:, None] == (o_c + column_offset)[None, :], -1.0, b_sign)
-        if HAS_ID:
-            b_row = tl.load(p_row_id + o_r, mask=m_r, other=-0x7FFFFFFFFFFFFFFF)
-            b_sign = tl.where(b_row[:, None] == tl.load(p_col_id + o_c, mask=m_c, other=-1)[None, :], -1.0, b_sign)
+        if masks.ids is not None:
+            b_row = tl.load(masks.ids[0] + o_r, mask=m_r, other=-0x7FFFFFFFFFFFFFFF)
+            b_sign = tl.where(b_row[:, None] == tl.load(masks.ids[1] + o_c, mask=m_c, other=-1)[None, :], -1.0, b_sign)
         b_s = b_x * b_sign
         b_e = tl.exp2(-tl.abs(b_s) * 1.4426950408889634)
         b_pair = tl.maximum(b_s, 0.0) + _log1p(b_e)
         b_g = tl.where(b_s >= 0, b_sign, b_e * b_sign) * (1.0 / (1.0 + b_e))
-        m_there = m_c
-        if HAS_KEEP:
-            m_there = tl.load(p_keep + o_c, mask=m_c, other=0) != 0
-        b_pair = tl.where(m_there[None, :], b_pair, 0.0)
-        b_g = tl.where(m_there[None, :], b_g, 0.0)
+        m_candidate = m_c
+        if masks.keep is not None:
+            m_candidate = tl.load(masks.keep + o_c, mask=m_c, other=0) != 0
+        b_pair = tl.where(m_candidate[None, :], b_pair, 0.0)
+        b_g = tl.where(m_candidate[None, :], b_g, 0.0)
         b_loss += tl.sum(b_pair, 1)
-        if STORE:
+        if p_g is not None:
             b_slope += tl.sum(b_g, 1)
             b_along += tl.sum(b_g * b_cos, 1)
             if GAIN != 1.0:
                 b_g = b_g * GAIN
-            tl.store(p_g + o_r[:, None] * C + o_c[None, :], _narrow(b_g, p_g.dtype.element_ty, UPCAST), mask=m_r[:, None] & m_c[None, :])
+            tl.store(p_g + o_r[:, None] * C + o_c[None, :], _narrow(b_g, p_g.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
     # partial results lie as (what, column tile, row)
     p_out = p_part + i_c * R + o_r
     tl.store(p_out, b_loss, mask=m_r)
-    if STORE:
+    if p_g is not None:
         tl.store(p_out + tiles_c.to(tl.int64) * R, b_slope, mask=m_r)
         tl.store(p_out + 2 * tiles_c.to(tl.int64) * R, b_along, mask=m_r)
 
@@ -162,20 +150,15 @@ def sigmoid_panel(
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     part = torch.empty(1 if out is None else 3, tiles_c, rows, dtype=acc, device=device)
-    row_id, col_id = (x, x) if ids is None else ids
     if rows and columns:
         _sigmoid_kernel[(tiles_r * tiles_c,)](
             x,
             y,
-            x if out is None else out,
+            out,
             scale.to(acc),
             bias.to(acc),
-            x if row_scale is None else row_scale,
-            x if col_scale is None else col_scale,
-            x if positive is None else positive,
-            row_id,
-            col_id,
-            x if keep is None else keep.view(torch.uint8),
+            Scales.of(row_scale, col_scale),
+            Masks.of(positive, () if ids is None else (ids,), keep=keep),
             part,
             rows,
             columns,
@@ -183,15 +166,8 @@ def sigmoid_panel(
             x.stride(0),
             y.stride(0),
             column_offset,
-            HAS_SCALE=row_scale is not None,
-            HAS_POSITIVE=positive is not None,
-            HAS_ID=ids is not None,
-            HAS_KEEP=keep is not None,
-            STORE=out is not None,
             GAIN=gain,
-            ACC=TRITON_DTYPE[acc],
             PRECISION=dot_precision(x.dtype),
-            UPCAST=INTERPRET,
             GROUP=tile.group,
             SLICES=tile.slices,
             **tile.constants,

@@ -15,7 +15,7 @@ import triton.language as tl
 from ...core.operands import product_dtype
 from .. import configs
 from .. import launch_log as work
-from .common import INTERPRET, TRITON_DTYPE, _dot, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, whole_blocks
+from .common import TRITON_DTYPE, _dot, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, whole_blocks
 
 MAXIMUM_K = 128
 
@@ -34,12 +34,10 @@ def _topk_kernel(
     stride_y,
     excluded,
     columns_per_share,
-    HAS_EXCLUDE: tl.constexpr,
     K: tl.constexpr,
     RESIDENT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,10 +65,10 @@ def _topk_kernel(
         b_acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         if RESIDENT:
             for i in tl.static_range(RESIDENT):
-                b_acc = _dot(b_queries[i], tl.trans(tl.load(p_by + i * BLOCK_K)), b_acc, PRECISION, UPCAST)
+                b_acc = _dot(b_queries[i], tl.trans(tl.load(p_by + i * BLOCK_K)), b_acc, PRECISION)
         else:
             for k in range(0, D, BLOCK_K):
-                b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION, UPCAST)
+                b_acc = _dot(tl.load(p_bx + k), tl.trans(tl.load(p_by + k)), b_acc, PRECISION)
         o_col = o_c.to(tl.int32)
         if start + BLOCK_C > last:
             b_acc = tl.where((o_c < last)[None, :], b_acc, float("-inf"))
@@ -80,7 +78,7 @@ def _topk_kernel(
             while better > 0:
                 b_col = tl.min(tl.where(b_acc == b_top[:, None], o_col[None, :], 0x7FFFFFFF), 1)
                 b_enters = b_top > b_worst
-                if HAS_EXCLUDE:
+                if p_exclude is not None:
                     for e in range(0, excluded):
                         b_enters = b_enters & (tl.load(p_exclude + o_r * excluded + e, mask=m_r, other=-1).to(tl.int32) != b_col)
                 # of equal worst scores the highest index goes
@@ -133,7 +131,7 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
     _topk_kernel[(tiles_r, shares)](
         x,
         y,
-        indices if not excluded else exclude.contiguous(),
+        exclude.contiguous() if excluded else None,
         scores,
         indices,
         rows,
@@ -143,12 +141,10 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
         y.stride(0),
         excluded,
         per_share,
-        HAS_EXCLUDE=excluded > 0,
         K=kept,
         RESIDENT=x.shape[1] // tile.block_k if tile.resident else 0,
         ACC=TRITON_DTYPE[acc],
         PRECISION=dot_precision(x.dtype),
-        UPCAST=INTERPRET,
         **tile.constants,
         **tile.options,
     )
