@@ -109,15 +109,18 @@ def test_sentence_transformers_pool(folders):
     np.testing.assert_allclose(rows, model.encode(INPUTS), atol=1e-6)
 
 
-def test_langchain_multi_process(folders, tmp_path):
+def test_langchain_multi_process(folders, tmp_path, monkeypatch):
     langchain = pytest.importorskip("langchain_huggingface")
+    from sentence_transformers import SentenceTransformer
+
     model = VLM2Vec.from_pretrained(folders("qwen2_vl"))
     model.save_pretrained(tmp_path)
     texts = ["a fox", "a photo of a red fox", "snow"]
+    # one process instead of a CPU's default, four, which import torch for a minute
+    start = SentenceTransformer.start_multi_process_pool
+    monkeypatch.setattr(SentenceTransformer, "start_multi_process_pool", lambda self: start(self, ["cpu"]))
     embeddings = langchain.HuggingFaceEmbeddings(
         model_name=str(tmp_path), model_kwargs={"device": "cpu", "trust_remote_code": True}, multi_process=True
     )
-    start = embeddings._client.start_multi_process_pool
-    embeddings._client.start_multi_process_pool = lambda: start(["cpu"])  # one process; four import torch for a minute
     np.testing.assert_allclose(embeddings.embed_documents(texts), model.encode(texts), atol=1e-6)
     np.testing.assert_allclose(embeddings.embed_query(texts[0]), model.encode(texts[0]), atol=1e-6)

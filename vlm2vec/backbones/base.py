@@ -191,7 +191,7 @@ def override(module: torch.nn.Module, **methods: Callable) -> None:
     """Give one module other methods; its weights, their names and its siblings stay as they are.
 
     Args:
-        methods: functions of a module's top level: a pickle names them and the module's own class, since the class made here is in no module.
+        methods: functions of a file's top level. A pickle names them and the module's own class: the class made here it would not find.
     """
     module.__class__ = overridden(type(module), tuple(sorted(methods.items())))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm2vec.inputs import MODALITIES
+from vlm2vec.inputs import MODALITIES, NOTHING
 from vlm2vec.media.sampling import FRAMES
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class MTEBEncoder:
                 item["video"] = _frames(item["video"])
             if not item.get("text", "x"):
                 # mteb marks an absent text by ""; alone it has no tokens, so it is fed as the reference feeds nothing
-                item["text"] = "" if len(item) > 1 else "  "
+                item["text"] = "" if len(item) > 1 else NOTHING
             visual = "image" in item or "video" in item
             said = instruction or (IMAGE_DOCUMENT if is_document and visual and self.use_instructions else "")
             if said:
