@@ -60,6 +60,7 @@ class VLM2Vec(nn.Module):
         self.base_source = source
         self.revision: str | None = None
         self.adapter_settings: dict | None = None
+        self.adapter_whole: list[str] = []
         self.prompts = {**processing.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
         self.always_vision = False
