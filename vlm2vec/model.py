@@ -311,6 +311,16 @@ class VLM2Vec(nn.Module):
     gradient_checkpointing_disable = activation_checkpointing_disable
     is_gradient_checkpointing = is_activation_checkpointing
 
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tags of the model's card, which TRL's trainers set (transformers' own method).
+
+        Example:
+            >>> model.add_model_tags("embedding")
+            >>> model.model.model_tags
+            ['embedding']
+        """
+        self.model.add_model_tags(tags)
+
     # -- encoding -------------------------------------------------------------------------------------------------------
 
     def encode(
