@@ -34,24 +34,24 @@ def complete_checkpoints(output: str | Path) -> list[Path]:
 
 
 def _named(output: str | Path) -> list[Path]:
-    found = []
+    complete = []
     for folder in Path(output).glob("checkpoint-*"):
         match = _NAME.match(folder.name)
         if match and folder.is_dir():
-            found.append((int(match.group(1)), folder))
-    return [folder for _, folder in sorted(found)]
+            complete.append((int(match.group(1)), folder))
+    return [folder for _, folder in sorted(complete)]
 
 
 def _is_complete(folder: Path) -> bool:
-    here = {file.name for file in folder.iterdir()}
-    if not _STATE <= here or not any(name.startswith("rng_state") for name in here):
+    present = {file.name for file in folder.iterdir()}
+    if not _STATE <= present or not any(name.startswith("rng_state") for name in present):
         return False
-    if _SHARDS in here:
+    if _SHARDS in present:
         try:
-            return set(json.loads((folder / _SHARDS).read_text(encoding="utf-8"))["weight_map"].values()) <= here
+            return set(json.loads((folder / _SHARDS).read_text(encoding="utf-8"))["weight_map"].values()) <= present
         except (ValueError, KeyError):
             return False
-    return bool(here & _WEIGHTS)
+    return bool(present & _WEIGHTS)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -138,12 +138,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read as one; names the file.
     """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); remove it, or pass --fresh") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise ValueError(f"{path} is damaged (no mapping in it); remove it, or pass --fresh")
-    return found
+    return fields
 
 
 def _sync_to_disk(path: Path) -> None:

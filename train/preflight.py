@@ -86,11 +86,11 @@ def needs(recipe: Recipe, model: Description, ranks: int = 1) -> Needs:
     shards = ranks if recipe.distributed == "fsdp" else 1
     # `train.parallel.sharding` leaves a frozen tower whole on every rank.
     tower = fake.backbone.vision_tower(fake.model).parameters() if vision_is_frozen(fake) else ()
-    whole = {id(parameter) for parameter in tower}
+    tower_ids = {id(parameter) for parameter in tower}
     weights = sum(_bytes(buffer) for buffer in fake.buffers())
     gradients = optimizer = 0
     for parameter in fake.parameters():
-        size = _bytes(parameter) // (1 if id(parameter) in whole else shards)
+        size = _bytes(parameter) // (1 if id(parameter) in tower_ids else shards)
         weights += size
         if parameter.requires_grad:
             gradients += _bytes(parameter)  # shards of them are made in the last chunk's backward; until then they add up whole
@@ -135,20 +135,20 @@ def _gib(size: int) -> str:
 
 def _mends(recipe: Recipe, ranks: int) -> str:
     """What would make the recipe smaller and is not done yet."""
-    found = []
+    problems = []
     if recipe.lora is None:
-        found.append("train an adapter (--lora)")
+        problems.append("train an adapter (--lora)")
     if recipe.quantization is None and recipe.distributed != "fsdp":
-        found.append("hold the base in four bits (--lora --quantization nf4, QLoRA)")
+        problems.append("hold the base in four bits (--lora --quantization nf4, QLoRA)")
     if recipe.distributed != "fsdp" and recipe.quantization is None:
-        found.append("shard it over several GPUs (torchrun, --distributed fsdp)")
+        problems.append("shard it over several GPUs (torchrun, --distributed fsdp)")
     elif recipe.distributed == "fsdp":
-        found.append(f"shard it over more than {ranks} GPU{'s' if ranks > 1 else ''} (torchrun --nproc-per-node)")
+        problems.append(f"shard it over more than {ranks} GPU{'s' if ranks > 1 else ''} (torchrun --nproc-per-node)")
     if recipe.dtype in ("float32", "float64"):
-        found.append("use --dtype bfloat16")
+        problems.append("use --dtype bfloat16")
     if not any(kind in recipe.optimizer for kind in ("8bit", "paged")) and recipe.distributed != "fsdp":
-        found.append("keep optimizer state in eight bits (--optimizer adamw_8bit)")
-    return ", or ".join(found) or "choose a smaller model"
+        problems.append("keep optimizer state in eight bits (--optimizer adamw_8bit)")
+    return ", or ".join(problems) or "choose a smaller model"
 
 
 # Rows

@@ -60,8 +60,8 @@ def run(argv: list[str]) -> int:
             untraced = "" if recipe.profile is None else f" and traces step {recipe.profile}"
             print(f"{output} is already trained by this recipe; --fresh trains it again{untraced}")
         return 0
-    found = [] if fresh else checkpoints.complete_checkpoints(output)
-    checkpoint = found[-1] if found else None
+    resumable = [] if fresh else checkpoints.complete_checkpoints(output)
+    checkpoint = resumable[-1] if resumable else None
     if fresh:
         _require_discardable(output)
     mended = []

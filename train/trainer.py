@@ -237,12 +237,12 @@ class ContrastiveTrainer(transformers.Trainer):
         self._before.restore()
         self.model.zero_grad(set_to_none=True)
         self._save_checkpoint(self.model_wrapped, None)
-        found = self._step.not_finite(rows)
+        bad_rows = self._step.not_finite(rows)
         if self.args.world_size > 1:
             everyone: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(everyone, (rows, found))
-            rows, found = ([row for rank in everyone for row in rank[i]] for i in range(2))
-        message = failure(what, step, [source.name for source in self.recipe.data.sources], rows, found)
+            torch.distributed.all_gather_object(everyone, (rows, bad_rows))
+            rows, bad_rows = ([row for rank in everyone for row in rank[i]] for i in range(2))
+        message = failure(what, step, [source.name for source in self.recipe.data.sources], rows, bad_rows)
         raise FloatingPointError(
             f"{message}; the state before the step is in checkpoint-{step - 1}, and the same command goes on from there"
         )
@@ -361,15 +361,15 @@ def training_arguments(recipe: Recipe) -> transformers.TrainingArguments:
     return arguments
 
 
-def failure(what: str, step: int, names: list[str], rows: list[tuple[int, int]], found: list[tuple[int, int]]) -> str:
+def failure(what: str, step: int, names: list[str], rows: list[tuple[int, int]], bad_rows: list[tuple[int, int]]) -> str:
     """One line on a step that gave no finite loss or gradient: whose rows they were, and what to do about it."""
-    listed = found or rows
+    listed = bad_rows or rows
     sources = ", ".join(sorted({names[source] for source, _ in listed}))
     shown = ", ".join(f"{names[source]}:{row}" for source, row in listed[:8]) + (", ..." if len(listed) > 8 else "")
-    if 0 < len(found) < len(rows):
+    if 0 < len(bad_rows) < len(rows):
         return (
-            f"step {step}: {what}; {len(found)} of {len(rows)} rows have embeddings that are not finite: "
+            f"step {step}: {what}; {len(bad_rows)} of {len(rows)} rows have embeddings that are not finite: "
             f"{shown} (source {sources}); mend or leave out these rows"
         )
-    which = "no embedding is finite, so the weights are not" if found else "all embeddings are finite"
+    which = "no embedding is finite, so the weights are not" if bad_rows else "all embeddings are finite"
     return f"step {step}: {what}; {which}; rows {shown} (source {sources}); lower learning_rate or max_grad_norm, or look at these rows"

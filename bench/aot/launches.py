@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from bench.aot.launch_capture import CapturedLaunch, captured_launches
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import launch_log
 
 R, C, D = 512, 1024, 1536  # multiples of every block; ODD is none
 ODD_R, ODD_C, ODD_D = 500, 1003, 1544
@@ -89,7 +89,7 @@ def _epilogues(rows=R, columns=C) -> dict[str, dict]:
 
 
 def _combinations(dtype):
-    """Every set of features that `configs.exp_panel_is_rich` tells apart, masks alone and all together."""
+    """Every set of features that `configs.exp_panel_is_masked` tells apart, masks alone and all together."""
     from contrastive_kernels.triton.kernels.exp_panel import exp_panel
 
     if dtype != torch.bfloat16:
@@ -297,7 +297,7 @@ def _fused(dtype):
 
     if dtype == torch.float32:
         return  # takes the library's product
-    masks = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64), shares=2)
+    masks = dict(scale=50.0, positive=torch.zeros(R, dtype=torch.int64), splits=2)
     ids = (torch.zeros(R, dtype=torch.int64), torch.zeros(C, dtype=torch.int64))
     full = masks | dict(
         ids=(ids, ids), threshold=torch.zeros(R), keep=torch.ones(C, dtype=torch.bool), row_scale=torch.ones(R), col_scale=torch.ones(C)
@@ -322,7 +322,7 @@ def _fused(dtype):
             matrix(ODD_C, 128, dtype),
             scale=50.0,
             positive=torch.zeros(ODD_R, dtype=torch.int64),
-            shares=2,
+            splits=2,
             shift=torch.zeros(ODD_R),
             factor=torch.zeros(ODD_R),
         ),
@@ -330,7 +330,7 @@ def _fused(dtype):
     yield (
         "forward, odd",
         lambda: fused_forward(
-            matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), shares=2
+            matrix(ODD_R, 128, dtype), matrix(ODD_C, 128, dtype), scale=50.0, positive=torch.zeros(ODD_R, dtype=torch.int64), splits=2
         ),
     )
 
@@ -370,7 +370,7 @@ def launches(arch: int) -> list[tuple[str, CapturedLaunch, bool]]:
     with mock.patch("contrastive_kernels.triton.configs.architecture", lambda device: arch):
         for family, dtype, cases in _families():
             for case, make in cases:
-                with captured_launches() as captured, work.record() as noted:
+                with captured_launches() as captured, launch_log.record() as noted:
                     make()
                 for launch, note in zip(captured, noted) if len(captured) == len(noted) else ():
                     launch.flops, launch.bytes, launch.tiles = note.flops, note.bytes, note.grid

@@ -117,11 +117,11 @@ def search(rows: list[dict], arch: int) -> tuple[list[roofline.Piece], float]:
         row["inner_instructions"],
         bool(row["resident"]),
     )
-    shares = configs.topk_shares(
+    splits = configs.topk_splits(
         gpu.sms * (2 if row["resident"] else 4), -(-SEARCH["queries"] // row["block_r"]), -(-SEARCH["targets"] // row["block_c"])
     )
     bare = roofline.gemm(gpu, SEARCH["queries"], SEARCH["targets"], SEARCH["width"], itemsize=2, out_itemsize=0)
-    return roofline_topk.topk(gpu, **SEARCH, selection=selection, shares=shares), bare.seconds
+    return roofline_topk.topk(gpu, **SEARCH, selection=selection, splits=splits), bare.seconds
 
 
 def searches(rows: list[dict]) -> str:

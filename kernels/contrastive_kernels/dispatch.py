@@ -283,7 +283,7 @@ def plan(
     Returns: `Plan`; the same arguments give the same plan.
     Raises: ValueError where the workspace has no room for a single row.
     """
-    made = _plan(
+    chosen = _plan(
         rows,
         columns,
         width,
@@ -302,8 +302,8 @@ def plan(
         bool(plain),
     )
     if explain is not None:
-        explain(made.text())
-    return made
+        explain(chosen.text())
+    return chosen
 
 
 def plan_levels(
@@ -350,10 +350,10 @@ def plan_levels(
         "times are PREDICTED"
     )
     limit = sum(roofline.three_gemms(gpu, rows, columns, dim, itemsize=min(itemsize, 4)) for dim in dims)
-    made = Plan(min((together, apart), key=lambda way: way.seconds), (together, apart), title, limit)
+    chosen = Plan(min((together, apart), key=lambda way: way.seconds), (together, apart), title, limit)
     if explain is not None:
-        explain(made.text())
-    return made
+        explain(chosen.text())
+    return chosen
 
 
 def main(argv=None) -> int:

@@ -14,7 +14,7 @@ import math
 import torch
 
 from .checks import check_inputs
-from .core import autograd_function as info_nce_direct
+from .core import autograd_function as autograd_function
 from .core.option_checks import check_switches
 from .info_nce_op import GRADIENTS, detached, info_nce_op, pack
 from .options import TEMPERATURE_RANGE, InfoNCEOptions, shows_options
@@ -69,19 +69,19 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
         >>> round(info_nce(query, target, temperature=1.0, target_ids=ids).item(), 4)
         0.6476
     """
-    made = InfoNCEOptions.make(options)
-    check_inputs(query, target, made)
-    tensors = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
+    parsed = InfoNCEOptions.make(options)
+    check_inputs(query, target, parsed)
+    tensors = {"query": query, "target": target, "hard_negatives": parsed.hard_negatives, "temperature": parsed.temperature}
     wanted = (
         frozenset(name for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad)
         if torch.is_grad_enabled()
         else frozenset()
     )
-    if info_nce_direct.direct(query, target, made):
-        loss, sums = info_nce_direct.info_nce(query, target, made, {name: tensors[name] for name in GRADIENTS if name in wanted})
+    if autograd_function.direct(query, target, parsed):
+        loss, sums = autograd_function.info_nce(query, target, parsed, {name: tensors[name] for name in GRADIENTS if name in wanted})
     else:
-        loss, sums, *_ = info_nce_op(*pack(query, target, made, wanted))
-    return (loss, InfoNCEStats.unpack(sums)) if made.return_stats else loss
+        loss, sums, *_ = info_nce_op(*pack(query, target, parsed, wanted))
+    return (loss, InfoNCEStats.unpack(sums)) if parsed.return_stats else loss
 
 
 @shows_options
@@ -106,28 +106,28 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
         >>> result.d_query.dtype, result.d_hard_negatives
         (torch.float32, None)
     """
-    made = InfoNCEOptions.make(options)
-    if made.reduction == "none":
+    parsed = InfoNCEOptions.make(options)
+    if parsed.reduction == "none":
         raise ValueError("reduction: expected 'mean' or 'sum' for value_and_grad, got 'none'; use info_nce and autograd")
     if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
         raise ValueError(f"grad_dtype: expected a floating-point torch.dtype, got {grad_dtype!r}; torch.float32 keeps the most")
-    check_inputs(query, target, made)
+    check_inputs(query, target, parsed)
     existing = ["query", "target"]
-    existing += ["hard_negatives"] if made.hard_negatives is not None else []
-    existing += ["temperature"] if isinstance(made.temperature, torch.Tensor) else []
+    existing += ["hard_negatives"] if parsed.hard_negatives is not None else []
+    existing += ["temperature"] if isinstance(parsed.temperature, torch.Tensor) else []
     for name in wrt or ():
         if name not in existing:
             raise ValueError(f"wrt: expected names of {existing}, got {name!r}; leave wrt out for all of them")
     wanted = frozenset(existing if wrt is None else wrt)
     with torch.no_grad():
-        if info_nce_direct.direct(query, target, made):
-            out = info_nce_direct.value_and_grad(query.detach(), target.detach(), detached(made), wanted)
+        if autograd_function.direct(query, target, parsed):
+            out = autograd_function.value_and_grad(query.detach(), target.detach(), detached(parsed), wanted)
             loss, sums, gradients = out.loss, out.stat_sums, [getattr(out, f"d_{name}") for name in GRADIENTS]
         else:
-            loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), made, wanted))
-    likes = {"query": query, "target": target, "hard_negatives": made.hard_negatives, "temperature": made.temperature}
+            loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), parsed, wanted))
+    likes = {"query": query, "target": target, "hard_negatives": parsed.hard_negatives, "temperature": parsed.temperature}
     cast = {f"d_{name}": g.to(grad_dtype or likes[name].dtype) if name in wanted else None for name, g in zip(GRADIENTS, gradients)}
-    return InfoNCEResult(loss=loss, stats=InfoNCEStats.unpack(sums) if made.return_stats else None, **cast)
+    return InfoNCEResult(loss=loss, stats=InfoNCEStats.unpack(sums) if parsed.return_stats else None, **cast)
 
 
 class _Clamp(torch.autograd.Function):

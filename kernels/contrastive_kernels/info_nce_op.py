@@ -70,8 +70,8 @@ def _info_nce(*values):
     query, target, options, wanted = _unpack(values)
     check_values(query, target, options)
     out = compute(query.detach(), target.detach(), detached(options), frozenset() if options.reduction == "none" else wanted)
-    made = (out.loss, out.stat_sums, out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
-    return tuple(out.loss.new_empty(0) if x is None else x for x in made)
+    results = (out.loss, out.stat_sums, out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
+    return tuple(out.loss.new_empty(0) if x is None else x for x in results)
 
 
 def detached(options: InfoNCEOptions) -> InfoNCEOptions:
@@ -102,8 +102,8 @@ def _cotangent(*values):
     """Gradients of sum(cotangent * loss) for reduction "none", whose weights already hold the cotangent."""
     query, target, options, wanted = _unpack(values)
     out = compute(query.detach(), target.detach(), detached(options), wanted)
-    made = (out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
-    return tuple(out.loss.new_empty(0) if x is None else x for x in made)
+    results = (out.d_query, out.d_target, out.d_hard_negatives, out.d_temperature)
+    return tuple(out.loss.new_empty(0) if x is None else x for x in results)
 
 
 _cotangent_op = torch.library.custom_op(
@@ -146,11 +146,11 @@ def _differentiate(ctx, grad, *_):
         given = dict(zip(FIELDS, values))
         weight = grad if given["weight"] is None else grad * given["weight"]
         given.update(reduction="sum", weight=weight, return_stats=False)
-        made, wanted = _cotangent_op(*given.values()), given["wanted"]
+        results, wanted = _cotangent_op(*given.values()), given["wanted"]
     else:
-        made, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.wanted
+        results, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.wanted
     for i in map(int, wanted):
-        out[FIELDS.index(GRADIENTS[i])] = made[i].to(ctx.dtypes[i])
+        out[FIELDS.index(GRADIENTS[i])] = results[i].to(ctx.dtypes[i])
     return tuple(out)
 
 

@@ -110,9 +110,9 @@ def _pool(hidden: torch.Tensor, index: torch.Tensor, normalize: bool, eps: float
 
         return pool_forward(hidden, index, normalize=normalize, eps=eps)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    there, rows = index >= 0, _picked(hidden, index).to(wide)
+    valid, rows = index >= 0, _picked(hidden, index).to(wide)
     if not normalize:
-        return rows.to(hidden.dtype), there.to(wide)
+        return rows.to(hidden.dtype), valid.to(wide)
     norm = torch.linalg.vector_norm(rows, dim=1)
     return (rows / norm.clamp(min=eps)[:, None]).to(hidden.dtype), torch.where(norm < eps, 0, 1 / norm)
 
@@ -166,10 +166,10 @@ def _differentiate(ctx, grad, _):
     hidden, index, inverse = ctx.saved_tensors
     rows = _pool_backward(grad, hidden, index, inverse, ctx.normalize, ctx.backend)
     # rows without a token have a zero gradient and may go anywhere; an index may come twice
-    whole = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).reshape(-1, hidden.shape[-1])
-    if not len(whole):
-        return whole.reshape(hidden.shape), None, None, None, None
-    return whole.index_put((index.clamp(min=0),), rows, accumulate=True).reshape(hidden.shape), None, None, None, None
+    flat = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).reshape(-1, hidden.shape[-1])
+    if not len(flat):
+        return flat.reshape(hidden.shape), None, None, None, None
+    return flat.index_put((index.clamp(min=0),), rows, accumulate=True).reshape(hidden.shape), None, None, None, None
 
 
 _pool.register_autograd(_differentiate, setup_context=_save)

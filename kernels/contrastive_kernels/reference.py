@@ -51,8 +51,8 @@ def topk_similarity_reference(query, target, k, *, exclude=None):
     """Sort every row of the dense product; of equal scores the lowest index comes first."""
     scores = query @ target.T
     if exclude is not None:
-        for row, gone in zip(scores, exclude.tolist()):
-            row[[g for g in gone if g >= 0]] = float("-inf")
+        for row, dropped in zip(scores, exclude.tolist()):
+            row[[g for g in dropped if g >= 0]] = float("-inf")
     best, index = scores.sort(dim=1, descending=True, stable=True)
     best, index = F.pad(best[:, :k], (0, max(0, k - best.shape[1])), value=float("-inf")), index[:, :k]
     index = F.pad(index, (0, max(0, k - index.shape[1])), value=-1)
@@ -105,8 +105,8 @@ def pair_labels(n, m, positives, query_ids, target_ids, ignore_index, device):
     rows = positives != ignore_index
     label = F.one_hot(torch.where(rows, positives, 0), m).bool() & rows[:, None]
     if target_ids is not None:
-        own = target_ids[torch.where(rows, positives, 0)]
-        label = label | ((own[:, None] == target_ids[None, :]) & ((own != -1) & rows)[:, None])
+        positive_ids = target_ids[torch.where(rows, positives, 0)]
+        label = label | ((positive_ids[:, None] == target_ids[None, :]) & ((positive_ids != -1) & rows)[:, None])
     return label, rows
 
 
@@ -148,14 +148,14 @@ def _level(q, t, hard, o):
     n, m, device = len(q), len(t), q.device
     minus = float("-inf")
     if o.positives is None:
-        p, kept = torch.arange(n, device=device) * (m // n), torch.ones(n, dtype=torch.bool, device=device)
+        p, active = torch.arange(n, device=device) * (m // n), torch.ones(n, dtype=torch.bool, device=device)
     else:
-        kept = o.positives != o.ignore_index
-        p = torch.where(kept, o.positives, 0)
-    has_positive = kept
-    query_kept = torch.ones(n, dtype=torch.bool, device=device) if o.query_mask is None else o.query_mask
-    target_kept = torch.ones(m, dtype=torch.bool, device=device) if o.target_mask is None else o.target_mask
-    kept = kept & query_kept & target_kept[p]
+        active = o.positives != o.ignore_index
+        p = torch.where(active, o.positives, 0)
+    has_positive = active
+    is_query = torch.ones(n, dtype=torch.bool, device=device) if o.query_mask is None else o.query_mask
+    is_candidate = torch.ones(m, dtype=torch.bool, device=device) if o.target_mask is None else o.target_mask
+    active = active & is_query & is_candidate[p]
 
     positive = (q * t[p]).sum(-1)
     limit = torch.full((n,), float("inf"), dtype=q.dtype, device=device)
@@ -173,10 +173,10 @@ def _level(q, t, hard, o):
 
     def block(cos, excluded, columns, hardness=in_batch, batch=True):
         """Logits (N, C) of one block of negatives, -inf where dropped."""
-        gone = excluded | ~columns | (cos.detach() > limit[:, None])
+        dropped = excluded | ~columns | (cos.detach() > limit[:, None])
         if batch:
-            gone = gone | ~sees_batch[:, None]
-        return (cos / o.temperature + hardness * cos.detach()).masked_fill(gone, minus), cos.masked_fill(gone, minus)
+            dropped = dropped | ~sees_batch[:, None]
+        return (cos / o.temperature + hardness * cos.detach()).masked_fill(dropped, minus), cos.masked_fill(dropped, minus)
 
     def is_column(index, size):
         return index[:, None] == torch.arange(size, device=device)[None, :]
@@ -187,30 +187,30 @@ def _level(q, t, hard, o):
     if o.query_ids is not None:
         query_match = same(o.query_ids, o.query_ids)
 
-    blocks = [block(q @ t.T, is_column(p, m) | target_match, target_kept)]
+    blocks = [block(q @ t.T, is_column(p, m) | target_match, is_candidate)]
     if o.query_negatives:
-        blocks.append(block(q @ q.T, is_column(me, n) | query_match, query_kept))
+        blocks.append(block(q @ q.T, is_column(me, n) | query_match, is_query))
     if o.target_negatives:
-        blocks.append(block(t[p] @ t.T, is_column(p, m) | target_match, target_kept))
+        blocks.append(block(t[p] @ t.T, is_column(p, m) | target_match, is_candidate))
     if hard is not None:
-        gone = torch.zeros(hard.shape[:2], dtype=torch.bool, device=device)
+        dropped = torch.zeros(hard.shape[:2], dtype=torch.bool, device=device)
         if o.hard_offsets is not None:
-            gone = torch.arange(hard.shape[1], device=device) >= o.hard_offsets.diff()[:, None]
+            dropped = torch.arange(hard.shape[1], device=device) >= o.hard_offsets.diff()[:, None]
         if o.hard_ids is not None:
-            own = o.target_ids[p]
-            gone = gone | ((_padded(o.hard_ids, o.hard_offsets, -1) == own[:, None]) & (own != -1)[:, None])
-        blocks.append(block((q[:, None] * hard).sum(-1), gone, torch.ones_like(gone), of_hard, batch=False))
+            positive_ids = o.target_ids[p]
+            dropped = dropped | ((_padded(o.hard_ids, o.hard_offsets, -1) == positive_ids[:, None]) & (positive_ids != -1)[:, None])
+        blocks.append(block((q[:, None] * hard).sum(-1), dropped, torch.ones_like(dropped), of_hard, batch=False))
     loss = _rows(positive / o.temperature, blocks, o.label_smoothing)
-    stats = _stats(positive, blocks, loss_lse(positive / o.temperature, blocks), kept)
+    stats = _stats(positive, blocks, loss_lse(positive / o.temperature, blocks), active)
     if o.symmetric:
         # pairs whose queries share a positive, or positives of one id, are no negatives of the reverse direction
         shared = (p[:, None] == p[None, :]) & has_positive[:, None] & has_positive[None, :]
         shared = shared | query_match | (target_match[:, p] & has_positive[None, :])
-        reverse = block(t[p] @ q.T, is_column(me, n) | shared, query_kept)
+        reverse = block(t[p] @ q.T, is_column(me, n) | shared, is_query)
         loss = (loss + _rows(positive / o.temperature, [reverse], o.label_smoothing)) / 2
 
-    weight = torch.where(kept, torch.ones_like(loss) if o.weight is None else o.weight.to(loss.dtype), 0)
-    loss = torch.where(kept, loss, 0) * weight
+    weight = torch.where(active, torch.ones_like(loss) if o.weight is None else o.weight.to(loss.dtype), 0)
+    loss = torch.where(active, loss, 0) * weight
     if o.reduction == "mean":
         loss = loss.sum() / torch.where(weight.sum() == 0, 1, weight.sum())
     return (loss.sum() if o.reduction == "sum" else loss), stats
@@ -223,19 +223,19 @@ def loss_lse(positive, blocks):
 def _rows(positive, blocks, smoothing):
     logits = torch.cat([positive[:, None], *(logits for logits, _ in blocks)], 1)
     lse = logits.logsumexp(1)
-    there = logits > float("-inf")
-    mean = torch.where(there, logits, 0).sum(1) / there.sum(1)
+    candidate = logits > float("-inf")
+    mean = torch.where(candidate, logits, 0).sum(1) / candidate.sum(1)
     return lse - (1 - smoothing) * positive - smoothing * mean
 
 
-def _stats(positive, blocks, lse, kept) -> InfoNCEStats:
+def _stats(positive, blocks, lse, active) -> InfoNCEStats:
     best = torch.cat([cos for _, cos in blocks], 1).amax(1).detach()
-    positive, count = positive.detach(), kept.sum().clamp(min=1)
-    having = kept & (best > float("-inf"))
+    positive, count = positive.detach(), active.sum().clamp(min=1)
+    having = active & (best > float("-inf"))
     return InfoNCEStats(
-        logsumexp=torch.where(kept, lse.detach(), 0).sum() / count,
-        accuracy=(kept & (positive > best)).to(positive.dtype).sum() / count,
-        positive_cosine=torch.where(kept, positive, 0).sum() / count,
+        logsumexp=torch.where(active, lse.detach(), 0).sum() / count,
+        accuracy=(active & (positive > best)).to(positive.dtype).sum() / count,
+        positive_cosine=torch.where(active, positive, 0).sum() / count,
         hardest_negative_cosine=torch.where(having, best, 0).sum() / having.sum().clamp(min=1),
-        rows_masked=(~kept).to(positive.dtype).sum(),
+        rows_masked=(~active).to(positive.dtype).sum(),
     )

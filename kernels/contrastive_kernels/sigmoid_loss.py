@@ -26,8 +26,8 @@ SCALE_MEND = "SigLIP starts at 10, the exponential of its parameter"
 
 
 def _settings(normalize, ignore_index, reduction, group, exchange, validate):
-    found = None if group is None else dist.distributed_c10d._resolve_process_group(group)
-    return normalize, ignore_index, reduction, found, exchange
+    process_group = None if group is None else dist.distributed_c10d._resolve_process_group(group)
+    return normalize, ignore_index, reduction, process_group, exchange
 
 
 def _check_values(query, target, scale, bias, positives, weight, ignore_index: int) -> None:
@@ -41,12 +41,12 @@ def _check_values(query, target, scale, bias, positives, weight, ignore_index: i
 
 def _sigmoid(*values):
     tensors, (*settings, wanted) = values[: len(TENSORS)], values[len(TENSORS) :]
-    made, validate, none = _settings(*settings), settings[-1], settings[2] == "none"
+    gradients, validate, none = _settings(*settings), settings[-1], settings[2] == "none"
     if may_look(tensors[0], validate):
         _check_values(*tensors[:5], tensors[-1], settings[1])
-    if made[3] is not None:
-        check_equal_shards(*tensors[:2], validate, made[3])
-    loss, gradients = sigmoid.compute(*tensors, made, () if none else tuple(map(int, wanted)))
+    if gradients[3] is not None:
+        check_equal_shards(*tensors[:2], validate, gradients[3])
+    loss, gradients = sigmoid.compute(*tensors, gradients, () if none else tuple(map(int, wanted)))
     return loss, *(loss.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -102,11 +102,11 @@ def _differentiate(ctx, grad, *_):
         tensors = [next(saved) if there else None for there in ctx.there]
         tensors[-1] = grad if tensors[-1] is None else grad * tensors[-1]
         normalize, ignore_index, _, group, exchange, validate, wanted = ctx.rest
-        made = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, validate, wanted)
+        gradients = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, validate, wanted)
     else:
-        made, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.rest[-1]
+        gradients, wanted = scaled(ctx.saved_tensors, grad, ctx.dtypes), ctx.rest[-1]
     for i in map(int, wanted):
-        out[i] = made[i].to(ctx.dtypes[i])
+        out[i] = gradients[i].to(ctx.dtypes[i])
     return tuple(out)
 
 

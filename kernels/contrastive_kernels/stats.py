@@ -42,15 +42,15 @@ class InfoNCEStats:
         return cls(lse / count, right / count, positive / count, hardest / having, rows_all - rows)
 
 
-def row_sums(kept: torch.Tensor, lse: torch.Tensor, positive: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+def row_sums(active: torch.Tensor, lse: torch.Tensor, positive: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
     """(7,) sums over the rows that count. All (n,): bool, log-sum-exp, positive's cosine, best negative's or -inf."""
-    weight = kept.to(lse.dtype)
-    having = kept & (best > float("-inf"))
+    weight = active.to(lse.dtype)
+    having = active & (best > float("-inf"))
     none = torch.zeros((), dtype=lse.dtype, device=lse.device)
     columns = [
-        torch.where(kept, lse, none),
-        (kept & (positive > best)).to(lse.dtype),
-        torch.where(kept, positive, none),
+        torch.where(active, lse, none),
+        (active & (positive > best)).to(lse.dtype),
+        torch.where(active, positive, none),
         torch.where(having, best, none),
         weight,
         having.to(lse.dtype),

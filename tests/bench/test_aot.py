@@ -202,8 +202,7 @@ GROUPS = {  # what launchers note, by the piece of the cost model that stands fo
 def test_launched_work_equals_the_cost_model(path, panel, normalize, wrt, monkeypatch):
     """FLOPs of grids times tiles, and bytes of the tensors that the launches touch, against the pieces that dispatch prices."""
     from contrastive_kernels import info_nce_value_and_grad
-    from contrastive_kernels.triton import configs
-    from contrastive_kernels.triton import launch_log as work
+    from contrastive_kernels.triton import configs, launch_log
     from contrastive_kernels.triton.kernels.common import INTERPRET
 
     if not INTERPRET and not torch.cuda.is_available():
@@ -213,7 +212,7 @@ def test_launched_work_equals_the_cost_model(path, panel, normalize, wrt, monkey
     tile = configs.Tile(32, 64, 64, 4, 1, 2)
     monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
     query = torch.nn.functional.normalize(torch.randn(n, d), dim=1).bfloat16()
-    with work.record() as launches:
+    with launch_log.record() as launches:
         info_nce_value_and_grad(query, query.roll(1, 0), backend="triton", wrt=wrt, normalize=normalize)
     wants = dict(d_query="query" in wrt, d_target="target" in wrt, normalize=normalize)
     if path == "fused":

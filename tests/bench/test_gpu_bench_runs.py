@@ -45,7 +45,9 @@ def test_a_dry_run_shows_every_part(tmp_path):
     assert found["complaints"] == [] and found["about"]["dry"] and "nothing here is a measurement" in found["about"]["device"]
     parts = {part: [row for row in found["rows"] if row["part"] == part] for part in PARTS}
     assert all(parts.values()), {part: len(rows) for part, rows in parts.items()}
-    assert [note["name"] for note in found["notes"]] == ["the loss never waits for the device", "CUDA graph of a whole call"]
+    missing = () if hasattr(torch.nn.functional, "linear_cross_entropy") else ("F.linear_cross_entropy",)  # of torch before 2.13
+    notes = [note["name"] for note in found["notes"] if not note["name"].endswith(missing)]
+    assert notes == ["the loss never waits for the device", "CUDA graph of a whole call"]
     named = {part: {row["name"] for row in rows} for part, rows in parts.items()}
     assert {"info_nce, exp", "info_nce, levels", "info_nce, joint", "torch.compile of info_nce"} <= named["smoke"]
     assert {"packed attention, attn='auto'", "tiny Qwen2-VL, one GradCache step", "one rank, NCCL and a ring"} <= named["smoke"]

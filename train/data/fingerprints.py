@@ -17,18 +17,18 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     A model's digest covers its configuration and tokenizer whole and both ends of its weights; a source's covers its length
     and its first, middle and last row.
     """
-    found = {}
+    digests = {}
     folder = Path(recipe.model)
     if folder.is_dir():
         digest = hashlib.sha256()
         for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
             digest.update(file.name.encode() + _content(file))
-        found["model"] = digest.hexdigest()
+        digests["model"] = digest.hexdigest()
     for source in recipe.data.sources:
         table = open_source(recipe.data, source).table
         rows = [str(table[at]) for at in sorted({0, len(table) // 2, len(table) - 1})] if len(table) else []
-        found[f"data.{source.name}"] = hashlib.sha256(repr((len(table), rows)).encode()).hexdigest()
-    return found
+        digests[f"data.{source.name}"] = hashlib.sha256(repr((len(table), rows)).encode()).hexdigest()
+    return digests
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -78,15 +78,15 @@ def _encoded(step: ContrastiveStep, side: BatchSide, recipe: Recipe, rank: int, 
     chunks = row_chunks(lengths, recipe.chunk_rows) if recipe.chunk_rows else token_budget_chunks(lengths, step.gradcache.chunk_tokens)
     # Every rank runs as many: a sharded model's forward is collective. The last turn may do a chunk twice.
     turns = [range(first, first + world_size) for first in range(0, len(chunks), world_size)]
-    whole = None
+    all_hidden = None
     for turn in turns:
         index = turn[rank]
         rows = chunks[min(index, len(chunks) - 1)]
         hidden = step.embed(side, rows).float()
-        if whole is None:
-            whole = hidden.new_zeros(len(lengths), hidden.shape[1])
+        if all_hidden is None:
+            all_hidden = hidden.new_zeros(len(lengths), hidden.shape[1])
         if index < len(chunks):
-            whole[torch.tensor(rows, device=hidden.device)] = hidden
+            all_hidden[torch.tensor(rows, device=hidden.device)] = hidden
     if world_size > 1:
-        dist.all_reduce(whole)
-    return whole
+        dist.all_reduce(all_hidden)
+    return all_hidden

@@ -33,7 +33,7 @@ def refuse_other_launchers() -> None:
 
 def idle_gpus() -> str | None:
     """A line for a run of one process on a machine of several GPUs."""
-    found = torch.cuda.device_count()
-    if ranks() > 1 or found < 2:
+    gpus = torch.cuda.device_count()
+    if ranks() > 1 or gpus < 2:
         return None
-    return f"one of {found} GPUs is used; torchrun --nproc-per-node {found} {TORCHRUN} RECIPE uses all of them"
+    return f"one of {gpus} GPUs is used; torchrun --nproc-per-node {gpus} {TORCHRUN} RECIPE uses all of them"

@@ -32,17 +32,17 @@ def shard(model: VLM2Vec, autocast: torch.dtype | None = None, mesh: torch.distr
     policy = MixedPrecisionPolicy()
     if autocast is not None:
         policy = MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    whole: set[torch.nn.Parameter] = set()
+    vision_parameters: set[torch.nn.Parameter] = set()
     if vision_is_frozen(model):
-        whole = set(model.backbone.vision_tower(model.model).parameters())
-    for block in _blocks(model, whole):
+        vision_parameters = set(model.backbone.vision_tower(model.model).parameters())
+    for block in _blocks(model, vision_parameters):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    model.always_vision = not whole and model.backbone.vision_tower(model.model) is not None
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=vision_parameters)
+    model.always_vision = not vision_parameters and model.backbone.vision_tower(model.model) is not None
     return model
 
 
-def _blocks(model: torch.nn.Module, whole: set[torch.nn.Parameter]) -> list[torch.nn.Module]:
+def _blocks(model: torch.nn.Module, vision_parameters: set[torch.nn.Parameter]) -> list[torch.nn.Module]:
     """The outermost members of the model's lists of layers."""
     blocks: list[torch.nn.Module] = []
     inside: set[int] = set()
@@ -51,7 +51,7 @@ def _blocks(model: torch.nn.Module, whole: set[torch.nn.Parameter]) -> list[torc
             continue
         for block in module:
             parameters = list(block.parameters())
-            if parameters and not whole.intersection(parameters):
+            if parameters and not vision_parameters.intersection(parameters):
                 blocks.append(block)
                 inside.update(id(m) for m in block.modules())
     return blocks

@@ -39,10 +39,10 @@ def assumed_batch(recipe: Recipe, processing: Any, ranks: int) -> dict[str, Any]
     """A rank's share of a step of the rows that `plan.rows` describes, by their shares."""
     kinds = recipe.plan.rows
     count = recipe.global_batch // ranks
-    made = [(_features(processing, kind.query), _features(processing, kind.target)) for kind in kinds]
+    features = [(_features(processing, kind.query), _features(processing, kind.target)) for kind in kinds]
     samples = []
     for kind, times in zip(range(len(kinds)), _counts([k.share for k in kinds], count), strict=True):
-        query, target = made[kind]
+        query, target = features[kind]
         for _ in range(times):
             row = len(samples)
             samples.append(

@@ -50,38 +50,38 @@ def picked(outlines: Sequence[Outline], most: int, apart: Collection[int] = ()) 
             kinds.setdefault(outline.kind, []).append(index)
     for members in kinds.values():
         vectors = _scaled([outlines[i].vector() for i in members])[0]
-        own = _spanning(vectors, most)
-        own += _bounding(vectors, own, most - len(own))
-        chosen.update(members[i] for i in own)
+        spanning = _spanning(vectors, most)
+        spanning += _bounding(vectors, spanning, most - len(spanning))
+        chosen.update(members[i] for i in spanning)
     return sorted(chosen)
 
 
 def _spanning(vectors: np.ndarray, most: int) -> list[int]:
     """The largest one first, then whatever differs most from those that were picked."""
-    found: list[int] = []
+    picked: list[int] = []
     left = vectors.copy()
-    while len(found) < most:
+    while len(picked) < most:
         lengths = np.linalg.norm(left, axis=1)
         furthest = int(lengths.argmax())
         if lengths[furthest] <= _ALIKE * np.linalg.norm(vectors[furthest]):
             break
-        found.append(furthest)
+        picked.append(furthest)
         direction = left[furthest] / lengths[furthest]
         left = left - np.outer(left @ direction, direction)
-    return found
+    return picked
 
 
 def _bounding(vectors: np.ndarray, known: Sequence[int], most: int) -> list[int]:
     """Further ones, until no other's bound is loose where it could matter."""
-    found: list[int] = []
+    picked: list[int] = []
     sizes = vectors[:, :-1].sum(axis=1)
-    while len(found) < most:
-        bounds = np.min([_times(vectors, vectors[i]) * sizes[i] for i in (*known, *found)], axis=0)
-        bounds[bounds <= _LOOSE * sizes[[*known, *found]].max()] = 0  # a chunk that is run goes as high
+    while len(picked) < most:
+        bounds = np.min([_times(vectors, vectors[i]) * sizes[i] for i in (*known, *picked)], axis=0)
+        bounds[bounds <= _LOOSE * sizes[[*known, *picked]].max()] = 0  # a chunk that is run goes as high
         if not bounds.any():
             break
-        found.append(int(bounds.argmax()))
-    return found
+        picked.append(int(bounds.argmax()))
+    return picked
 
 
 def _times(vectors: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -107,8 +107,8 @@ def kept(known: dict[int, float], outlines: Sequence[Outline], wanted: Sequence[
 def bounds(known: dict[int, float], outlines: Sequence[Outline], wanted: Sequence[int]) -> list[float]:
     """What the `wanted` chunks take at most, from what is `known` of others of their kind."""
     vectors = np.array([outlines[i].vector() for i in wanted], dtype=float)
-    found = [_times(vectors, np.array(outlines[i].vector(), dtype=float)) * value for i, value in known.items()]
-    return np.min(found, axis=0).tolist()
+    bounds = [_times(vectors, np.array(outlines[i].vector(), dtype=float)) * value for i, value in known.items()]
+    return np.min(bounds, axis=0).tolist()
 
 
 def nearest(outlines: Sequence[Outline], index: int, among: Sequence[int]) -> int:

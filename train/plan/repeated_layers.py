@@ -49,7 +49,7 @@ class RepeatedLayers:
         """Whole gradients that FSDP2 holds between chunks count as gradients."""
         for stack in self.stacks:
             for place in stack.places:
-                size = sum(held.nbytes for held in place.state.values())
+                size = sum(tensor.nbytes for tensor in place.state.values())
                 place.state.clear()
                 if size:
                     place.state["gradients"] = place.meter.hold("gradients", size)
@@ -61,13 +61,13 @@ class RepeatedLayers:
 
 def _signature(layer: nn.Module) -> tuple:
     """What makes a layer take what it takes: its modules, their settings and weights."""
-    found = []
+    groups = []
     for name, module in layer.named_modules():
         settings = {k: repr(v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and k != "layer_idx"}
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = [(k, t.shape, t.dtype, t.requires_grad) for k, t in tensors if t is not None]
-        found.append((name, type(module).__qualname__, tuple(sorted(settings.items())), tuple(shapes)))
-    return tuple(found)
+        groups.append((name, type(module).__qualname__, tuple(sorted(settings.items())), tuple(shapes)))
+    return tuple(groups)
 
 
 @dataclass
@@ -265,16 +265,16 @@ class _Replayed(torch.autograd.Function):
         if span is None:
             raise LayersDiffer
         meter.replay(span)
-        here = meter.begin()
+        mark = meter.begin()
         ctx.hidden = ctx.kept = None
         with meter.quiet():
             size, stride, dtype = ctx.like
             place.accumulate()
             out = torch.empty_strided(size, stride, dtype=dtype)
-        meter.end(here)
+        meter.end(mark)
         incoming = meter.part_of(grad)  # goes when this returns
-        here.left[incoming] = here.left.get(incoming, 0) - grad.untyped_storage().nbytes()
-        place.agree({part: span.left.get(part, 0) - here.left.get(part, 0) for part in {**span.left, **here.left}})
+        mark.left[incoming] = mark.left.get(incoming, 0) - grad.untyped_storage().nbytes()
+        place.agree({part: span.left.get(part, 0) - mark.left.get(part, 0) for part in {**span.left, **mark.left}})
         return out, None, None, None, None
 
 

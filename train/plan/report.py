@@ -110,14 +110,14 @@ def _media(plan: Plan) -> list[str]:
     if not total:
         return []
     if not plan.streamed:
-        held = total * (1 + (1 if r.workers == 0 else r.workers * (2 if r.global_batch // plan.ranks <= 2048 else 1)))
-        return [f"| host memory of a rank for images, decoded with their batch, {r.workers} workers ahead, GiB | {held / _GIB:.2f} |"]
+        buffered = total * (1 + (1 if r.workers == 0 else r.workers * (2 if r.global_batch // plan.ranks <= 2048 else 1)))
+        return [f"| host memory of a rank for images, decoded with their batch, {r.workers} workers ahead, GiB | {buffered / _GIB:.2f} |"]
     bound = r.media_mib * 2**20
-    kept = min(total, bound)
+    capped = min(total, bound)
     ahead = min(total, 2 * max(largest, total * r.chunk_tokens / max(1, plan.tokens)))
     again = max(0.0, 1 - bound / total)
     return [
-        f"| host memory of a rank for images: kept and two chunks ahead, GiB | {(kept + (ahead if again else 0)) / _GIB:.2f} |",
+        f"| host memory of a rank for images: kept and two chunks ahead, GiB | {(capped + (ahead if again else 0)) / _GIB:.2f} |",
         f"| images decoded a second time in a step | {again:.0%} |",
     ]
 

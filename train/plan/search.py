@@ -92,17 +92,17 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     def run(changed: Recipe, most_chunks: int) -> Simulation:
         return simulate(changed, None, ranks=ranks, make_batch=batch, most_chunks=most_chunks, **rates)
 
-    kept = recipe
+    chosen = recipe
     if recipe.retain == "auto":
-        kept = replace(recipe, retain=_automatic(recipe, gpu, run(replace(recipe, retain=0), 8)))
-    result = run(kept, 8)
+        chosen = replace(recipe, retain=_automatic(recipe, gpu, run(replace(recipe, retain=0), 8)))
+    result = run(chosen, 8)
     longest = plan_batch.longest(made["batch"])
     if recipe.chunk_rows is None and recipe.chunk_tokens < longest:
         raise ValueError(
             f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); "
             "raise it, or lower the image limits in model_options"
         )
-    largest = None if recipe.chunk_rows else _largest_chunk(kept, gpu, result, longest, plan_batch.tokens(made["batch"]), run)
+    largest = None if recipe.chunk_rows else _largest_chunk(chosen, gpu, result, longest, plan_batch.tokens(made["batch"]), run)
     return Plan(
         recipe,
         name,

@@ -149,9 +149,9 @@ def _label_gradients(model, repeated: repeated_layers.RepeatedLayers | None, met
     """Gradients between two chunks: of plain weights, and the whole ones that FSDP2 holds until the last backward."""
     for module in model.modules():
         group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
-        for held in group.fsdp_params if group is not None else ():
-            whole = getattr(held, "_unsharded_param", None)
-            meter.relabel([held.unsharded_accumulated_grad, None if whole is None else whole.grad], "gradients")
+        for parameter_group in group.fsdp_params if group is not None else ():
+            unsharded = getattr(parameter_group, "_unsharded_param", None)
+            meter.relabel([parameter_group.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad], "gradients")
     if repeated is not None:
         repeated.label_gradients()
 

@@ -52,9 +52,9 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.mixture is not None:
-            own = {source.name: source for source in self.sources}
-            listed = [own.pop(source.name, source) for source in read_mixture(self.mixture)]
-            self.sources, self.mixture = [*listed, *own.values()], None  # a resolved recipe stands for itself
+            by_name = {source.name: source for source in self.sources}
+            listed = [by_name.pop(source.name, source) for source in read_mixture(self.mixture)]
+            self.sources, self.mixture = [*listed, *by_name.values()], None  # a resolved recipe stands for itself
 
 
 def read_mixture(name: str) -> list[Source]:

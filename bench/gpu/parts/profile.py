@@ -26,12 +26,12 @@ def checks(machine):
 
 def kernels(machine, name: str, options: dict) -> list[dict]:
     """Kernels of one call by device time; on a CPU operators by their own time."""
-    from contrastive_kernels.triton import launch_log as work
+    from contrastive_kernels.triton import launch_log
 
     n, d = (16_384, 1536) if not machine.dry else (24, 16)
     run = on_gpu.ours(backend="triton", **options)(*timing.operands(machine.device, n, n, d), timing.TEMPERATURE)
     run()
-    with work.record() as noted:
+    with launch_log.record() as noted:
         run()
     cuda = machine.device == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CUDA] if cuda else []

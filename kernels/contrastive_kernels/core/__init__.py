@@ -1,1 +1,1 @@
-"""What every implementation of the losses shares: a call as a problem, its softmax, its gradients, its ranks."""
+"""What every implementation of the losses splits: a call as a problem, its softmax, its gradients, its ranks."""

@@ -36,13 +36,13 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, names, query, target, options, *inputs):
-        made = value_and_grad(query.detach(), target.detach(), options, frozenset(names))
+        computed = value_and_grad(query.detach(), target.detach(), options, frozenset(names))
         ctx.set_materialize_grads(False)
         ctx.dtypes = [x.dtype for x in inputs]
-        ctx.save_for_backward(*(getattr(made, f"d_{name}") for name in names))
-        sums = made.loss.new_empty(0) if made.stat_sums is None else made.stat_sums
+        ctx.save_for_backward(*(getattr(computed, f"d_{name}") for name in names))
+        sums = computed.loss.new_empty(0) if computed.stat_sums is None else computed.stat_sums
         ctx.mark_non_differentiable(sums)
-        return made.loss, sums
+        return computed.loss, sums
 
     @staticmethod
     def backward(ctx, cotangent, _):

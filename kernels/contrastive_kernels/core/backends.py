@@ -14,8 +14,8 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the Triton kernels cannot take these tensors in this process, or None."""
     from .. import triton as kernels
 
-    there, reason = kernels.available()
-    if not there:
+    available, reason = kernels.available()
+    if not available:
         return reason
     from ..triton.kernels.common import INTERPRET
 

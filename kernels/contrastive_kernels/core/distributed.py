@@ -57,8 +57,8 @@ def one_width(query, target, options, wanted, workspace: int, backend: Backend) 
     if out.stat_sums is not None:
         out.stat_sums = all_sum(out.stat_sums)
     if gradients is not None:
-        for held in gradients.held.values():
-            held.mul_(dist.get_world_size(group))
+        for accumulator in gradients.accumulators.values():
+            accumulator.mul_(dist.get_world_size(group))
         if gradients.wants("temperature"):
             gradients.temperature *= dist.get_world_size(group)
         finish_gradients(problem, gradients, out)
@@ -106,21 +106,21 @@ def gather(columns: Columns, sink: str, group) -> Columns:
     return _with_fields(columns, [_all_gather(field, group) for field in _fields(columns)], sink=sink)
 
 
-def scatter(gradients: Gradients, name: str, own: str, like: torch.Tensor, group) -> None:
+def scatter(gradients: Gradients, name: str, sink: str, like: torch.Tensor, group) -> None:
     """Sum a gradient of gathered columns over ranks and add this rank's part to its own accumulator."""
-    if not gradients.wants(own):
+    if not gradients.wants(sink):
         return
     world, rank = dist.get_world_size(group), dist.get_rank(group)
-    whole = gradients.of(name, world * len(like))
-    mine = gradients.of(own, len(like))
-    if whole.is_cuda:
-        part = torch.empty_like(mine)
-        reduce_scatter_single(part, whole, group=group)
+    gathered = gradients.of(name, world * len(like))
+    accumulator = gradients.of(sink, len(like))
+    if gathered.is_cuda:
+        part = torch.empty_like(accumulator)
+        reduce_scatter_single(part, gathered, group=group)
     else:
-        dist.all_reduce(whole, group=group)  # gloo
-        part = whole[rank * len(like) : (rank + 1) * len(like)]
-    mine.add_(part)
-    del gradients.held[name]
+        dist.all_reduce(gathered, group=group)  # gloo
+        part = gathered[rank * len(like) : (rank + 1) * len(like)]
+    accumulator.add_(part)
+    del gradients.accumulators[name]
 
 
 def _rotate(tensors: list[torch.Tensor | None], group) -> list[torch.Tensor | None]:
@@ -150,19 +150,19 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
 
     def turn():
         """Directions over one rank's columns after another, this rank's own first."""
-        held = [_fields(side) for side in columns]
+        travelling = [_fields(side) for side in columns]
         for step in range(world):
             owner = (rank - step) % world
-            queries = _with_fields(columns[0], held[0], sink="all_queries", offset=owner * problem.query.rows)
-            targets = _with_fields(columns[1], held[1], sink="all_targets", offset=owner * problem.target.rows)
+            queries = _with_fields(columns[0], travelling[0], sink="all_queries", offset=owner * problem.query.rows)
+            targets = _with_fields(columns[1], travelling[1], sink="all_targets", offset=owner * problem.target.rows)
             yield directions(problem, queries, targets)
             if step + 1 < world:
-                held = [_rotate(held[0], group) if need_queries else held[0], _rotate(held[1], group)]
+                travelling = [_rotate(travelling[0], group) if need_queries else travelling[0], _rotate(travelling[1], group)]
 
-    whole = directions(problem, *columns)
-    hard = None if o.hard_negatives is None else hard_negatives(problem, whole[0])
+    local = directions(problem, *columns)
+    hard = None if o.hard_negatives is None else hard_negatives(problem, local[0])
     n, smoothing = problem.query.rows, bool(o.label_smoothing)
-    sums = [RowSums.empty(n, problem.dtype, problem.device, smoothing) for _ in whole]
+    sums = [RowSums.empty(n, problem.dtype, problem.device, smoothing) for _ in local]
     if hard is not None:
         sums[0].add(slice(0, n), hard.sums)
     for parts in turn():
@@ -170,24 +170,24 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
             problem.backend.sum_shard(problem, direction, workspace, running, o.return_stats and direction.forward)
     logit = problem.positive * problem.inverse_temperature
     results = [finish(running, logit, o.label_smoothing) for running in sums]
-    loss, stat_sums = torch.zeros_like(problem.share), None
-    for direction, running, result in zip(whole, sums, results):
+    loss, stat_sums = torch.zeros_like(problem.row_weight), None
+    for direction, running, result in zip(local, sums, results):
         loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
         if direction.forward and o.return_stats:
-            stat_sums = row_sums(problem.kept, result.lse, direction.positive, running.best)
+            stat_sums = row_sums(problem.active, result.lse, direction.positive, running.best)
     if gradients is not None:
         for parts in turn():
             for direction, running, result in zip(parts, sums, results):
                 problem.backend.differentiate_shard(problem, direction, workspace, running, result, logit, gradients)
             # the columns' gradients travel with them; after a whole turn they are home
             for name in ("all_queries", "all_targets"):
-                if name in gradients.held:
-                    gradients.held[name] = _rotate([gradients.held[name]], group)[0]
-        for name, own, rows in (("all_queries", "query", n), ("all_targets", "target", problem.target.rows)):
-            if name in gradients.held:
-                gradients.of(own, rows).add_(gradients.held.pop(name))
-        for direction, result in zip(whole, results):
+                if name in gradients.accumulators:
+                    gradients.accumulators[name] = _rotate([gradients.accumulators[name]], group)[0]
+        for name, sink, rows in (("all_queries", "query", n), ("all_targets", "target", problem.target.rows)):
+            if name in gradients.accumulators:
+                gradients.of(sink, rows).add_(gradients.accumulators.pop(name))
+        for direction, result in zip(local, results):
             gradients.add_positives(direction, result.positive * direction.weight * problem.inverse_temperature)
         if hard is not None:
-            hard.add_gradients(whole[0], results[0], gradients)
+            hard.add_gradients(local[0], results[0], gradients)
     return Computed(loss.sum(), stat_sums=stat_sums)

@@ -33,7 +33,7 @@ class Gradients:
 
     def __init__(self, problem: Problem, wanted: frozenset[str]):
         self.problem, self.wanted = problem, wanted
-        self.held: dict[str, torch.Tensor] = {}
+        self.accumulators: dict[str, torch.Tensor] = {}
         self.projected: set[str] = set()  # matrices whose gradient is that of the rows as passed already
         # sum over pairs of (d loss / d logit) * s, where wanted; the temperature's gradient is -1/temperature times this
         self.temperature = torch.zeros((), dtype=problem.dtype, device=problem.device) if "temperature" in wanted else None
@@ -42,30 +42,30 @@ class Gradients:
         return MATRIX.get(name, name) in self.wanted
 
     def of(self, name: str, rows: int) -> torch.Tensor:
-        if name not in self.held:
+        if name not in self.accumulators:
             width, dtype = self.problem.query.width, self.problem.dtype
-            self.held[name] = torch.zeros(rows, width, dtype=dtype, device=self.problem.device)
-        return self.held[name]
+            self.accumulators[name] = torch.zeros(rows, width, dtype=dtype, device=self.problem.device)
+        return self.accumulators[name]
 
     def add_product(self, name: str, rows: int, start: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add a (m, k) @ b (D, k)^T to rows [start, start + m) of a matrix of `rows` rows."""
-        if name not in self.held and len(a) == rows:
-            self.held[name] = product(a, b)
+        if name not in self.accumulators and len(a) == rows:
+            self.accumulators[name] = product(a, b)
         else:
             add_product(self.of(name, rows)[start : start + len(a)], a, b)
 
     def add_anchors(self, name: str, start: int, stop: int, rows: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         """Add gradients (times `factor`, one a row) of anchors [start, stop), which are the rows' queries or their positives."""
-        problem, own = self.problem, name == "positive"
-        held = self.of("target", problem.target.rows) if own else self.of(name, problem.query.rows)
-        if own and problem.own_targets.index is not None:
-            scatter_rows(held, problem.positives[start:stop], rows if factor is None else rows * factor[:, None])
+        problem, to_target = self.problem, name == "positive"
+        accumulator = self.of("target", problem.target.rows) if to_target else self.of(name, problem.query.rows)
+        if to_target and problem.own_targets.index is not None:
+            scatter_rows(accumulator, problem.positives[start:stop], rows if factor is None else rows * factor[:, None])
             return
-        held = problem.own_rows(held)[start:stop] if own else held[start:stop]
+        accumulator = problem.own_rows(accumulator)[start:stop] if to_target else accumulator[start:stop]
         if factor is None:
-            held.add_(rows)
+            accumulator.add_(rows)
         else:
-            held.addcmul_(rows, factor[:, None])
+            accumulator.addcmul_(rows, factor[:, None])
 
     def add_positives(self, direction: Direction, coefficient: torch.Tensor) -> None:
         """The positive's own term: q += g t, t += g q, with g (n,) the derivative with respect to its cosine."""
@@ -90,7 +90,7 @@ def finish_gradients(problem: Problem, gradients: Gradients, out: Computed) -> N
                 problem.backend.project_out(gradient, operand, EPS)
             setattr(out, f"d_{name}", gradient)
     if gradients.wants("hard_negatives"):
-        out.d_hard_negatives = gradients.held["hard_negatives"].view(problem.options.hard_negatives.shape)
+        out.d_hard_negatives = gradients.accumulators["hard_negatives"].view(problem.options.hard_negatives.shape)
     if gradients.wants("temperature"):
         # d s / d temperature = -s / temperature; the sweeps have summed (d loss / d s) * s
         out.d_temperature = -gradients.temperature * problem.inverse_temperature

@@ -32,13 +32,13 @@ class HardNegatives:
         else:
             self.lengths = offsets.diff().to(torch.int64)
             self.owner = torch.arange(rows, device=device).repeat_interleave(self.lengths, output_size=len(packed))
-        inverse = inverse_norms(packed, dtype, EPS, problem.kept[self.owner]) if problem.options.normalize else None
+        inverse = inverse_norms(packed, dtype, EPS, problem.active[self.owner]) if problem.options.normalize else None
         # rows that are left out may hold anything, their hard negatives too
-        self.operand = Operand(packed, dtype, inverse, problem.kept[self.owner])
+        self.operand = Operand(packed, dtype, inverse, problem.active[self.owner])
         self.cosines = torch.empty(len(packed), dtype=dtype, device=device)
         for a, b in self._steps():
             self.cosines[a:b] = (problem.query.gathered(self.owner).tile(a, b) * self.operand.tile(a, b)).sum(1)
-        self.dropped = ~problem.kept[self.owner]
+        self.dropped = ~problem.active[self.owner]
         if ids is not None:
             self.dropped |= ids.reshape(-1) == target_ids[self.owner]
         if direction.threshold is not None:
@@ -79,16 +79,18 @@ class HardNegatives:
         if gradients.wants("temperature"):
             gradients.temperature += (coefficient * self.cosines).sum()
         if gradients.wants("hard_negatives"):
-            gradients.held["hard_negatives"] = torch.empty(
+            gradients.accumulators["hard_negatives"] = torch.empty(
                 self.operand.rows, self.operand.width, dtype=problem.dtype, device=problem.device
             )
         for a, b in self._steps():
             if gradients.wants("query"):
                 scatter_rows(gradients.of("query", problem.query.rows), owner[a:b], self.operand.tile(a, b) * coefficient[a:b, None])
             if gradients.wants("hard_negatives"):
-                torch.mul(problem.query.gathered(owner).tile(a, b), coefficient[a:b, None], out=gradients.held["hard_negatives"][a:b])
+                torch.mul(
+                    problem.query.gathered(owner).tile(a, b), coefficient[a:b, None], out=gradients.accumulators["hard_negatives"][a:b]
+                )
         if gradients.wants("hard_negatives"):
-            project_out(gradients.held["hard_negatives"], self.operand, EPS)
+            project_out(gradients.accumulators["hard_negatives"], self.operand, EPS)
 
 
 def hard_negatives(problem: Problem, direction: Direction) -> HardNegatives:

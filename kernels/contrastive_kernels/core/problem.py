@@ -96,7 +96,7 @@ class Direction:
 
 @dataclasses.dataclass
 class Problem:
-    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `kept_rows` (n,) bool, None for all.
+    """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `active_rows` (n,) bool, None for all.
 
     `own_targets`: (n, D) the rows' positives, without an index where they lie in a regular step. `step`: of the default positives,
     row i's being target i * step; None where the caller named them.
@@ -111,8 +111,8 @@ class Problem:
     own_targets: Operand
     positives: torch.Tensor
     step: int | None
-    kept_rows: torch.Tensor | None
-    share: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not kept
+    active_rows: torch.Tensor | None
+    row_weight: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not active
     first_row: int = 0  # global numbers of this rank's first row and target
     first_target: int = 0
 
@@ -126,11 +126,11 @@ class Problem:
         return self.backend.row_dots(self.query, self.own_targets)
 
     @property
-    def kept(self) -> torch.Tensor:
+    def active(self) -> torch.Tensor:
         """(n,) bool: rows that count."""
-        if self.kept_rows is None:
+        if self.active_rows is None:
             return torch.ones(self.query.rows, dtype=torch.bool, device=self.device)
-        return self.kept_rows
+        return self.active_rows
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -164,17 +164,17 @@ def build(
 ) -> Problem:
     """Prepare this rank's rows. `query` (n, D), `target` (m, D) are its own; `all_sum` adds a tensor over ranks."""
     device, n, dtype = query.device, len(query), compute_dtype(query, target)
-    step = kept = None
+    step = active = None
     if options.positives is None:
         positives, step = default_positives(n, len(target), device), len(target) // n
     else:
-        kept = options.positives != options.ignore_index
-        positives = torch.where(kept, options.positives, 0)
+        active = options.positives != options.ignore_index
+        positives = torch.where(active, options.positives, 0)
     if options.query_mask is not None:
-        kept = options.query_mask if kept is None else kept & options.query_mask
+        active = options.query_mask if active is None else active & options.query_mask
     if options.target_mask is not None:
-        own = options.target_mask[positives]
-        kept = own if kept is None else kept & own
+        target_active = options.target_mask[positives]
+        active = target_active if active is None else active & target_active
     own_query = operand(query, dtype, options.normalize, options.query_mask, backend)
     own_target = operand(target, dtype, options.normalize, options.target_mask, backend)
     if step is not None and backend.strided_positives:
@@ -191,23 +191,23 @@ def build(
         own_targets,
         positives,
         step,
-        kept,
-        _share(options, kept, n, dtype, device, all_sum),
+        active,
+        _row_weight(options, active, n, dtype, device, all_sum),
         rank * n,
         rank * len(target),
     )
 
 
-def _share(options: InfoNCEOptions, kept, n: int, dtype, device, all_sum) -> torch.Tensor:
-    """(n,) weights over the mean's denominator, 0 where not kept."""
-    if options.weight is None and kept is None and options.group is None:
+def _row_weight(options: InfoNCEOptions, active, n: int, dtype, device, all_sum) -> torch.Tensor:
+    """(n,) weights over the mean's denominator, 0 where not active."""
+    if options.weight is None and active is None and options.group is None:
         return torch.full((n,), 1 / n if options.reduction == "mean" else 1.0, dtype=dtype, device=device)
-    share = torch.ones(n, dtype=dtype, device=device) if options.weight is None else options.weight.to(dtype).contiguous()
-    share = share if kept is None else torch.where(kept, share, 0)
+    weight = torch.ones(n, dtype=dtype, device=device) if options.weight is None else options.weight.to(dtype).contiguous()
+    weight = weight if active is None else torch.where(active, weight, 0)
     if options.reduction == "mean":
-        total = all_sum(share.sum())
-        share = share / torch.where(total == 0, 1, total)
-    return share
+        total = all_sum(weight.sum())
+        weight = weight / torch.where(total == 0, 1, total)
+    return weight
 
 
 def operand(matrix: torch.Tensor, dtype: torch.dtype, normalize: bool, mask: torch.Tensor | None, backend: RowOperations) -> Operand:
@@ -220,8 +220,8 @@ def own_columns(problem: Problem) -> tuple[Columns, Columns]:
     owners = None
     if o.symmetric and (o.positives is not None or o.target_ids is not None):
         # a masked row still belongs to its target
-        there = torch.ones_like(problem.kept) if o.positives is None else o.positives != o.ignore_index
-        owners = torch.where(there, _identity(problem), -1)
+        has_positive = torch.ones_like(problem.active) if o.positives is None else o.positives != o.ignore_index
+        owners = torch.where(has_positive, _identity(problem), -1)
     queries = Columns(problem.query, "query", o.query_ids, o.query_mask, owners)
     return queries, Columns(problem.target, "target", o.target_ids, o.target_mask)
 
@@ -279,7 +279,7 @@ def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Dir
         blocks.append(Block(problem.query, "query", queries, myself, scale, query_ids))
     if o.target_negatives:
         blocks.append(Block(own_targets, "positive", targets, my_positive, scale, target_ids))
-    weight = problem.share * 0.5 if o.symmetric else problem.share
+    weight = problem.row_weight * 0.5 if o.symmetric else problem.row_weight
     threshold = _threshold(problem)
     out = [Direction(blocks, problem, weight, threshold, active, forward=True)]
     if o.symmetric:

@@ -29,24 +29,24 @@ def compute(query, target, scale, bias, positives, query_ids, target_ids, query_
         rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         rows = torch.ones(n, dtype=torch.bool, device=device) if query_mask is None else query_mask
         if query_ids is not None:
-            ids, own = matchable(query_ids), None
+            ids, columns = matchable(query_ids), None
         else:
             positives = default_positives(n, m, device) if positives is None else positives
-            there = positives != ignore_index
-            rows, index = rows & there, torch.where(there, positives, 0)
-            own = torch.where(there, index + rank * m, -1)
-            ids = None if target_ids is None else matchable(torch.where(there, target_ids[index], -1))
-        share = torch.where(rows, torch.ones(n, dtype=dtype, device=device) if weight is None else weight.to(dtype), 0)
+            has_positive = positives != ignore_index
+            rows, index = rows & has_positive, torch.where(has_positive, positives, 0)
+            columns = torch.where(has_positive, index + rank * m, -1)
+            ids = None if target_ids is None else matchable(torch.where(has_positive, target_ids[index], -1))
+        row_weight = torch.where(rows, torch.ones(n, dtype=dtype, device=device) if weight is None else weight.to(dtype), 0)
         if reduction == "mean":
-            total = share.sum()
+            total = row_weight.sum()
             if group is not None:
                 dist.all_reduce(total, group=group)
-            share = share / torch.where(total == 0, 1, total)
+            row_weight = row_weight / torch.where(total == 0, 1, total)
         own_query = operand(query, dtype, normalize, query_mask, EAGER)
         own_target = operand(target, dtype, normalize, target_mask, EAGER)
         scale, bias = scale.to(device=device, dtype=dtype), bias.to(device=device, dtype=dtype)
         backend = choose("auto", product_dtype(query, target), device)
-        pairs = Pairs(own_query, own, ids, share, scale, bias)
+        pairs = Pairs(own_query, columns, ids, row_weight, scale, bias)
         sums = Sums(
             torch.zeros(n, dtype=dtype, device=device),
             torch.zeros(n, query.shape[1], dtype=dtype, device=device) if 0 in wanted else None,
@@ -61,7 +61,7 @@ def compute(query, target, scale, bias, positives, query_ids, target_ids, query_
             d_target = _gathered(backend, pairs, own_target, target_ids, sums, d_target, group)
         else:
             d_target = _ring(backend, pairs, own_target, target_ids, sums, d_target, group)
-        loss = torch.where(share != 0, sums.loss * share, 0)
+        loss = torch.where(row_weight != 0, sums.loss * row_weight, 0)
         loss = loss if reduction == "none" else loss.sum()
         if group is not None:
             dist.all_reduce(loss, group=group)
@@ -75,31 +75,33 @@ def compute(query, target, scale, bias, positives, query_ids, target_ids, query_
         return loss, [g if i in wanted else None for i, g in enumerate(gradients)]
 
 
-def _columns_of(own: Operand, fields) -> Operand:
+def _columns_of(local: Operand, fields) -> Operand:
     source, inverse, keep = fields
-    return Operand(source, own.dtype, inverse, keep)
+    return Operand(source, local.dtype, inverse, keep)
 
 
-def _gathered(backend: Backend, pairs, own: Operand, target_ids, sums, d_target, group):
+def _gathered(backend: Backend, pairs, local: Operand, target_ids, sums, d_target, group):
     """Columns of all ranks come here; their gradients are summed and every rank keeps its own."""
-    rank, m = dist.get_rank(group), own.rows
-    whole = _columns_of(own, [_all_gather(x, group) for x in (own.source, own.inverse_norm, own.keep)])
-    d_whole = None if d_target is None else d_target.new_zeros(whole.rows, own.width)
-    backend.add_sigmoid_columns(pairs, whole, _all_gather(target_ids, group), 0, sums, d_whole)
-    if d_whole is None:
+    rank, m = dist.get_rank(group), local.rows
+    gathered = _columns_of(local, [_all_gather(x, group) for x in (local.source, local.inverse_norm, local.keep)])
+    d_gathered = None if d_target is None else d_target.new_zeros(gathered.rows, local.width)
+    backend.add_sigmoid_columns(pairs, gathered, _all_gather(target_ids, group), 0, sums, d_gathered)
+    if d_gathered is None:
         return None
-    dist.all_reduce(d_whole, group=group)
-    return d_whole[rank * m : (rank + 1) * m].clone()
+    dist.all_reduce(d_gathered, group=group)
+    return d_gathered[rank * m : (rank + 1) * m].clone()
 
 
-def _ring(backend: Backend, pairs, own: Operand, target_ids, sums, d_target, group):
+def _ring(backend: Backend, pairs, local: Operand, target_ids, sums, d_target, group):
     """Columns travel with their gradients; after a whole turn both are home."""
-    rank, world, m = dist.get_rank(group), dist.get_world_size(group), own.rows
-    held = [own.source, own.inverse_norm, own.keep, target_ids, d_target]
+    rank, world, m = dist.get_rank(group), dist.get_world_size(group), local.rows
+    travelling = [local.source, local.inverse_norm, local.keep, target_ids, d_target]
     for step in range(world):
-        backend.add_sigmoid_columns(pairs, _columns_of(own, held[:3]), held[3], (rank - step) % world * m, sums, held[4])
+        backend.add_sigmoid_columns(
+            pairs, _columns_of(local, travelling[:3]), travelling[3], (rank - step) % world * m, sums, travelling[4]
+        )
         if step + 1 < world:
-            held = _rotate(held, group)
-        elif held[4] is not None:
-            held[4] = _rotate(held[4:], group)[0]
-    return held[4]
+            travelling = _rotate(travelling, group)
+        elif travelling[4] is not None:
+            travelling[4] = _rotate(travelling[4:], group)[0]
+    return travelling[4]

@@ -30,16 +30,16 @@ def workspace_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.
         return least
     bound = max(least, card_bytes(device) // SHARE_OF_CARD)
     # a question to the driver takes longer than a small call, and is not allowed while a graph is captured
-    whole = whole_panel_bytes(options, query, target)
-    if whole <= least or torch.cuda.is_current_stream_capturing():
+    one_panel = whole_panel_bytes(options, query, target)
+    if one_panel <= least or torch.cuda.is_current_stream_capturing():
         return bound
-    return lowered(bound, least, whole, free_cuda_bytes(device))
+    return lowered(bound, least, one_panel, free_cuda_bytes(device))
 
 
-def lowered(bound: int, least: int, whole: int, free: int) -> int:
+def lowered(bound: int, least: int, one_panel: int, free: int) -> int:
     """The bound, halved until it is at most `free` where a call would take more than that; never below `least`."""
     asked = bound
-    while min(bound, whole) > max(least, free):
+    while min(bound, one_panel) > max(least, free):
         bound //= 2
     bound = max(bound, least)
     if bound < asked:

@@ -154,7 +154,7 @@ class RowSum:
 
     def __init__(self, rows: int, width: int, like: torch.Tensor, transposed: bool = False):
         self.rows, self.transposed = rows, transposed or prefers_onednn(like.dtype, like.device)
-        self.held = like.new_zeros(width, rows) if self.transposed else like.new_empty(rows, width)
+        self.accumulator = like.new_zeros(width, rows) if self.transposed else like.new_empty(rows, width)
         self._begun: set[int] = set()
 
     def operand(self, candidates: torch.Tensor) -> torch.Tensor:
@@ -164,19 +164,19 @@ class RowSum:
     def add(self, part: torch.Tensor, operand: torch.Tensor, columns: slice = slice(None)) -> None:
         """held[:, columns] += part (rows, c) @ B[:, columns]; calls name the same stretches of columns each time, and all of them."""
         if self.transposed:
-            add_product(self.held[columns], operand, part)
+            add_product(self.accumulator[columns], operand, part)
         else:
             first = columns.start or 0
-            self.held[:, columns].addmm_(part, operand, beta=1 if first in self._begun else 0)
+            self.accumulator[:, columns].addmm_(part, operand, beta=1 if first in self._begun else 0)
             self._begun.add(first)
 
     def copy_to(self, out: torch.Tensor) -> None:
         """out (rows, width) = the sum."""
         if self.transposed:
-            transpose_into(out, self.held)
+            transpose_into(out, self.accumulator)
         else:
-            out.copy_(self.held)
+            out.copy_(self.accumulator)
 
     def result(self) -> torch.Tensor:
         """(rows, width), contiguous; the sum's own memory where that is its layout."""
-        return self.held.T.contiguous() if self.transposed else self.held
+        return self.accumulator.T.contiguous() if self.transposed else self.accumulator

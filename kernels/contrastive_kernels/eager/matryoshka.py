@@ -26,7 +26,7 @@ from ..core.softmax import RowSums, finish, mask_logits, row_factor
 from ..stats import row_sums
 from .gemm import RowSum, add_product, operand_of, packed, prefers_onednn, product_into, transpose_into
 from .scratch import scratch
-from .sweep import PRODUCT_COLUMNS, TILE_COLUMNS, Tile, logits_are_safe, panel_rows, tiles
+from .sweep import PRODUCT_COLUMNS, TILE_COLUMNS, ColumnTile, logits_are_safe, panel_rows, tiles
 
 SPARE = 1 << 17  # elements that a thread works on at a time: with two planes of them 1.5 MiB
 ROWS = 256  # of either matrix that are worked on at a time outside of the sweep
@@ -36,7 +36,7 @@ NOTHING = -1e10  # no logit is below it but those of dropped pairs
 LEAST_NORM, MOST_NORM, LEAST_SCALE = 1e-3, 1e6, 1e-3
 
 
-class Level:
+class LevelSweep:
     """One width: its problem, its single direction, its running sums."""
 
     def __init__(self, query, target, dim: int, options, weight: float, backend):
@@ -52,14 +52,14 @@ class Level:
         self.query_norm, self.target_norm = self.problem.query.inverse_norm, self.problem.target.inverse_norm
 
 
-def shared_levels(query, target, options, levels, backend) -> list[Level] | None:
+def shared_levels(query, target, options, levels, backend) -> list[LevelSweep] | None:
     """The levels, narrowest first, where one sweep can make them; None where each needs its own.
 
     `levels` holds pairs (width, options of that level), in the order of `options.matryoshka_weights`.
     """
     if query.device.type != "cpu" or len({dim for dim, _ in levels}) < len(levels) or options.obstacle("shared_levels"):
         return None
-    shared = [Level(query, target, d, o, w, backend) for (d, o), w in zip(levels, level_weights(options))]
+    shared = [LevelSweep(query, target, d, o, w, backend) for (d, o), w in zip(levels, level_weights(options))]
     shared.sort(key=lambda level: level.dim)
     for level in shared:
         inverse = torch.stack([x for norms in (level.query_norm, level.target_norm) for x in norms.aminmax()])
@@ -88,7 +88,7 @@ class Sweep:
     dropped once for all levels: their product is DROPPED, which stays far below every logit through the sums and scales that follow.
     """
 
-    def __init__(self, query, target, levels: list[Level], wanted: frozenset[str], workspace: int):
+    def __init__(self, query, target, levels: list[LevelSweep], wanted: frozenset[str], workspace: int):
         first, widest = levels[-1].problem, levels[-1]
         self.levels, self.wanted, self.dtype = levels, wanted, first.dtype
         self.rows, self.columns, width = len(query), len(target), widest.dim
@@ -100,22 +100,22 @@ class Sweep:
         self.candidates = Operand(target[:, :width], self.dtype, self.target_norm, first.options.target_mask)
         item = self.dtype.itemsize
         # products of all columns at once, where the library likes them so and a copy of the columns finds room
-        whole = not prefers_onednn(self.dtype, query.device) and 4 * self.columns * width * item <= workspace
-        self.tiles = tiles([levels[0].block], PRODUCT_COLUMNS if whole else TILE_COLUMNS)
+        joined = not prefers_onednn(self.dtype, query.device) and 4 * self.columns * width * item <= workspace
+        self.tiles = tiles([levels[0].block], PRODUCT_COLUMNS if joined else TILE_COLUMNS)
         tallest = self.tiles[0].width
-        self.across = scratch(self.columns * width, self.dtype, query.device).view(width, self.columns) if whole else None
-        for start in range(0, self.columns if whole else 0, ROWS):
+        self.across = scratch(self.columns * width, self.dtype, query.device).view(width, self.columns) if joined else None
+        for start in range(0, self.columns if joined else 0, ROWS):
             stop = min(start + ROWS, self.columns)
             transpose_into(self.across[:, start:stop], self.candidates.tile(start, stop))
-        self.stretches = [(0, self.columns)] if whole else [(tile.start, tile.stop) for tile in self.tiles]
-        held = self.columns if wanted else 0
+        self.stretches = [(0, self.columns)] if joined else [(tile.start, tile.stop) for tile in self.tiles]
+        plane_columns = self.columns if wanted else 0
         # a row: its planes or their sum, a product that oneDNN makes anew, masks of a tile, copies of its anchors and their gradients
         tall = (not wanted) + prefers_onednn(self.dtype, query.device)
-        row = (held * len(levels) + tall * tallest + 6 * width) * item + 2 * tallest
+        row = (plane_columns * len(levels) + tall * tallest + 6 * width) * item + 2 * tallest
         spare = min(SPARE * torch.get_num_threads(), workspace // (8 * item))
-        fixed = (spare + (self.columns * width if whole else 3 * tallest * width)) * item
+        fixed = (spare + (self.columns * width if joined else 3 * tallest * width)) * item
         self.size = panel_rows(self.rows, row, fixed, workspace)
-        self.planes = [scratch(self.size * held, self.dtype, query.device) for _ in levels]
+        self.planes = [scratch(self.size * plane_columns, self.dtype, query.device) for _ in levels]
         self.sum = None if wanted else scratch(self.size * tallest, self.dtype, query.device)
         self.spare = torch.empty(max(spare, self.size), dtype=self.dtype)
         edges = [0, *(level.dim for level in levels)]
@@ -151,25 +151,25 @@ class Sweep:
         """(columns, rows) logits or exponentials of one level."""
         return self.planes[which][: self.columns * rows].view(self.columns, rows)
 
-    def raw(self, tile: Tile, rows: int) -> torch.Tensor:
+    def raw(self, tile: ColumnTile, rows: int) -> torch.Tensor:
         """(columns of the tile, rows): where its products are summed. The widest level's logits take their place."""
         if self.wanted:
             return self.plane(len(self.levels) - 1, rows)[tile.start : tile.stop]
         return self.sum[: tile.width * rows].view(tile.width, rows)
 
-    def cut(self, tile: Tile, rows: int) -> list[Cut]:
+    def cut(self, tile: ColumnTile, rows: int) -> list[Cut]:
         """Views for each stretch of the tile's columns: making them anew would take as long as an operator."""
-        made, size = [], max(1, len(self.spare) // rows)
+        cuts, size = [], max(1, len(self.spare) // rows)
         for a in range(tile.start, tile.stop, size):
             b = min(a + size, tile.stop)
             spare = self.spare[: (b - a) * rows].view(b - a, rows)
             planes = [self.plane(which, rows)[a:b] if self.wanted else spare for which in range(len(self.levels))]
             norms = [level.target_norm[a:b, None] for level in self.levels]
             sums = [along[a:b] for along in self.along_columns]
-            made.append(Cut(self.raw(tile, rows)[a - tile.start : b - tile.start], spare, planes, norms, sums))
-        return made
+            cuts.append(Cut(self.raw(tile, rows)[a - tile.start : b - tile.start], spare, planes, norms, sums))
+        return cuts
 
-    def fill(self, tile: Tile, cuts: list[Cut], scaled, start: int, stop: int) -> None:
+    def fill(self, tile: ColumnTile, cuts: list[Cut], scaled, start: int, stop: int) -> None:
         """Every level's logits of a tile, and the sums of their exponentials."""
         rows, raw, widest = slice(start, stop), self.raw(tile, stop - start), len(self.levels) - 1
         candidates = self.candidates.tile(tile.start, tile.stop) if self.across is None else self.across[:, tile.start : tile.stop].T
@@ -213,8 +213,8 @@ class Sweep:
             pulled.copy_to(self.d_query[rows])
             for a in range(start, stop, ROWS):
                 some = slice(a, min(a + ROWS, stop))
-                whole = torch.linalg.vecdot(self.d_query[some], anchors[a - start : some.stop - start])
-                self.along_rows[-1][some] = whole - sum(along[some] for along in self.along_rows[:-1])
+                joined = torch.linalg.vecdot(self.d_query[some], anchors[a - start : some.stop - start])
+                self.along_rows[-1][some] = joined - sum(along[some] for along in self.along_rows[:-1])
 
     def candidates_across(self, segment: slice, start: int, stop: int) -> torch.Tensor:
         """(width of the segment, columns)."""
@@ -241,7 +241,7 @@ class Sweep:
         self.along_rows[which][rows].addcmul_(along_rows, per_cosine)
 
 
-def compute(query, target, levels: list[Level], wanted: frozenset[str], workspace: int) -> Computed:
+def compute(query, target, levels: list[LevelSweep], wanted: frozenset[str], workspace: int) -> Computed:
     """All levels together, weights included; what is not wanted is None."""
     sweep = Sweep(query, target, levels, wanted, workspace)
     sweep.run()
@@ -251,7 +251,7 @@ def compute(query, target, levels: list[Level], wanted: frozenset[str], workspac
         weight = level.direction.weight
         loss = loss + level.weight * torch.where(weight != 0, weight * result.loss, 0)
         if level.want_best:
-            stats = row_sums(level.problem.kept, result.lse, level.direction.positive, level.sums.best)
+            stats = row_sums(level.problem.active, result.lse, level.direction.positive, level.sums.best)
     loss = loss if levels[0].problem.options.reduction == "none" else loss.sum()
     if not wanted:
         return Computed(loss, stat_sums=stats)
@@ -316,15 +316,15 @@ def _project(parts, out, operand: Operand, own_norm, norms: list[torch.Tensor], 
     """
     for first in range(0, operand.rows, ROWS):
         rows = slice(first, min(first + ROWS, operand.rows))
-        own, stop, slices = own_norm[rows], 0, []
+        inverse, stop, slices = own_norm[rows], 0, []
         xs = operand.tile(rows.start, rows.stop)
         for part in parts:
             start, stop = stop, stop + part.shape[1]
             slices.append((part[rows], xs[:, start:stop], out[rows, start:stop]))
         sums = [a[rows] for a in along]
         if len(sums) < len(slices):
-            sums.append(sum(torch.linalg.vecdot(g, x) for g, x, _ in slices) * own - sum(sums))
+            sums.append(sum(torch.linalg.vecdot(g, x) for g, x, _ in slices) * inverse - sum(sums))
         total = 0.0
-        for (g, x, here), a, norm in reversed(list(zip(slices, sums, norms))):
+        for (g, x, target), a, norm in reversed(list(zip(slices, sums, norms))):
             total = total + a * norm[rows].square()
-            torch.mul(g.addcmul_(x, (total * own)[:, None], value=-1), own[:, None], out=here)
+            torch.mul(g.addcmul_(x, (total * inverse)[:, None], value=-1), inverse[:, None], out=target)

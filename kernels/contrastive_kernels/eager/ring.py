@@ -7,20 +7,20 @@ import torch
 from ..core.gradients import Gradients
 from ..core.problem import Direction, Problem
 from ..core.softmax import RowSums, cut_negligible, reduce_logits, row_factor
-from .sweep import Panels, smooth
+from .sweep import PanelBuffers, smooth
 
 
 def sum_shard(problem: Problem, direction: Direction, workspace: int, sums: RowSums, want_best: bool) -> None:
-    panels = Panels(problem, direction, workspace, keep=False)
+    panels = PanelBuffers(problem, direction, workspace, keep=False)
     for start, stop in panels:
         for tile, part in panels.fill(panels.anchors(start, stop), start, stop):
-            here, _ = reduce_logits(part, tile.block.scale, False, bool(panels.smoothing), want_best)
-            sums.add(slice(start, stop), here)
+            reduced, _ = reduce_logits(part, tile.block.scale, False, bool(panels.smoothing), want_best)
+            sums.add(slice(start, stop), reduced)
 
 
 def differentiate_shard(problem: Problem, direction: Direction, workspace: int, sums: RowSums, result, logit, gradients: Gradients) -> None:
     """Add the gradients of one shard of columns, the rows' sums being complete."""
-    panels, weight = Panels(problem, direction, workspace, keep=True), direction.weight
+    panels, weight = PanelBuffers(problem, direction, workspace, keep=True), direction.weight
     shift = torch.where(sums.shift == float("-inf"), 0, sums.shift)
     factor = row_factor(sums, logit, shift) * weight
     for start, stop in panels:

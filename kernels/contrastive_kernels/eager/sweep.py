@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 @dataclasses.dataclass
-class Tile:
+class ColumnTile:
     """Columns [start, stop) of a block, which has `columns` in all.
 
     Args:
@@ -54,7 +54,7 @@ class Tile:
         return self.stop - self.start
 
 
-def tiles(blocks: list[Block], width: int) -> list[Tile]:
+def tiles(blocks: list[Block], width: int) -> list[ColumnTile]:
     """All blocks in tiles of at most `width` columns."""
     out = []
     for block in blocks:
@@ -63,7 +63,7 @@ def tiles(blocks: list[Block], width: int) -> list[Tile]:
             part = block if stop - start == block.width else block.narrow(start, stop)
             keep = part.columns.keep
             dead = None if keep is None or keep.is_cuda else (~keep).nonzero()[:, 0]
-            out.append(Tile(part, start, stop, block, dead))
+            out.append(ColumnTile(part, start, stop, block, dead))
     return out
 
 
@@ -90,7 +90,7 @@ def logits_are_safe(problem: Problem, direction: Direction) -> bool:
     return problem.device.type == "cpu" and scale * problem.largest_product() <= SAFE_LOGIT
 
 
-class Panels:
+class PanelBuffers:
     """The buffer for the logits of one direction, and the walk over them.
 
     Args:
@@ -104,16 +104,16 @@ class Panels:
         widest = max(block.width for block in direction.blocks)
         self.tiles = tiles(direction.blocks, widest if device.type == "cuda" else TILE_COLUMNS)
         widest = max(tile.width for tile in self.tiles)
-        held = sum(tile.width for tile in self.tiles) if keep else widest
+        buffer_columns = sum(tile.width for tile in self.tiles) if keep else widest
         anchors = len({id(block.anchors) for block in direction.blocks})
         # a row: its logits and their masks, a tile's temporaries, and the anchors' copies and gradients; beside them candidates' tiles
-        row = (held + 2 * widest + (2 + 3 * anchors) * width) * dtype.itemsize + (held if self.smoothing else 0)
+        row = (buffer_columns + 2 * widest + (2 + 3 * anchors) * width) * dtype.itemsize + (buffer_columns if self.smoothing else 0)
         self.rows = problem.query.rows
         self.size = panel_rows(self.rows, row, 3 * widest * width * dtype.itemsize, workspace)
-        self.buffer = scratch(self.size * held, dtype, device)
+        self.buffer = scratch(self.size * buffer_columns, dtype, device)
         self.joined = self._joined(direction.blocks) if keep else None
 
-    def _joined(self, blocks: list[Block]) -> list[Tile] | None:
+    def _joined(self, blocks: list[Block]) -> list[ColumnTile] | None:
         """Blocks in wide tiles, where products are formed of several tiles at once: nothing has to be prepared tile by tile."""
         if not all(block.columns.operand.plain for block in blocks) or prefers_onednn(self.problem.dtype, self.problem.device):
             return None
@@ -174,16 +174,16 @@ class Panels:
                 gradients.add_product(block.columns.sink, tile.columns, tile.start, part.T, scaled[key])
         scaled.clear()
         for key, total in pulled.items():
-            whole = total.result().mul_(factor[:, None])
+            d_anchors = total.result().mul_(factor[:, None])
             if gradients.wants("temperature"):
-                gradients.temperature += torch.linalg.vecdot(whole, anchors[key]).sum()
+                gradients.temperature += torch.linalg.vecdot(d_anchors, anchors[key]).sum()
             if gradients.wants(sinks[key]):
-                gradients.add_anchors(sinks[key], start, stop, whole)
+                gradients.add_anchors(sinks[key], start, stop, d_anchors)
 
 
-def smooth(part, dropped, factor, share) -> None:
+def smooth(part, dropped, factor, candidate_share) -> None:
     """E becomes the derivative with respect to the logits: factor * E - share, over the candidates."""
-    torch.addcmul(share.neg()[:, None], part, factor[:, None], out=part)
+    torch.addcmul(candidate_share.neg()[:, None], part, factor[:, None], out=part)
     if dropped is not None:
         part.masked_fill_(dropped, 0)
 
@@ -192,7 +192,7 @@ def sweep(problem: Problem, direction: Direction, hard: HardNegatives | None, gr
     """Reduce every row of `direction` and add its gradients. Returns (RowResult, RowSums) of all rows, (n,) each."""
     n, smoothing = problem.query.rows, problem.options.label_smoothing
     safe = logits_are_safe(problem, direction)
-    panels = Panels(problem, direction, workspace, keep=gradients is not None)
+    panels = PanelBuffers(problem, direction, workspace, keep=gradients is not None)
     sums = RowSums.empty(n, problem.dtype, problem.device, bool(smoothing))
     if hard is not None:
         sums.add(slice(0, n), hard.sums)
@@ -201,25 +201,25 @@ def sweep(problem: Problem, direction: Direction, hard: HardNegatives | None, gr
         rows, anchors = slice(start, stop), panels.anchors(start, stop)
         parts, shifts, masks = [], [], []
         for tile, part in panels.fill(anchors, start, stop):
-            here, dropped = reduce_logits(part, tile.block.scale, safe, bool(smoothing), want_best)
-            sums.add(rows, here)
+            reduced, dropped = reduce_logits(part, tile.block.scale, safe, bool(smoothing), want_best)
+            sums.add(rows, reduced)
             parts.append(part)
-            shifts.append(here.shift)
+            shifts.append(reduced.shift)
             masks.append(dropped)
         if gradients is None:
             continue
-        own, weight = sums.rows(rows), direction.weight[rows]
-        common = torch.zeros_like(own.shift) if safe else torch.where(own.shift == float("-inf"), 0, own.shift)
-        factor = row_factor(own, logit[rows], common) * weight
+        row_sums, weight = sums.rows(rows), direction.weight[rows]
+        common = torch.zeros_like(row_sums.shift) if safe else torch.where(row_sums.shift == float("-inf"), 0, row_sums.shift)
+        factor = row_factor(row_sums, logit[rows], common) * weight
         if not safe:
             for part, shift in zip(parts, shifts):
                 shift = shift - common  # -inf for a tile without candidates, whose zeros stay
                 cut_negligible(shift)
                 part.mul_(shift.exp_()[:, None])
         if smoothing:
-            share = weight * finish(own, logit[rows], smoothing).smooth
+            candidate_share = weight * finish(row_sums, logit[rows], smoothing).smooth
             for part, dropped in zip(parts, masks):
-                smooth(part, dropped, factor, share)
+                smooth(part, dropped, factor, candidate_share)
             factor = torch.ones_like(factor)
         panels.products(parts, anchors, start, stop, factor * problem.inverse_temperature, gradients)
     result = finish(sums, logit, smoothing)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..core.softmax import RowSums, finish, row_factor
-from .sweep import Panels, logits_are_safe
+from .sweep import PanelBuffers, logits_are_safe
 
 
 def share_logits(problem, parts) -> bool:
@@ -28,10 +28,10 @@ def share_logits(problem, parts) -> bool:
 def sweep(problem, parts, hard, gradients, workspace, want_best: bool):
     """((RowResult, RowSums) of the forward direction, the same of the reverse); gradients of both are added."""
     forward = parts[0]
-    panels = Panels(problem, forward, workspace, keep=False)
+    panels = PanelBuffers(problem, forward, workspace, keep=False)
     sums = [RowSums.empty(problem.query.rows, problem.dtype, problem.device, False) for _ in parts]
-    for own in sums:
-        own.shift.zero_()
+    for direction_sums in sums:
+        direction_sums.shift.zero_()
     for start, stop in panels:
         for tile, part in panels.fill(panels.anchors(start, stop), start, stop):
             if want_best:
@@ -42,11 +42,13 @@ def sweep(problem, parts, hard, gradients, workspace, want_best: bool):
     if hard is not None:
         sums[0].add(slice(0, problem.query.rows), hard.sums)
     logit = forward.positive * problem.inverse_temperature
-    results = [finish(own, logit, 0.0) for own in sums]
+    results = [finish(direction_sums, logit, 0.0) for direction_sums in sums]
     if gradients is None:
         return tuple(zip(results, sums))
     zero = torch.zeros_like(logit)
-    f, h = (row_factor(own, logit, zero) * part.weight * problem.inverse_temperature for own, part in zip(sums, parts))
+    f, h = (
+        row_factor(direction_sums, logit, zero) * part.weight * problem.inverse_temperature for direction_sums, part in zip(sums, parts)
+    )
     for start, stop in panels:
         anchors = panels.anchors(start, stop)
         slopes = (

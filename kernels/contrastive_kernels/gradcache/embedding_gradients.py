@@ -29,8 +29,8 @@ class LateGradients:
 
     def learned(self) -> list[torch.Tensor]:
         """The leaves that receive a gradient, each once, in an order that is the same on every rank."""
-        found = [leaf for tensor, _ in self.options for leaf in leaves_behind(tensor)] + [leaf for leaf, _ in self.parameters]
-        return list({id(leaf): leaf for leaf in found}.values())
+        leaves = [leaf for tensor, _ in self.options for leaf in leaves_behind(tensor)] + [leaf for leaf, _ in self.parameters]
+        return list({id(leaf): leaf for leaf in leaves}.values())
 
     def deposit(self) -> None:
         """Adds the gradients to the leaves' `.grad`."""
@@ -88,18 +88,20 @@ def _of_callable(loss, embeddings, options, scaler):
     with torch.enable_grad():
         value = loss(leaves[0], leaves[1], **options)
     value, stats = value if isinstance(value, tuple) else (value, None)
-    own = leaves_behind(value)
+    parameters = leaves_behind(value)
     if isinstance(loss, torch.nn.Module):
-        own += [p for p in loss.parameters() if p.requires_grad]
+        parameters += [p for p in loss.parameters() if p.requires_grad]
     given = {id(x) for x in (*leaves, *cut.values())}
-    own = list({id(x): x for x in own if id(x) not in given}.values())
-    _refuse_sharded(own)
-    before = [leaf.grad for leaf in own]
-    for leaf in own:
+    parameters = list({id(x): x for x in parameters if id(x) not in given}.values())
+    _refuse_sharded(parameters)
+    before = [leaf.grad for leaf in parameters]
+    for leaf in parameters:
         leaf.grad = None
     scaled(scaler, value).backward()
-    late = LateGradients([(learned[name], x.grad) for name, x in cut.items() if x.grad is not None], [(leaf, leaf.grad) for leaf in own])
-    for leaf, gradient in zip(own, before, strict=True):
+    late = LateGradients(
+        [(learned[name], x.grad) for name, x in cut.items() if x.grad is not None], [(leaf, leaf.grad) for leaf in parameters]
+    )
+    for leaf, gradient in zip(parameters, before, strict=True):
         leaf.grad = gradient
     unscale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
     gradients = [None if leaf.grad is None else leaf.grad * unscale for leaf in leaves]

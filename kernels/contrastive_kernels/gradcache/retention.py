@@ -18,8 +18,8 @@ _SHARE_OF_FREE = 0.8
 
 def retained_chunks(retain: int | str, count: int) -> frozenset[int]:
     """Indices of the chunks that keep their graph: the last `retain` of `count`, or all of them."""
-    kept = count if retain == "all" else min(int(retain), count)
-    return frozenset(range(count - kept, count))
+    count_kept = count if retain == "all" else min(int(retain), count)
+    return frozenset(range(count - count_kept, count))
 
 
 def belongs_to_weight(tensor: torch.Tensor) -> bool:
@@ -102,13 +102,13 @@ class GraphSize:
 def fitting_chunks(sizes: Sequence[float], bound_mib: float | None, sync: GradientSync) -> frozenset[int]:
     """The longest run of last chunks whose graphs (bytes each) fit into the bound; the same count on every rank."""
     bound = bound_mib * _MIB if bound_mib is not None else _SHARE_OF_FREE * free_cuda_bytes()
-    kept, used = 0, 0.0
+    count_kept, used = 0, 0.0
     for size in reversed(sizes):
         used += size
         if used > bound:
             break
-        kept += 1
-    (most_negative,) = sync.largest([-kept])  # the fewest of any rank
+        count_kept += 1
+    (most_negative,) = sync.largest([-count_kept])  # the fewest of any rank
     return retained_chunks(-most_negative, len(sizes))
 
 

@@ -41,7 +41,7 @@ def _at_least(count: int, mean: float) -> float:
 
 
 def looks(rows: int, columns: int, kept: int, targets: int) -> float:
-    """Expected looks through all tiles of a share of `targets`: of each, the most newcomers that one of its rows has."""
+    """Expected looks through all tiles of a split of `targets`: of each, the most newcomers that one of its rows has."""
     total, tile, tiles = 0.0, 0, -(-targets // columns)
     while tile < tiles:
         step = max(1, tile // 16)  # the further on, the slower it changes
@@ -58,9 +58,9 @@ def looks(rows: int, columns: int, kept: int, targets: int) -> float:
 
 
 def topk(
-    gpu: Gpu, queries: int, targets: int, width: int, kept: int, selection: Selection, shares: int, *, itemsize: int = 2
+    gpu: Gpu, queries: int, targets: int, width: int, kept: int, selection: Selection, splits: int, *, itemsize: int = 2
 ) -> list[Piece]:
-    """The pieces of one search: the streaming kernel and the merging of its `shares`.
+    """The pieces of one search: the streaming kernel and the merging of its `splits`.
 
     Where a multiprocessor holds one program, selection adds to the product; where it holds more, one multiplies while another selects and
     the slower of the two counts.
@@ -69,19 +69,19 @@ def topk(
     tiles = tiles_r * tiles_c
     flops = 2 * queries * targets * width
     from_l2 = tiles * (selection.columns + (0 if selection.resident else selection.rows)) * width * itemsize
-    read, written = itemsize * width * (queries + targets), 8 * queries * kept * shares
+    read, written = itemsize * width * (queries + targets), 8 * queries * kept * splits
     product = max(flops / (rate(gpu, itemsize) * TRITON_SHARE), from_l2 / gpu.l2_bandwidth, (read + written) / gpu.bandwidth)
     instructions = (
         tiles * selection.each_tile
-        + tiles_r * shares * looks(selection.rows, selection.columns, kept, -(-targets // shares)) * selection.each_look
+        + tiles_r * splits * looks(selection.rows, selection.columns, kept, -(-targets // splits)) * selection.each_look
     )
     select = instructions * selection.threads / (gpu.issue * ISSUE_SHARE)
-    slots, programs = gpu.sms * selection.blocks, tiles_r * shares
+    slots, programs = gpu.sms * selection.blocks, tiles_r * splits
     waves = -(-programs // slots) * slots / programs  # the last wave is as long as the others
     busy = (max(product, select) if selection.blocks > 1 else product + select) * waves
-    entries = queries * kept * shares
+    entries = queries * kept * splits
     merge = 12 * entries * MERGE_LAUNCHES / gpu.bandwidth + MERGE_LAUNCHES * LAUNCH
     return [
         Piece("scores and their best", flops, read, written, busy + LAUNCH),
-        Piece("merging the shares", 0, written, 12 * queries * kept, merge),
+        Piece("merging the splits", 0, written, 12 * queries * kept, merge),
     ]

@@ -43,7 +43,7 @@ class Tile:
         return "x".join(str(v) for v in (self.block_r, self.block_c, self.block_k)) + f" w{self.warps} s{self.stages}"
 
 
-# (architecture, element size, rich epilogue) -> tile; `exp_panel_is_rich` says which epilogues are.
+# (architecture, element size, masked epilogue) -> tile; `exp_panel_is_masked` says which epilogues are.
 EXP_PANEL = {
     (80, 2, False): Tile(128, 256, 32, 8, 3, 4),
     (80, 2, True): Tile(128, 64, 32, 4, 4, 4, spread=True),
@@ -114,25 +114,25 @@ PREFIXES = {
 def exp_panel_tile(
     arch: int, itemsize: int, columns: int, *, masks=False, scale=False, row_max=False, col_sum=False, levels=False
 ) -> tuple[int, int]:
-    """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_rich`."""
+    """(rows, columns) of the tile that a launch takes on a GPU: what the cost model prices. Arguments as for `exp_panel_is_masked`."""
     odd = columns % PLAIN_COLUMNS != 0
     if levels and itemsize <= 2 and (tuned_as(arch), odd) in PREFIXES:
         tile = PREFIXES[tuned_as(arch), odd]
     else:
-        rich = levels or exp_panel_is_rich(arch, masks, scale, row_max, col_sum, False, odd)
-        tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich)
+        masked = levels or exp_panel_is_masked(arch, masks, scale, row_max, col_sum, False, odd)
+        tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, masked)
     return tile.block_r, tile.block_c
 
 
-def exp_panel(arch: int, itemsize: int, rich: bool, prefixes: bool = False, odd: bool = False) -> Tile:
-    """rich: as `exp_panel_is_rich` says; with prefixes, whether columns are odd. odd: columns that 256 does not divide."""
+def exp_panel(arch: int, itemsize: int, masked: bool, prefixes: bool = False, odd: bool = False) -> Tile:
+    """masked: as `exp_panel_is_masked` says; with prefixes, whether columns are odd. odd: columns that 256 does not divide."""
     if INTERPRET:
         return INTERPRETED
-    if prefixes and itemsize <= 2 and (tuned_as(arch), rich) in PREFIXES:
-        return PREFIXES[tuned_as(arch), rich]
-    tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, rich or prefixes)
+    if prefixes and itemsize <= 2 and (tuned_as(arch), masked) in PREFIXES:
+        return PREFIXES[tuned_as(arch), masked]
+    tile = choose(EXP_PANEL, arch, 4 if itemsize >= 4 else 2, masked or prefixes)
     # on sm_100 even columns spill if they are let, odd ones if they are not
-    return replace(tile, spread=True) if odd and rich and tuned_as(arch) == 100 else tile
+    return replace(tile, spread=True) if odd and masked and tuned_as(arch) == 100 else tile
 
 
 # The panel of warp_specialised.py: (architecture, norms) -> tile. num_warps is that of a group, of which the compiler makes two on sm_90,
@@ -156,7 +156,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def exp_panel_is_rich(arch: int, masks, scale, row_max, col_sum, redo, odd) -> bool:
+def exp_panel_is_masked(arch: int, masks, scale, row_max, col_sum, redo, odd) -> bool:
     """Whether an epilogue spills in the wide tile, or nearly: registers as compiled by triton 3.6, 3.8 and 3.9.
 
     Args: what it holds. masks: ids, thresholds or column masks. scale: norms. row_max, col_sum: beside the rows' sums. redo: the
@@ -219,21 +219,21 @@ RESIDENT_WIDTH = 256
 def topk(arch: int, itemsize: int, kept: int, width: int) -> Tile:
     if INTERPRET:
         return INTERPRETED
-    held = TOPK_RESIDENT.get((tuned_as(arch), kept > 32)) if itemsize == 2 and width <= RESIDENT_WIDTH else None
-    return held or choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
+    resident_tile = TOPK_RESIDENT.get((tuned_as(arch), kept > 32)) if itemsize == 2 and width <= RESIDENT_WIDTH else None
+    return resident_tile or choose(TOPK, arch, 4 if itemsize >= 4 else 2, kept > 32)
 
 
 EMPTY_LIST = 64  # tiles that a share's first ones cost more, while its lists fill
 
 
-def topk_shares(slots: int, tiles_r: int, tiles_c: int) -> int:
+def topk_splits(slots: int, tiles_r: int, tiles_c: int) -> int:
     """Pieces of the targets, so that programs fill whole waves of the `slots` blocks that run at a time."""
     most = min(tiles_c, max(16, 2 * slots // tiles_r))
-    return min(range(1, most + 1), key=lambda shares: -(-tiles_r * shares // slots) * (-(-tiles_c // shares) + EMPTY_LIST))
+    return min(range(1, most + 1), key=lambda splits: -(-tiles_r * splits // slots) * (-(-tiles_c // splits) + EMPTY_LIST))
 
 
 FUSED_COLUMNS = 128  # every plain tile of a fused pass divides it
-# (architecture, width of a row on the chip, pass, rich) -> tile; block_k is not used, the whole width is there. The forward owns
+# (architecture, width of a row on the chip, pass, masked) -> tile; block_k is not used, the whole width is there. The forward owns
 # BLOCK_R rows and walks columns, the backward owns BLOCK_C columns and walks rows. Rich ones are as narrow as triton 3.6 needs: in
 # 128 x 64 it spills where 3.8 takes 215 to 255 registers.
 FUSED = {
@@ -261,20 +261,20 @@ FUSED = {
     (100, 128, "forward", True): Tile(128, 32, 0, 8, 2),
     (100, 128, "backward", False): Tile(64, 128, 0, 8, 2),
     (100, 128, "backward", True): Tile(64, 64, 0, 8, 2),
-} | {(0, width, which, rich): Tile(64, 64, 0, 8, 2) for width in (64, 128) for which in ("forward", "backward") for rich in (False, True)}
+} | {(0, width, which, masks): Tile(64, 64, 0, 8, 2) for width in (64, 128) for which in ("forward", "backward") for masks in (False, True)}
 
 
-def is_rich(columns, ids, threshold, keep, row_scale) -> bool:
+def is_masked(columns, ids, threshold, keep, row_scale) -> bool:
     """Whether an epilogue holds more than the positive's comparison: masks, norms, or the end of a ragged number of columns."""
     return bool(ids) or threshold is not None or keep is not None or row_scale is not None or columns % FUSED_COLUMNS != 0
 
 
-def fused(arch: int, width: int, which: str, rich: bool) -> Tile:
+def fused(arch: int, width: int, which: str, masked: bool) -> Tile:
     """Tile of a fused pass; `width` is the power of two that the rows are padded to."""
-    return INTERPRETED if INTERPRET else choose(FUSED, arch, max(64, width), which, rich)
+    return INTERPRETED if INTERPRET else choose(FUSED, arch, max(64, width), which, masked)
 
 
-def fused_shares(device: torch.device, programs: int) -> int:
+def fused_splits(device: torch.device, programs: int) -> int:
     """Pieces of the inner loop, so that about two programs wait for each multiprocessor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, 2 * processors // max(programs, 1))

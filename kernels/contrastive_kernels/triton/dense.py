@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..core.softmax import RowResult
-from . import launch_log as work
+from . import launch_log
 from .kernels.common import _narrow, on_its_device
 from .kernels.row_state import _log1p
 from .operand_views import stored
@@ -97,16 +97,16 @@ def slopes(cosine: torch.Tensor, inverse_temperature: torch.Tensor, positives: t
             BLOCK_C=block,
             num_warps=4 if block <= 1024 else 8,
         )
-    work.note("dense_slopes", rows, 0, work.size(cosine), work.size(out, loss))
+    launch_log.note("dense_slopes", rows, 0, launch_log.size(cosine), launch_log.size(out, loss))
     return out, loss
 
 
 def sweep(problem, direction, gradients, inverse_temperature: torch.Tensor) -> RowResult:
     """Every row of a `plain` direction; its gradients become those of `gradients`. inverse_temperature: 0-d."""
     query, target = (stored(operand, problem.product_dtype) for operand in (problem.query, problem.target))
-    made, weighted = slopes(
+    slopes_matrix, weighted = slopes(
         matmul(query, target.T, problem.dtype), inverse_temperature, problem.positives.contiguous(), direction.weight, problem.product_dtype
     )
-    gradients.held["query"] = matmul(made, target, problem.dtype)
-    gradients.held["target"] = matmul(made.T, query, problem.dtype)
+    gradients.accumulators["query"] = matmul(slopes_matrix, target, problem.dtype)
+    gradients.accumulators["target"] = matmul(slopes_matrix.T, query, problem.dtype)
     return RowResult(None, None, None, None, None, weighted)

@@ -25,11 +25,11 @@ def forward(panel_sweep, state: RowState, *, prior: bool, complete: bool) -> Non
     """Add every row's sums to the state's; where they are then `complete`, the rows are worked out and their anchors' gradients added."""
     gradients = panel_sweep.gradients if complete else None
     for rows in panel_sweep:
-        made = _sums(panel_sweep, rows, (lambda block: False) if gradients is None else panel_sweep.writer.wants_anchors)
-        parts = [Parts(part.total[None], part.shift, part.best[None]) for part in made]
+        sums = _sums(panel_sweep, rows, (lambda block: False) if gradients is None else panel_sweep.writer.wants_anchors)
+        parts = [Parts(part.total[None], part.shift, part.best[None]) for part in sums]
         panel_sweep.add(state, rows, parts, prior=prior, complete=complete, own_shift=True)
         if gradients is not None:
-            _add_anchors(panel_sweep, rows, made, state, state.positive[rows])
+            _add_anchors(panel_sweep, rows, sums, state, state.positive[rows])
 
 
 def anchors(panel_sweep, state: RowState) -> None:
@@ -38,8 +38,8 @@ def anchors(panel_sweep, state: RowState) -> None:
         _add_anchors(panel_sweep, rows, _sums(panel_sweep, rows, panel_sweep.writer.wants_anchors), state, None)
 
 
-def _add_anchors(panel_sweep, rows: slice, made: list[FusedSums], state: RowState, positive) -> None:
-    for block, part in zip(panel_sweep.direction.blocks, made):
+def _add_anchors(panel_sweep, rows: slice, sums: list[FusedSums], state: RowState, positive) -> None:
+    for block, part in zip(panel_sweep.direction.blocks, sums):
         if part.weighted is None:
             continue
         # +inf where a row has no part: its factor becomes 0
@@ -49,7 +49,7 @@ def _add_anchors(panel_sweep, rows: slice, made: list[FusedSums], state: RowStat
 
 def backward(panel_sweep, state: RowState) -> None:
     """Add the candidates' gradients; the rows are worked out."""
-    everyone = slice(0, panel_sweep.rows)
+    all_rows = slice(0, panel_sweep.rows)
     for block, view in zip(panel_sweep.direction.blocks, panel_sweep.views):
         if not panel_sweep.gradients.wants(block.columns.sink):
             continue
@@ -61,6 +61,6 @@ def backward(panel_sweep, state: RowState) -> None:
                 scale=panel_sweep.exponent,
                 shift=state.shift,
                 factor=state.factor,
-                **view.options(everyone, columns),
+                **view.options(all_rows, columns),
             )
             panel_sweep.writer.column_piece(block, columns, piece)

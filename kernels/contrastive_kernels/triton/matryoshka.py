@@ -23,7 +23,7 @@ from . import panel_sums as panels
 from .kernels.common import INTERPRET
 from .kernels.exp_panel import exp_panel
 from .kernels.row_state import Parts
-from .sweep import Panels
+from .sweep import PanelSweep
 
 
 def block_k(device, itemsize: int) -> int:
@@ -66,7 +66,7 @@ def plan(query, target, options, workspace: int) -> dispatch.Plan:
 
 
 @dataclasses.dataclass
-class Level:
+class LevelSweep:
     """One width: its problem, directions, gradients, and the rows' results as they come."""
 
     problem: object
@@ -87,66 +87,66 @@ def compute(query, target, level_options, wanted, rows: int, backend) -> list[Co
         problem = build(query[:, :dim], target[:, :dim], options, backend)
         parts = directions(problem, *own_columns(problem))
         hard = None if options.hard_negatives is None else hard_negatives(problem, parts[0])
-        levels.append(Level(problem, parts, Gradients(problem, wanted) if wanted else None, hard))
+        levels.append(LevelSweep(problem, parts, Gradients(problem, wanted) if wanted else None, hard))
     for index in range(len(levels[0].parts)):
         _sweep(levels, index, rows)
     out = []
     for level in levels:
         loss = sum(level.losses[1:], level.losses[0])
-        made = Computed(loss if level.problem.options.reduction == "none" else loss.sum(), stat_sums=level.stat_sums)
+        computed = Computed(loss if level.problem.options.reduction == "none" else loss.sum(), stat_sums=level.stat_sums)
         if level.gradients is not None:
-            finish_gradients(level.problem, level.gradients, made)
-        out.append(made)
+            finish_gradients(level.problem, level.gradients, computed)
+        out.append(computed)
     return out
 
 
-def _sweep(levels: list[Level], index: int, size: int) -> None:
+def _sweep(levels: list[LevelSweep], index: int, size: int) -> None:
     """One direction of every level."""
-    sweeps = [Panels(level.problem, level.parts[index], level.gradients, 1 << 62) for level in levels]
+    sweeps = [PanelSweep(level.problem, level.parts[index], level.gradients, 1 << 62) for level in levels]
     forward = levels[0].parts[index].forward
-    states = [own.state(level.hard if forward else None) for level, own in zip(levels, sweeps)]
+    states = [panel_sweep.state(level.hard if forward else None) for level, panel_sweep in zip(levels, sweeps)]
     widest, count = sweeps[-1], len(levels)
     outs = None
     for start in range(0, widest.rows, size):
         rows = slice(start, min(start + size, widest.rows))
         if outs is None and levels[0].gradients is not None:
             outs = [torch.empty(count * size * len(view.y), dtype=widest.dtype, device=widest.problem.device) for view in widest.views]
-        here = [None] * len(widest.views)
+        level_outs = [None] * len(widest.views)
         if outs is not None:
-            here = [
+            level_outs = [
                 out[: count * (rows.stop - start) * len(view.y)].view(count, rows.stop - start, len(view.y))
                 for out, view in zip(outs, widest.views)
             ]
-        for number, (own, (state, prior), made) in enumerate(zip(sweeps, states, _exponentials(sweeps, rows, here))):
-            own.add(state, rows, [made], prior=prior, complete=True)
-            if own.gradients is not None:
-                own.products(rows, [e[number] for e in here], state.factor[rows], state.positive[rows])
-    for level, own, (state, _) in zip(levels, sweeps, states):
-        direction, result = own.direction, state.result()
+        for number, (panel_sweep, (state, prior), sums) in enumerate(zip(sweeps, states, _exponentials(sweeps, rows, level_outs))):
+            panel_sweep.add(state, rows, [sums], prior=prior, complete=True)
+            if panel_sweep.gradients is not None:
+                panel_sweep.products(rows, [e[number] for e in level_outs], state.factor[rows], state.positive[rows])
+    for level, panel_sweep, (state, _) in zip(levels, sweeps, states):
+        direction, result = panel_sweep.direction, state.result()
         if level.gradients is not None:
-            own.writer.positives(state.positive)
+            panel_sweep.writer.positives(state.positive)
             if level.hard is not None and forward:
                 level.hard.add_gradients(direction, result, level.gradients)
         level.losses.append(result.weighted)
         if forward and level.problem.options.return_stats:
-            level.stat_sums = stat_sums(level.problem.kept, result.lse, direction.positive, state.sums.best)
+            level.stat_sums = stat_sums(level.problem.active, result.lse, direction.positive, state.sums.best)
 
 
-def _exponentials(sweeps: list[Panels], rows: slice, outs) -> list[Parts]:
+def _exponentials(sweeps: list[PanelSweep], rows: slice, outs) -> list[Parts]:
     """Fill outs[b] (L, R, C_b) and sum the rows of every level; unsafe rows are done again, a level at a time."""
-    widest, dims = sweeps[-1], [own.problem.query.width for own in sweeps]
+    widest, dims = sweeps[-1], [panel_sweep.problem.query.width for panel_sweep in sweeps]
     device, shift = widest.problem.device, widest.fixed_shift[rows]
     levels = torch.stack([torch.full((), dim, dtype=torch.int32, device=device) for dim in dims])
-    bounded = all(own.bounded for own in sweeps)
+    bounded = all(panel_sweep.bounded for panel_sweep in sweeps)
     want_best = not bounded or widest.problem.options.return_stats
-    made = []
+    row_parts = []
     for number, (view, out) in enumerate(zip(widest.views, outs)):
-        views = [own.views[number] for own in sweeps]
+        views = [panel_sweep.views[number] for panel_sweep in sweeps]
         masks = view.options(rows)
         masks |= dict(row_scale=torch.stack([v.row_scale[rows] for v in views]), col_scale=torch.stack([v.col_scale for v in views]))
         if view.threshold is not None:
             masks["threshold"] = torch.stack([v.threshold[rows] for v in views])
-        made.append(
+        row_parts.append(
             exp_panel(
                 view.x[rows],
                 view.y,
@@ -160,9 +160,9 @@ def _exponentials(sweeps: list[Panels], rows: slice, outs) -> list[Parts]:
             ).row_part
         )
     parts = []
-    for number, own in enumerate(sweeps):
-        part = Parts(panels.joined(made, 0, number), shift, panels.joined(made, 1, number) if want_best else None)
-        if not own.bounded:
-            panels.redo(own.views, rows, [None if e is None else e[number] for e in outs], part, own.exponent)
+    for number, panel_sweep in enumerate(sweeps):
+        part = Parts(panels.joined(row_parts, 0, number), shift, panels.joined(row_parts, 1, number) if want_best else None)
+        if not panel_sweep.bounded:
+            panels.redo(panel_sweep.views, rows, [None if e is None else e[number] for e in outs], part, panel_sweep.exponent)
         parts.append(part)
     return parts

@@ -33,7 +33,7 @@ def inverse(operand: Operand) -> torch.Tensor | None:
     return operand.inverse_norm[operand.index]
 
 
-class Side:
+class OperandView:
     """A matrix of the products, made once a direction: raw rows for the logits, unit rows for the gradients."""
 
     def __init__(self, operand: Operand, dtype: torch.dtype):
@@ -48,18 +48,18 @@ class Side:
         return self._unit
 
 
-class Sides:
+class OperandViews:
     """Every matrix of a direction once, and a `BlockView` a block of candidates."""
 
     def __init__(self, direction, dtype: torch.dtype):
         self.dtype = dtype
-        self._held: dict[int, Side] = {}
+        self._held: dict[int, OperandView] = {}
         self.views = [self._view(block, direction) for block in direction.blocks]
 
-    def __call__(self, operand: Operand) -> Side:
+    def __call__(self, operand: Operand) -> OperandView:
         key = id(operand)  # the direction keeps its operands alive
         if key not in self._held:
-            self._held[key] = Side(operand, self.dtype)
+            self._held[key] = OperandView(operand, self.dtype)
         return self._held[key]
 
     def _view(self, block, direction) -> BlockView:

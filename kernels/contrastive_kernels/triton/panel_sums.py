@@ -95,11 +95,11 @@ def exponentials(
     columns = sum(len(block.y) for block in blocks)
     by_sums = roofline.by_sums(rows.stop - rows.start, columns, bounded, want_best)
     need_best, shift = want_best or not (bounded or by_sums), shift[rows]
-    made = [
+    row_parts = [
         exp_panel(block.x[rows], block.y, scale=exponent, shift=shift, **_into(out), row_max=need_best, **block.options(rows)).row_part
         for block, out in zip(blocks, outs)
     ]
-    parts = Parts(joined(made, 0), shift, joined(made, 1) if need_best else None)
+    parts = Parts(joined(row_parts, 0), shift, joined(row_parts, 1) if need_best else None)
     if not bounded:
         redo(blocks, rows, outs, parts, exponent)
     if not want_best:
@@ -107,9 +107,9 @@ def exponentials(
     return parts
 
 
-def joined(made: list[torch.Tensor], statistic: int, level: int = 0) -> torch.Tensor:
+def joined(row_parts: list[torch.Tensor], statistic: int, level: int = 0) -> torch.Tensor:
     """(T, R) one statistic of all blocks' partial sums."""
-    parts = [row_part[statistic, level] for row_part in made]
+    parts = [row_part[statistic, level] for row_part in row_parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -127,12 +127,19 @@ def redo(blocks, rows, outs, parts: Parts, exponent: torch.Tensor) -> None:
         within = mark_by_sums(parts.total, parts.shift, tile.block_r)
         again = dict(scale=exponent, shift=parts.shift, redo=within, row_max=True, store=False, tile=tile)
         parts.best = joined([exp_panel(block.x[rows], block.y, **again, **block.options(rows)).row_part for block in blocks], 1)
-    parts.own, parts.marks = mark(parts.best, parts.shift, exponent, tile.block_r, within)
+    parts.redo_shift, parts.redo_tiles = mark(parts.best, parts.shift, exponent, tile.block_r, within)
     # sums of tiles that were not done again are unwritten memory, which nobody reads
-    parts.again = joined(
+    parts.redo_total = joined(
         [
             exp_panel(
-                block.x[rows], block.y, scale=exponent, shift=parts.own, **_into(out), redo=parts.marks, tile=tile, **block.options(rows)
+                block.x[rows],
+                block.y,
+                scale=exponent,
+                shift=parts.redo_shift,
+                **_into(out),
+                redo=parts.redo_tiles,
+                tile=tile,
+                **block.options(rows),
             ).row_part
             for block, out in zip(blocks, outs)
         ],

@@ -5,13 +5,15 @@ E is in the operands' type, results are float32: on CUDA by `out_dtype`, which t
 
 import torch
 
-from . import launch_log as work
+from . import launch_log
 from .kernels.norms import scaled
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """a @ b accumulated and returned in `out_dtype`."""
-    work.note("gemm", 0, 2 * a.shape[0] * a.shape[1] * b.shape[1], work.size(a, b), a.shape[0] * b.shape[1] * out_dtype.itemsize)
+    launch_log.note(
+        "gemm", 0, 2 * a.shape[0] * a.shape[1] * b.shape[1], launch_log.size(a, b), a.shape[0] * b.shape[1] * out_dtype.itemsize
+    )
     if a.dtype == out_dtype:
         return a @ b
     if a.is_cuda:
@@ -21,7 +23,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Te
 
 def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """out += a @ b in place, accumulated in the type of `out`."""
-    work.note("gemm", 0, 2 * a.shape[0] * a.shape[1] * b.shape[1], work.size(a, b, out), work.size(out))
+    launch_log.note("gemm", 0, 2 * a.shape[0] * a.shape[1] * b.shape[1], launch_log.size(a, b, out), launch_log.size(out))
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:

@@ -10,16 +10,16 @@ from ..core.softmax import RowSums
 from . import fused_sweep
 from . import panel_sums as panels
 from .kernels.row_state import RowState, finish
-from .sweep import Panels
+from .sweep import PanelSweep
 
 
-def _state(panel_sweep: Panels, sums: RowSums) -> RowState:
+def _state(panel_sweep: PanelSweep, sums: RowSums) -> RowState:
     return RowState.unfilled(panel_sweep.rows, panel_sweep.problem.dtype, panel_sweep.problem.device, panel_sweep.smoothing, sums)
 
 
 def sum_shard(problem, direction, workspace: int, sums: RowSums, want_best: bool) -> None:
     """Add one shard's sums of every row to `sums`."""
-    panel_sweep = Panels(problem, direction, None, workspace)
+    panel_sweep = PanelSweep(problem, direction, None, workspace)
     state = _state(panel_sweep, sums)
     if panel_sweep.path == "fused":
         fused_sweep.forward(panel_sweep, state, prior=True, complete=False)
@@ -36,7 +36,7 @@ def sum_shard(problem, direction, workspace: int, sums: RowSums, want_best: bool
 
 def differentiate_shard(problem, direction, workspace: int, sums: RowSums, result, logit, gradients) -> None:
     """Add the gradients of one shard of columns, the rows' sums being complete; the positives' own terms are the caller's."""
-    panel_sweep = Panels(problem, direction, gradients, workspace)
+    panel_sweep = PanelSweep(problem, direction, gradients, workspace)
     state = _state(panel_sweep, sums)
     # relative to the greatest shift of all shards: none of this shard's exponentials is above what was safe for its sums
     finish(

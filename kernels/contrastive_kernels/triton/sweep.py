@@ -18,10 +18,10 @@ import torch
 from .. import dispatch
 from . import configs, dense, fused_sweep
 from . import panel_sums as panels
-from .gradient_writer import Writer
+from .gradient_writer import GradientWriter
 from .kernels.common import INTERPRET, check_dtype, scalar
 from .kernels.row_state import Parts, RowState, finish
-from .operand_views import Sides
+from .operand_views import OperandViews
 from .products import matmul
 
 
@@ -56,7 +56,7 @@ def bounded(problem, direction) -> bool:
     return known and scale * panels.ROUNDING <= panels.LARGEST_LOGIT
 
 
-class Panels:
+class PanelSweep:
     """Views, buffers and plan of one direction, and what is done to a panel of its rows.
 
     Args: those of `contrastive_kernels.eager.sweep.sweep`. Raises ValueError for a dtype that the kernels do not take.
@@ -78,16 +78,16 @@ class Panels:
         return (slice(a, min(a + self.size, self.rows)) for a in range(0, self.rows, self.size))
 
     @functools.cached_property
-    def sides(self) -> Sides:
-        return Sides(self.direction, self.dtype)
+    def operand_views(self) -> OperandViews:
+        return OperandViews(self.direction, self.dtype)
 
     @functools.cached_property
-    def writer(self) -> Writer | None:
-        return None if self.gradients is None else Writer(self.problem, self.direction, self.gradients, self.sides)
+    def writer(self) -> GradientWriter | None:
+        return None if self.gradients is None else GradientWriter(self.problem, self.direction, self.gradients, self.operand_views)
 
     @property
     def views(self):
-        return self.sides.views
+        return self.operand_views.views
 
     @functools.cached_property
     def exponent(self) -> torch.Tensor:
@@ -155,7 +155,7 @@ class Panels:
         """dA = diag(factor) (E B) and dB += E^T (diag(factor) A), for every block of one panel."""
         for block, e in zip(self.direction.blocks, outs):
             if self.writer.wants_anchors(block):
-                d_anchors = matmul(e, self.sides(block.columns.operand).unit, self.problem.dtype)
+                d_anchors = matmul(e, self.operand_views(block.columns.operand).unit, self.problem.dtype)
                 self.writer.anchors(block, rows, d_anchors, factor, positive)
                 del d_anchors
             if self.gradients.wants(block.columns.sink):
@@ -167,7 +167,7 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
 
     Arguments are those of `contrastive_kernels.eager.sweep.sweep`. Raises ValueError for a dtype that the kernels do not take.
     """
-    panel_sweep = Panels(problem, direction, gradients, workspace)
+    panel_sweep = PanelSweep(problem, direction, gradients, workspace)
     if panel_sweep.path == "dense":
         return dense.sweep(problem, direction, gradients, panel_sweep.inverse_temperature), None
     state, prior = panel_sweep.state(hard)
@@ -183,7 +183,7 @@ def sweep(problem, direction, hard, gradients, workspace: int, want_best: bool):
     return state.result(), state.sums
 
 
-def _panel(panel_sweep: Panels, rows: slice, state: RowState, prior: bool, want_best: bool) -> None:
+def _panel(panel_sweep: PanelSweep, rows: slice, state: RowState, prior: bool, want_best: bool) -> None:
     """One panel: its sums, and its gradients while its exponentials are there."""
     gradients = panel_sweep.gradients
     if panel_sweep.path == "exp":

@@ -17,13 +17,12 @@ import triton.language as tl
 
 from .. import dispatch
 from ..core.operands import norms
-from . import configs
-from . import launch_log as work
-from .gradient_writer import Writer
+from . import configs, launch_log
+from .gradient_writer import GradientWriter
 from .kernels.common import INTERPRET, TRITON_DTYPE, _narrow, accumulator, cdiv, on_its_device, scalar
 from .kernels.exp_panel import exp_panel
 from .kernels.row_state import Parts, RowState, finish
-from .operand_views import Sides
+from .operand_views import OperandViews
 from .panel_sums import LARGEST_LOGIT, ROUNDING, SHIFT_BELOW_TOP
 from .products import matmul
 
@@ -57,7 +56,7 @@ def combine(e: torch.Tensor, f: torch.Tensor, h: torch.Tensor) -> None:
         BLOCK_C=tile.block_c,
         **tile.options,
     )
-    work.note("combine", grid, 0, work.size(e), work.size(e))
+    launch_log.note("combine", grid, 0, launch_log.size(e), launch_log.size(e))
 
 
 def obstacle(problem) -> str:
@@ -117,8 +116,8 @@ def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
     bound: on every |logit|, at most LARGEST_LOGIT.
     """
     forward, reverse = parts
-    sides = Sides(forward, problem.product_dtype)
-    block, view, acc = forward.blocks[0], sides.views[0], problem.dtype
+    operand_views = OperandViews(forward, problem.product_dtype)
+    block, view, acc = forward.blocks[0], operand_views.views[0], problem.dtype
     everyone, rows = slice(0, problem.query.rows), problem.query.rows
     shift = torch.full((rows,), bound - SHIFT_BELOW_TOP, dtype=acc, device=problem.device)
     panel = exp_panel(
@@ -132,12 +131,12 @@ def joint(problem, parts, hard, gradients, bound: float, want_best: bool):
     finish(states[0], everyone, row_parts, forward, inverse_temperature, prior=hard is not None)
     finish(states[1], everyone, Parts(panel.col_part[0], shift), reverse, inverse_temperature, prior=False)
     if gradients is not None:
-        writer = Writer(problem, forward, gradients, sides)
+        writer = GradientWriter(problem, forward, gradients, operand_views)
         positive = states[0].positive + states[1].positive
         e = panel.e[0]
         combine(e, *(state.factor for state in states))
         if writer.wants_anchors(block):
-            writer.anchors(block, everyone, matmul(e, sides(block.columns.operand).unit, acc), None, positive)
+            writer.anchors(block, everyone, matmul(e, operand_views(block.columns.operand).unit, acc), None, positive)
         if gradients.wants(block.columns.sink):
             writer.columns(block, everyone, e, None, positive)
         writer.positives(positive)

@@ -140,22 +140,22 @@ def test_small_losses_are_launches():
     assert "only a loss without options" in next(way.reason for way in plan(256, 256).ways if way.path == "dense")
 
 
-# rich: with masks and the rows' maxima. On sm_80 and sm_90 masks alone fit the wide tile, and large panels need no maxima
+# masked: with masks and the rows' maxima. On sm_80 and sm_90 masks alone fit the wide tile, and large panels need no maxima
 @pytest.mark.parametrize(
-    "gpu, plain, rich", [("h100", (256, 128), (128, 128)), ("a100", (128, 256), (128, 64)), ("b200", (128, 256), (128, 128))]
+    "gpu, plain, masked", [("h100", (256, 128), (128, 128)), ("a100", (128, 256), (128, 64)), ("b200", (128, 256), (128, 128))]
 )
-def test_the_tile_that_is_taken_is_priced(gpu, plain, rich):
+def test_the_tile_that_is_taken_is_priced(gpu, plain, masked):
     gpu = roofline.GPUS[gpu]
 
     def taken(**options):
         return next(way for way in plan(gpu=gpu, **options).ways if way.path == "exp")
 
     wide, narrow = taken(), taken(masks=True, best=True)
-    assert (wide.tile, narrow.tile) == (plain, rich) and narrow.seconds > wide.seconds
+    assert (wide.tile, narrow.tile) == (plain, masked) and narrow.seconds > wide.seconds
     assert taken(normalize=True).tile == plain
-    alone = rich if gpu.name == "b200" else plain
+    alone = masked if gpu.name == "b200" else plain
     assert taken(masks=True).tile == taken(columns=16_385).tile == alone
-    assert taken(rows=4096, columns=4096, masks=True).tile == rich  # small: maxima tell which rows are unsafe
+    assert taken(rows=4096, columns=4096, masks=True).tile == masked  # small: maxima tell which rows are unsafe
 
 
 def test_explanation_tells_of_the_unmeasured_panel_and_of_the_same_losses_rival():

@@ -161,12 +161,12 @@ def test_results_repeat_bit_by_bit(path, monkeypatch):
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts launches of float64")
 @pytest.mark.parametrize("normalize, temperature, looks_again", [(True, 1 / 72, False), (True, 1 / 75, True), (False, 0.05, True)])
 def test_rows_are_looked_at_again_only_where_they_may_be_unsafe(normalize, temperature, looks_again, monkeypatch):
-    from contrastive_kernels.triton import launch_log as work
+    from contrastive_kernels.triton import launch_log
 
     force(monkeypatch, "exp")
     query = torch.cat([unit(8, 16).detach(), -unit(1, 16).detach().expand(4, 16)])
     target = torch.cat([query[-1:].expand(11, 16).neg(), query[:1]])  # the last rows see nothing but cosine -1
-    with work.record() as launches:
+    with launch_log.record() as launches:
         got = info_nce_value_and_grad(query, target, normalize=normalize, temperature=temperature, backend="triton")
     assert any(launch.name == "exp_panel_redo" for launch in launches) == looks_again
     truth = info_nce_value_and_grad(query, target, normalize=normalize, temperature=temperature, backend="torch")

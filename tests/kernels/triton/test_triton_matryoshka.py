@@ -9,8 +9,7 @@ pytest.importorskip("triton")
 
 from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roofline
 from contrastive_kernels.reference import info_nce_reference
-from contrastive_kernels.triton import configs
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import configs, launch_log
 from contrastive_kernels.triton import matryoshka as levels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu checks a GPU")
@@ -123,7 +122,7 @@ def test_launched_work_equals_the_cost_model(one_sweep, monkeypatch):
     way = dispatch.plan_levels(n, n, dims, "bfloat16", workspace=1 << 24, interpreted=True).ways[0]
     monkeypatch.setattr(levels, "plan", lambda *args: dispatch.Plan(way, (way,), "", 1.0))
     query = unit(n, dims[-1], dtype=torch.bfloat16).detach()
-    with work.record() as launches:
+    with launch_log.record() as launches:
         info_nce_value_and_grad(query, query.roll(1, 0), matryoshka_dims=dims, backend="triton")
     assert sum(x.flops for x in launches) == sum(p.flops * p.times for p in way.pieces) == 2 * n * n * (64 + 2 * 96)
     assert sum(x.bytes for x in launches) == sum(p.bytes * p.times for p in way.pieces)

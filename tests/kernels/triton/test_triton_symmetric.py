@@ -9,8 +9,7 @@ pytest.importorskip("triton")
 
 from contrastive_kernels import dispatch, info_nce, info_nce_value_and_grad, roofline
 from contrastive_kernels.reference import info_nce_reference
-from contrastive_kernels.triton import configs, symmetric
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import configs, launch_log, symmetric
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
@@ -153,7 +152,7 @@ def test_launched_work_equals_the_cost_model(wrt, joint_only, monkeypatch):
     tile = configs.Tile(64, 64, 64, 4, 1, 2)
     monkeypatch.setattr(configs, "exp_panel", lambda *a: tile)
     query = unit(n, d, dtype=torch.bfloat16).detach()
-    with work.record() as launches:
+    with launch_log.record() as launches:
         info_nce_value_and_grad(query, query.roll(1, 0), symmetric=True, backend="triton", wrt=wrt, validate=True)  # lets a GPU look
     pieces = roofline.joint(roofline.H100, n, d, itemsize=2, tile=(64, 64), d_query="query" in wrt, d_target="target" in wrt)
     for name in ("flops", "bytes"):

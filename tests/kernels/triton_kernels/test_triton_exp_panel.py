@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import configs, launch_log
 from contrastive_kernels.triton.kernels.chunk_panel import chunk_reduce
 from contrastive_kernels.triton.kernels.common import dot_precision
 from contrastive_kernels.triton.kernels.exp_panel import exp_panel
@@ -158,7 +157,7 @@ def test_strided_rows_and_transposed_input():
 
 
 def test_launched_work_is_what_the_loss_needs():
-    with work.record() as launches:
+    with launch_log.record() as launches:
         x, y = unit(64, 64, torch.bfloat16), unit(128, 64, torch.bfloat16)
         exp_panel(x, y, scale=1.0, shift=torch.zeros(64, device=DEVICE), tile=SMALL)
     assert launches[0].flops == 2 * 64 * 128 * 64 and launches[0].grid == 8

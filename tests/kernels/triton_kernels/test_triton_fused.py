@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from contrastive_kernels.triton import configs
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import configs, launch_log
 from contrastive_kernels.triton.kernels.fused import fused_backward, fused_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,28 +37,28 @@ def dense(x, y, scale, positive=None, ids=(), threshold=None, keep=None, row_sca
     return (cos * float(scale)).masked_fill(gone, float("-inf")), x, y
 
 
-def check(x, y, scale, shares=None, tolerance=TIGHT, **masks):
+def check(x, y, scale, splits=None, tolerance=TIGHT, **masks):
     logits, ux, uy = dense(x, y, scale, **masks)
     top = logits.amax(1)
     e = (logits - torch.where(top > float("-inf"), top, 0.0)[:, None]).exp()
-    got = fused_forward(x, y, scale=scale, tile=SMALL, shares=shares, **masks)
+    got = fused_forward(x, y, scale=scale, tile=SMALL, splits=splits, **masks)
     torch.testing.assert_close(got.shift.double(), top, **tolerance)
     torch.testing.assert_close(got.total.double(), e.sum(1), **tolerance)
     torch.testing.assert_close(got.best.double(), top / float(scale), **tolerance)
     torch.testing.assert_close(got.weighted.double(), e @ uy, **tolerance)
     factor = torch.randn(len(x), dtype=got.total.dtype, device=DEVICE)
     shift = torch.where(got.shift > float("-inf"), got.shift, float("inf"))
-    d_y = fused_backward(x, y, scale=scale, shift=shift, factor=factor, tile=SMALL, shares=shares, **masks)
+    d_y = fused_backward(x, y, scale=scale, shift=shift, factor=factor, tile=SMALL, splits=splits, **masks)
     torch.testing.assert_close(d_y.double(), (e * factor.double()[:, None]).T @ ux, **tolerance)
     return got
 
 
-# 1 row; odd; one below, at and above a tile; several tiles and shares, the last ones ragged; D no power of two, and the greatest
+# 1 row; odd; one below, at and above a tile; several tiles and splits, the last ones ragged; D no power of two, and the greatest
 @pytest.mark.parametrize(
-    "rows, columns, width, shares", [(1, 3, 5, 1), (31, 33, 32, 1), (33, 31, 65, 2), (70, 130, 24, 3), (20, 40, 128, 2)]
+    "rows, columns, width, splits", [(1, 3, 5, 1), (31, 33, 32, 1), (33, 31, 65, 2), (70, 130, 24, 3), (20, 40, 128, 2)]
 )
-def test_against_dense(rows, columns, width, shares):
-    check(unit(rows, width), unit(columns, width), 20.0, shares, positive=torch.randint(0, columns, (rows,), device=DEVICE))
+def test_against_dense(rows, columns, width, splits):
+    check(unit(rows, width), unit(columns, width), 20.0, splits, positive=torch.randint(0, columns, (rows,), device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +103,8 @@ def test_low_precision_stays_within_twice_eager(dtype, temperature):
     x, y = unit(40, 32, dtype), unit(72, 32, dtype)
     logits, ux, uy = dense(x, y, 1 / temperature)
     p, factor = logits.softmax(1), torch.rand(40, device=DEVICE) * 1e-6  # as small as weights over batch sizes are
-    got = fused_forward(x, y, scale=1 / temperature, tile=SMALL, shares=2)
-    d_y = fused_backward(x, y, scale=1 / temperature, shift=got.shift, factor=factor / got.total, tile=SMALL, shares=2)
+    got = fused_forward(x, y, scale=1 / temperature, tile=SMALL, splits=2)
+    d_y = fused_backward(x, y, scale=1 / temperature, shift=got.shift, factor=factor / got.total, tile=SMALL, splits=2)
     eager = ((x @ y.T).float() / temperature).softmax(1).to(dtype)
     truth = p @ uy, (p * factor.double()[:, None]).T @ ux
     theirs = (eager @ y).double(), ((eager * factor[:, None]).to(torch.float32).T @ x.float()).double()
@@ -122,7 +121,7 @@ def test_sums_alone_equal_sums_with_products():
 
 def test_launched_work():
     x, y = unit(64, 64, torch.bfloat16), unit(128, 64, torch.bfloat16)
-    with work.record() as launches:
+    with launch_log.record() as launches:
         got = fused_forward(x, y, scale=5.0, tile=SMALL)
         fused_backward(x, y, scale=5.0, shift=got.shift, factor=got.total, tile=SMALL)
         fused_forward(x, y, scale=5.0, weighted=False, tile=SMALL)

@@ -87,7 +87,7 @@ def test_search_and_pooling_repeat_bit_by_bit():
 
     def run():
         pooled, inverse = pool.pool_forward(hidden, index)
-        return *topk.topk(query, target, 7, shares=3), pooled, inverse, pool.pool_backward(cotangent, hidden, index, inverse)
+        return *topk.topk(query, target, 7, splits=3), pooled, inverse, pool.pool_backward(cotangent, hidden, index, inverse)
 
     for first, second in zip(run(), run()):
         assert torch.equal(first, second) and not first.isnan().any()

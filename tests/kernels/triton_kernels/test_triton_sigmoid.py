@@ -8,8 +8,7 @@ pytest.importorskip("triton")
 from contrastive_kernels import sigmoid_loss
 from contrastive_kernels.core import sigmoid
 from contrastive_kernels.reference import sigmoid_loss_reference
-from contrastive_kernels.triton import configs
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import configs, launch_log
 from contrastive_kernels.triton.backend import TRITON
 from contrastive_kernels.triton.kernels import sigmoid_panel
 
@@ -116,7 +115,7 @@ def test_launched_work_and_repeatability():
     query, target = unit(n, d, dtype=torch.bfloat16), unit(n, d, dtype=torch.bfloat16)
     made = []
     for _ in range(2):
-        with work.record() as launches:
+        with launch_log.record() as launches:
             loss = sigmoid_loss(query, target, scale=10.0, bias=-10.0)
         made.append((loss, *torch.autograd.grad(loss, (query, target))))
     assert all(torch.equal(a, b) for a, b in zip(*made))

@@ -24,16 +24,16 @@ def dense(query, target, k, exclude=None):
     return values, indices.masked_fill(values == float("-inf"), -1)
 
 
-# one of each; k above M; k not a power of two; several tiles and shares, the last one ragged
+# one of each; k above M; k not a power of two; several tiles and splits, the last one ragged
 @pytest.mark.parametrize("tile", [SMALL, RESIDENT], ids=["read again", "resident"])
 @pytest.mark.parametrize(
-    "rows, columns, k, shares", [(1, 1, 1, 1), (3, 5, 9, 1), (17, 33, 3, 1), (5, 130, 5, 3), (20, 100, 16, 2), (2, 70, 40, 1)]
+    "rows, columns, k, splits", [(1, 1, 1, 1), (3, 5, 9, 1), (17, 33, 3, 1), (5, 130, 5, 3), (20, 100, 16, 2), (2, 70, 40, 1)]
 )
-def test_against_dense_with_ties(rows, columns, k, shares, tile):
+def test_against_dense_with_ties(rows, columns, k, splits, tile):
     # small integers: exact in any precision, full of ties, negative scores and zeros of both signs
     query = torch.randint(-2, 3, (rows, 37), device=DEVICE).float()  # three pieces of BLOCK_K, the last one ragged
     target = torch.randint(-2, 3, (columns, 37), device=DEVICE).float()
-    scores, indices = topk(query, target, k, tile=tile, shares=shares)
+    scores, indices = topk(query, target, k, tile=tile, splits=splits)
     values, expected = dense(query, target, k)
     assert torch.equal(scores, values.float())
     assert torch.equal(indices, expected)
@@ -76,7 +76,7 @@ def test_exclude():
     query, target = torch.randn(4, 16, device=DEVICE), torch.randn(24, 16, device=DEVICE)
     exclude = dense(query, target, 3)[1]  # exactly the best ones
     exclude[2] = -1
-    scores, indices = topk(query, target, 4, exclude=exclude, tile=SMALL, shares=2)
+    scores, indices = topk(query, target, 4, exclude=exclude, tile=SMALL, splits=2)
     values, expected = dense(query, target, 4, exclude)
     torch.testing.assert_close(scores, values.float())
     assert torch.equal(indices, expected)
@@ -90,18 +90,18 @@ def test_excluded_targets_give_way_wherever_they_stand(tile):
     for order in (torch.arange(64), torch.arange(63, -1, -1), torch.randperm(64)):
         place = torch.empty(64, dtype=torch.int64).scatter_(0, order, torch.arange(64)).to(DEVICE)
         here = torch.where(exclude < 0, exclude, place[exclude.clamp_min(0)])
-        scores, indices = topk(query, target[order.to(DEVICE)], 3, exclude=here, tile=tile, shares=2)
+        scores, indices = topk(query, target[order.to(DEVICE)], 3, exclude=here, tile=tile, splits=2)
         values, expected = dense(query, target[order.to(DEVICE)], 3, here)
         assert torch.equal(scores, values.float()) and torch.equal(indices, expected)
 
 
 def test_shares_fill_whole_waves():
     # an H100: 132 multiprocessors, two blocks each; 157 tiles of rows, 15,625 of columns: 785 programs are 2.97 waves
-    assert configs.topk_shares(264, 157, 15_625) == 5
-    assert 250 <= configs.topk_shares(264, 1, 15_625) <= 264  # one query has the whole GPU
-    assert configs.topk_shares(264, 1, 3) <= 3 and configs.topk_shares(1, 7, 1) == 1
+    assert configs.topk_splits(264, 157, 15_625) == 5
+    assert 250 <= configs.topk_splits(264, 1, 15_625) <= 264  # one query has the whole GPU
+    assert configs.topk_splits(264, 1, 3) <= 3 and configs.topk_splits(1, 7, 1) == 1
     for tiles_r in (1, 40, 157, 1000):
-        programs = tiles_r * configs.topk_shares(264, tiles_r, 15_625)
+        programs = tiles_r * configs.topk_splits(264, tiles_r, 15_625)
         assert -(-programs // 264) * 264 / programs < 1.1  # of the time, idle
 
 

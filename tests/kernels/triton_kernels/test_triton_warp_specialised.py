@@ -9,8 +9,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from contrastive_kernels.triton import configs
-from contrastive_kernels.triton import launch_log as work
+from contrastive_kernels.triton import configs, launch_log
 from contrastive_kernels.triton.kernels import warp_specialised
 from contrastive_kernels.triton.kernels.exp_panel import exp_panel
 from tests.kernels.helpers.panel_inputs import DEVICE, TIGHT, TRUTH, dense, poisoned, unit
@@ -43,7 +42,7 @@ def test_against_dense(rows, columns, width, scales, store):
     if scales:
         options |= dict(row_scale=torch.rand(rows, dtype=kind, device=DEVICE), col_scale=torch.rand(columns, dtype=kind, device=DEVICE))
     out = poisoned(1, rows, columns, dtype=TRUTH) if store else None
-    with work.record() as launches:
+    with launch_log.record() as launches:
         got = exp_panel(
             x, y, scale=20.0, shift=shift, out=out, store=store, column_offset=1000, tile=SMALL, panel="warp_specialised", **options
         )
@@ -134,7 +133,7 @@ def test_unmeasured_it_is_not_taken_by_itself(monkeypatch):
         exp_panel(x, x, scale=1.0, shift=shift, panel="fast")
     for measured, name in ((frozenset(), "exp_panel"), (frozenset({0, 90, 100}), "exp_panel_warp_specialised")):
         monkeypatch.setattr(configs, "WARP_SPECIALISED_FASTER", measured)
-        with work.record() as launches:
+        with launch_log.record() as launches:
             exp_panel(x, x, scale=1.0, shift=shift)
         assert launches[0].name == name
 

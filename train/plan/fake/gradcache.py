@@ -73,9 +73,9 @@ class StepAccount:
     def select(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of a step that are run, with what each is to keep."""
         self.count = len(chunks)
-        kept = retained_chunks(self.settings.retain, self.count)
-        self.kept = len(kept)
-        turns = [*sorted(kept), *(i for i in range(self.count) if i not in kept)]
+        retained = retained_chunks(self.settings.retain, self.count)
+        self.kept = len(retained)
+        turns = [*sorted(retained), *(i for i in range(self.count) if i not in retained)]
         turn = {index: position for position, index in enumerate(turns)}
         self.outlines, room = [], self.settings.keep_mib * _MIB
         for index, chunk in enumerate(chunks):
@@ -83,7 +83,7 @@ class StepAccount:
             features = image_tokens * self.settings.feature_width
             features, recomputes = (features, False) if features <= room else (0, True)  # as `FeatureStore` takes them
             room -= features
-            kind = index in kept, recomputes
+            kind = index in retained, recomputes
             self.outlines.append(Outline(kind, turn[index], tokens, image_tokens, patches, len(chunk.rows), features))
         # The first of the second pass makes the gradients, the first with images those of the vision tower; the last one
         # reduces them where weights are sharded.
@@ -148,12 +148,12 @@ class StepAccount:
 
     def _every(self, how: Callable, known: dict[int, int]) -> dict[int, int]:
         """What each chunk takes, from what those that were run took; one of `plan_chunks` says how."""
-        found = dict(known)
+        sizes = dict(known)
         for kind in {self.outlines[i].kind for i in self._others}:
             wanted = [i for i in self._others if self.outlines[i].kind == kind]
             like = {i: size for i, size in known.items() if self.outlines[i].kind == kind and i not in self._apart}
-            found.update(zip(wanted, map(math.ceil, how(like, self.outlines, wanted)), strict=True))
-        return found
+            sizes.update(zip(wanted, map(math.ceil, how(like, self.outlines, wanted)), strict=True))
+        return sizes
 
     # The loss
 

@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import configs
-from .. import launch_log as work
+from .. import configs, launch_log
 from .common import Masks, Scales, _drop, _narrow, _scaled_cosines, cdiv, check_columns, on_its_device, scalar
 
 
@@ -165,7 +164,7 @@ def chunk_reduce(
             BLOCK_C=tile.block_c,
             **tile.options,
         )
-    work.note("chunk_reduce", grid, 0, work.size(cos), work.size(*sums))
+    launch_log.note("chunk_reduce", grid, 0, launch_log.size(cos), launch_log.size(*sums))
     return RowReduction(shift, total, best, logits, count)
 
 
@@ -213,4 +212,4 @@ def chunk_write(
             BLOCK_C=tile.block_c,
             **tile.options,
         )
-    work.note("chunk_write", grid, 0, work.size(cos), work.size(out))
+    launch_log.note("chunk_write", grid, 0, launch_log.size(cos), launch_log.size(out))

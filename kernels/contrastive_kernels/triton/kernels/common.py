@@ -1,4 +1,4 @@
-"""What every kernel here shares: the interpreter's needs, the element types, and the mask of a tile of cosines.
+"""What every kernel here splits: the interpreter's needs, the element types, and the mask of a tile of cosines.
 
 Legend of shapes, in all files of this folder: R rows (anchors), C columns (candidates), D width, L Matryoshka levels, T tiles.
 Inside kernels: b_ block value, p_ pointer, o_ offset, m_ mask, i_ program id.

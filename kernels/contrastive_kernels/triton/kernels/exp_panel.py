@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 
 from ...roofline import REDO_PROGRAMS
-from .. import configs
-from .. import launch_log as work
+from .. import configs, launch_log
 from . import warp_specialised
 from .common import (
     Masks,
@@ -311,12 +310,12 @@ def exp_panel(
         tile = configs.warp_specialised(arch, row_scale is not None)
     elif tile is None:
         odd = columns % configs.PLAIN_COLUMNS != 0
-        rich = (
+        masked = (
             odd
             if levels is not None
-            else configs.exp_panel_is_rich(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
+            else configs.exp_panel_is_masked(arch, masks, row_scale is not None, row_max, col_sum, redo is not None, odd)
         )
-        tile = configs.exp_panel(arch, x.element_size(), rich, levels is not None, odd)
+        tile = configs.exp_panel(arch, x.element_size(), masked, levels is not None, odd)
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     x, y = whole_blocks(x, tile.block_k), whole_blocks(y, tile.block_k)
     if out is None and store:
@@ -360,13 +359,13 @@ def exp_panel(
         )
     if redo is not None:
         # what it does is known to the device alone; nothing, in a batch without unsafe rows
-        work.note("exp_panel_redo", tiles_r * REDO_PROGRAMS, 0, 0, 0)
+        launch_log.note("exp_panel_redo", tiles_r * REDO_PROGRAMS, 0, 0, 0)
     else:
-        work.note(
+        launch_log.note(
             "exp_panel_warp_specialised" if special else "exp_panel",
             tiles_r * tiles_c,
             2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1],
-            work.size(x, y),
-            work.size(out if store else None, row_part, col_part),
+            launch_log.size(x, y),
+            launch_log.size(out if store else None, row_part, col_part),
         )
     return ExpPanel(out, row_part, col_part)

@@ -5,7 +5,7 @@
 
 The forward is attention with the candidates as both keys and values, so that the anchors' gradient, diag(f) A, comes with the sums:
 4 R C D FLOP, and 4 R C D again for the candidates. That is 8 instead of 6 R C D, but no exponential is ever written: bytes are the
-operands (re-read from L2) and the results. Long loops are cut into shares whose partial results lie apart and are added in a fixed
+operands (re-read from L2) and the results. Long loops are cut into splits whose partial results lie apart and are added in a fixed
 order: deterministic. The factor of a row is applied in float32 before the one rounding of exp(...) to the operands' type.
 Source: the recurrence of Milakov and Gimelshein (2018), Rabe and Staats (2021); which gradient rides on it is this repository's.
 """
@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import configs
-from .. import launch_log as work
+from .. import configs, launch_log
 from .common import (
     Masks,
     Scales,
@@ -55,7 +54,7 @@ def _fused_fwd_kernel(
     C,
     stride_x,
     stride_y,
-    per_share,
+    per_split,
     column_offset,
     gain,
     EVEN_C: tl.constexpr,
@@ -65,7 +64,7 @@ def _fused_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     ACC: tl.constexpr = p_total.dtype.element_ty
-    i_r, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_r, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     o_d = tl.arange(0, BLOCK_D)
@@ -74,8 +73,8 @@ def _fused_fwd_kernel(
     b_best = tl.full((BLOCK_R,), -1e30, ACC)
     b_total = tl.zeros((BLOCK_R,), ACC)
     b_out = tl.zeros((BLOCK_R, BLOCK_D if p_out is not None else 16), ACC)
-    first = i_share * per_share
-    for start in range(first, tl.minimum(first + per_share, C), BLOCK_C):
+    first = i_split * per_split
+    for start in range(first, tl.minimum(first + per_split, C), BLOCK_C):
         o_c = start + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
         # columns past the end read column 0; _drop takes them out
@@ -96,7 +95,7 @@ def _fused_fwd_kernel(
             if scales is not None:
                 b_e = b_e * b_col_scale[None, :]
             b_out = _dot(_narrow(b_e * gain, b_x.dtype), b_y, b_out * b_rescale[:, None], PRECISION)
-    o_part = i_share * R + o_r
+    o_part = i_split * R + o_r
     b_any = b_best > -1e29
     tl.store(p_best + o_part, tl.where(b_any, b_best, float("-inf")), mask=m_r)
     tl.store(p_shift + o_part, tl.where(b_any, b_best * tl.load(p_exponent).to(ACC), float("-inf")), mask=m_r)
@@ -119,7 +118,7 @@ def _fused_bwd_kernel(
     C,
     stride_x,
     stride_y,
-    per_share,
+    per_split,
     column_offset,
     EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,15 +128,15 @@ def _fused_bwd_kernel(
 ):
     ACC: tl.constexpr = p_out.dtype.element_ty
     # tiles stand on their side, (columns, rows): the product that follows takes them as they lie in registers
-    i_c, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_c, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     o_d = tl.arange(0, BLOCK_D)
     b_y = tl.load(p_y + tl.where(m_c, o_c, 0)[:, None] * stride_y + o_d[None, :])
     b_k = tl.load(p_exponent).to(ACC) * 1.4426950408889634
     b_out = tl.zeros((BLOCK_C, BLOCK_D), ACC)
-    first = i_share * per_share
-    for start in range(first, tl.minimum(first + per_share, R), BLOCK_R):
+    first = i_split * per_split
+    for start in range(first, tl.minimum(first + per_split, R), BLOCK_R):
         o_r = start + tl.arange(0, BLOCK_R).to(tl.int64)
         m_r = o_r < R
         b_x = tl.load(p_x + tl.where(m_r, o_r, 0)[:, None] * stride_x + o_d[None, :])
@@ -152,7 +151,7 @@ def _fused_bwd_kernel(
         b_cos = _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_r, o_c + column_offset, EVEN_C, True)
         b_e = tl.exp2(b_cos * b_k - b_shift[None, :]) * b_factor[None, :]
         b_out = _dot(_narrow(b_e, b_x.dtype), b_x, b_out, PRECISION)
-    tl.store(p_out + (i_share * C + o_c)[:, None] * BLOCK_D + o_d[None, :], b_out, mask=m_c[:, None])
+    tl.store(p_out + (i_split * C + o_c)[:, None] * BLOCK_D + o_d[None, :], b_out, mask=m_c[:, None])
 
 
 @dataclass
@@ -187,11 +186,11 @@ def _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_
     return whole_blocks(x, block_d), whole_blocks(y, block_d), block_d, scales, masks
 
 
-def _cut(steps: int, programs: int, device, shares) -> tuple[int, int]:
-    """(shares, steps of each): a few programs for every multiprocessor, and no more partial results than that needs."""
-    shares = min(steps, shares or configs.fused_shares(device, programs))
-    per_share = cdiv(steps, shares)
-    return cdiv(steps, per_share), per_share
+def _cut(steps: int, programs: int, device, splits) -> tuple[int, int]:
+    """(splits, steps of each): a few programs for every multiprocessor, and no more partial results than that needs."""
+    splits = min(steps, splits or configs.fused_splits(device, programs))
+    per_split = cdiv(steps, splits)
+    return cdiv(steps, per_split), per_split
 
 
 @on_its_device
@@ -209,24 +208,24 @@ def fused_forward(
     keep=None,
     column_offset=0,
     tile=None,
-    shares=None,
+    splits=None,
 ) -> FusedSums:
     """Row sums of x (R, D) against y (C, D), D at most 128, and with `weighted` the exponentials' product with y.
 
-    Masks as for `exp_panel`. shares: pieces that the columns are cut into, instead of what the device suggests.
+    Masks as for `exp_panel`. splits: pieces that the columns are cut into, instead of what the device suggests.
     Raises: ValueError for a dtype or width that the kernel does not take.
     """
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
     x, y, block_d, scales, masks = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
     tile = tile or configs.fused(
-        configs.architecture(device), block_d, "forward", configs.is_rich(columns, ids, threshold, keep, row_scale)
+        configs.architecture(device), block_d, "forward", configs.is_masked(columns, ids, threshold, keep, row_scale)
     )
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
-    shares, per_share = _cut(tiles_c, tiles_r, device, shares) if columns else (1, 0)
-    shift, total, best = (torch.empty(shares, rows, dtype=acc, device=device) for _ in range(3))
-    out = torch.empty(shares, rows, block_d, dtype=acc, device=device) if weighted else None
+    splits, per_split = _cut(tiles_c, tiles_r, device, splits) if columns else (1, 0)
+    shift, total, best = (torch.empty(splits, rows, dtype=acc, device=device) for _ in range(3))
+    out = torch.empty(splits, rows, block_d, dtype=acc, device=device) if weighted else None
     if rows:
-        _fused_fwd_kernel[(tiles_r, shares)](
+        _fused_fwd_kernel[(tiles_r, splits)](
             x,
             y,
             scalar(scale, acc, device),
@@ -240,7 +239,7 @@ def fused_forward(
             columns,
             x.stride(0),
             y.stride(0),
-            per_share * tile.block_c,
+            per_split * tile.block_c,
             column_offset,
             GAIN.get(x.dtype, 1.0),
             EVEN_C=columns % tile.block_c == 0,
@@ -251,8 +250,8 @@ def fused_forward(
             **tile.options,
         )
     flops = (4 if weighted else 2) * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d
-    work.note("fused_forward", tiles_r * shares, flops, work.size(x, y), work.size(shift, total, best, out))
-    if shares == 1:
+    launch_log.note("fused_forward", tiles_r * splits, flops, launch_log.size(x, y), launch_log.size(shift, total, best, out))
+    if splits == 1:
         return FusedSums(shift[0], total[0], best[0], out[0][:, :width] if weighted else None)
     top = shift.amax(0)
     part = (shift - torch.where(top == float("-inf"), 0.0, top)).exp()
@@ -276,7 +275,7 @@ def fused_backward(
     keep=None,
     column_offset=0,
     tile=None,
-    shares=None,
+    splits=None,
 ) -> torch.Tensor:
     """(C, D) accumulator type: sum_i factor_i exp(logit_ij - shift_i) x_i, with unit x where norms are given.
 
@@ -285,11 +284,11 @@ def fused_backward(
     rows, columns, width, device, acc = len(x), len(y), x.shape[1], x.device, accumulator(x.dtype)
     x, y, block_d, scales, masks = _prepare(x, y, row_scale, col_scale, positive, ids, threshold, keep, column_offset)
     tile = tile or configs.fused(
-        configs.architecture(device), block_d, "backward", configs.is_rich(columns, ids, threshold, keep, row_scale)
+        configs.architecture(device), block_d, "backward", configs.is_masked(columns, ids, threshold, keep, row_scale)
     )
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
-    shares, per_share = _cut(tiles_r, tiles_c, device, shares) if rows else (1, 0)
-    out = torch.empty(shares, columns, block_d, dtype=acc, device=device)
+    splits, per_split = _cut(tiles_r, tiles_c, device, splits) if rows else (1, 0)
+    out = torch.empty(splits, columns, block_d, dtype=acc, device=device)
     rest = None
     if x.dtype in GAIN:
         # float16 has no exponents for factors such as 1e-9: the greatest becomes GAIN, and comes back afterwards
@@ -297,7 +296,7 @@ def fused_backward(
         rest = torch.where(top > 0, top, 1.0) / GAIN[x.dtype]
         factor = factor / rest
     if columns:
-        _fused_bwd_kernel[(tiles_c, shares)](
+        _fused_bwd_kernel[(tiles_c, splits)](
             x,
             y,
             scalar(scale, acc, device),
@@ -310,7 +309,7 @@ def fused_backward(
             columns,
             x.stride(0),
             y.stride(0),
-            per_share * tile.block_r,
+            per_split * tile.block_r,
             column_offset,
             EVEN_C=columns % tile.block_c == 0,
             BLOCK_R=tile.block_r,
@@ -319,12 +318,12 @@ def fused_backward(
             BLOCK_D=block_d,
             **tile.options,
         )
-    work.note(
+    launch_log.note(
         "fused_backward",
-        tiles_c * shares,
+        tiles_c * splits,
         4 * tiles_r * tile.block_r * tiles_c * tile.block_c * block_d,
-        work.size(x, y, shift, factor),
-        work.size(out),
+        launch_log.size(x, y, shift, factor),
+        launch_log.size(out),
     )
-    out = (out[0] if shares == 1 else out.sum(0))[:, :width]
+    out = (out[0] if splits == 1 else out.sum(0))[:, :width]
     return out if rest is None else out * rest

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch_log as work
+from .. import launch_log
 from .common import TRITON_DTYPE, _narrow, on_its_device
 
 BLOCK_D = 1024
@@ -115,7 +115,7 @@ def scaled(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None = None) -> t
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
         _scaled_kernel[(rows,)](x, a, b, out, width, x.stride(0), BLOCK_D=block_width(width), num_warps=4)
-    work.note("row_scaled", rows, 0, work.size(x), work.size(out))
+    launch_log.note("row_scaled", rows, 0, launch_log.size(x), launch_log.size(out))
     return out
 
 
@@ -129,7 +129,7 @@ def inverse_norms(x: torch.Tensor, acc: torch.dtype, eps: float, keep: torch.Ten
         _inverse_norms_kernel[(rows,)](
             x, _flags(keep), out, width, x.stride(0), eps, ACC=TRITON_DTYPE[acc], BLOCK_D=block_width(width), num_warps=4
         )
-    work.note("inverse_norms", rows, 0, work.size(x), work.size(out))
+    launch_log.note("inverse_norms", rows, 0, launch_log.size(x), launch_log.size(out))
     return out
 
 
@@ -155,7 +155,7 @@ def project_out(gradient: torch.Tensor, operand, eps: float) -> None:
             BLOCK_D=block_width(width),
             num_warps=4,
         )
-    work.note("project_out", rows, 0, work.size(x, gradient), work.size(gradient))
+    launch_log.note("project_out", rows, 0, launch_log.size(x, gradient), launch_log.size(gradient))
 
 
 @on_its_device
@@ -179,7 +179,7 @@ def dots(x: torch.Tensor, y: torch.Tensor, index: torch.Tensor, acc: torch.dtype
             BLOCK_D=block_width(width),
             num_warps=4,
         )
-    work.note("row_dots", rows, 0, rows * width * (x.element_size() + y.element_size()), work.size(out))
+    launch_log.note("row_dots", rows, 0, rows * width * (x.element_size() + y.element_size()), launch_log.size(out))
     return out
 
 

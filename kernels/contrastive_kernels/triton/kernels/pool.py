@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch_log as work
+from .. import launch_log
 from .common import TRITON_DTYPE, _narrow, accumulator, check_dtype, on_its_device
 
 BLOCK_D = 1024
@@ -37,11 +37,11 @@ def _pool_fwd_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
     p_row = p_hidden + tl.maximum(i_row, 0) * stride_h
-    there = tl.where(i_row >= 0, D, 0)  # a sequence without a token reads nothing
+    width = tl.where(i_row >= 0, D, 0)  # a sequence without a token reads nothing
     b_square = tl.zeros((BLOCK_D,), ACC)
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
+        b_h = tl.load(p_row + o_d, mask=o_d < width, other=0.0).to(ACC)
         b_square += b_h * b_h
     b_norm = tl.sqrt(tl.sum(b_square, 0))
     # a row shorter than eps has no direction: the stored factor 0 says so to the backward
@@ -49,7 +49,7 @@ def _pool_fwd_kernel(
     b_factor = 1.0 / tl.maximum(b_norm, eps) if NORMALIZE else 1.0
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
+        b_h = tl.load(p_row + o_d, mask=o_d < width, other=0.0).to(ACC)
         tl.store(p_out + i_b * D + o_d, _narrow(b_h * b_factor, p_out.dtype.element_ty), mask=o_d < D)
 
 
@@ -60,20 +60,20 @@ def _pool_bwd_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i_b)
     p_row = p_hidden + tl.maximum(i_row, 0) * stride_h
-    there = tl.where(i_row >= 0, D, 0)  # a sequence without a token reads nothing
+    width = tl.where(i_row >= 0, D, 0)  # a sequence without a token reads nothing
     b_inverse = tl.load(p_inverse + i_b).to(ACC)
     b_along = tl.zeros((BLOCK_D,), ACC)
     if NORMALIZE:
         for first in range(0, D, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
-            b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
-            b_along += tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < there, other=0.0).to(ACC) * b_h
+            b_h = tl.load(p_row + o_d, mask=o_d < width, other=0.0).to(ACC)
+            b_along += tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < width, other=0.0).to(ACC) * b_h
     b_dot = tl.sum(b_along, 0) * b_inverse * b_inverse
     for first in range(0, D, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
-        b_g = tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < there, other=0.0).to(ACC)
+        b_g = tl.load(p_grad + i_b * stride_g + o_d, mask=o_d < width, other=0.0).to(ACC)
         if NORMALIZE:
-            b_h = tl.load(p_row + o_d, mask=o_d < there, other=0.0).to(ACC)
+            b_h = tl.load(p_row + o_d, mask=o_d < width, other=0.0).to(ACC)
             b_g = (b_g - b_dot * b_h) * b_inverse
         tl.store(p_out + i_b * D + o_d, _narrow(b_g, p_out.dtype.element_ty), mask=o_d < D)
 
@@ -128,7 +128,7 @@ def pool_forward(hidden, index, *, normalize=True, eps=1e-12) -> tuple[torch.Ten
             BLOCK_D=_block(width),
             num_warps=4,
         )
-    work.note("pool_forward", rows, 0, rows * width * hidden.element_size(), work.size(out, inverse))
+    launch_log.note("pool_forward", rows, 0, rows * width * hidden.element_size(), launch_log.size(out, inverse))
     return out, inverse
 
 
@@ -157,5 +157,5 @@ def pool_backward(grad, hidden, index, inverse, *, normalize=True) -> torch.Tens
             BLOCK_D=_block(width),
             num_warps=4,
         )
-    work.note("pool_backward", rows, 0, work.size(grad) + rows * width * hidden.element_size(), work.size(out))
+    launch_log.note("pool_backward", rows, 0, launch_log.size(grad) + rows * width * hidden.element_size(), launch_log.size(out))
     return out

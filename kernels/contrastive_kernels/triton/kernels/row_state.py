@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...core.softmax import RowResult, RowSums
-from .. import launch_log as work
+from .. import launch_log
 from .common import cdiv, on_its_device
 
 # A row's greatest logit less the shift: e^65 * 2^25 columns is inside float32, e^-40 leaves 47 nats below the greatest.
@@ -84,16 +84,17 @@ class Parts:
 
     Args:
         total: of exp(logit - shift). shift: (R,), +inf where a row takes no part. best: greatest cosines, -1e29 and less for none; or None.
-        own, marks, again: of rows done again: their shift (equal to `shift` elsewhere), which tiles of `block_r` rows hold one, their sums.
+        redo_shift, redo_tiles, redo_total: of rows done again their shift (equal to `shift` elsewhere), which tiles of `block_r` rows hold
+            one, and their sums.
         logits, count: (R,) sum and number of the logits, for label smoothing.
     """
 
     total: torch.Tensor
     shift: torch.Tensor
     best: torch.Tensor | None = None
-    own: torch.Tensor | None = None
-    marks: torch.Tensor | None = None
-    again: torch.Tensor | None = None
+    redo_shift: torch.Tensor | None = None
+    redo_tiles: torch.Tensor | None = None
+    redo_total: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     count: torch.Tensor | None = None
     block_r: int = BLOCK
@@ -122,17 +123,19 @@ def _greatest_part(p_part, o_r, m_r, R, parts, ACC: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _mark_sums_kernel(p_total, p_shift, p_marks, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _mark_sums_kernel(p_total, p_shift, p_redo_tiles, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
     b_total = _sum_parts(p_total, o_r, m_r, R, parts, p_shift.dtype.element_ty, BLOCK, PARTS)
     b_shift = tl.load(p_shift + o_r, mask=m_r, other=float("inf"))
     b_unsafe = ((b_total > above) | (b_total < below)) & (b_shift < float("inf"))
-    tl.store(p_marks + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
+    tl.store(p_redo_tiles + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
 
 
 @triton.jit
-def _mark_kernel(p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _mark_kernel(
+    p_best, p_shift, p_exponent, p_within, p_redo_shift, p_redo_tiles, R, parts, above, below, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):
     ACC: tl.constexpr = p_shift.dtype.element_ty
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_r = o_r < R
@@ -144,8 +147,8 @@ def _mark_kernel(p_best, p_shift, p_exponent, p_within, p_own, p_marks, R, parts
     if p_within is not None:
         # of other tiles there are no maxima: what was read is unwritten memory
         b_unsafe = b_unsafe & (tl.load(p_within + tl.program_id(0)) != 0)
-    tl.store(p_own + o_r, tl.where(b_unsafe, b_top, b_shift), mask=m_r)
-    tl.store(p_marks + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
+    tl.store(p_redo_shift + o_r, tl.where(b_unsafe, b_top, b_shift), mask=m_r)
+    tl.store(p_redo_tiles + tl.program_id(0), tl.max(b_unsafe.to(tl.int32), 0))
 
 
 @triton.jit
@@ -166,9 +169,9 @@ def _finish_kernel(
     p_total,
     p_shift,
     p_best,
-    p_own,
-    p_marks,
-    p_again,
+    p_redo_shift,
+    p_redo_tiles,
+    p_redo_total,
     p_logits,
     p_count,
     p_positive,
@@ -178,7 +181,7 @@ def _finish_kernel(
     R,
     N,
     parts,
-    again_parts,
+    redo_parts,
     best_parts,
     mark_rows,
     HAS_PRIOR: tl.constexpr,
@@ -204,12 +207,12 @@ def _finish_kernel(
         if p_best is not None:
             b_best = _greatest_part(p_best, o_r, m_r, R, best_parts, ACC, BLOCK, PARTS)
             b_best = tl.where(b_best > -1e29, b_best, float("-inf"))
-        if p_again is not None:
-            if tl.load(p_marks + tl.program_id(0) * BLOCK // mark_rows) != 0:
-                b_again = _sum_parts(p_again, o_r, m_r, R, again_parts, ACC, BLOCK, PARTS)
-                b_own = tl.load(p_own + o_r, mask=m_r, other=float("inf"))
-                b_total = tl.where(b_own != b_written, b_again, b_total)
-                b_written = b_own
+        if p_redo_total is not None:
+            if tl.load(p_redo_tiles + tl.program_id(0) * BLOCK // mark_rows) != 0:
+                b_redo_total = _sum_parts(p_redo_total, o_r, m_r, R, redo_parts, ACC, BLOCK, PARTS)
+                b_redo_shift = tl.load(p_redo_shift + o_r, mask=m_r, other=float("inf"))
+                b_total = tl.where(b_redo_shift != b_written, b_redo_total, b_total)
+                b_written = b_redo_shift
         if SMOOTH:
             b_logits = tl.load(p_logits + o_r, mask=m_r, other=0.0)
             b_count = tl.load(p_count + o_r, mask=m_r, other=0.0)
@@ -260,16 +263,16 @@ def _finish_kernel(
             # the exponentials are written anew as d loss / d logit: exp(logit - lse) - smooth
             b_factor = b_factor * 0.0 + 1.0 / GAIN
             b_last = b_lse
-        b_apart = b_none
+        b_inactive = b_none
         if p_active is not None:
-            b_apart = b_apart | (tl.load(p_active + o_r, mask=m_r, other=0) == 0)
+            b_inactive = b_inactive | (tl.load(p_active + o_r, mask=m_r, other=0) == 0)
         tl.store(p_results + o_r, tl.where(b_weight != 0, b_weight * b_loss, 0.0), mask=m_r)
         tl.store(p_results + N + o_r, b_lse, mask=m_r)
         tl.store(p_results + 2 * N + o_r, b_factor * b_weight * b_inverse, mask=m_r)
         tl.store(p_results + 3 * N + o_r, b_slope * b_weight * b_inverse, mask=m_r)
         if SMOOTH:
             tl.store(p_results + 4 * N + o_r, b_smooth, mask=m_r)
-        tl.store(p_results + 5 * N + o_r, tl.where(b_apart, float("inf"), b_last), mask=m_r)
+        tl.store(p_results + 5 * N + o_r, tl.where(b_inactive, float("inf"), b_last), mask=m_r)
 
 
 @on_its_device
@@ -289,7 +292,7 @@ def mark_by_sums(total: torch.Tensor, shift: torch.Tensor, block_r: int) -> torc
         _mark_sums_kernel[(tiles,)](
             total, shift, marks, rows, parts, math.exp(SAFE_ABOVE), math.exp(SAFE_BELOW), BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4
         )
-    work.note("mark_rows", tiles, 0, work.size(total, shift), 0)
+    launch_log.note("mark_rows", tiles, 0, launch_log.size(total, shift), 0)
     return marks
 
 
@@ -304,14 +307,26 @@ def mark(
     """
     parts, rows = best.shape
     tiles = cdiv(rows, block_r)
-    own = torch.empty(rows, dtype=shift.dtype, device=shift.device)
+    redo_shift = torch.empty(rows, dtype=shift.dtype, device=shift.device)
     marks = torch.empty(tiles, dtype=torch.int32, device=shift.device)
     if rows:
         _mark_kernel[(tiles,)](
-            best, shift, exponent, within, own, marks, rows, parts, SAFE_ABOVE, SAFE_BELOW, BLOCK=block_r, PARTS=MARK_PARTS, num_warps=4
+            best,
+            shift,
+            exponent,
+            within,
+            redo_shift,
+            marks,
+            rows,
+            parts,
+            SAFE_ABOVE,
+            SAFE_BELOW,
+            BLOCK=block_r,
+            PARTS=MARK_PARTS,
+            num_warps=4,
         )
-    work.note("mark_rows", tiles, 0, work.size(best, shift), work.size(own))
-    return own, marks
+    launch_log.note("mark_rows", tiles, 0, launch_log.size(best, shift), launch_log.size(redo_shift))
+    return redo_shift, marks
 
 
 @on_its_device
@@ -349,9 +364,9 @@ def finish(
         given.total,
         given.shift,
         given.best,
-        given.own,
-        given.marks,
-        given.again,
+        given.redo_shift,
+        given.redo_tiles,
+        given.redo_total,
         given.logits,
         given.count,
         direction.positive[rows] if finishing else None,
@@ -361,7 +376,7 @@ def finish(
         count,
         matrix.stride(0),
         0 if given.total is None else len(given.total),
-        0 if given.again is None else len(given.again),
+        0 if given.redo_total is None else len(given.redo_total),
         0 if given.best is None else len(given.best),
         given.block_r,
         HAS_PRIOR=prior,
@@ -373,5 +388,5 @@ def finish(
         num_warps=4,
     )
     item = results.element_size()
-    read = work.size(given.total, given.shift, given.best) + count * item * ((5 if prior else 0) + 2)
-    work.note("finish_rows", programs, 0, read, count * item * (3 + RESULTS * finishing))
+    read = launch_log.size(given.total, given.shift, given.best) + count * item * ((5 if prior else 0) + 2)
+    launch_log.note("finish_rows", programs, 0, read, count * item * (3 + RESULTS * finishing))

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch_log as work
+from .. import launch_log
 from .common import TRITON_DTYPE, cdiv, on_its_device
 from .norms import LONGEST, block_width, contiguous_width, row_stride
 
@@ -224,7 +224,7 @@ def update(
         )
     cells, item = rows * width, first.element_size()
     read = cells * ((item if add else 0) + sum(m.element_size() for m in (x, y, z) if m is not None))
-    work.note("rows_update", rows, 0, read, cells * item if out is not None else 0)
+    launch_log.note("rows_update", rows, 0, read, cells * item if out is not None else 0)
     return dot_products
 
 
@@ -261,4 +261,4 @@ def scatter(out, segments: Segments, *, x=None, a=None, y=None, b=None, y_scale=
     rows, item = segments.rows, out.element_size()
     touched = min(rows, places)  # at most: how many places are empty is known to the device alone
     read = width * ((touched * item if add else 0) + rows * sum(m.element_size() for m in (x, y) if m is not None))
-    work.note("rows_scatter", places, 0, read, width * item * (touched if add else places))
+    launch_log.note("rows_scatter", places, 0, read, width * item * (touched if add else places))

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 
 from ...core.operands import product_dtype
-from .. import configs
-from .. import launch_log as work
-from ..operand_views import Side, tight
+from .. import configs, launch_log
+from ..operand_views import OperandView, tight
 from ..products import add_scaled_matmul, matmul, row_scaled
 from .common import (
     Masks,
@@ -174,15 +173,15 @@ def sigmoid_panel(
             **tile.options,
         )
     flops = 2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1]
-    work.note("sigmoid_panel", tiles_r * tiles_c, flops, work.size(x, y), work.size(out, part))
+    launch_log.note("sigmoid_panel", tiles_r * tiles_c, flops, launch_log.size(x, y), launch_log.size(out, part))
     return part.sum(1)
 
 
 def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
     """What `contrastive_kernels.eager.sigmoid.add_columns` does in plain torch."""
     dtype = product_dtype(pairs.query.source, target.source)
-    query, columns, acc = Side(pairs.query, dtype), Side(target, dtype), pairs.query.dtype
-    positives, own_ids, target_ids, keep = (tight(v) for v in (pairs.positives, pairs.ids, target_ids, target.keep))
+    query, columns, acc = OperandView(pairs.query, dtype), OperandView(target, dtype), pairs.query.dtype
+    positives, query_ids, target_ids, keep = (tight(v) for v in (pairs.positives, pairs.ids, target_ids, target.keep))
     # G is at most 1: float16 gets 15 bits more below it, and the factors lose them again
     gain = FLOAT16_GAIN if dtype == torch.float16 else 1.0
     size = max(1, PANEL_BYTES // max(1, target.rows * dtype.itemsize))
@@ -190,7 +189,7 @@ def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
         rows = slice(start, min(start + size, pairs.query.rows))
         x, weight = query.raw[rows], pairs.weight[rows]
         out = torch.empty(len(x), target.rows, dtype=dtype, device=x.device) if sums.differentiate else None
-        made = sigmoid_panel(
+        row_sums = sigmoid_panel(
             x,
             columns.raw,
             scale=pairs.scale,
@@ -198,17 +197,17 @@ def add_columns(pairs, target, target_ids, offset: int, sums, d_target) -> None:
             row_scale=None if query.scale is None else query.scale[rows],
             col_scale=columns.scale,
             positive=None if positives is None else positives[rows],
-            ids=None if own_ids is None else (own_ids[rows], target_ids),
+            ids=None if query_ids is None else (query_ids[rows], target_ids),
             keep=keep,
             column_offset=offset,
             out=out,
             gain=gain,
         )
-        sums.loss[rows] += made[0]
+        sums.loss[rows] += row_sums[0]
         if out is None:
             continue
-        sums.d_bias += (made[1] * weight).sum()
-        sums.d_scale += (made[2] * weight).sum()
+        sums.d_bias += (row_sums[1] * weight).sum()
+        sums.d_scale += (row_sums[2] * weight).sum()
         factor = weight * pairs.scale / gain
         if sums.d_query is not None:
             update(sums.d_query[rows], x=matmul(out, columns.unit, acc), a=factor, add=True)

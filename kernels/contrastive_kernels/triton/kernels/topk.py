@@ -1,11 +1,11 @@
 """The k best targets of every query, streamed: scores of a tile live in registers and nothing of size N x M is ever stored.
 
-Each program walks a share of the targets, in order, for BLOCK_R queries and keeps their K best. Up to `configs.TOPK_RESIDENT` wide the
+Each program walks a split of the targets, in order, for BLOCK_R queries and keeps their K best. Up to `configs.TOPK_RESIDENT` wide the
 queries' tile is read once and stays on the chip, so that a target's tile is fetched for BLOCK_R queries: 2 BLOCK_R FLOP an element.
 From every tile the rows' greatest scores are taken out one at a time, as long as one of them beats its row's worst kept: K ln(M/K) times
 a row, in the first few thousand targets for many rows at once. (Sorting tiles in registers, as tl.topk does, spills and takes longer.)
 Targets to leave out are looked up only for those that would enter. A later target never replaces an equal score, so ties keep the
-lowest index. FLOPs 2 N M D. Bytes: queries and targets once, 8 N K a share.
+lowest index. FLOPs 2 N M D. Bytes: queries and targets once, 8 N K a split.
 """
 
 import torch
@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from ...core.operands import product_dtype
-from .. import configs
-from .. import launch_log as work
+from .. import configs, launch_log
 from .common import TRITON_DTYPE, _dot, accumulator, cdiv, check_columns, check_dtype, dot_precision, on_its_device, whole_blocks
 
 MAXIMUM_K = 128
@@ -33,7 +32,7 @@ def _topk_kernel(
     stride_x,
     stride_y,
     excluded,
-    columns_per_share,
+    columns_per_split,
     K: tl.constexpr,
     RESIDENT: tl.constexpr,
     ACC: tl.constexpr,
@@ -44,14 +43,14 @@ def _topk_kernel(
 ):
     """RESIDENT: pieces of BLOCK_K that the whole width has, where they are kept; 0 where they are read again for every tile."""
     i_r = tl.program_id(0).to(tl.int64)
-    i_share = tl.program_id(1).to(tl.int64)
+    i_split = tl.program_id(1).to(tl.int64)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     o_k = tl.arange(0, BLOCK_K)
     o_slot = tl.arange(0, K)
     p_bx = p_x + tl.where(m_r, o_r, 0)[:, None] * stride_x + o_k[None, :]
-    first = i_share * columns_per_share
-    last = tl.minimum(first + columns_per_share, C)
+    first = i_split * columns_per_split
+    last = tl.minimum(first + columns_per_split, C)
     b_best = tl.full((BLOCK_R, K), float("-inf"), ACC)
     # empty slots bear indices that no target has, all different, so that the slot to replace is always one
     b_index = tl.zeros((BLOCK_R, K), tl.int32) + (0x7FFFFFFF - o_slot)[None, :]
@@ -90,19 +89,19 @@ def _topk_kernel(
                 b_acc = tl.where(o_col[None, :] == b_col[:, None], float("-inf"), b_acc)
                 b_top = tl.max(b_acc, 1)
                 better = tl.max((b_top > b_worst).to(tl.int32), 0)
-    o_out = (i_share * R + o_r)[:, None] * K + o_slot[None, :]
+    o_out = (i_split * R + o_r)[:, None] * K + o_slot[None, :]
     tl.store(p_scores + o_out, b_best, mask=m_r[:, None])
     tl.store(p_indices + o_out, b_index, mask=m_r[:, None])
 
 
 @on_its_device
-def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tuple[torch.Tensor, torch.Tensor]:
+def topk(query, target, k: int, *, exclude=None, tile=None, splits=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores (N, k) float32 (float64 for float64), descending, and indices (N, k) int64 of the greatest query . target.
 
     Args:
         query, target: (N, D), (M, D), M below 2^31 - 128; of two dtypes, both are taken in the wider. k: 1 to 128.
         exclude: (N, E) int64 targets a query must not get; -1 pads. Where too few are left: -inf and -1.
-        tile, shares: a `configs.Tile` and the number of pieces the targets are cut into, instead of the defaults.
+        tile, splits: a `configs.Tile` and the number of pieces the targets are cut into, instead of the defaults.
 
     Raises: ValueError for a dtype, k or M that the kernel does not take. Numerics: sums in the scores' type; of equal scores the
     lowest index comes first; a NaN score is never among the best.
@@ -122,13 +121,13 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
     tiles_r, tiles_c = cdiv(rows, tile.block_r), cdiv(columns, tile.block_c)
     # of tiles whose queries stay two blocks fit on a multiprocessor, of the others about four
     slots = configs.processors(device) * (2 if tile.resident else 4)
-    shares = min(tiles_c, shares or configs.topk_shares(slots, tiles_r, tiles_c))
-    per_share = cdiv(tiles_c, shares) * tile.block_c
-    shares = cdiv(columns, per_share)
-    scores = torch.empty(shares, rows, kept, dtype=acc, device=device)
-    indices = torch.empty(shares, rows, kept, dtype=torch.int32, device=device)
+    splits = min(tiles_c, splits or configs.topk_splits(slots, tiles_r, tiles_c))
+    per_split = cdiv(tiles_c, splits) * tile.block_c
+    splits = cdiv(columns, per_split)
+    scores = torch.empty(splits, rows, kept, dtype=acc, device=device)
+    indices = torch.empty(splits, rows, kept, dtype=torch.int32, device=device)
     excluded = 0 if exclude is None else exclude.shape[1]
-    _topk_kernel[(tiles_r, shares)](
+    _topk_kernel[(tiles_r, splits)](
         x,
         y,
         exclude.contiguous() if excluded else None,
@@ -140,7 +139,7 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
         x.stride(0),
         y.stride(0),
         excluded,
-        per_share,
+        per_split,
         K=kept,
         RESIDENT=x.shape[1] // tile.block_k if tile.resident else 0,
         ACC=TRITON_DTYPE[acc],
@@ -148,18 +147,18 @@ def topk(query, target, k: int, *, exclude=None, tile=None, shares=None) -> tupl
         **tile.constants,
         **tile.options,
     )
-    work.note(
+    launch_log.note(
         "topk",
-        tiles_r * shares,
+        tiles_r * splits,
         2 * tiles_r * tile.block_r * tiles_c * tile.block_c * x.shape[1],
-        work.size(x, y),
-        work.size(scores, indices),
+        launch_log.size(x, y),
+        launch_log.size(scores, indices),
     )
     return _merge(scores, indices, k)
 
 
 def _merge(scores, indices, k):
-    """The k best of all shares, (S, N, K) each: by index first, then by score with a sort that keeps the order of equals."""
+    """The k best of all splits, (S, N, K) each: by index first, then by score with a sort that keeps the order of equals."""
     rows = scores.shape[1]
     scores = scores.transpose(0, 1).reshape(rows, -1)
     indices, order = indices.transpose(0, 1).reshape(rows, -1).to(torch.int64).sort(dim=1)
