@@ -28,6 +28,7 @@ IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 VISUAL_KEYS = IMAGE_KEYS + VIDEO_KEYS
 ITEM_KEYS = ("text", *VISUAL_KEYS, "instruction")
 IMAGE_MARKER = "<|image_1|>"  # the first picture's
+NOTHING = "  "  # what the reference feeds for a missing text, which alone has no tokens
 
 
 @dataclass

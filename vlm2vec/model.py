@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vlm2vec import encoding
-from vlm2vec.attention import choose_provider
+from vlm2vec.attention import choose_provider, register
 from vlm2vec.checkpoint import adapters, saving, sentence_transformers_files
 from vlm2vec.packing import Features, PackedBatch
 
@@ -61,11 +60,16 @@ class VLM2Vec(nn.Module):
         self.base_source = source
         self.revision: str | None = None
         self.adapter_settings: dict | None = None
+        self.adapter_whole: list[str] = []
         self.prompts = {**processing.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
         self.always_vision = False
         self.eval_mode = encoding.EvalMode()
         backbone.finish(model)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        register()  # a process that unpickles the model has not met the packed attention yet
 
     @classmethod
     def from_pretrained(
@@ -280,31 +284,71 @@ class VLM2Vec(nn.Module):
 
         return self.pack([self.processing({"image": Image.new("RGB", (64, 64), (128, 128, 128))})])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute layers in the backward pass (transformers' own switch; non-reentrant).
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """Recompute layers in the backward pass (transformers' own switch; non-reentrant unless asked).
+
+        Args:
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`.
+            kwargs: what this transformers takes besides: `every_n_layers`, `offload`.
 
         Example:
-            >>> model.gradient_checkpointing_enable()
-            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            >>> model.activation_checkpointing_enable()
+            >>> model.is_activation_checkpointing
             True
         """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6, the old name serves both
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=chosen, **kwargs)
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen, **kwargs)
+        if not chosen["use_reentrant"]:
+            # Only the reentrant kind needs inputs that require gradients; hooks for it would make gradients that nobody reads and
+            # keep the module from being pickled.
+            self.model.disable_input_require_grads()
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass again.
 
         Example:
-            >>> model.gradient_checkpointing_enable()
-            >>> model.gradient_checkpointing_disable()
-            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            >>> model.activation_checkpointing_enable()
+            >>> model.activation_checkpointing_disable()
+            >>> model.is_activation_checkpointing
             False
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self.model.gradient_checkpointing_disable()
+        getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether any layer is recomputed in the backward pass.
+
+        Example:
+            >>> model.is_activation_checkpointing
+            False
+        """
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """`activation_checkpointing_enable` by the name that transformers had before 5.24.
+
+        Example:
+            >>> model.gradient_checkpointing_enable()
+            >>> model.is_gradient_checkpointing
+            True
+        """
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    is_gradient_checkpointing = is_activation_checkpointing
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tags of the model's card, which TRL's trainers set (transformers' own method).
+
+        Example:
+            >>> model.add_model_tags("embedding")
+            >>> model.model.model_tags
+            ['embedding']
+        """
+        self.model.add_model_tags(tags)
 
     # -- encoding -------------------------------------------------------------------------------------------------------
 

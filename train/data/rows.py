@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm2vec.inputs import whole_characters
+from vlm2vec.inputs import NOTHING, whole_characters
 from vlm2vec.packing import Features
 
 from ..recipe.schema import Data
@@ -80,7 +80,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def _blank(self) -> Features:
         if self._placeholder is None:
-            self._placeholder = self.processing("  ")  # what the reference feeds for a missing example
+            self._placeholder = self.processing(NOTHING)
         return self._placeholder
 
 

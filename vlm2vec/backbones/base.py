@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -198,9 +199,28 @@ def with_norm_of_rows(text: nn.Module, index: torch.Tensor) -> nn.Module:
 
 
 def override(module: torch.nn.Module, **methods: Callable) -> None:
-    """Give one module other methods; its weights, their names and its siblings stay as they are."""
-    cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), methods)
+    """Give one module other methods; its weights, their names and its siblings stay as they are.
+
+    Args:
+        methods: functions of a file's top level. A pickle names them and the module's own class: the class made here it would not find.
+    """
+    module.__class__ = overridden(type(module), tuple(sorted(methods.items())))
+
+
+@cache
+def overridden(cls: type, methods: tuple[tuple[str, Callable], ...]) -> type:
+    """The class with other methods. Its instances pickle and copy."""
+
+    def reduce(self, protocol: int) -> tuple:
+        return unpickled, (cls, methods), self.__getstate__()
+
+    return type(cls.__name__, (cls,), {**dict(methods), "__reduce_ex__": reduce})
+
+
+def unpickled(cls: type, methods: tuple[tuple[str, Callable], ...]) -> torch.nn.Module:
+    """An empty module of an overridden class, which pickle then fills."""
+    made = overridden(cls, methods)
+    return made.__new__(made)
 
 
 def patches_as_linear(self, patches: torch.Tensor) -> torch.Tensor:
