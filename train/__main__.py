@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from vlm2vec.commands.notices import keep_back
+
 from .command import COMMAND, EXTRA, TORCHRUN
 
 
@@ -15,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE)
         return 0 if argv else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
+    keep_back()
     try:
         if argv[0] == "--list":
             from .recipe.files import listing

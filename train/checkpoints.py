@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import safe_open
+
+from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, write_json
+from vlm2vec.files import write_text as write_text
+from vlm2vec.files.documents import read_yaml
 
 STAGING = ".saving"
 RECIPE = "recipe.yaml"
 RESULT = "train_result.json"
 INPUTS = "train_inputs.json"
+CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _STATE = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}
 _WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}
@@ -60,24 +67,37 @@ def step_of(checkpoint: Path) -> int:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Moves a written folder into place, on disk before it has its name."""
-    for file in staged.rglob("*"):
-        if file.is_file():
-            _sync_to_disk(file)
+    """Moves a written folder into place, on disk and with the checksums of its files before it has its name."""
+    give_umask_mode(staged)
+    write_json(staged / CHECKSUMS, checksums(staged), durable=False)
+    sync_tree_to_disk(staged)
     doomed = final.with_name(f"{STAGING}-old-{final.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     if final.exists():  # left from a run that was resumed from an earlier checkpoint
         os.replace(final, doomed)
     os.replace(staged, final)
-    _sync_to_disk(final.parent)
+    sync_to_disk(final.parent)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """{path below the folder: BLAKE2b of its content in hexadecimal}, some gigabytes a second: as many files at once as there are cores."""
+
+    def digest(file: Path) -> str:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").hexdigest()
+
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip((file.relative_to(folder).as_posix() for file in files), pool.map(digest, files)))
+
+
 def require_whole(checkpoint: Path) -> None:
-    """Looks at the ends of a checkpoint's files, where a cut shows, without reading them.
+    """Looks at the ends of a checkpoint's files, where a cut shows, and compares their content with the checksums of when it was written
+    (an older checkpoint has none).
 
     Raises:
-        ValueError: a file is cut off or no such file at all; which one, and what to do.
+        ValueError: a file is cut off, changed, or no such file at all; which one, and what to do.
     """
     mend = f"remove the folder {checkpoint} to go on from the one before it, or from the start"
     for file in sorted(checkpoint.iterdir()):
@@ -89,6 +109,29 @@ def require_whole(checkpoint: Path) -> None:
                 raise ValueError(f"{file} is damaged ({error}); {mend}") from error
         elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
             raise ValueError(f"{file} is damaged (not a whole file of torch.save); {mend}")
+    if not (checkpoint / CHECKSUMS).is_file():
+        return
+    now = checksums(checkpoint)
+    for name, digest in read_mapping(checkpoint / CHECKSUMS).items():
+        if now.get(name) != digest:
+            what = (
+                "not there"
+                if name not in now
+                else f"damaged (its content is not what the run wrote; was the change yours, remove {CHECKSUMS} beside it)"
+            )
+            raise ValueError(f"{checkpoint / name} is {what}; {mend}")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | Path, name: str) -> Iterator[None]:
+    """Around what unpickles tensors of a checkpoint's file: what is no such file, or asks for code to be run, is refused by name."""
+    try:
+        yield
+    except Exception as error:  # torch's advice in it is to run the code
+        mend = f"remove the folder {checkpoint} to go on from the one before it, or from the start"
+        raise ValueError(
+            f"{Path(checkpoint, name)} holds what no checkpoint of ours does ({type(error).__name__}), unread; {mend}"
+        ) from None
 
 
 def rotate(output: str | Path, keep: int) -> None:
@@ -117,14 +160,6 @@ def remove_unfinished(output: str | Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    _sync_to_disk(temporary)
-    os.replace(temporary, path)
-
-
 def read_result(output: str | Path) -> dict[str, Any] | None:
     """What a finished run recorded about itself; None where no run has finished."""
     path = Path(output) / RESULT
@@ -138,19 +173,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read as one; names the file.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); remove it, or pass --fresh") from error
+        fields = read_yaml(path)  # JSON is YAML
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or pass --fresh") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is damaged (no mapping in it); remove it, or pass --fresh")
     return fields
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some file systems refuse to sync a folder; the rename itself stays atomic there.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

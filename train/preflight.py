@@ -52,6 +52,9 @@ def check(recipe: Recipe, *, ranks: int = 1, resumed: bool = False) -> None:
 
 
 def _check_machine(recipe: Recipe, on_gpu: bool) -> None:
+    cores = os.cpu_count() or 1
+    if recipe.workers > max(64, 4 * cores):
+        raise ValueError(f"workers ({recipe.workers}) are processes of every rank, and this machine has {cores} cores; {cores} are plenty")
     if recipe.quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("quantization: nf4 needs bitsandbytes; pip install bitsandbytes, or drop `quantization`")
     if recipe.retain == "auto" and recipe.retain_mib is None and not on_gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+
+from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk
+from vlm2vec.files.locks import LOCK, locked
 
 from . import checkpoints, preflight
 from .build import build_model, trained_parameters
@@ -52,6 +56,12 @@ def run(argv: list[str]) -> int:
     refuse_other_launchers()
     output = Path(recipe.output)
     is_main = int(os.environ.get("RANK", "0")) == 0
+    with locked(output, "a training run") if is_main else contextlib.nullcontext():
+        return _run(recipe, output, fresh, is_main)
+
+
+def _run(recipe: Recipe, output: Path, fresh: bool, is_main: bool) -> int:
+    """`run` of a checked recipe, while the output is this run's alone."""
     inputs = fingerprints(recipe)
     finished = not fresh and _is_finished(recipe, output, inputs)
     _wait_for_everyone()  # all have looked before the main process changes anything
@@ -128,13 +138,24 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     last = {**last, **next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})}
     trained, total = trainer.weights
-    family = trainer.model.family
-    card = model_card(recipe, base=recipe.model, family=family, trained=trained, total=total, steps=trainer.state.global_step, figures=last)
+    card = model_card(
+        recipe,
+        base=recipe.model,
+        family=trainer.model.family,
+        trained=trained,
+        total=total,
+        steps=trainer.state.global_step,
+        figures=last,
+        prompts=trainer.model.prompts,
+    )
     (staged / "README.md").write_text(card, encoding="utf-8")
     published = sorted(file.name for file in staged.iterdir())
+    give_umask_mode(staged)
+    sync_tree_to_disk(staged)
     for name in published:
-        os.replace(staged / name, output / name)
+        _take_place(staged / name, output / name)
     staged.rmdir()
+    sync_to_disk(output)  # the result file below says that all of this is there
     seconds = trainer.seconds()
     result: dict[str, Any] = {
         "steps": trainer.state.global_step,
@@ -150,46 +171,75 @@ def _publish(trainer: ContrastiveTrainer, recipe: Recipe, output: Path) -> None:
     print(f"trained {result['steps']} steps in {seconds:.0f} s, peak memory {result['peak_memory_mib']:.0f} MiB: {output}")
 
 
+def _take_place(staged: Path, final: Path) -> None:
+    """A file or folder under its published name; an earlier run's folder of that name goes first, since no rename replaces it."""
+    if final.is_dir() and not final.is_symlink():
+        shutil.rmtree(final)
+    os.replace(staged, final)
+
+
 def _is_finished(recipe: Recipe, output: Path, inputs: dict[str, str]) -> bool:
+    """Whether the output holds the model of this recipe. More steps than it was trained for are a run that goes on."""
     result = checkpoints.read_result(output)
     if result is None:
         return False
     if not isinstance(result.get("recipe"), dict):
         raise ValueError(f"{output / checkpoints.RESULT} names no recipe; remove it, or pass --fresh")
-    _refuse_changes(f"{output} holds a model trained", _changed_keys(result["recipe"], recipe.to_dict()), output, inputs)
+    other = _changed_keys(result["recipe"], recipe.to_dict())
+    longer = recipe.steps > result.get("steps", 0) and bool(checkpoints.complete_checkpoints(output))
+    if "steps" in other and longer:
+        del other["steps"]
+        _refuse_changes(f"{output} holds a model trained", other, output, inputs, output)
+        return False
+    _refuse_changes(f"{output} holds a model trained", other, output, inputs, output)
     return True
 
 
 def _require_same(recipe: Recipe, output: Path, checkpoint: Path, inputs: dict[str, str]) -> list[str]:
-    """Refuses a resumption by another recipe. Returns the keys of `_MENDS` that it changes."""
+    """Refuses a resumption by another recipe. Returns what the resumption changes: keys of `_MENDS`, and `steps` that are still to come."""
     path = output / checkpoints.RECIPE
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {checkpoints.RECIPE} beside it; choose another output, or pass --fresh")
-    keys = _changed_keys(checkpoints.read_mapping(path), recipe.to_dict())
-    _refuse_changes(f"{checkpoint} was made", [key for key in keys if key not in _MENDS], output, inputs)
-    return sorted(_MENDS.intersection(keys))
+    other = _changed_keys(checkpoints.read_mapping(path), recipe.to_dict())
+    mends = _MENDS | ({"steps"} if recipe.steps > checkpoints.step_of(checkpoint) else set())
+    _refuse_changes(f"{checkpoint} was made", {key: pair for key, pair in other.items() if key not in mends}, output, inputs, checkpoint)
+    return sorted(mends.intersection(other))
 
 
-def _refuse_changes(what: str, keys: list[str], output: Path, inputs: dict[str, str]) -> None:
-    if keys:
-        raise ValueError(f"{what} with other {', '.join(keys)}; choose another output, or pass --fresh")
-    path = output / checkpoints.INPUTS
-    other = changed(checkpoints.read_mapping(path), inputs) if path.is_file() else []
+def _refuse_changes(what: str, other: dict[str, tuple[Any, Any]], output: Path, inputs: dict[str, str], model: Path) -> None:
+    """Refuses keys, {name: (old, new)}, and inputs that are not those of the earlier run, whose weights are in `model`."""
+    way_on = f"go on from its weights with --model {model} --output NEW, choose another output, or pass --fresh"
     if other:
-        raise ValueError(f"{what} from other contents of {', '.join(other)}; choose another output, or pass --fresh")
+        raise ValueError(f"{what} with other {', '.join(_told(key, *pair) for key, pair in other.items())}; {way_on}")
+    path = output / checkpoints.INPUTS
+    contents = changed(checkpoints.read_mapping(path), inputs) if path.is_file() else []
+    if contents:
+        raise ValueError(f"{what} from other contents of {', '.join(contents)}; choose another output, or pass --fresh")
 
 
-def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Top-level keys that differ. A key that the earlier recipe did not know had its default."""
+def _told(key: str, old: Any, new: Any) -> str:
+    """`key (old, now new)`; of sections the keys below it that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(_told(f"{key}.{name}", old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name))
+    return f"{key} ({_short(old)}, now {_short(new)})"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Top-level keys that differ, with the old value and the new. A key that the earlier recipe did not know had its default."""
     before = build(Recipe, {key: value for key, value in before.items() if key in now}, where="").to_dict()
-    return [key for key in now if key not in _FREE_KEYS and before[key] != now[key]]
+    return {key: (before[key], now[key]) for key in now if key not in _FREE_KEYS and before[key] != now[key]}
 
 
 def _require_discardable(output: Path) -> None:
     if (
         not any((output / name).is_file() for name in (checkpoints.INPUTS, checkpoints.RESULT))
         and output.is_dir()
-        and any(output.iterdir())
+        and any(entry.name != LOCK for entry in output.iterdir())
     ):
         raise ValueError(f"{output} is not empty and holds no earlier run; choose another output")
 
@@ -207,7 +257,10 @@ def _discard(output: Path) -> None:
     checkpoints.remove_unfinished(output)
     checkpoints.discard(output)
     for name in [*published, checkpoints.RECIPE, checkpoints.INPUTS]:
-        (output / name).unlink(missing_ok=True)
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _wait_for_everyone() -> None:

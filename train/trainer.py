@@ -139,7 +139,8 @@ class ContrastiveTrainer(transformers.Trainer):
             self._began = time.perf_counter()
             self._seconds_before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
         if self._generators_from is not None:
-            super()._load_rng_state(self._generators_from)
+            with checkpoints.reading(self._generators_from, "rng_state.pth" if self.args.world_size <= 1 else "rng_state_*.pth"):
+                super()._load_rng_state(self._generators_from)
             self._generators_from = None
         self._before, self._rows = GeneratorState.capture(), inputs["rows"]
         self._warn_of_length(inputs)
@@ -298,12 +299,15 @@ class ContrastiveTrainer(transformers.Trainer):
         if checkpoint is None:
             return
         # not by transformers: of two ranks on a CPU 5.17 asks torch for "cpu:0", which torch.load does not know
-        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=self.sharded)
+        with checkpoints.reading(checkpoint, OPTIMIZER_NAME):
+            state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=self.sharded)
+        with checkpoints.reading(checkpoint, SCHEDULER_NAME):
+            schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
         if self.sharded:
             sharding.scatter_optimizer(self.model, self.optimizer.optimizer, state)
         else:
             self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        self.lr_scheduler.load_state_dict(schedule)
         self._take_learning_rate()
 
     def _take_learning_rate(self) -> None:

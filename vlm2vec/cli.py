@@ -1,4 +1,4 @@
-"""`vlm2vec embed | search | eval | mine | train | info`. An expected error is one line on stderr and exit code 2."""
+"""`vlm2vec embed | index | search | eval | mine | train | info`. An expected error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from vlm2vec.commands.notices import keep_back
+
 COMMANDS = {
     "embed": "embeddings of files or of a JSONL, written to a safetensors file",
-    "search": "the images of a folder, or a file of embeddings, that fit a text or an image best",
+    "index": "the images of a folder, embedded once, for search",
+    "search": "the images of a folder, an index or a file of embeddings that fit texts or images best",
     "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
     "mine": "hard negatives for training data",
     "train": "train a model by a recipe, plan what it will need, list the recipes",
@@ -41,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"vlm2vec: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    keep_back()
     try:
         command = import_module(f"vlm2vec.commands.{name}")
         if hasattr(command, "main"):  # it reads its words itself

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +19,9 @@ from torch import nn
 
 from contrastive_kernels.gradcache.chunking import token_budget_chunks
 from vlm2vec.checkpoint.prompts import prepend
-from vlm2vec.inputs import as_item, is_image
+from vlm2vec.inputs import Item, as_item, is_image, names_a_file
+from vlm2vec.media.endings import FILMS, PICTURES
+from vlm2vec.media.sources import fetch, image_name, is_source_dict, is_url
 from vlm2vec.packing import Features
 
 if TYPE_CHECKING:
@@ -28,15 +34,28 @@ MAX_THREADS = 8
 MAX_CHUNK_TOKENS = {"cpu": 4096, "cuda": 32768}  # a CPU is as fast with fewer, and holds less at a time
 
 
-def preprocess(processing: Callable[[Any], Features], inputs: list, first: int = 0, pool: Executor | None = None) -> list[Features]:
-    """Features of each input, made by the threads of `pool` where there is one; an error is prefixed with the input's position."""
+def preprocess(
+    processing: Callable[[Any], Features],
+    inputs: list,
+    first: int = 0,
+    pool: Executor | None = None,
+    unreadable: dict[int, str] | None = None,
+) -> list[Features | None]:
+    """Features of each input, made by the threads of `pool` where there is one; an error is prefixed with the input's position.
 
-    def one(numbered) -> Features:
+    Args:
+        unreadable: takes {position: why} of inputs that cannot be read, whose features are None; without it they raise.
+    """
+
+    def one(numbered) -> Features | None:
         i, x = numbered
         try:
             return processing(x)
         except ValueError as e:
-            raise ValueError(f"input {first + i}: {e}") from e
+            if unreadable is None:
+                raise ValueError(f"input {first + i}: {e}") from e
+            unreadable[first + i] = str(e)
+            return None
 
     return list((map if pool is None else pool.map)(one, enumerate(inputs)))
 
@@ -53,14 +72,109 @@ def with_prompt(model: nn.Module, inputs: list, prompt: str | None) -> list:
     if not prompt:
         return inputs
     prompt = model.prompts.get(prompt, prompt)
-    items, markers = [], model.processing.markers
+    items = []
     for x in inputs:
-        item = as_item(x, markers)
+        item = as_item(x, model.processing.markers)
         if model.processing.prompt_is_instruction:
             items.append(replace(item, instruction=item.instruction or prompt))
         else:
-            items.append(replace(item, text=prepend(prompt, item.text, markers)))
+            items.append(replace(item, text=prepend(prompt, item.text)))
     return items
+
+
+def hint_at_paths(inputs: list) -> None:
+    """A warning where strings, which are fed as text, are the names of pictures or films that exist."""
+    named = [x for x in inputs if names_a_file(x, PICTURES + FILMS)]
+    if named:
+        warnings.warn(
+            f"{len(named)} of {len(inputs)} inputs are strings, fed as text, though such files exist (e.g. {image_name(named[0])}); "
+            'to embed the picture give pathlib.Path(name) or {"image": name}, of a film {"video": name}',
+            stacklevel=4,
+        )
+
+
+def with_fetched(x: Any, model: nn.Module) -> Item:
+    """The input with the pictures behind its http(s) URLs read."""
+    item = as_item(x, model.processing.markers)
+    addresses = [image.get("url") if is_source_dict(image) else image for image in item.images]
+    return replace(item, images=[fetch(url) if is_url(url) else image for url, image in zip(addresses, item.images)])
+
+
+class EvalMode:
+    """Evaluation mode for the time of a call, shared by the threads that use a model.
+
+    `model.eval()` before and `model.train()` after would be wrong twice: the first of two threads to end switches dropout on under
+    the other, and one flag for all modules forgets which of them (a frozen tower) were in evaluation mode all along. One belongs to
+    each `VLM2Vec`; a copy of the model gets a new one.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._evaluating: Counter[int] = Counter()  # thread -> calls
+        self._training: Counter[int] = Counter()  # thread -> forward passes in training mode
+        self._switched: list[nn.Module] = []  # what the first call found in training mode
+
+    def __reduce__(self):
+        return EvalMode, ()  # a lock is neither copied nor pickled
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Every module is in evaluation mode within the block; when the last of overlapping blocks ends, each has its own mode back.
+
+        Raises:
+            ValueError: another thread is in a forward pass in training mode.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            switched = [module for module in model.modules() if module.training]
+            if switched and any(passes and thread != me for thread, passes in self._training.items()):
+                raise ValueError("the model is busy: another thread trains it; encode when its step is done, or encode with a copy")
+            for module in switched:
+                module.training = False
+            self._switched += switched
+            self._evaluating[me] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._evaluating[me] -= 1
+                if not self._evaluating[me]:
+                    del self._evaluating[me]
+                if not self._evaluating:
+                    for module in self._switched:
+                        module.training = True
+                    self._switched = []
+
+    @contextlib.contextmanager
+    def forward(self, training: bool) -> Iterator[None]:
+        """Around a forward pass, in training mode or not. ValueError when another thread holds the model out of training mode."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._switched and me not in self._evaluating:
+                raise ValueError("the model is busy: another thread encodes with it; train when that is done, or train a copy")
+            self._training[me] += training
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._training[me] -= training
+                if not self._training[me]:
+                    del self._training[me]
+
+    def ask(self, mode: bool) -> None:
+        """Before `model.train(mode)`: ValueError where that would switch dropout on under an evaluation."""
+        with self._lock:
+            if self._evaluating and mode:
+                raise ValueError("the model is busy: it is encoding; call train() when that is done, or train a copy")
+            self._switched = []  # eval() within an evaluation is meant to last
+
+
+def evaluating(model: Any) -> contextlib.AbstractContextManager[None]:
+    """`EvalMode.evaluating` for a model of any kind: a `VLM2Vec`'s own, a new one for another module, nothing for what has no modes."""
+    if not isinstance(model, nn.Module):
+        return contextlib.nullcontext()
+    mode = getattr(model, "eval_mode", None)
+    return (mode if isinstance(mode, EvalMode) else EvalMode()).evaluating(model)
 
 
 @torch.no_grad()
@@ -74,26 +188,34 @@ def encode(
     convert_to_tensor: bool,
     normalize_embeddings: bool,
     truncate_dim: int | None,
+    urls: bool = False,
+    unreadable: dict[int, str] | None = None,
 ) -> np.ndarray | torch.Tensor:
-    """See `VLM2Vec.encode`."""
+    """See `VLM2Vec.encode`.
+
+    Args:
+        unreadable: takes {position: why} of inputs that cannot be read, whose rows are zero; without it they raise.
+    """
     single = is_single(inputs)
     inputs = [inputs] if single else list(inputs)
+    hint_at_paths(inputs)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
         raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
     dim = truncate_dim or model.embedding_dim
     out = torch.empty(len(inputs), dim, dtype=torch.float32, device=model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         threads = min(MAX_THREADS, os.cpu_count() or 1)  # decoding and resizing leave Python's lock
         with _progress(len(inputs), show_progress_bar) as bar, ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(threads) as pool:
             starts = range(0, len(inputs), batch_size * WINDOW_CHUNKS)
 
             def prepare(start: int) -> list[Features]:
-                window = with_prompt(model, inputs[start : start + batch_size * WINDOW_CHUNKS], prompt)
-                return preprocess(model.processing, window, start, pool)
+                return preprocess(one, inputs[start : start + batch_size * WINDOW_CHUNKS], start, pool, unreadable)
+
+            def one(x: Any) -> Features:
+                x = with_prompt(model, [x], prompt)[0]
+                return model.processing(with_fetched(x, model) if urls else x)
 
             # The next window is preprocessed while the model runs on this one.
             coming = worker.submit(prepare, 0) if inputs else None
@@ -101,15 +223,28 @@ def encode(
                 features = coming.result()
                 if start + starts.step < len(inputs):
                     coming = worker.submit(prepare, start + starts.step)
-                for rows in chunks([f.length for f in features], batch_size, model.device.type):
-                    packed = model.pack([features[r] for r in rows]).to(model.device)
+                good = [row for row, made in enumerate(features) if made is not None]
+                out[start : start + len(features)] = 0
+                for places in chunks([features[row].length for row in good], batch_size, model.device.type):
+                    rows = [good[place] for place in places]
+                    packed = model.pack([features[row] for row in rows]).to(model.device)
                     hidden = model(packed)[:, :dim].float()
                     out[torch.tensor(rows, device=out.device) + start] = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
                     bar.update(len(rows))
-    finally:
-        model.train(was_training)
+                require_finite(out[start : start + len(features)], start)
     out = out[0] if single else out
     return out if convert_to_tensor else out.cpu().numpy()
+
+
+NOT_FINITE = "the model's vector for it is not finite; load it with dtype bfloat16 or float32 (float16 overflows), and look at its weights"
+
+
+def require_finite(embeddings: torch.Tensor, first: int = 0) -> None:
+    """ValueError naming the first row of (N, D) that holds NaN or infinity, counted from `first`, and how many there are."""
+    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        more = f" ({len(broken)} such inputs of {len(embeddings)})" if len(broken) > 1 else ""
+        raise ValueError(f"input {first + broken[0]}: {NOT_FINITE}{more}")
 
 
 def chunks(lengths: list[int], batch_size: int, device_type: str) -> list[list[int]]:

@@ -1,25 +1,34 @@
 """What a caller may hand to the model, brought to one form.
 
-Accepted: `str` (text), a PIL image, `bytes` of an image file, `os.PathLike` (an image file; a plain string is always text),
-`{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat messages (`[{"role":, "content":}]`).
+Accepted: `str` (text), a picture in any form of `vlm2vec.media.sources` (PIL image, NumPy or torch array, bytes, an open file,
+`os.PathLike`, `{"bytes":, "path":}`, a data: URI), `{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat
+messages (`[{"role":, "content":}]`). A plain string is text, never a path; as the value of "image" it is a path.
 
-Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand; a visual without a marker comes first,
-followed by a newline when text follows. Videos are marked `<|video_1|>`, ...
+Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand, by their numbers; a visual without a marker
+comes first, followed by a newline when text follows. Videos are marked `<|video_1|>`, ... The model's own tokens (`<image>`,
+`<|image_pad|>`) stand for the visuals where a text begins with as many as there are; anywhere else they are text like any other.
+
+Halves of surrogate pairs, which JSON allows and UTF-8 does not, become U+FFFD.
 """
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
-MARKER = re.compile(r"<\|(image|video)_\d+\|>")
-# What stands for a visual in some model's vocabulary. One that is not this model's is then missed, by an error, and not fed as text.
-LIKE_A_MARKER = re.compile(r"<\|?(image|video)(_pad|_\d+)?\|?>")
+from vlm2vec.media.films import Frames
+from vlm2vec.media.sources import is_array, is_data_uri, is_file, is_source_dict
+
+MARKER = re.compile(r"<\|(image|video)_(\d+)\|>")
+AROUND_NATIVE = r"\s|<\|vision_start\|>|<\|vision_end\|>"  # what may stand around the model's own tokens at the head of a text
 MODALITIES = ("text", "image", "video")
 IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 VISUAL_KEYS = IMAGE_KEYS + VIDEO_KEYS
 ITEM_KEYS = ("text", *VISUAL_KEYS, "instruction")
 IMAGE_MARKER = "<|image_1|>"  # the first picture's
+NOTHING = "  "  # what the reference feeds for a missing text, which alone has no tokens
 
 
 @dataclass
@@ -44,36 +53,58 @@ class Item:
     markers_added: bool = False
     markers_are_text: bool = False
 
+    def __post_init__(self) -> None:
+        self.text = whole_characters(self.text)
+        self.instruction = None if self.instruction is None else whole_characters(self.instruction)
+
     @property
     def visuals(self) -> int:
         return len(self.images) + len(self.videos)
 
 
+def whole_characters(text: str) -> str:
+    """A text that UTF-8 can hold: halves of surrogate pairs that belong together are joined, others become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 def is_image(x: Any) -> bool:
-    """A PIL image, a path object or the bytes of an image file (a `str` is text, never a path)."""
-    if isinstance(x, (bytes, bytearray, os.PathLike)):
+    """A picture in one of the forms of `vlm2vec.media.sources`; a `str` is text, never a path, unless it is a data: URI."""
+    if isinstance(x, (bytes, bytearray, memoryview, os.PathLike)) or is_data_uri(x) or is_source_dict(x):
         return True
-    return type(x).__module__.partition(".")[0] == "PIL" or hasattr(x, "getexif")
+    if is_array(x):
+        return x.ndim in (2, 3) and getattr(x.dtype, "kind", "u") in "buif"
+    return type(x).__module__.partition(".")[0] == "PIL" or hasattr(x, "getexif") or is_file(x)
+
+
+def names_a_file(x: Any, endings: tuple[str, ...]) -> bool:
+    """A plain string that is the name of an existing file with one of these endings."""
+    return isinstance(x, str) and len(x) < 1024 and "\0" not in x and x.lower().endswith(endings) and os.path.isfile(x)
 
 
 def _listed(x) -> list:
     if x is None or (isinstance(x, str) and not x):
         return []
-    return list(x) if isinstance(x, (list, tuple)) else [x]
+    return list(x) if isinstance(x, (list, tuple)) or (is_array(x) and x.ndim == 4) else [x]
 
 
 def _videos(x) -> list:
-    """A path is one video; a list of frames is one video; a list of paths or of frame lists is several."""
+    """A path is one video; a list of frames (also one array of them) is one video; a list of paths or of frame lists is several."""
     if x is None or (isinstance(x, str) and not x):
         return []
+    if is_array(x):
+        return [list(x)]
     if isinstance(x, (list, tuple)):
-        if x and isinstance(x[0], (list, tuple)):
+        if len(x) and (isinstance(x[0], (list, tuple)) or (is_array(x[0]) and x[0].ndim == 4)):
             return [list(v) for v in x]
-        return [list(x)] if x else []
+        return [x if isinstance(x, Frames) else list(x)] if x else []
     return [x]
 
 
-def _from_dict(x: dict, native: tuple[str, ...]) -> Item:
+def _from_dict(x: dict, native: Mapping[str, str]) -> Item:
     unknown = [k for k in x if k not in ITEM_KEYS]
     if unknown:
         raise ValueError(f"input has unknown keys {unknown}; use {', '.join(ITEM_KEYS)}")
@@ -102,7 +133,7 @@ def _from_messages(messages: list) -> Item:
             if kind == "text":
                 parts.append(part["text"])
             elif kind in ("image", "image_url"):
-                item.images.append(part.get("image", part.get("image_url", part.get("path"))))
+                item.images.append(_image_of(part))
                 parts.append(f"<|image_{len(item.images)}|>\n")
             elif kind == "video":
                 item.videos += _videos(part.get("video", part.get("path")))
@@ -114,22 +145,71 @@ def _from_messages(messages: list) -> Item:
     return item
 
 
-def with_markers(item: Item, native: tuple[str, ...] = ()) -> Item:
-    """An item whose missing markers are in front: visuals first, then a newline if text follows. The caller's is left alone.
+def _image_of(part: dict) -> Any:
+    """The picture of a chat part, under any of the names that libraries give it."""
+    given = next((part[name] for name in ("image", "image_url", "path", "url") if part.get(name) is not None), None)
+    if given is None and part.get("base64") is not None:
+        return {"base64": part["base64"]}
+    if given is None:
+        raise ValueError("chat part of type 'image' without a picture; give it as image, image_url, path, url or base64")
+    return given
+
+
+def with_markers(item: Item, native: Mapping[str, str] = {}) -> Item:
+    """An item in whose text markers stand in the order of its visuals. The caller's is left alone.
+
+    Missing markers come first, then a newline if text follows. Numbers say which visual stands where.
 
     Args:
-        native: the markers of the model's own vocabulary, which stand for visuals as MMEB's do.
+        native: the model's own markers and the kind of each (`Processing.markers`).
+
+    Raises:
+        ValueError: as many markers as visuals, whose numbers name no visual or one of them twice.
     """
-    marked = LIKE_A_MARKER.search(item.text) or any(marker in item.text for marker in native)
-    if item.visuals and not marked:
+    if not item.visuals:
+        return item
+    if not MARKER.search(item.text):
+        item = _native_head(item, native)
+    if not MARKER.search(item.text):
         marks = [f"<|image_{i + 1}|>" for i in range(len(item.images))]
         marks += [f"<|video_{i + 1}|>" for i in range(len(item.videos))]
         text = "\n".join(marks + [item.text]) if item.text else "\n".join(marks)
         return replace(item, text=text, markers_added=True)
-    return item
+    return _by_number(_by_number(item, "image"), "video")
 
 
-def as_item(x: Any, native: tuple[str, ...] = ()) -> Item:
+def _native_head(item: Item, native: Mapping[str, str]) -> Item:
+    """The model's own markers at the head of a text as MMEB's, where they are as many as the visuals."""
+    if not native:
+        return item
+    ours = "|".join(map(re.escape, native))
+    head = re.match(rf"(?:{AROUND_NATIVE}|{ours})*", item.text).group(0)
+    kinds = [native[marker] for marker in re.findall(ours, head)]
+    if (kinds.count("image"), kinds.count("video")) != (len(item.images), len(item.videos)):
+        return item
+    numbers = {"image": count(1), "video": count(1)}
+    marked = re.sub(ours, lambda found: f"<|{native[found.group(0)]}_{next(numbers[native[found.group(0)]])}|>", head)
+    return replace(item, text=marked + item.text[len(head) :])
+
+
+def _by_number(item: Item, kind: str) -> Item:
+    """The visuals of a kind in the order in which the text names them, numbered anew. All named 1, or a wrong count: as it is."""
+    visuals = item.images if kind == "image" else item.videos
+    numbers = [int(number) for named, number in MARKER.findall(item.text) if named == kind]
+    if len(numbers) != len(visuals) or numbers == sorted(numbers) == list(range(1, len(numbers) + 1)):
+        return item  # a wrong count is told by the family, which knows what it takes
+    if len(numbers) > 1 and set(numbers) == {1}:
+        return item  # MMEB names every picture 1
+    if sorted(numbers) != list(range(1, len(numbers) + 1)):
+        raise ValueError(
+            f"input {item.text[:80]!r} names {kind}s {', '.join(map(str, numbers))}; number the {len(visuals)} given from 1, each once"
+        )
+    fresh = count(1)
+    text = MARKER.sub(lambda found: f"<|{kind}_{next(fresh)}|>" if found.group(1) == kind else found.group(0), item.text)
+    return replace(item, text=text, **{f"{kind}s": [visuals[number - 1] for number in numbers]})
+
+
+def as_item(x: Any, native: Mapping[str, str] = {}) -> Item:
     """Bring one input to an `Item`.
 
     Args:
@@ -140,14 +220,15 @@ def as_item(x: Any, native: tuple[str, ...] = ()) -> Item:
     """
     if isinstance(x, Item):
         return with_markers(x, native)
-    if isinstance(x, str):
+    if isinstance(x, str) and not is_data_uri(x):
         return Item(text=x)
-    if isinstance(x, dict):
+    if isinstance(x, dict) and not is_source_dict(x):
         return _from_messages([x]) if "role" in x else _from_dict(x, native)
     if is_image(x):
         return with_markers(Item(images=[x]), native)
     if isinstance(x, (list, tuple)) and x and all(isinstance(m, dict) and "role" in m for m in x):
         return _from_messages(list(x))
     raise ValueError(
-        f"expected text, a PIL image, a path object, a dict with {', '.join(ITEM_KEYS)}, or chat messages; got {type(x).__name__}"
+        f"expected text, a picture (PIL image, array, bytes, open file or path object), a dict with {', '.join(ITEM_KEYS)}, "
+        f"or chat messages; got {type(x).__name__}"
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vlm2vec import encoding
-from vlm2vec.attention import choose_provider
+from vlm2vec.attention import choose_provider, register
 from vlm2vec.checkpoint import adapters, saving, sentence_transformers_files
 from vlm2vec.packing import Features, PackedBatch
 
@@ -61,10 +60,16 @@ class VLM2Vec(nn.Module):
         self.base_source = source
         self.revision: str | None = None
         self.adapter_settings: dict | None = None
+        self.adapter_whole: list[str] = []
         self.prompts = {**processing.prompts, **(prompts or {})}
         self.similarity_fn_name = "cosine"
         self.always_vision = False
+        self.eval_mode = encoding.EvalMode()
         backbone.finish(model)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        register()  # a process that unpickles the model has not met the packed attention yet
 
     @classmethod
     def from_pretrained(
@@ -188,6 +193,18 @@ class VLM2Vec(nn.Module):
         """
         return self.processing.hf_processor()
 
+    def reading(self, *, orientation: str, background: str) -> VLM2Vec:
+        """A view of this model, same weights, that reads pictures otherwise (`vlm2vec.media.images`); `self` stays as it is.
+
+        Example:
+            >>> model.reading(orientation="stored", background="hidden").options["orientation"], model.options["orientation"]
+            ('stored', 'exif')
+        """
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.processing = self.processing.reading(orientation=orientation, background=background)
+        return view
+
     # -- running --------------------------------------------------------------------------------------------------------
 
     def preprocess(self, inputs: list) -> list[Features]:
@@ -231,6 +248,12 @@ class VLM2Vec(nn.Module):
             >>> model(packed).shape == (2, model.embedding_dim)
             True
         """
+        if torch.compiler.is_compiling():  # a lock is nothing to compile
+            return self._forward(packed, vision_features)
+        with self.eval_mode.forward(self.training):
+            return self._forward(packed, vision_features)
+
+    def _forward(self, packed: PackedBatch, vision_features: torch.Tensor | None) -> torch.Tensor:
         features = self.backbone.vision(self.model, packed) if vision_features is None else vision_features
         placeholder_features = None
         if features is None and self.always_vision and not packed.vision:
@@ -239,6 +262,16 @@ class VLM2Vec(nn.Module):
             placeholder_features = self.backbone.vision(self.model, self.placeholder().to(packed.input_ids.device))
         hidden = self.backbone.last_hidden(self.model, packed, features)
         return hidden if placeholder_features is None else hidden + 0 * placeholder_features.sum().to(hidden.dtype)
+
+    def train(self, mode: bool = True) -> VLM2Vec:
+        """As `nn.Module.train`. ValueError while the model encodes, in this thread or another: dropout would start in the midst.
+
+        Example:
+            >>> model.train().training, model.eval().training
+            (True, False)
+        """
+        self.eval_mode.ask(mode)
+        return super().train(mode)
 
     def placeholder(self) -> PackedBatch:
         """A chunk of one small grey image: what a sharded tower sees where a chunk has no visuals.
@@ -251,31 +284,71 @@ class VLM2Vec(nn.Module):
 
         return self.pack([self.processing({"image": Image.new("RGB", (64, 64), (128, 128, 128))})])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute layers in the backward pass (transformers' own switch; non-reentrant).
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """Recompute layers in the backward pass (transformers' own switch; non-reentrant unless asked).
+
+        Args:
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`.
+            kwargs: what this transformers takes besides: `every_n_layers`, `offload`.
 
         Example:
-            >>> model.gradient_checkpointing_enable()
-            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            >>> model.activation_checkpointing_enable()
+            >>> model.is_activation_checkpointing
             True
         """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 6, the old name serves both
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        chosen = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=chosen, **kwargs)
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen, **kwargs)
+        if not chosen["use_reentrant"]:
+            # Only the reentrant kind needs inputs that require gradients; hooks for it would make gradients that nobody reads and
+            # keep the module from being pickled.
+            self.model.disable_input_require_grads()
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass again.
 
         Example:
-            >>> model.gradient_checkpointing_enable()
-            >>> model.gradient_checkpointing_disable()
-            >>> any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+            >>> model.activation_checkpointing_enable()
+            >>> model.activation_checkpointing_disable()
+            >>> model.is_activation_checkpointing
             False
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self.model.gradient_checkpointing_disable()
+        getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether any layer is recomputed in the backward pass.
+
+        Example:
+            >>> model.is_activation_checkpointing
+            False
+        """
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """`activation_checkpointing_enable` by the name that transformers had before 5.24.
+
+        Example:
+            >>> model.gradient_checkpointing_enable()
+            >>> model.is_gradient_checkpointing
+            True
+        """
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    is_gradient_checkpointing = is_activation_checkpointing
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Tags of the model's card, which TRL's trainers set (transformers' own method).
+
+        Example:
+            >>> model.add_model_tags("embedding")
+            >>> model.model.model_tags
+            ['embedding']
+        """
+        self.model.add_model_tags(tags)
 
     # -- encoding -------------------------------------------------------------------------------------------------------
 
@@ -289,17 +362,20 @@ class VLM2Vec(nn.Module):
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
+        urls: bool = False,
     ) -> np.ndarray | torch.Tensor:
         """Embed one input or a list of inputs, in the caller's order.
 
         Args:
-            inputs: see `vlm2vec.inputs`; a list gives (N, D), one input gives (D,).
+            inputs: see `vlm2vec.inputs`; a list gives (N, D), one input gives (D,). A string is text, also where it is the name of
+                a picture (a warning says so).
             prompt: a name in `self.prompts` or the text itself, put before each input's text (behind its image markers).
             batch_size: at most so many inputs per chunk; long ones are fewer, chunks are cut by tokens.
             show_progress_bar: None shows it on a terminal for more than 512 inputs.
             convert_to_tensor: a float32 tensor on the model's device instead of a NumPy array.
             normalize_embeddings: L2 to length 1, in float32.
             truncate_dim: keep the first dimensions (Matryoshka), then normalise.
+            urls: read pictures that are given as http(s) URLs; refused otherwise.
 
         Raises:
             ValueError: names the input that cannot be read, by its position.
@@ -319,6 +395,7 @@ class VLM2Vec(nn.Module):
             convert_to_tensor=convert_to_tensor,
             normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
+            urls=urls,
         )
 
     def encode_query(self, inputs: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:

@@ -149,13 +149,51 @@ class _Clamp(torch.autograd.Function):
         return torch.where(outward, 0, grad), None, None
 
 
-class InfoNCELoss(torch.nn.Module):
+class LearnedNumbers(torch.nn.Module):
+    """A module whose own parameters are single numbers of a loss, each of shape (1,), since a 0-d parameter cannot be sharded.
+
+    They stay in float32 where a model is cast to 16 bits, in which the steps of log(temperature) would be lost. A state dict that
+    holds them 0-d loads. `no_weight_decay()` names them, as timm's models do: decay pulls log(temperature) to 0, temperature to 1.
+    """
+
+    @staticmethod
+    def number(value: float, requires_grad: bool = True) -> torch.nn.Parameter:
+        """A parameter (1,) of at least float32."""
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return torch.nn.Parameter(torch.tensor([float(value)], dtype=dtype), requires_grad=requires_grad)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimizer must not decay."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
+    def _apply(self, fn, recurse: bool = True):
+        before = {name: (p.detach(), p.grad) for name, p in self.named_parameters(recurse=False)}
+        for parameter in self.parameters(recurse=False):
+            parameter.grad = None  # torch refuses a gradient of another dtype for the moment between
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters(recurse=False):
+            value, grad = before[name]
+            if parameter.dtype.itemsize < 4 <= value.dtype.itemsize:
+                parameter.data = value.to(parameter.device)
+            parameter.grad = None if grad is None else grad.to(parameter.device, parameter.dtype)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, parameter in self.named_parameters(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, torch.Tensor) and saved.shape == ():
+                state_dict[prefix + name] = saved.reshape(parameter.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class InfoNCELoss(LearnedNumbers):
     """`info_nce` with its options held.
 
     Args:
         temperature: start value, or the constant.
-        learnable_temperature: keep log(temperature) as a parameter, clamped to [0.001, 10] where it is used; beyond a bound
-            only a gradient that leads back reaches it.
+        learnable_temperature: keep log(temperature) as a parameter (1,), clamped to [0.001, 10] where it is used; beyond a bound
+            only a gradient that leads back reaches it. It stays float32 under `.bfloat16()`; keep weight decay from it, which would
+            pull the temperature to 1: `no_weight_decay()` names it.
         **options: the fields of `InfoNCEOptions`; those that are tensors of a batch go to `forward` instead.
 
     Raises:
@@ -181,7 +219,7 @@ class InfoNCELoss(torch.nn.Module):
                     f"temperature: expected a start within [{least}, {most:g}] for a learnable one, got {float(temperature):g}; "
                     "start at 0.02, or hold it constant"
                 )
-            self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(temperature)))
+            self.log_temperature = self.number(math.log(temperature))
         else:
             self.fixed_temperature = temperature
 
@@ -189,7 +227,7 @@ class InfoNCELoss(torch.nn.Module):
     def temperature(self):
         """The temperature in use: a float, or a 0-d tensor that carries the gradient when it is learnt."""
         if hasattr(self, "log_temperature"):
-            return _Clamp.apply(self.log_temperature, *map(math.log, TEMPERATURE_RANGE)).exp()
+            return _Clamp.apply(self.log_temperature, *map(math.log, TEMPERATURE_RANGE)).exp().reshape(())
         return self.fixed_temperature
 
     def forward(self, query, target, **batch):

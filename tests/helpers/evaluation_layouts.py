@@ -22,13 +22,13 @@ class StubModel:
         return {"stub": self.seed, "dim": self.dim}
 
     def preprocess(self, inputs):
-        from vlm2vec.media.images import open_image
+        from vlm2vec.media.images import open_picture
 
         for item in inputs:
             for name in ("image", "video"):
                 visuals = item.get(name) or []
                 for visual in visuals if isinstance(visuals, list) else [visuals]:
-                    open_image(visual)
+                    open_picture(visual)
 
     def _vector(self, *parts):
         digest = hashlib.blake2b(repr((self.seed, *parts)).encode(), digest_size=8).digest()

@@ -100,7 +100,6 @@ def test_info(place, capsys):
         (["search", "MODEL", "cat"], "--images DIR or --embeddings FILE"),
         (["search", "MODEL", "cat", "--images", "PLACE/model"], "no images in it"),
         (["search", "cat", "--images", "PLACE/images"], "no model named"),
-        (["search", "MODEL", "a", "cat", "--images", "PLACE/images"], "quote it"),
         (["search", "MODEL", "cat", "--embeddings", "PLACE/rows.jsonl"], "not a file of embeddings"),
         (["info", "PLACE/images"], "not a model folder"),
         (["info", "MODEL", "--option", "x"], "expected NAME=VALUE"),

@@ -6,6 +6,7 @@ query is ranked among the targets of its source.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ import torch.distributed as dist
 
 from contrastive_kernels.gradcache.chunking import row_chunks, token_budget_chunks
 from contrastive_kernels.gradcache.generator_state import GeneratorState
+from vlm2vec.encoding import evaluating
+from vlm2vec.evaluation.score.ties import WARN_ABOVE, held_out_ties
 
 from ..recipe.schema import Recipe
 from ..step import ContrastiveStep
 from .media_stream import BatchSide
 from .rows import PairDataset, collate
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(step: ContrastiveStep, dataset: PairDataset, recipe: Recipe, rank: int = 0, world_size: int = 1) -> dict[str, float]:
@@ -27,30 +32,32 @@ def evaluate(step: ContrastiveStep, dataset: PairDataset, recipe: Recipe, rank: 
     Collective over the ranks, which share the chunks. Draws from no generator and leaves gradients alone.
 
     Returns:
-        `eval_loss` and `eval_accuracy`, means over the sources, and `eval_SOURCE_accuracy` of each; empty where no source is
-        large enough to hold rows back.
+        `eval_loss`, `eval_accuracy` and `eval_tied`, means over the sources, and `eval_SOURCE_accuracy` of each; empty where no source
+        is large enough to hold rows back. A query whose own target ties with another is not right; `eval_tied` is the share of those
+        that tie, by the rule of `vlm2vec.evaluation.score.ties`.
     """
-    model, was_training = step.unwrapped, step.unwrapped.training
     generators = GeneratorState.capture()
-    figures: dict[str, tuple[float, float]] = {}
-    model.eval()
+    figures: dict[str, tuple[float, float, float]] = {}
     try:
-        for source, rows in enumerate(dataset.held_out_rows()):
-            if len(rows):
-                name = recipe.data.sources[source].name
-                figures[name] = _score(step, collate([dataset[source, row] for row in rows]), recipe, rank, world_size)
+        with evaluating(step.unwrapped):
+            for source, rows in enumerate(dataset.held_out_rows()):
+                if len(rows):
+                    name = recipe.data.sources[source].name
+                    figures[name] = _score(step, collate([dataset[source, row] for row in rows]), recipe, rank, world_size)
     finally:
-        model.train(was_training)
         generators.restore()
     if not figures:
         return {}
-    losses, accuracies = zip(*figures.values())
-    mean = {"eval_loss": float(np.mean(losses)), "eval_accuracy": float(np.mean(accuracies))}
-    return mean | {f"eval_{name}_accuracy": accuracy for name, (_, accuracy) in figures.items()}
+    losses, accuracies, tied = zip(*figures.values())
+    mean = {"eval_loss": float(np.mean(losses)), "eval_accuracy": float(np.mean(accuracies)), "eval_tied": float(np.mean(tied))}
+    if max(tied) > WARN_ABOVE and rank == 0:
+        worst = max(figures, key=lambda name: figures[name][2])
+        logger.warning("held-out rows of %s: %.1f %% of the queries tie with another target and count as wrong", worst, 100 * max(tied))
+    return mean | {f"eval_{name}_accuracy": accuracy for name, (_, accuracy, _) in figures.items()}
 
 
-def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: int, world_size: int) -> tuple[float, float]:
-    """(loss, accuracy) of one source's rows."""
+def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: int, world_size: int) -> tuple[float, float, float]:
+    """(loss, accuracy, share of tied queries) of one source's rows."""
 
     def unreadable(row: int, message: str) -> None:
         batch["kept"][row] = False
@@ -68,7 +75,9 @@ def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: i
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         readable = everywhere.bool()
     with torch.no_grad():
-        return recipe.loss.held_out(step.loss, query, target, torch.from_numpy(batch["target_ids"]).to(query.device), readable)
+        ids = torch.from_numpy(batch["target_ids"]).to(query.device)
+        tied = held_out_ties(query, target, ids, readable).sum() / readable.sum().clamp(min=1)
+        return *recipe.loss.held_out(step.loss, query, target, ids, readable), float(tied)
 
 
 @torch.no_grad()

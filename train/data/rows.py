@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm2vec.inputs import NOTHING, whole_characters
 from vlm2vec.packing import Features
 
 from ..recipe.schema import Data
@@ -39,7 +40,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.data = data
         self.processing = processing
         self.tables = [open_source(data, source) for source in data.sources]
-        self.frames = processing.options["frames"]
+        options = processing.options  # by frames a second a folder of frames is used whole, up to its maximum
+        self.frames = options["frames"] if options["fps"] is None else options["max_frames"]
         self._held_out = [min(held_out, len(table) // 10) for table in self.tables]
         self._placeholder: Features | None = None
 
@@ -78,7 +80,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def _blank(self) -> Features:
         if self._placeholder is None:
-            self._placeholder = self.processing("  ")  # what the reference feeds for a missing example
+            self._placeholder = self.processing(NOTHING)
         return self._placeholder
 
 
@@ -86,7 +88,7 @@ def content_id(item: dict[str, Any]) -> int:
     """The same non-negative 63-bit number for the same content, on every rank and in every run."""
     visual = item.get("image") or item.get("video") or ""
     parts = visual if isinstance(visual, list) else [visual]
-    digest = hashlib.blake2b(item["text"].encode(), digest_size=8)
+    digest = hashlib.blake2b(whole_characters(item["text"]).encode(), digest_size=8)
     for part in parts:
         digest.update(b"\0")
         digest.update(part if isinstance(part, bytes) else Path(part).as_posix().encode() if part else b"")

@@ -11,9 +11,11 @@ from typing import Any
 
 from vlm2vec.data.mmeb import read_train
 from vlm2vec.data.row_formats import FORMATS, Row
+from vlm2vec.files.documents import require_rows
 
 from ..recipe.schema import Data, Source
 
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 _IN_MEMORY_BYTES = 64 << 20  # a local table up to this size is read whole, and every row of it checked at the start
 
 
@@ -44,7 +46,7 @@ class SourceTable:
     def __len__(self) -> int:
         return len(self.table)
 
-    def row(self, index: int, frames: int) -> Row:
+    def row(self, index: int, frames: int | None) -> Row:
         """Row `index`; a video gives so many of its frames.
 
         Raises:
@@ -62,6 +64,10 @@ def _table(data: Data, source: Source) -> Any:
         return _load("parquet", data_files=[os.fspath(file) for file in files], split="train")
     if source.file is not None:
         local = os.path.join(root, source.file)
+        if os.path.isdir(root):
+            if not os.path.exists(local):
+                raise ValueError(f"source {source.name}: no such file as {local}; mend `root` or `file`")
+            require_rows(local, lists=True)
         return _load("json", data_files=local if os.path.isdir(root) else f"hf://datasets/{root}/{source.file}", split="train")
     if os.path.isdir(root):
         files = sorted(os.fspath(f) for f in Path(root).rglob(f"{split}-*.parquet"))
@@ -70,8 +76,13 @@ def _table(data: Data, source: Source) -> Any:
                 f"source {source.name}: no {split}-*.parquet below {root}; download the data set again, or mend `root` or `split`"
             )
         return _load("parquet", data_files=files, split="train")
-    if os.path.isabs(root) or root.startswith("."):
-        raise ValueError(f"source {source.name}: no such folder as {root}; mend `root`, or name a data set of the hub")
+    if os.path.isfile(root):
+        raise ValueError(
+            f"source {source.name}: root {root} is a file; give the folder that holds {source.name}/{split}-*.parquet "
+            "(vlm2vec.data.mmeb.write_train writes one from rows of your own)"
+        )
+    if os.path.isabs(root) or root.startswith(".") or root.lower().endswith(_TABLES):
+        raise ValueError(f"source {source.name}: no such file or folder as {root}; mend `root`, or name a data set of the hub")
     return _load(root, *([source.name] if source.format == "mmeb" else []), split=split)
 
 
@@ -81,9 +92,12 @@ def _load(*names: str, **options: Any) -> Any:
     try:
         table = datasets.load_dataset(*names, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ValueError(
-            f"data set {' '.join(names)} cannot be loaded ({str(error).splitlines()[0]}); is it there, and is the network?"
-        ) from error
+        files = options.get("data_files")
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if files is not None and "hf://" not in str(files):  # a local file has nothing to do with the network
+            first = files if isinstance(files, str) else files[0]
+            raise ValueError(f"{first} cannot be read as {names[0]} ({said}); is it one row a line, or a whole parquet file?") from error
+        raise ValueError(f"data set {' '.join(names)} cannot be loaded ({said}); is it there, and is the network?") from error
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))  # the encoded file; decoded where it is needed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from vlm2vec.files.documents import shown
+
 from .base import Loss as Loss
 from .base import LossBatch as LossBatch
 from .info_nce import InfoNCE as InfoNCE
@@ -21,8 +23,8 @@ def loss_class(section: Any) -> type[Loss]:
         ValueError: an unknown name, with the nearest known one.
     """
     name = section.get("name", DEFAULT) if isinstance(section, dict) else DEFAULT
-    if name not in LOSSES:
-        near = difflib.get_close_matches(str(name), LOSSES, n=1, cutoff=0.5)
+    if not isinstance(name, str) or name not in LOSSES:
+        near = difflib.get_close_matches(str(name)[:80] if isinstance(name, str) else "", LOSSES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
-        raise ValueError(f"loss.name {name!r} is unknown; {hint}")
+        raise ValueError(f"loss.name {shown(name)} is unknown; {hint}")
     return LOSSES[name]

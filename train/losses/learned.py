@@ -54,7 +54,7 @@ def load(function: Callable, folder: str | os.PathLike) -> None:
     saved = load_file(path)
     with torch.no_grad():
         for name, parameter in learned.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(saved[name].reshape(parameter.shape))  # older checkpoints hold numbers, 0-d
 
 
 def _learned(function: Callable) -> dict[str, torch.nn.Parameter]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from contrastive_kernels import sigmoid_loss
+from contrastive_kernels.info_nce import LearnedNumbers
 
 from .base import Loss, LossBatch
 
 
-class ScaledSigmoid(torch.nn.Module):
+class ScaledSigmoid(LearnedNumbers):
     """`sigmoid_loss` with its scale, kept as its logarithm, and its bias.
 
     Args:
@@ -23,8 +24,8 @@ class ScaledSigmoid(torch.nn.Module):
 
     def __init__(self, scale: float, bias: float, learns: bool):
         super().__init__()
-        self.log_scale = torch.nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learns)
-        self.bias = torch.nn.Parameter(torch.tensor(float(bias)), requires_grad=learns)
+        self.log_scale = self.number(math.log(scale), learns)
+        self.bias = self.number(bias, learns)
 
     def forward(self, query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
         return sigmoid_loss(query, target, scale=self.log_scale.exp(), bias=self.bias, **options)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import os
 
 from vlm2vec.data.row_formats import FORMATS
+from vlm2vec.files.documents import shown
 
 from .keys import RecipeKeys
 
@@ -45,6 +47,11 @@ _COUNTS = (
 _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps", "weight_decay", "max_grad_norm")
 
 
+# What no run has had a use for, and a slip of the hand has: more forks processes without end, fills memory, or makes weights infinite.
+_MOST = {"steps": 10**10, "global_batch": 10**7, "workers": 1024, "decode_threads": 1024, "learning_rate": 100.0, "weight_decay": 100.0}
+_TEMPERATURES = (1e-4, 100.0)
+
+
 def check(recipe: RecipeKeys) -> None:
     """Raises ValueError for the first thing that cannot run: what was expected, what is there, and the mend."""
     _check_numbers(recipe)
@@ -64,13 +71,16 @@ def _check_numbers(recipe: RecipeKeys) -> None:
     for key in _COUNTS:
         value = getattr(recipe, key)
         if value is not None and value < 1:
-            raise ValueError(f"{key} must be at least 1, got {value}")
+            raise ValueError(f"{key} must be at least 1, got {shown(value)}")
     for key in _NOT_NEGATIVE:
         value = getattr(recipe, key)
         if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{key} must be 0 or more, got {value}")
+            raise ValueError(f"{key} must be 0 or more, got {shown(value)}")
+    for key, most in _MOST.items():
+        if getattr(recipe, key) > most:
+            raise ValueError(f"{key} must be at most {most:,}, got {shown(getattr(recipe, key))}")
     if not 0 <= recipe.seed < 2**32:
-        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {recipe.seed}")
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {shown(recipe.seed)}")
     if not 0 < recipe.learning_rate < math.inf:
         raise ValueError(f"learning_rate must be above 0, got {recipe.learning_rate}; 2e-5 is usual")
     if recipe.global_batch % recipe.interleave_batch_size:
@@ -88,8 +98,20 @@ def _check_numbers(recipe: RecipeKeys) -> None:
 
 def _check_data(recipe: RecipeKeys) -> None:
     sources = recipe.data.sources
+    for place in ("model", "output"):
+        if not getattr(recipe, place).strip() or "\0" in getattr(recipe, place):
+            raise ValueError(f"{place} must be the name of a folder, got {shown(getattr(recipe, place))}")
+    if not recipe.data.root.strip():
+        raise ValueError("data.root is empty; name the folder of the data sets, or a data set of the hub")
     if not sources:
         raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
+    told = [(source.name, source.root, source.split, source.file, source.format) for source in sources]
+    twice = next((one[0] for one in told if told.count(one) > 1), None)
+    if twice is not None:
+        raise ValueError(f"data.sources names {shown(twice)} twice; give its share by weight")
+    for key, folder in (("model", recipe.model), ("data.root", recipe.data.root), ("data.images", recipe.data.images)):
+        if folder and os.path.realpath(recipe.output) == os.path.realpath(folder):
+            raise ValueError(f"output and {key} are one folder, {recipe.output}, whose files would be replaced; choose another output")
     for source in sources:
         if source.format not in FORMATS:
             raise ValueError(f"source {source.name}: format {source.format!r} is none of {', '.join(FORMATS)}")
@@ -107,6 +129,10 @@ def _check_data(recipe: RecipeKeys) -> None:
 
 def _check_loss(recipe: RecipeKeys) -> None:
     loss = recipe.loss
+    low, high = _TEMPERATURES
+    temperature = getattr(loss, "temperature", None)
+    if isinstance(temperature, float) and temperature > 0 and not low <= temperature <= high:
+        raise ValueError(f"loss.temperature must be from {low:g} to {high:g}, got {temperature}; it divides cosines, and 0.02 is usual")
     loss.check()
     if recipe.data.hard_negatives and not loss.takes_hard_negatives:
         raise ValueError(f"data.hard_negatives: {loss.name} has no place for them; leave the key out, or choose loss.name: info_nce")
@@ -130,8 +156,12 @@ def _check_memory(recipe: RecipeKeys) -> None:
         raise ValueError(f'distributed must be "ddp" or "fsdp", got {recipe.distributed!r}')
     if lora is not None and (lora.r < 1 or not 0 <= lora.dropout < 1):
         raise ValueError(f"lora.r must be at least 1 and lora.dropout in [0, 1), got {lora.r} and {lora.dropout}")
-    if lora is not None and not (lora.alpha > 0 and math.isfinite(lora.alpha)):
-        raise ValueError(f"lora.alpha must be a number above 0, got {lora.alpha}; twice lora.r is usual")
+    if lora is not None and lora.r > 2**16:
+        raise ValueError(f"lora.r must be at most {2**16:,}, got {shown(lora.r)}; 8 to 64 are usual")
+    if lora is not None and lora.targets is not None and not lora.targets:
+        raise ValueError("lora.targets names no layers; leave it out for the reference's")
+    if lora is not None and not 0 < lora.alpha <= 1e6:
+        raise ValueError(f"lora.alpha must be a number above 0 and at most 1e6, got {lora.alpha}; twice lora.r is usual")
     if lora is not None and recipe.freeze_vision and lora.vision:
         raise ValueError("freeze_vision and lora.vision contradict each other: an adapted tower is trained; drop one of them")
     longest = recipe.model_options.get("max_length")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from vlm2vec.files.documents import require_regular
+
 from ..command import COMMAND
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -22,6 +24,8 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if str(name) and path.exists():
+        require_regular(path)  # a folder or pipe, told as such
     known = recipe_names()
     if path.name == str(name) and path.name.removesuffix(".yaml") in known:
         return RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"

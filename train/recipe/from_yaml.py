@@ -8,6 +8,8 @@ import types
 import typing
 from typing import Any
 
+from vlm2vec.files.documents import shown
+
 from ..losses import Loss, loss_class
 
 
@@ -33,9 +35,9 @@ def build(cls: type, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"; did you mean {where}{near[0]}?" if near else f"; known keys: {', '.join(fields)}"
-            raise ValueError(f"unknown recipe key {where}{key}{hint}")
+            near = difflib.get_close_matches(str(key)[:80], fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {where}{near[0]}?" if near else f"; known keys: {', '.join(fields)[:300]}"
+            raise ValueError(f"unknown recipe key {where}{key if len(str(key)) <= 80 else shown(key)}{hint}")
     missing = [
         name
         for name, f in fields.items()
@@ -69,17 +71,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             value = [part.strip() for part in value.split(",")]
             value = [int(part) if arguments[0] is int and part.isdecimal() else part for part in value]
         if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, got {value!r}")
+            raise ValueError(f"{where} must be a list, got {shown(value)}")
         return [_convert(arguments[0], entry, f"{where}[{i}]") for i, entry in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}")
+            raise ValueError(f"{where} must be a mapping, got {shown(value)}")
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 2e-5 as a string
-        except ValueError:
-            raise ValueError(f"{where} must be a number, got {value!r}") from None
+        except (ValueError, OverflowError):
+            raise ValueError(f"{where} must be a number, got {shown(value)}") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where} must be of type {hint.__name__}, got {shown(value)}")
     return value

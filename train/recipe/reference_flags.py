@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import yaml
+from vlm2vec.files.documents import parse_yaml, shown
 
 # Flag of the reference -> key of the recipe.
 RENAMED = {
@@ -130,14 +130,11 @@ def _flags(words: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _parsed(key: str, values: list[str]) -> Any:
-    try:
-        parsed = [yaml.safe_load(value) for value in values]
-    except yaml.YAMLError as error:
-        raise ValueError(f"--{key}: expected a number, a word or a list, got {' '.join(values)!r}: {error.problem or 'not YAML'}") from None
+    parsed = [parse_yaml(value, f"--{key} {shown(value)}: expected a number, a word or a list") for value in values]
     return parsed[0] if len(parsed) == 1 else parsed
 
 
 def _whole(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"--{key} must be a whole number above 0, got {value!r}")
+        raise ValueError(f"--{key} must be a whole number above 0, got {shown(value)}")
     return value

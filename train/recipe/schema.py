@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from vlm2vec.files.documents import read_yaml
+
 from .checks import check
 from .files import recipe_path
 from .from_yaml import assign, build
@@ -66,10 +68,7 @@ def load_recipe(path: str | Path, overrides: list[str] = (), *, ranks: int | Non
             type, or a recipe that contradicts itself.
     """
     path = recipe_path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "recipe")
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values, got {type(values).__name__}")
     for key, value in parse_overrides(overrides, ranks=ranks, has_lora=values.get("lora") is not None):

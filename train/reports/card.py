@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from vlm2vec.checkpoint.words import example
+
 from ..recipe.schema import Recipe
 
 _FIGURES = {
@@ -19,7 +21,17 @@ _FIGURES = {
 }
 
 
-def model_card(recipe: Recipe, *, base: str, family: str, trained: int, total: int, steps: int, figures: dict[str, Any]) -> str:
+def model_card(
+    recipe: Recipe,
+    *,
+    base: str,
+    family: str,
+    trained: int,
+    total: int,
+    steps: int,
+    figures: dict[str, Any],
+    prompts: dict[str, str] | None = None,
+) -> str:
     """Markdown with the hub's YAML header.
 
     Args:
@@ -28,6 +40,7 @@ def model_card(recipe: Recipe, *, base: str, family: str, trained: int, total: i
         trained, total: numbers of weights.
         steps: steps made.
         figures: the last line of the training log.
+        prompts: the model's own; without any, its use is shown in MMEB's words.
     """
     header = {
         "library_name": "vlm2vec",
@@ -60,10 +73,14 @@ def model_card(recipe: Recipe, *, base: str, family: str, trained: int, total: i
             "## Use",
             "",
             "```python",
-            "from vlm2vec import VLM2Vec",
+            *example(recipe.output, prompts or {}),
+            "```",
             "",
-            f'model = VLM2Vec.from_pretrained("{recipe.output}")',
-            'print(model.similarity(model.encode_query(["a caption"]), model.encode_document([{"image": "picture.jpg"}])))',
+            "On the command line, in the same words:",
+            "",
+            "```",
+            f"vlm2vec embed {recipe.output} PICTURES --as document -o pictures.safetensors",
+            f'vlm2vec search "a caption" --model {recipe.output} --embeddings pictures.safetensors',
             "```",
             "",
             "## Data",

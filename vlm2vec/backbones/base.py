@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-__all__ = ["Backbone", "Processing", "Visual", "last_tokens_only", "override", "patches_as_linear"]
+__all__ = ["Backbone", "Processing", "Visual", "override", "patches_as_linear"]
 
 
 class Backbone:
@@ -57,6 +58,7 @@ class Backbone:
     )
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
     architecture: str | None = None  # the class that config.json should name
+    sections: tuple[str, ...] = ("text_config", "vision_config")  # of config.json, without which a library would take a default's sizes
     published: list[tuple[str, dict]] = []  # (pattern of a lower-case name or folder, options it wants and does not name itself)
 
     # -- loading --------------------------------------------------------------------------------------------------------
@@ -68,7 +70,9 @@ class Backbone:
         try:
             return AutoConfig.from_pretrained(source, **hub)
         except (ValueError, KeyError) as e:
-            raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is unknown to this transformers ({e})") from e
+            if "model_type" not in str(e) and "model type" not in str(e) and str(e) != repr(raw.get("model_type")):
+                raise  # the family is known, its configuration is damaged
+            raise ValueError(f"{source}: model_type {raw.get('model_type')!r} is unknown to this transformers ({str(e)[:200]})") from e
 
     def options_for(self, source: str, raw: dict) -> dict:
         """Options that a checkpoint wants without saying so in vlm2vec.json (a public one, known by its name or config)."""
@@ -153,16 +157,17 @@ class Backbone:
         """Hidden state of each sample's last token after the final norm, (B, D)."""
         text = self.text_model(model)
         embeds = self.embed(model, packed, features)
-        with last_tokens_only(text.norm, packed.last_index):
-            out = text(
-                inputs_embeds=embeds[None],
-                position_ids=self.position_argument(packed),
-                attention_mask=self.no_mask(text),
-                use_cache=False,
-                segments=packed.segments,
-                **self.text_kwargs(model, packed, features),
-            )
-        return out.last_hidden_state[0]
+        out = with_norm_of_rows(text, packed.last_index)(
+            inputs_embeds=embeds[None],
+            position_ids=self.position_argument(packed),
+            attention_mask=self.no_mask(text),
+            use_cache=False,
+            segments=packed.segments,
+            **self.text_kwargs(model, packed, features),
+        )
+        hidden = out.last_hidden_state[0]
+        # A decoder whose forward is bound to itself (compiled in place, wrapped by accelerate) ran its own norm, on all tokens.
+        return hidden if len(hidden) == len(packed) else hidden.index_select(0, packed.last_index)
 
     def position_argument(self, packed: PackedBatch) -> torch.Tensor:
         """Position ids as the decoder takes them: (1, T), or (3, 1, T)."""
@@ -173,23 +178,49 @@ class Backbone:
         return {kind: None for kind in ("full_attention", "sliding_attention")}
 
 
-class last_tokens_only:
-    """Within it, a decoder's final norm sees only the rows (B,) it is asked for: (1, T, D) -> (1, B, D)."""
+class NormOfRows(nn.Module):
+    """A decoder's final norm on the rows (B,) it is asked for: (1, T, D) -> (1, B, D)."""
 
     def __init__(self, norm: nn.Module, index: torch.Tensor):
+        super().__init__()
         self.norm, self.index = norm, index
 
-    def __enter__(self) -> None:
-        self.handle = self.norm.register_forward_pre_hook(lambda module, args: (args[0].index_select(1, self.index),))
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden.index_select(1, self.index))
 
-    def __exit__(self, *exc: object) -> None:
-        self.handle.remove()
+
+def with_norm_of_rows(text: nn.Module, index: torch.Tensor) -> nn.Module:
+    """The decoder with `NormOfRows` for its norm: a view of the same layers for one call. The decoder itself, which other threads may
+    be using, stays as it is; a hook on its norm would reach into their calls."""
+    view = object.__new__(type(text))
+    modules = {**text._modules, "norm": NormOfRows(text.norm, index)}
+    view.__dict__.update(text.__dict__, _modules=modules)
+    return view
 
 
 def override(module: torch.nn.Module, **methods: Callable) -> None:
-    """Give one module other methods; its weights, their names and its siblings stay as they are."""
-    cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), methods)
+    """Give one module other methods; its weights, their names and its siblings stay as they are.
+
+    Args:
+        methods: functions of a file's top level. A pickle names them and the module's own class: the class made here it would not find.
+    """
+    module.__class__ = overridden(type(module), tuple(sorted(methods.items())))
+
+
+@cache
+def overridden(cls: type, methods: tuple[tuple[str, Callable], ...]) -> type:
+    """The class with other methods. Its instances pickle and copy."""
+
+    def reduce(self, protocol: int) -> tuple:
+        return unpickled, (cls, methods), self.__getstate__()
+
+    return type(cls.__name__, (cls,), {**dict(methods), "__reduce_ex__": reduce})
+
+
+def unpickled(cls: type, methods: tuple[tuple[str, Callable], ...]) -> torch.nn.Module:
+    """An empty module of an overridden class, which pickle then fills."""
+    made = overridden(cls, methods)
+    return made.__new__(made)
 
 
 def patches_as_linear(self, patches: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vlm2vec.backbones.base import Backbone, Processing, Visual
+from vlm2vec.backbones.literals import WithLiterals
 from vlm2vec.inputs import Item, as_item
 from vlm2vec.packing import Features, PackedBatch, pack
 
@@ -73,6 +74,11 @@ class GenericProcessing(Processing):
             if "token_type_ids" in self.hf.model_input_names:  # Gemma 3 wants them in training, zero for text
                 features.vision = {"token_type_ids": features.input_ids.new_zeros(1, features.length)}
             return features
+        if isinstance(text, WithLiterals):
+            literal = text[slice(*text.literals[0])]
+            raise ValueError(
+                f"the text beside a visual holds {literal!r}, which {type(self.hf).__name__} takes for a visual's place; take it out"
+            )
         inputs = self.hf(
             text=[text],
             images=[[self.open(i) for i in item.images]] if item.images else None,
@@ -103,6 +109,7 @@ class GenericProcessing(Processing):
 
 class Generic(Backbone):
     name = "generic"
+    sections = ()  # families differ
     processing_class = GenericProcessing
     packs = False
     unused_keys = [r"(^|\.)lm_head\."]  # the embedding model has no language-model head

@@ -124,7 +124,7 @@ class LlavaNextProcessing(Processing):
                 else self.frames(self._next(videos, "video"), lambda frame: frame)
             )
             shown.extend(frames)
-            return self.image_marker * len(frames)
+            return "".join(f"<|image_{len(shown) - len(frames) + number}|>" for number in range(1, len(frames) + 1))
 
         text = MARKER.sub(spell, item.text)
         left = len(list(images)) + len(list(videos))

@@ -122,6 +122,7 @@ class Phi3VProcessing(Processing):
 
 class Phi3V(Backbone):
     name = "phi3_v"
+    sections = ()  # Phi-3.5-V's is flat
     processing_class = Phi3VProcessing
     architecture = "Phi3VForCausalLM"
     adapter_renames = [(r"^model\.", "")]

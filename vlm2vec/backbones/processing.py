@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.backbones.literals import LiteralTokenizer, WithLiterals, swap
 from vlm2vec.backbones.options import check_option
 from vlm2vec.backbones.visual import Visual
 from vlm2vec.checkpoint.prompts import LAYOUTS, layout
 from vlm2vec.inputs import MARKER, Item, as_item
-from vlm2vec.media.films import read_frames
-from vlm2vec.media.images import Undecoded, image_name, measure_image, open_image
+from vlm2vec.media.films import Frames, read_frames
+from vlm2vec.media.images import BACKGROUNDS, ORIENTATIONS, Undecoded, measure_picture, open_picture
 from vlm2vec.media.sampling import FRAMES
+from vlm2vec.media.sources import image_name
 from vlm2vec.packing import Features, concat_vision
 
 if TYPE_CHECKING:
@@ -32,6 +34,18 @@ class Processing:
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
         image_limit: the option that bounds the tokens of a picture.
+
+    Options that every family has:
+        orientation: "exif" turns pictures as the camera says, as people see them; "stored" leaves them as the reference reads them.
+        background: what stands under transparent pixels: "white" paper, as people see it, or the "hidden" colour that the file
+            stores there, as the reference reads it. MMEB's protocols are scored with "stored" and "hidden" (`vlm2vec.evaluation`).
+        frames: how many frames are taken of a film, spread evenly.
+        fps: frames a second of a film file instead (`vlm2vec.media.sampling`). max_frames: at most so many of any film.
+        max_length: most tokens of an input; never more than the model has positions.
+        truncation: True cuts longer texts, with a warning that counts them; False refuses them.
+        max_image_pixels: largest width * height of a file that is decoded.
+        layout: how instruction and text are laid out (`vlm2vec.checkpoint.prompts`).
+        append_eos: end with the end token.
     """
 
     image_marker: str | None = None
@@ -39,7 +53,19 @@ class Processing:
     from_headers = False
     defaults: dict = {}
     image_limit = "max_image_pixels"
-    shared_defaults = {"max_length": None, "layout": "image", "frames": FRAMES, "max_image_pixels": None, "append_eos": False}
+    shared_defaults = {
+        "max_length": None,
+        "truncation": True,
+        "layout": "image",
+        "frames": FRAMES,
+        "fps": None,
+        "max_frames": None,
+        "max_image_pixels": None,
+        "append_eos": False,
+        "orientation": "exif",
+        "background": "white",
+    }
+    allowed = {"layout": LAYOUTS, "orientation": ORIENTATIONS, "background": BACKGROUNDS}
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         self.tokenizer = tokenizer
@@ -52,14 +78,21 @@ class Processing:
         self.options = {**known, **options}
         for name, default in known.items():
             check_option(name, self.options[name], default)
-        if self.options["layout"] not in LAYOUTS:
-            raise ValueError(f"layout={self.options['layout']!r}: expected {' or '.join(map(repr, LAYOUTS))}")
+        self._check_names()
         self.max_length = self.options["max_length"]
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.positions_limit = getattr(text_config, "max_position_embeddings", None)
         self.truncated = 0
+        self._literals = LiteralTokenizer(tokenizer)
         self.kept_ids: frozenset = frozenset()  # text tokens that shortening leaves in place
         self.tail = int(self.options["append_eos"])  # last tokens that shortening leaves in place
         self.image_token_id = None if self.image_marker is None else tokenizer.convert_tokens_to_ids(self.image_marker)
         self.video_token_id = None if self.video_marker is None else tokenizer.convert_tokens_to_ids(self.video_marker)
+
+    def _check_names(self) -> None:
+        for name, values in self.allowed.items():
+            if self.options[name] not in values:
+                raise ValueError(f"{name}={self.options[name]!r}: expected {' or '.join(map(repr, values))}")
 
     # -- hooks ----------------------------------------------------------------------------------------------------------
 
@@ -87,9 +120,10 @@ class Processing:
         return {}
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """The texts that stand for a visual in this family's vocabulary."""
-        return tuple(dict.fromkeys(marker for marker in (self.image_marker, self.video_marker) if marker is not None))
+    def markers(self) -> dict[str, str]:
+        """The texts that stand for a visual in this family's vocabulary, and the kind of each."""
+        pairs = ((self.video_marker, "video"), (self.image_marker, "image"))
+        return {marker: kind for marker, kind in pairs if marker is not None and not MARKER.fullmatch(marker)}
 
     @property
     def prompt_is_instruction(self) -> bool:
@@ -105,7 +139,7 @@ class Processing:
         raise ValueError(f"{type(self).__name__} takes no images")
 
     def process_video(self, frames: list) -> Visual:
-        """RGB PIL frames of one video -> its inputs for the vision tower."""
+        """RGB PIL frames of one video -> its inputs for the vision tower; `frames.seconds` says when each is shown, where that is known."""
         raise ValueError(f"{type(self).__name__} takes no videos; give its frames as images")
 
     def positions(self, input_ids: torch.Tensor, spans: list[tuple[int, tuple | None, int]]) -> torch.Tensor | None:
@@ -114,26 +148,23 @@ class Processing:
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of the text with each visual still one marker token."""
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self._literals.tokenize(text) if isinstance(text, WithLiterals) else self.tokenizer(text, verbose=False)["input_ids"]
         return ids + [self.tokenizer.eos_token_id] if self.options["append_eos"] else ids
 
     def render(self, item: Item) -> str:
         """The item's text with its instruction, still with MMEB's markers. Default: the layouts of `vlm2vec.checkpoint.prompts`."""
-        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"], self.markers)
+        return item.text if item.instruction is None else layout(item.instruction, item.text, self.options["layout"])
 
     # -- shared ---------------------------------------------------------------------------------------------------------
 
     def native_text(self, item: Item) -> tuple[str, list[str]]:
-        """Swap MMEB's markers for the family's own; returns the text and the kinds of the visuals in their order."""
+        """Swap MMEB's markers for the family's own; returns the text and the kinds of the visuals in their order.
+
+        The family's own markers in the caller's text are text: a text that holds any comes back as `literals.WithLiterals`.
+        """
         text = self.render(item)
-        swapped = MARKER.sub(lambda m: self._marker(m.group(1)), text)
-        native = [("image", self.image_marker), ("video", self.video_marker)]
-        native = [(k, m) for k, m in native if m is not None and not (k == "video" and m == self.image_marker)]
-        kinds = []
-        if native:
-            pattern = re.compile("|".join(re.escape(m) for _, m in native))
-            by_marker = {m: k for k, m in native}
-            kinds = [by_marker[m] for m in pattern.findall(swapped)]
+        kinds = [found.group(1) for found in MARKER.finditer(text)]
+        swapped = swap(text, MARKER, lambda found: self._marker(found.group(1)), tuple(self.markers))
         self._check(item, kinds)
         return swapped, kinds
 
@@ -218,19 +249,31 @@ class Processing:
         visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
         return self.assemble(self.tokenize(text), visuals), opened
 
+    def reading(self, *, orientation: str, background: str) -> Processing:
+        """The same processing with pictures read otherwise; `self` stays as it is."""
+        twin = copy.copy(self)
+        twin.options = {**self.options, "orientation": orientation, "background": background}
+        twin._check_names()
+        return twin
+
     def open(self, image: Any) -> Any:
+        """An RGB PIL image of what `vlm2vec.media.sources` takes."""
+        return open_picture(image, background=self.options["background"], **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
         limit = self.options["max_image_pixels"]
-        return open_image(image) if limit is None else open_image(image, max_pixels=limit)
+        return {"orientation": self.options["orientation"], **({} if limit is None else {"max_pixels": limit})}
 
     def _measured(self, image):
         """An image file by its header; a picture that is in memory already as it is."""
         if not isinstance(image, (str, os.PathLike, bytes, bytearray)):
             return self.open(image)
-        limit = self.options["max_image_pixels"]
-        return measure_image(image) if limit is None else measure_image(image, max_pixels=limit)
+        return measure_picture(image, **self._reading())
 
-    def frames(self, video: Any, open_one: Callable | None = None) -> list:
-        return [(open_one or self.open)(f) for f in read_frames(video, self.options["frames"])]
+    def frames(self, video: Any, open_one: Callable | None = None) -> Frames:
+        """The frames of a film that the options choose, opened, with their times."""
+        film = read_frames(video, **{name: self.options[name] for name in ("frames", "fps", "max_frames")})
+        return Frames([(open_one or self.open)(f) for f in film], film.seconds)
 
     def assemble(self, ids: list[int], visuals: list[Visual]) -> Features:
         """Expand each marker token to its visual's tokens and cut a text that is too long around them."""
@@ -271,23 +314,27 @@ class Processing:
 
     def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:
         """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
-        if self.max_length is None:
+        limit = min((limit for limit in (self.max_length, self.positions_limit) if limit is not None), default=None)
+        if limit is None or sum(p.length if isinstance(p, Visual) else 1 for p in pieces) <= limit:
             return pieces
+        named = f"max_length={limit}" if limit == self.max_length else f"the model's {limit} positions"
         kept_ids = self.kept_ids if kept_ids is None else kept_ids
         free = [isinstance(p, int) and p not in kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
         fixed = sum(p.length if isinstance(p, Visual) else 1 for p, cuttable in zip(pieces, free) if not cuttable)
-        text, room = sum(free), self.max_length - fixed
-        if text <= room:
-            return pieces
+        text, room = sum(free), limit - fixed
         if room < 0:
             raise ValueError(
-                f"max_length={self.max_length} is below the {fixed} image tokens of the input; image tokens are never cut: "
-                "raise max_length or lower max_pixels"
+                f"{named}: below the {fixed} image tokens of the input, which are never cut; "
+                f"{'raise max_length or ' if limit == self.max_length else ''}lower {self.image_limit}"
+            )
+        if not self.options["truncation"]:
+            raise ValueError(
+                f"{text + fixed} tokens are more than {named}; shorten the text, or say truncation=True to feed its first {room} tokens"
             )
         self.truncated += 1
         if self.truncated in (1, 10, 100) or self.truncated % 1000 == 0:
             warnings.warn(
-                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to max_length={self.max_length} tokens "
+                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to {named}{' tokens' if named[0] == 'm' else ''} "
                 f"(the last one had {text} besides {fixed} that stay)",
                 stacklevel=3,
             )

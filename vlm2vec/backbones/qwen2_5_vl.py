@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Qwen25VLProcessing(Qwen2VLProcessing):
     """Options besides those of Qwen2-VL:
 
-    seconds_per_step: with positions="mrope", the real time between two time steps of a video (two frames each).
+    seconds_per_step: with positions="mrope", the time between two time steps of a video (two frames each). None takes the
+        film's own times, and 1 second for frames whose times nobody knows.
     """
 
-    defaults = {**Qwen2VLProcessing.defaults, "seconds_per_step": 1.0}
+    defaults = {**Qwen2VLProcessing.defaults, "seconds_per_step": None}
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
@@ -30,8 +31,16 @@ class Qwen25VLProcessing(Qwen2VLProcessing):
 
     def process_video(self, frames: list) -> Visual:
         visual = super().process_video(frames)
-        visual.grid = (*visual.grid, self.tokens_per_second * self.options["seconds_per_step"])
+        visual.grid = (*visual.grid, self.tokens_per_second * self._step(getattr(frames, "seconds", None)))
         return visual
+
+    def _step(self, seconds: list[float] | None) -> float:
+        """Seconds between two time steps."""
+        if self.options["seconds_per_step"] is not None:
+            return self.options["seconds_per_step"]
+        if seconds is None or len(seconds) < 2:
+            return 1.0
+        return self.temporal * (seconds[-1] - seconds[0]) / (len(seconds) - 1)
 
     def hf_processor(self) -> Any:
         from transformers import Qwen2_5_VLProcessor

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 INSTRUCTION = "Represent the user's input."
 FACTOR = 32
-EMBEDDING_OPTIONS = {"chat_template": True, "min_pixels": 4 * FACTOR**2, "max_pixels": 1800 * FACTOR**2, "max_length": 8192}
+EMBEDDING_OPTIONS = {
+    "chat_template": True,
+    "min_pixels": 4 * FACTOR**2,
+    "max_pixels": 1800 * FACTOR**2,
+    "max_length": 8192,
+    "fps": 1.0,
+    "max_frames": 64,
+}
 EMPTY = "NULL"  # what an empty content is fed as
 START, END = "<|vision_start|>", "<|vision_end|>"
 
@@ -34,7 +41,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
 
     chat_template: True feeds system instruction, user content and the opening of the answer.
     video_min_pixels, video_max_pixels, video_total_pixels: area of a frame, and the share that all frames have of a total.
-    video_fps: frames per second of a video that is given as a list of frames, for its timestamps.
+    video_fps: frames per second of a video that is given as a list or folder of frames, for its timestamps; a film file has its own.
     """
 
     reference_edges = False
@@ -93,7 +100,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         if not self.options["chat_template"]:
             visual.pieces = [(h * w, (1, h, w))] * t
             return visual
-        times = [f.info.get("seconds", i / self.options["video_fps"]) for i, f in enumerate(frames)]
+        times = list(getattr(frames, "seconds", None) or (i / self.options["video_fps"] for i in range(len(frames))))
         times += times[-1:] * (-len(times) % self.temporal)
         visual.pieces = []
         for step in range(t):

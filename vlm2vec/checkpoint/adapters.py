@@ -29,6 +29,11 @@ ADAPTER = "default"
 PREFIX = "base_model.model."
 # What the reference trains: attention and down projections under the names of all its backbones.
 REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_up_proj", "down_proj")
+# What an adapter may hold beside LoRA's matrices, all of it whole numbers of the base: trained modules, biases, rows of the token table.
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+_WHOLE = ("modules_to_save", "trainable_token_indices")
+# Kinds of LoRA whose tensors mean something else than B A beside a layer.
+_UNSUPPORTED = ("target_parameters", "layer_replication", "alora_invocation_tokens", "lora_bias", "use_qalora", "arrow_config")
 _PARTS = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<tail>\.weight)?$")
 
 
@@ -59,7 +64,7 @@ def read_tensors(source: str, **hub: Any) -> dict[str, torch.Tensor]:
                 return load_file(path)
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
-            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); download it again or convert it to safetensors") from e
+            raise ValueError(f"{path} cannot be read safely ({type(e).__name__}); download it again or convert it to safetensors") from None
     raise ValueError(f"{source} has adapter_config.json but neither adapter_model.safetensors nor adapter_model.bin")
 
 
@@ -75,26 +80,37 @@ def lora_config(settings: dict, **overrides: Any) -> LoraConfig:
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"adapter of type {kind}: only LORA (DoRA included) can be loaded")
+    if odd := [name for name in _UNSUPPORTED if settings.get(name)]:
+        raise ValueError(
+            f"adapter_config.json sets {', '.join(odd)}, which is not supported here; fold the adapter into its base with PEFT "
+            "(merge_and_unload) and load the folder that this gives"
+        )
     known = {f.name for f in fields(LoraConfig)}
     settings_of_peft = {k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping", "task_type")}
     return LoraConfig(**{**settings_of_peft, **overrides})
 
 
 def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
-    """Put an adapter folder's tensors into the model. Returns how many were used: all of them.
+    """Put an adapter folder's tensors into the model. Returns how many were used: all but those of a head that no embedding needs.
+
+    Modules saved whole, biases and rows of the token table take the place of the base's, and are saved with the adapter again.
 
     Raises:
         ValueError: lists tensors without a place (the adapter does not fit the base) and places without a tensor.
     """
+    unused = [re.compile(pattern) for pattern in model.backbone.unused_keys]
     tensors = own_names(model.backbone, read_tensors(source, **hub))
-    parts, strange = {}, []
-    modules = dict(model.model.named_modules())
+    tensors = {name: value for name, value in tensors.items() if not any(pattern.search(name) for pattern in unused)}
+    parts, strange, whole = {}, [], []
+    modules, originals = dict(model.model.named_modules()), dict(model.model.named_parameters())
     for name in tensors:
         match = _PARTS.match(name)
-        if match is None or match["module"] not in modules:
-            strange.append(name)
-        else:
+        if match is not None and match["module"] in modules:
             parts.setdefault(match["module"], {})[match["part"]] = name
+        elif of_base(name) in originals:
+            whole.append(name)
+        else:
+            strange.append(name)
     if strange or not parts:
         raise ValueError(
             f"adapter {source} does not fit {model.base_source} ({type(model.model).__name__}): {len(strange)} of {len(tensors)} "
@@ -111,10 +127,14 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
         use_dora=dora,
         init_lora_weights=True,
         inference_mode=False,
+        bias="none",
+        **dict.fromkeys(_WHOLE),
         **patterns,
     )
     inject(model, config)
     parameters = dict(model.model.named_parameters())
+    for name in whole:
+        set_whole(model, source, name, tensors.pop(name), settings)
     expected = {n for n in parameters if ".lora_" in n}
     used = set()
     with torch.no_grad():
@@ -131,8 +151,55 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
             used.add(place)
     if left := sorted(expected - used):
         raise ValueError(f"adapter {source} lacks {len(left)} tensors that the model expects: {', '.join(left[:10])}")
-    model.adapter_settings = {**config.to_dict(), "target_modules": settings.get("target_modules") or sorted(parts)}
-    return len(used)
+    kept = {name: settings[name] for name in ("target_modules", "bias", *_WHOLE) if settings.get(name)}
+    if "modules_to_save" in kept:  # without a head
+        there = {part for name in whole for part in of_base(name).split(".")}
+        kept["modules_to_save"] = [module for module in kept["modules_to_save"] if module.split(".")[-1] in there] or None
+    model.adapter_settings = {**config.to_dict(), "target_modules": sorted(parts), **kept}
+    model.adapter_whole = whole
+    return len(used) + len(whole)
+
+
+def of_base(name: str) -> str:
+    """The base's parameter that an adapter's whole tensor is, or is rows of."""
+    if name.endswith(_TOKEN_ROWS):
+        return name.removesuffix(_TOKEN_ROWS) + ".weight"
+    return name.replace(".base_layer.", ".")
+
+
+def place_of(name: str, state: dict) -> str:
+    """Where the parameter lies in a model with an adapter: under its own name, or inside the layer that LoRA wraps."""
+    own = of_base(name)
+    module, _, leaf = own.rpartition(".")
+    return own if own in state else f"{module}.base_layer.{leaf}"
+
+
+def token_rows(name: str, settings: dict) -> list[int] | None:
+    """Rows of the token table that a tensor holds, None for one that holds a whole parameter."""
+    if not name.endswith(_TOKEN_ROWS):
+        return None
+    indices = settings.get("trainable_token_indices") or []
+    if isinstance(indices, dict):
+        table = name.removesuffix(_TOKEN_ROWS)
+        indices = next((rows for module, rows in indices.items() if table == module or table.endswith("." + module)), [])
+    return list(indices)
+
+
+def set_whole(model: nn.Module, source: str, name: str, value: torch.Tensor, settings: dict) -> None:
+    """Put a whole tensor, or rows of the token table, in the place of the base's."""
+    parameters = dict(model.model.named_parameters())
+    target, rows = parameters[place_of(name, parameters)], token_rows(name, settings)
+    expected = tuple(target.shape) if rows is None else (len(rows), target.shape[1])
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"adapter {source}: {name} has shape {tuple(value.shape)}, the model's is {expected}; a base with other tokens, or one "
+            "in four bits, cannot take it: fold the adapter into its base with PEFT (merge_and_unload) and load that folder"
+        )
+    with torch.no_grad():
+        if rows is None:
+            target.copy_(value)
+        else:
+            target[torch.tensor(rows, device=target.device)] = value.to(target.device, target.dtype)
 
 
 def inject(model: nn.Module, config: LoraConfig) -> None:
@@ -210,7 +277,11 @@ def adapter_tensors(model: nn.Module, state: dict | None = None) -> dict[str, to
     """The adapter under the names that PEFT gives it on transformers' generation class."""
     state = model.model.state_dict() if state is None else state
     cut = f".{ADAPTER}"
-    return {PREFIX + "model." + n.replace(cut + ".weight", ".weight").replace(cut, ""): v for n, v in state.items() if ".lora_" in n}
+    tensors = {n.replace(cut + ".weight", ".weight").replace(cut, ""): v for n, v in state.items() if ".lora_" in n}
+    for name in getattr(model, "adapter_whole", []):
+        value, rows = state[place_of(name, state)], token_rows(name, model.adapter_settings)
+        tensors[name] = value if rows is None else value[torch.tensor(rows, device=value.device)]
+    return {PREFIX + "model." + name: value for name, value in tensors.items()}
 
 
 def save(model: nn.Module, folder: str, state: dict | None = None) -> None:
@@ -221,8 +292,17 @@ def save(model: nn.Module, folder: str, state: dict | None = None) -> None:
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in model.adapter_settings.items()}
     settings = {k: getattr(v, "value", v) for k, v in settings.items() if k != "runtime_config"}
-    settings.update(base_model_name_or_path=model.base_source, inference_mode=True)
+    settings.update(base_model_name_or_path=model.base_source, inference_mode=True, auto_mapping=auto_mapping(model))
     write_json(os.path.join(folder, "adapter_config.json"), settings, sort_keys=True, default=str)
+
+
+def auto_mapping(model: nn.Module) -> dict[str, str]:
+    """The class whose names the tensors bear, by which AutoPeftModel opens the folder."""
+    import transformers
+
+    name = model.backbone.architecture or type(model.model).__name__
+    library = "transformers" if hasattr(transformers, name) else type(model.model).__module__
+    return {"base_model_class": name, "parent_library": library}
 
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:
@@ -280,4 +360,4 @@ def merge(model: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.model.get_submodule(parent), child, base)
     model.model.__dict__.pop("peft_config", None)
-    model.adapter_settings = None
+    model.adapter_settings, model.adapter_whole = None, []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import difflib
 import os
 import re
 import sys
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from vlm2vec.backbones import EXAMPLE
+from vlm2vec.checkpoint.folder_checks import check_weights
+from vlm2vec.files.documents import read_object, require_regular
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,11 +30,14 @@ def file_of(source: str, name: str, **hub: Any) -> str | None:
     """Where a file of a local folder or of a hub repository lies on this machine; None when the source has no such file.
 
     Raises:
-        ValueError: no such repository, or the hub cannot be reached and the file is not in its cache.
+        ValueError: no such repository, or the hub cannot be reached and the file is not in its cache; a folder or pipe of that name.
     """
     if os.path.isdir(source):
         path = os.path.join(source, name)
-        return path if os.path.isfile(path) else None
+        if not os.path.exists(path):
+            return None
+        require_regular(path)
+        return path
     from transformers.utils import cached_file
 
     try:
@@ -51,13 +56,7 @@ def unknown(source: str) -> str:
 def read_json(source: str, name: str, **hub: Any) -> dict | None:
     """A JSON file of a local folder or of a hub repository; None when it is not there."""
     path = file_of(source, name, **hub)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{path} is not valid JSON ({e})") from e
+    return None if path is None else read_object(path)
 
 
 def check_source(source: str) -> None:
@@ -67,8 +66,16 @@ def check_source(source: str) -> None:
     if os.path.isdir(source):
         if not any(os.path.isfile(os.path.join(source, n)) for n in ("config.json", "adapter_config.json")):
             raise ValueError(f"{source} is not a model folder: it has neither config.json nor adapter_config.json")
-    elif looks_local:
-        raise ValueError(f"{source}: no such folder; give a model folder or a hub name such as {EXAMPLE}")
+    elif looks_local or os.path.isdir(source.partition("/")[0]):  # OWNER/NAME, where a folder OWNER is: mistyped, and no name on the hub
+        raise ValueError(f"{source}: no such folder{_near(source)}; give a model folder or a hub name such as {EXAMPLE}")
+
+
+def _near(source: str) -> str:
+    """ ", did you mean ..." where a folder of nearly that name is beside it."""
+    parent, name = os.path.split(source.rstrip("/"))
+    beside = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()] if os.path.isdir(parent or ".") else []
+    close = difflib.get_close_matches(name, beside, n=1)
+    return f", did you mean {os.path.join(parent, close[0])}" if close else ""
 
 
 @contextlib.contextmanager
@@ -107,6 +114,17 @@ def renamed(values: dict, table: list[tuple[str, str]]) -> dict:
     return out
 
 
+def some(names: list, most: int = 120) -> str:
+    """The first of many names, in at most about so many characters, and dots."""
+    shown, length = [], 0
+    for name in map(str, names):
+        if shown and length + len(name) > most:
+            break
+        shown.append(name[:most])
+        length += len(name) + 2
+    return ", ".join(shown) + (" ..." if len(shown) < len(names) else "")
+
+
 def load_module(
     backbone: Backbone,
     source: str,
@@ -129,16 +147,22 @@ def load_module(
     from safetensors import SafetensorError
 
     cls = backbone.model_class(config)
+    check_weights(source, config)
     try:
         with quiet():
-            model, info = cls.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+            model, info = cls.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, **{"use_safetensors": True, **kwargs}
+            )
     except (RuntimeError, OSError, SafetensorError) as e:
-        raise ValueError(f"{source}: the weights cannot be loaded ({str(e).strip().splitlines()[0]})") from e
+        raise ValueError(f"{source}: the weights cannot be loaded ({' '.join(str(e).split())[:250]})") from e
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # sizes that do not go together
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:250]}"
+        raise ValueError(f"{source}: no model can be made of its config.json ({reason}); copy the file again") from e
     unused = [re.compile(p) for p in backbone.unused_keys]
     unexpected = sorted(k for k in info["unexpected_keys"] if not any(p.search(k) for p in unused))
     missing = sorted(info["missing_keys"])
     problems = [
-        f"{len(keys)} {what}: {', '.join(map(str, keys[:20]))}{' ...' if len(keys) > 20 else ''}"
+        f"{len(keys)} {what}: {some(keys)}"
         for what, keys in (
             ("weights that the model has no place for", unexpected),
             ("weights that the checkpoint lacks", missing),

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.backbones import backbone_for
-from vlm2vec.checkpoint import loading
+from vlm2vec.checkpoint import folder_checks, loading
+from vlm2vec.files.documents import kind
 
 if TYPE_CHECKING:
     import torch
+
+    from vlm2vec.backbones.base import Backbone
 
 
 @dataclass
@@ -37,41 +40,63 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
     """Everything of a model but its weights: family, config and processing. See `VLM2Vec.from_pretrained`."""
     loading.check_source(source)
     hub = {"revision": revision} if revision else {}
-    settings = loading.read_json(source, loading.SETTINGS, **hub) or {}
+    settings = _settings(source, **hub)
     family = settings.get("family")
     adapter = loading.read_json(source, "adapter_config.json", **hub)
     weights, weights_hub = source, hub
     if adapter is not None:
+        folder_checks.check_adapter_config(f"{source}: adapter_config.json", adapter)
         from vlm2vec.checkpoint import adapters
 
         weights = adapters.base_of(source, adapter, base)
         loading.check_source(weights)
         # PEFT notes the revision of the base that it names
         weights_hub = {"revision": adapter["revision"]} if base is None and adapter.get("revision") else {}
-        inherited = loading.read_json(weights, loading.SETTINGS, **weights_hub) or {}
+        inherited = _settings(weights, **weights_hub)
         settings = {k: {**inherited.get(k, {}), **settings.get(k, {})} for k in ("options", "prompts")}
     elif base is not None:
         raise ValueError(f"base={base!r} was given, but {source} is not an adapter (it has no adapter_config.json); leave base out")
     raw = loading.read_json(weights, "config.json", **weights_hub)
     if raw is None:
-        raise ValueError(loading.unknown(weights))
-    backbone = backbone_for(raw.get("model_type"))
+        raise ValueError(loading.unknown(weights) if adapter is None else f"{source}: its base: {loading.unknown(weights)}; pass base=")
+    backbone = _backbone(weights, raw)
     if family not in (None, backbone.name):
         raise ValueError(
-            f"{source} was made with family {family}, {weights} is of family {backbone.name}: tensors have no place in it; "
-            "pass its own base with base="
+            f"{source} was made with family {family}, {weights} (model_type {raw['model_type']}) is of family {backbone.name}: "
+            "tensors have no place in it; pass its own base with base="
         )
-    config = backbone.config(weights, raw, **weights_hub)
+    folder_checks.check_config(weights, raw, backbone.sections)
+    with folder_checks.naming(weights, "config.json"):
+        config = backbone.config(weights, raw, **weights_hub)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
     options = {**known, **settings.get("options", {}), **(options or {})}
     processing = None
     for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
         if loading.has_processor(folder, **of):
-            processing = backbone.processing_class.from_folder(folder, config, options, **of)
+            folder_checks.check_processor_files(folder)
+            with folder_checks.naming(folder, "its tokenizer (tokenizer.json, tokenizer_config.json) or processor"):
+                processing = backbone.processing_class.from_folder(folder, config, options, **of)
             break
     if processing is None:
         raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
     return Description(backbone, config, processing, weights, adapter, settings, hub, weights_hub)
+
+
+def _settings(source: str, **hub: Any) -> dict:
+    """vlm2vec.json, checked; {} where there is none."""
+    settings = loading.read_json(source, loading.SETTINGS, **hub)
+    if settings is None:
+        return {}
+    folder_checks.check_settings(f"{source}: {loading.SETTINGS}", settings)
+    return settings
+
+
+def _backbone(source: str, raw: dict) -> Backbone:
+    """The family that config.json names."""
+    name = raw.get("model_type")
+    if name is not None and (not isinstance(name, str) or len(name) > 100):
+        raise ValueError(f"{source}: config.json's model_type should be the name of a family, got {kind(name)}")
+    return backbone_for(name)
 
 
 def load(

@@ -7,25 +7,21 @@ Targets that are plain text are fed bare: give no instruction.
 """
 
 import re
-from functools import lru_cache
 
 from vlm2vec.inputs import MARKER
 
 LAYOUTS = ("image", "space")
 
 
-def layout(instruction: str, text: str, style: str = "image", native: tuple[str, ...] = ()) -> str:
+def layout(instruction: str, text: str, style: str = "image") -> str:
     """Lay an instruction and a text out; markers at the head of the text stay in front.
-
-    Args:
-        native: markers of the model's own vocabulary (`Processing.markers`), besides MMEB's.
 
     Raises:
         ValueError: for an unknown style.
     """
     if style not in LAYOUTS:
         raise ValueError(f"layout={style!r}: expected {' or '.join(map(repr, LAYOUTS))}")
-    head, body = _split(text, native)
+    head, body = _split(text)
     markers = head.strip()
     said = f"{instruction} {body}" if instruction and body else instruction or body
     if style == "space":
@@ -33,18 +29,16 @@ def layout(instruction: str, text: str, style: str = "image", native: tuple[str,
     return f"{markers}\n{said}\n" if markers else f"{said}\n"
 
 
-def prepend(prompt: str, text: str, native: tuple[str, ...] = ()) -> str:
-    """Put a prompt before the text, behind the markers and white space at its head; nothing else is added. `native` as above."""
-    head, body = _split(text, native)
+def prepend(prompt: str, text: str) -> str:
+    """Put a prompt before the text, behind the markers and white space at its head; nothing else is added."""
+    head, body = _split(text)
     return head + prompt + body
 
 
-def _split(text: str, native: tuple[str, ...]) -> tuple[str, str]:
+def _split(text: str) -> tuple[str, str]:
     """The markers at the head of a text with the white space behind each, and the rest."""
-    head = _leading(native).match(text)
-    return (head.group(0), text[head.end() :]) if head else ("", text)
+    head = _HEAD.match(text).group(0)
+    return head, text[len(head) :]
 
 
-@lru_cache
-def _leading(native: tuple[str, ...]) -> re.Pattern:
-    return re.compile("^(?:(?:" + "|".join([MARKER.pattern, *map(re.escape, native)]) + r")\s*)+")
+_HEAD = re.compile(rf"(?:{MARKER.pattern}\s*)*")

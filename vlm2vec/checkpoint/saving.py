@@ -23,14 +23,19 @@ def settings_of(model: nn.Module) -> dict:
     return settings
 
 
-def save(model: nn.Module, folder: str, *, merge: bool, state: dict | None = None) -> None:
-    """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are written elsewhere and moved one by one."""
+def save(model: nn.Module, folder: str, *, merge: bool, state: dict | None = None, st_description: bool = True) -> None:
+    """See `VLM2Vec.save_pretrained`. Nothing is left half-written: files are written elsewhere and moved one by one.
+
+    Args:
+        st_description: describe the folder to sentence-transformers; False where that library writes its files itself.
+    """
     full = merge or not adapters.has_adapter(model)
     with filling_folder(folder) as part:
         write_weights(model, os.fspath(part), merge=merge, state=state)
         model.processing.save(os.fspath(part))
         write_json(part / SETTINGS, settings_of(model))
-        st_files.write(model, os.fspath(part), full=full)
+        if st_description:
+            st_files.write(model, os.fspath(part), full=full)
         written = set(os.listdir(part))
     if full:
         remove_stale(folder, written)

@@ -13,6 +13,7 @@ from vlm2vec.inputs import MODALITIES
 
 MODULE = "vlm2vec.st.VLM2VecModule"  # what saved folders name, and what sentence-transformers imports by that name
 STOCK = "sentence_transformers."
+ABOUT = "config_sentence_transformers.json"  # prompts, default prompt, similarity
 
 
 def to_sentence_transformer(model: nn.Module) -> Any:
@@ -54,4 +55,4 @@ def write(model: nn.Module, folder: str, *, full: bool) -> None:
         write_json(Path(folder, "1_Pooling/config.json"), {"embedding_dimension": model.embedding_dim, "pooling_mode": "lasttoken"})
         write_json(Path(folder, "2_Normalize/config.json"), {})
     write_json(Path(folder, "modules.json"), modules)
-    write_json(Path(folder, "config_sentence_transformers.json"), about)
+    write_json(Path(folder, ABOUT), about)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.files.documents import shown
+from vlm2vec.files.locks import locked
+from vlm2vec.media.images import REFERENCE
+
+MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +50,10 @@ def _need(args):
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
     if args.top < 1 or args.batch_size < 1:
         raise ValueError(f"--top and --batch-size are at least 1, got {args.top} and {args.batch_size}")
-    if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers is at least 1, got {args.workers}")
+    if args.top > MOST_SHOWN:
+        raise ValueError(f"--top is at most {MOST_SHOWN:,}, got {shown(args.top)}")
+    if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
+        raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
 def _tasks(args):
@@ -90,14 +99,26 @@ def run(args: argparse.Namespace) -> int:
     _need(args)
     tasks = _tasks(args)
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
+    from vlm2vec.evaluation.loaders import check_loader
+
+    for task in tasks:
+        check_loader(task)
+    rank, world, barrier = process_group()
+    args.device = args.device or local_device()
+    with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
+        _evaluate(args, tasks, rank, world, barrier)
+    finish()
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barrier: Callable[[], None] | None) -> None:
+    """Scores, and on the first process their summary and report."""
     from vlm2vec.evaluation.report.export import write_leaderboard
     from vlm2vec.evaluation.report.html import write_report
     from vlm2vec.evaluation.report.summary import terminal, write_summary
     from vlm2vec.evaluation.runner import Options, run_tasks
     from vlm2vec.evaluation.tasks import load_tasks
 
-    rank, world, barrier = process_group()
-    args.device = args.device or local_device()
     model = common.load_model(args.model, args)
     options = Options(
         protocol=args.protocol,
@@ -112,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         faiss=args.faiss,
         device=str(model.device),
         workers=args.workers,
+        pictures={name: value for name, value in common.parse_options(args.option).items() if name in REFERENCE},
     )
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
@@ -123,5 +145,3 @@ def run(args: argparse.Namespace) -> int:
             print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
         if not args.no_report:
             print(f"report: {write_report(args.output, rows, name)}")
-    finish()
-    return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from vlm2vec.commands import common
+from vlm2vec.files.locks import locked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,23 +57,26 @@ def run(args: argparse.Namespace) -> int:
     missing = [n for n in names if n not in datasets]
     if missing or not names:
         raise ValueError(f"{args.data} holds no data set {', '.join(missing) or 'at all'}; it holds {', '.join(datasets) or 'nothing'}")
-    model = common.load_model(args.model, args)
-    print(f"{'data set':<24} {'rows':>7} {'pool':>7} {'mined':>7} {'without':>7} {'pos.':>6} {'neg.':>6}")
-    for name in names:
-        facts = mine_dataset(
-            model,
-            args.data,
-            name,
-            args.images,
-            args.output,
-            options,
-            store=args.store or Path(args.output) / "embeddings",
-            batch_size=args.batch_size,
-            split=args.split,
-        )
-        negative = "-" if facts["negative_score"] is None else f"{facts['negative_score']:.3f}"
-        print(
-            f"{name:<24} {facts['rows']:>7} {facts['pool']:>7} {facts['mined']:>7} {facts['rows_without']:>7} "
-            f"{facts['positive_score']:>6.3f} {negative:>6}"
-        )
+    if os.path.realpath(args.output) == os.path.realpath(args.data):
+        raise ValueError(f"--output {args.output} is the folder of --data, whose files would be replaced; choose another one")
+    with locked(args.output, "mining"):
+        model = common.load_model(args.model, args)
+        print(f"{'data set':<24} {'rows':>7} {'pool':>7} {'mined':>7} {'without':>7} {'pos.':>6} {'neg.':>6}")
+        for name in names:
+            facts = mine_dataset(
+                model,
+                args.data,
+                name,
+                args.images,
+                args.output,
+                options,
+                store=args.store or Path(args.output) / "embeddings",
+                batch_size=args.batch_size,
+                split=args.split,
+            )
+            negative = "-" if facts["negative_score"] is None else f"{facts['negative_score']:.3f}"
+            print(
+                f"{name:<24} {facts['rows']:>7} {facts['pool']:>7} {facts['mined']:>7} {facts['rows_without']:>7} "
+                f"{facts['positive_score']:>6.3f} {negative:>6}"
+            )
     return 0

@@ -1,21 +1,25 @@
-"""`vlm2vec search [MODEL] QUERY --images DIR`: the images that fit a text (or an image) best, with their scores."""
+"""`vlm2vec search [MODEL] QUERY ... --images DIR`: the images that fit each text (or image) best, with their scores."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm2vec.checkpoint.prompts import layout
+from vlm2vec.checkpoint.words import said_as
 from vlm2vec.commands import common
-from vlm2vec.inputs import IMAGE_MARKER
-from vlm2vec.media.endings import PICTURES
+from vlm2vec.media.endings import FILMS, PICTURES
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm2vec.model import VLM2Vec
 
 QUICKSTART_MODEL = "quickstart/model"
-# MMEB's words for the three sides, which models without prompts of their own were trained on (MSCOCO_t2i, NIGHTS, MSCOCO_t2i).
-FIND_BY_TEXT = "Find me an everyday image that matches the given caption:"
-FIND_BY_IMAGE = "Find a day-to-day image that looks similar to the provided image."
-IMAGE = "Represent the given image."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,73 +27,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="[MODEL] QUERY",
-        help=f"the query, a text or an image file; a model in front of it, default {QUICKSTART_MODEL}",
+        help="queries, texts or image files; in front of them a model (a folder or a hub name), "
+        f"default the one that made the index, or {QUICKSTART_MODEL}",
     )
-    parser.add_argument("--model", help="the model, instead of naming it in front of the query")
+    parser.add_argument("--model", help="the model, instead of naming it in front of the queries")
     parser.add_argument("--images", help="folder of images to search")
-    parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed wrote with the same model")
-    parser.add_argument("-k", type=int, default=5, help="how many to show (default 5)")
+    parser.add_argument("--index", help="instead of --images: a file that vlm2vec index wrote")
+    parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed --as document wrote with the same model")
+    parser.add_argument("-k", type=int, default=5, help="how many to show for each query (default 5)")
     parser.add_argument(
-        "--prompt", help="prompt of the query: a name or the text itself (default: the model's for queries, else MMEB's words)"
+        "--prompt", help="prompt of the queries: a name or the text itself (default: the model's for queries, else MMEB's words)"
     )
     parser.add_argument(
         "--image-prompt", help="prompt of the images: a name or the text itself (default: the model's for documents, else MMEB's words)"
     )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and name them, instead of stopping")
+    parser.add_argument("--json", action="store_true", help="print a JSON list: of each query its best rank, score and key")
     parser.add_argument("--batch-size", type=int, default=32)
     common.add_model_arguments(parser)
-
-
-def _model_and_query(args) -> tuple[str, str]:
-    words = list(args.words)
-    if len(words) > 2 or (args.model and len(words) > 1):
-        raise ValueError(f"expected one query (quote it), got {len(words)} words: {' '.join(words)!r}")
-    if args.model or len(words) == 2:
-        return args.model or words[0], words[-1]
-    if not os.path.isdir(QUICKSTART_MODEL):
-        raise ValueError(f"no model named, and {QUICKSTART_MODEL} is not there; say vlm2vec search MODEL {words[0]!r} --images DIR")
-    return QUICKSTART_MODEL, words[0]
-
-
-def _asked(model, inputs: list, prompt: str | None, role: str, instruction: str) -> tuple[list, str | None]:
-    """Inputs and prompt as they are encoded: the prompt asked for, the model's own for this role, or MMEB's instruction."""
-    if prompt is not None or model.prompts.get(role):
-        return inputs, model.prompts.get(role) if prompt is None else prompt
-    pictured = [isinstance(one, Path) for one in inputs]
-    return [
-        {"text": layout(instruction, IMAGE_MARKER), "image": one} if image else layout(instruction, one)
-        for one, image in zip(inputs, pictured)
-    ], None
 
 
 def run(args: argparse.Namespace) -> int:
     from contrastive_kernels import topk_similarity
 
-    name, query = _model_and_query(args)
-    if not query.strip():
-        raise ValueError("the query is empty; say what to look for")
-    if (args.images is None) == (args.embeddings is None):
-        raise ValueError("give --images DIR or --embeddings FILE, one of them")
+    given = [name for name in ("images", "index", "embeddings") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError("give --images DIR or --embeddings FILE or --index FILE, one of them")
     if args.k < 1:
         raise ValueError(f"-k must be at least 1, got {args.k}")
-    paths = common.images_below(args.images) if args.images else None
-    stored = common.read_embeddings(args.embeddings) if args.embeddings else None
+    paths = common.images_below(args.images) if args.images is not None else None
+    file = args.index or args.embeddings
+    stored = common.read_embeddings(file) if file else None
+    name, queries = model_and_queries(args, (stored[2].get("model") if args.index else None) if stored else None)
+    if not all(query.strip() for query in queries):
+        raise ValueError("a query is empty; say what to look for")
     model = common.load_model(name, args)
-    is_file = query.lower().endswith(PICTURES) and os.path.isfile(query)
-    asked, prompt = _asked(model, [Path(query) if is_file else query], args.prompt, "query", FIND_BY_IMAGE if is_file else FIND_BY_TEXT)
-    vector = model.encode(asked, prompt=prompt, convert_to_tensor=True)
+    asked, prompt = _asked(model, [_query(query) for query in queries], args.prompt, "query")
+    vectors, _ = common.encode_named(model, asked, queries, what="query", prompt=prompt, batch_size=args.batch_size)
     if stored is not None:
-        targets, keys, _ = stored
-        if targets.shape[1] != vector.shape[1]:
-            raise ValueError(
-                f"{args.embeddings} holds {targets.shape[1]} dimensions, the model makes {vector.shape[1]}; embed with the same model"
-            )
-        targets = targets.to(vector.device)
+        targets, keys = _from_file(file, stored, model, name, vectors)
     else:
-        keys = [os.path.relpath(p, args.images) for p in paths]
-        pictures, prompt = _asked(model, [Path(p) for p in paths], args.image_prompt, "document", IMAGE)
-        targets = model.encode(pictures, prompt=prompt, batch_size=args.batch_size, convert_to_tensor=True)
-    scores, index = topk_similarity(vector, targets, min(args.k, len(keys)))
-    print(f"{'rank':>4}  {'score':>7}  image")
-    for rank, (score, i) in enumerate(zip(scores[0].tolist(), index[0].tolist()), 1):
-        print(f"{rank:>4}  {score:>7.4f}  {keys[i]}")
+        inputs, prompt = _asked(model, [Path(path) for path in paths], args.image_prompt, "document")
+        keys = [os.path.relpath(path, args.images) for path in paths]
+        targets, keys = common.encode_named(
+            model, inputs, keys, skip_bad=args.skip_bad, what="image", prompt=prompt, batch_size=args.batch_size
+        )
+    scores, index = topk_similarity(vectors, targets.to(vectors.device), min(args.k, len(keys)))
+    found = [
+        {"query": query, "results": [{"rank": rank, "score": score, "key": keys[i]} for rank, (score, i) in enumerate(zip(*row), 1)]}
+        for query, row in zip(queries, zip(scores.tolist(), index.tolist()))
+    ]
+    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found)))
     return 0
+
+
+def model_and_queries(args: argparse.Namespace, of_index: str | None = None) -> tuple[str, list[str]]:
+    """The model's name and the queries among the words of the command line.
+
+    Args:
+        of_index: the model that made the index, which is the default.
+    """
+    words, default = list(args.words), of_index or (QUICKSTART_MODEL if os.path.isdir(QUICKSTART_MODEL) else None)
+    if args.model:
+        return args.model, words
+    if len(words) > 1 and (_is_model(words[0]) or default is None):
+        return words[0], words[1:]
+    if default is None:
+        raise ValueError(f"no model named, and {QUICKSTART_MODEL} is not there; say vlm2vec search MODEL {words[0]!r} --images DIR")
+    return default, words
+
+
+def _is_model(word: str) -> bool:
+    """A folder, or what looks like a path or a hub name and is no file."""
+    if os.path.isdir(word):
+        return True
+    looks = re.fullmatch(r"[\w.~-]*(/[\w.~-]+)+", word) is not None
+    return looks and not os.path.isfile(word) and not word.lower().endswith(PICTURES + FILMS)
+
+
+def _query(query: str) -> Any:
+    """A query as an input: an image or film file where there is one of that name, else a text."""
+    if os.path.isfile(query) and query.lower().endswith(PICTURES):
+        return Path(query)
+    return {"video": query} if os.path.isfile(query) and query.lower().endswith(FILMS) else query
+
+
+def _asked(model: VLM2Vec, inputs: list, prompt: str | None, role: str) -> tuple[list, str | None]:
+    """Inputs and prompt as they are encoded: the prompt asked for, or the words of this role."""
+    return said_as(model, inputs, role) if prompt is None else (inputs, prompt)
+
+
+def _from_file(file: str, stored: tuple, model: VLM2Vec, name: str, vectors: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """(embeddings, keys) of a file, which must be of the model that the queries are embedded with."""
+    targets, keys, about = stored
+    common.require_same_model(file, about, model, name)
+    if targets.shape[1] != vectors.shape[1]:
+        raise ValueError(f"{file} holds {targets.shape[1]} dimensions, the model makes {vectors.shape[1]}; embed with the same model")
+    if about.get("as") != "document" and not about.get("prompt"):
+        print(f"{file} was embedded without words around its inputs; embed --as document says those that search expects", file=sys.stderr)
+    return targets, keys
+
+
+def _table(found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for one in found:
+        lines += [f"{one['query']}"] if len(found) > 1 else []
+        lines.append(f"{'rank':>4}  {'score':>7}  image")
+        lines += [f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['key']}" for hit in one["results"]]
+    return lines

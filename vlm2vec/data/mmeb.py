@@ -123,7 +123,9 @@ def _load(root, name, split, columns):
     folder = Path(root) / name
     shards = sorted(folder.glob(f"{split}-*.parquet"))
     if not shards:
-        have = ", ".join(dataset_names(root)[:12]) if Path(root).is_dir() else "nothing: the folder does not exist"
+        have = "nothing: the folder does not exist"
+        if Path(root).is_dir():
+            have = ", ".join(dataset_names(root)[:12]) or "no folder with a parquet file in it; write_train makes one"
         raise ValueError(f"{folder}: expected {split}-*.parquet, found none; {root} holds {have}")
     tables, files, rows = [], [], 0
     for file in shards:

@@ -35,10 +35,10 @@ class RowFormat:
 
     meaning: str
     columns: tuple[str, ...]
-    convert: Callable[[dict[str, Any], str, int], Row]
+    convert: Callable[[dict[str, Any], str, int | None], Row]
 
 
-def _mmeb(values: dict[str, Any], images: str, frames: int) -> Row:
+def _mmeb(values: dict[str, Any], images: str, frames: int | None) -> Row:
     query = to_item(values["qry"], values["qry_image_path"], images)
     target = to_item(values["pos_text"], values["pos_image_path"], images)
     return query, target, [to_item(text, image, images) for text, image in _negatives(values)]
@@ -53,12 +53,12 @@ def _negatives(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [pair for pair in zip(texts, images, strict=True) if any(pair)]
 
 
-def _page_question(values: dict[str, Any], images: str, frames: int) -> Row:
+def _page_question(values: dict[str, Any], images: str, frames: int | None) -> Row:
     query = {"text": f"<|image_1|> {values['query']}", "image": _encoded(values["image"])}
     return query, {"text": str(values["answer"]), "image": None}, []
 
 
-def _visrag(values: dict[str, Any], images: str, frames: int) -> Row:
+def _visrag(values: dict[str, Any], images: str, frames: int | None) -> Row:
     about_query, about_page = _visrag_prompts().get(values["source"], ("", ""))
     # The published strings: blanks stand around the query and before the marker, one more behind an instruction.
     query = f"{about_query} {values['query']} " if about_query else f"{values['query']} "
@@ -72,19 +72,19 @@ def _visrag_prompts() -> dict[str, tuple[str, str]]:
     return {name: tuple(pair) for name, pair in prompts.items()}
 
 
-def _video_to_caption(values: dict[str, Any], images: str, frames: int) -> Row:
+def _video_to_caption(values: dict[str, Any], images: str, frames: int | None) -> Row:
     human, answer = _turns(values)
     return {"text": human.replace("<video>", "<|video_1|>"), "video": _frames(values, images, frames)}, {"text": answer, "image": None}, []
 
 
-def _caption_to_video(values: dict[str, Any], images: str, frames: int) -> Row:
+def _caption_to_video(values: dict[str, Any], images: str, frames: int | None) -> Row:
     _, caption = _turns(values)
     query = {"text": f"Find a video that contains the following visual content: {caption}", "image": None}
     target = {"text": "Understand the content of the provided video: <|video_1|>", "video": _frames(values, images, frames)}
     return query, target, []
 
 
-def _video_question(values: dict[str, Any], images: str, frames: int) -> Row:
+def _video_question(values: dict[str, Any], images: str, frames: int | None) -> Row:
     human, answer = _turns(values)
     text = "Answer a question based on the content of a video. " + human.replace("<video>", "<|video_1|>")
     return {"text": text, "video": _frames(values, images, frames)}, {"text": answer, "image": None}, []
@@ -99,7 +99,7 @@ def _turns(values: dict[str, Any]) -> tuple[str, str]:
     return human if "<video>" in human else f"<video>\n{human}", said["gpt"]
 
 
-def _frames(values: dict[str, Any], images: str, count: int) -> list[str]:
+def _frames(values: dict[str, Any], images: str, count: int | None) -> list[str]:
     """Paths of `count` frames of a row's video."""
     folder = os.path.join(images, values["video"])
     stored = frame_files(folder)

@@ -1,19 +1,23 @@
 """A VLM2Vec model inside mteb: `mteb.evaluate(MTEBEncoder("folder or name"), tasks)`.
 
 Queries get the task's instruction in the layout the model was trained with; text documents stay bare, image documents
-get "Represent the given image.", as MMEB's targets do. mteb itself is imported where it is needed only.
+get "Represent the given image.", as MMEB's targets do. mteb says of neither side of a zero-shot classification what it is: texts
+of a task about pictures or films are the labels, which are documents; where both sides are text, both are fed as queries.
+Films are decoded here, by `vlm2vec.media`, as in `vlm2vec eval`. mteb itself is imported where it is needed only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm2vec.inputs import MODALITIES
-from vlm2vec.media.sampling import FRAMES
+from vlm2vec.inputs import MODALITIES, NOTHING
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +85,10 @@ class MTEBEncoder:
         for row in zip(*columns.values()):
             item = {name: value for name, value in zip(columns, row) if value is not None}
             if "video" in item:
-                item["video"] = _frames(item["video"])
+                item["video"] = film_of(item["video"])
             if not item.get("text", "x"):
                 # mteb marks an absent text by ""; alone it has no tokens, so it is fed as the reference feeds nothing
-                item["text"] = "" if len(item) > 1 else "  "
+                item["text"] = "" if len(item) > 1 else NOTHING
             visual = "image" in item or "video" in item
             said = instruction or (IMAGE_DOCUMENT if is_document and visual and self.use_instructions else "")
             if said:
@@ -103,17 +107,15 @@ class MTEBEncoder:
         **kwargs: Any,
     ) -> np.ndarray:
         """(N, D) float32 vectors for a DataLoader of mteb's batches."""
-        instruction = self.instruction(task_metadata, prompt_type)
-        is_document = getattr(prompt_type, "value", prompt_type) == "document"
-        if "video" in getattr(task_metadata, "modalities", ()) and hasattr(inputs, "collate_fn"):
-            from mteb.models.modality_collators import FramesCollator
-
-            inputs.collate_fn = FramesCollator(num_frames=FRAMES)
         size = kwargs.get("batch_size") or self.batch_size
         show = bool(kwargs.get("show_progress_bar", False))
-        vectors = [
-            self.model.encode(self.items(batch, instruction, is_document), batch_size=size, show_progress_bar=show) for batch in inputs
-        ]
+        vectors = []
+        for batch in undecoded_films(inputs):
+            side = side_of(batch, task_metadata, prompt_type)
+            instruction = self.instruction(task_metadata, side)
+            with stored_films(batch) as stored:
+                items = self.items(stored, instruction, side == "document")
+                vectors.append(self.model.encode(items, batch_size=size, show_progress_bar=show))
         if not vectors:
             return np.zeros((0, getattr(self.model, "embedding_dim", 0)), dtype=np.float32)
         return np.concatenate([np.asarray(v, dtype=np.float32) for v in vectors])
@@ -136,8 +138,57 @@ class MTEBEncoder:
         return model_meta(self)
 
 
-def _frames(video):
-    """PIL frames from mteb's (T, C, H, W) tensor; lists are passed on."""
+def side_of(batch: dict[str, list], task_metadata: Any, prompt_type: Any) -> str:
+    """ "query" or "document": mteb's prompt type, or what the columns of a zero-shot classification's batch tell."""
+    side = getattr(prompt_type, "value", prompt_type)
+    if side:
+        return side
+    zero_shot = "zeroshot" in str(task_metadata.type).lower()
+    shows = any(kind in getattr(task_metadata, "modalities", ()) for kind in ("image", "video"))
+    says_only = not any(batch.get(kind) is not None for kind in ("image", "video"))
+    return "document" if zero_shot and shows and says_only else "query"
+
+
+def undecoded_films(inputs: Iterable[dict[str, list]]) -> Iterable[dict[str, list]]:
+    """mteb's loader, its films as files: {"bytes": ..., "path": ...}. A loader without films is given back."""
+    features = getattr(getattr(inputs, "dataset", None), "features", None) or {}
+    if type(features.get("video")).__name__ != "Video":
+        return inputs
+    from datasets import Video
+    from torch.utils.data import DataLoader
+
+    files = inputs.dataset.cast_column("video", Video(decode=False))
+    return DataLoader(files, batch_size=inputs.batch_size, collate_fn=columns_of)
+
+
+def columns_of(rows: list[dict]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+@contextmanager
+def stored_films(batch: dict[str, list]) -> Iterator[dict[str, list]]:
+    """The batch with films that are bytes in files of their own while it is in use."""
+    films = batch.get("video") or []
+    if not any(isinstance(film, dict) and film.get("bytes") for film in films):
+        yield batch
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stored = []
+        for number, film in enumerate(films):
+            if isinstance(film, dict) and film.get("bytes"):
+                path = Path(folder, f"{number}{Path(film.get('path') or '.mp4').suffix}")
+                path.write_bytes(film["bytes"])
+                film = {"path": str(path)}
+            stored.append(film)
+        yield {**batch, "video": stored}
+
+
+def film_of(video: Any) -> Any:
+    """What `VLM2Vec.encode` takes: a film's path, or PIL frames from mteb's (T, C, H, W) tensor; lists are passed on."""
+    if isinstance(video, dict):
+        return video["path"]
+    if isinstance(video, (str, os.PathLike)):
+        return video
     if not hasattr(video, "ndim"):
         return list(video)
     from PIL import Image

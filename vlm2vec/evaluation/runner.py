@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,11 @@ from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
 from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
+from vlm2vec.evaluation.score.ties import WARN_ABOVE, ties
+from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
+from vlm2vec.files.locks import locked
+from vlm2vec.media.images import REFERENCE
 
 if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks import Task
@@ -49,6 +54,7 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
+    pictures: dict = field(default_factory=dict)  # orientation and background that hold for all tasks; see `reading`
     broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
 
 
@@ -74,7 +80,8 @@ def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) ->
             return None
 
     prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
-    visual = [i for i in data.queries + data.candidates if i.get("image") or i.get("video") or i.get("unreadable")]
+    read = [i for i in data.queries + data.candidates if not i.get("row")]
+    visual = [i for i in read if i.get("image") or i.get("video") or i.get("unreadable")]
     bad = [i for i in visual if id(i) in reasons]
     if bad and len(bad) > MISSING_SHARE * len(visual):
         raise ValueError(
@@ -138,7 +145,7 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
     for key, bad in zip(prepared.query_keys, bad_query):
         if not bad:
             query_row.setdefault(key, len(query_row))
-    depth, count, target = max(options.top, max(KS)), len(data.queries), None
+    depth, count, target = max(min(options.top, len(data.candidates)), max(KS)), len(data.queries), None
     scores, indices = torch.full((count, depth), float("-inf")), torch.full((count, depth), -1)
     if rows and query_row:
         target = store.get(list(rows)).to(options.device or "cpu")
@@ -162,6 +169,7 @@ def score_task(
     ranks = [
         next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, ranking.labels)
     ]
+    tied, lost = ties(ranking.scores, ranked, ranking.labels)
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
         write_v1(output, data, ranking.indices, table["hit@1"] > 0)
@@ -181,6 +189,11 @@ def score_task(
         "split": task.split,
         "metric": task.metric,
         "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, ranking.labels, data.grades, task.metric),
+        "ties": {
+            "queries": sum(tied),
+            "share": sum(tied) / max(1, len(tied)),
+            "score_ties_lost": _other_metric(lost, ranking.labels, data.grades, task.metric),
+        },
         "metrics": metrics,
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),
@@ -190,6 +203,17 @@ def score_task(
     }
     write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
     return summary
+
+
+def _tell_ties(row: dict[str, Any]) -> None:
+    """A warning on stderr where more than a few queries of a task are tied."""
+    told = row["ties"]
+    if told["share"] > WARN_ABOVE:
+        print(
+            f"{row['task']}: {told['share']:.1%} of the queries are tied between a right candidate and a wrong one; with ties lost "
+            f"{row['metric']} is {100 * told['score_ties_lost']:.1f} %, not {100 * row['score']:.1f} %",
+            file=sys.stderr,
+        )
 
 
 def _chance(data):
@@ -204,6 +228,19 @@ def _other_metric(ranked, labels, grades, metric):
     return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
 
 
+def reading(model: Any, task: Task, asked: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """How a task's pictures are read, as options of `VLM2Vec.reading`: published tasks' as the reference reads them, others' as the
+    model says; () for a model that reads in one way only.
+
+    Args:
+        asked: orientation and background that were asked for by name, which hold for all tasks.
+    """
+    if not hasattr(model, "reading"):
+        return ()
+    own = {name: model.options[name] for name in REFERENCE}
+    return tuple({**own, **(REFERENCE if task.name in load_tasks() else {}), **asked}.items())
+
+
 def run_tasks(
     model: Any,
     tasks: Sequence[Task],
@@ -214,7 +251,7 @@ def run_tasks(
     store: AnyPath | None = None,
     options: Options | None = None,
 ) -> list[dict[str, Any]]:
-    """Score a model on several tasks.
+    """Score a model on several tasks. Pictures of published tasks are read as the reference reads them (`reading`).
 
     Args:
         model: has `encode(list of inputs, batch_size=, convert_to_tensor=)` and `preprocess(list)`.
@@ -222,11 +259,24 @@ def run_tasks(
         store: folder of the embedding store, default OUTPUT/embeddings.
         options: Options.
 
-    Returns: list of per-task summaries (also in OUTPUT/tasks/{dataset}.json), in the order of `tasks`.
+    Returns: list of per-task summaries (also in OUTPUT/tasks/{dataset}.json), in the order of `tasks`. Raises ValueError while another
+        evaluation writes into `output`.
     """
     options = options or Options()
+    parts = {}
+    for task in tasks:
+        parts.setdefault(reading(model, task, options.pictures), []).append(task)
+    rows = {}
+    with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
+        for pictures, part in parts.items():
+            reader = model.reading(**dict(pictures)) if pictures else model
+            rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
+    return [rows[task.name] for task in tasks]
+
+
+def _run_tasks(model, tasks, data, media, output: Path, store, options: Options) -> list[dict[str, Any]]:
+    """`run_tasks` for tasks whose pictures are read alike, while the output is this run's alone."""
     say = print if options.progress and options.rank == 0 else (lambda *a, **k: None)
-    output = Path(output)
     hashes = ContentHashes()
     prepared = []
     for task in tasks:
@@ -240,6 +290,7 @@ def run_tasks(
                 items.setdefault(key, item)
     asked = sum(len(p.query_keys) + len(p.candidate_keys) for p in prepared)
     store = EmbeddingStore(store or output / "embeddings", model_identity(model))
+    store.verify(items)
     options.broken_shards += store.broken
     for line in store.broken:
         say(f"set aside a shard that does not read back: {line}", file=sys.stderr)
@@ -260,16 +311,14 @@ def run_tasks(
             hashes=hashes,
             **extra,
         )
-    share_unreadable(store, failed, options.rank)
-    if options.barrier:
-        options.barrier()
+    unreadable = _all_unreadable(failed, store, output, options)
     store.refresh()
-    unreadable = collect_unreadable(store, options.world)
     summaries = {}
     for p in prepared[options.rank :: options.world]:
         summaries[p.data.task.name] = score_task(p, store, unreadable, options, output)
         if p.data.problems:
             print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)
+        _tell_ties(summaries[p.data.task.name])
     if options.barrier:
         options.barrier()
     for p in prepared:
@@ -277,6 +326,15 @@ def run_tasks(
         if name not in summaries:
             summaries[name] = json.loads((output / "tasks" / f"{name}.json").read_text(encoding="utf-8"))
     return [summaries[p.data.task.name] for p in prepared]
+
+
+def _all_unreadable(failed: dict[bytes, str], store: EmbeddingStore, output: Path, options: Options) -> dict[bytes, str]:
+    """What cannot be decoded, over all processes of the run."""
+    if options.world == 1:
+        return failed
+    share_unreadable(store, output, failed, options.rank)
+    options.barrier()
+    return collect_unreadable(store, output, options.world)
 
 
 def run_task(model: Any, task: Task, data: AnyPath | None, media: AnyPath, output: AnyPath, **options: Any) -> dict[str, Any]:

@@ -1,27 +1,51 @@
-"""Frames of a film: from a film file (PyAV), a folder of frame files, or a list of frames as given."""
+"""Frames of a film with their times: from a film file (PyAV), a folder of frame files, or a list of frames as given.
+
+Headers are not believed: a film that was cut without encoding it again says how many frames it once had. What counts is how
+many come out, when each of them is shown, and how the film is to be turned.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from vlm2vec.files import replacing_folder
 from vlm2vec.media.endings import PICTURES
-from vlm2vec.media.sampling import frame_files, frame_indices, sample
+from vlm2vec.media.sampling import frame_files, frame_indices
+from vlm2vec.media.sources import is_source_dict
 
 STORED_FRAMES = 64  # of a film, in the frame folders that MMEB-V2 publishes
 
 
-def read_frames(video: str | os.PathLike | Sequence[Any], frames: int | None) -> list[Any]:
+class Frames(list):
+    """Frames of one film, in order.
+
+    Attributes:
+        seconds: when each frame is shown, in seconds from the film's first one; None where nobody knows.
+    """
+
+    def __init__(self, frames: Iterable[Any] = (), seconds: Sequence[float] | None = None):
+        super().__init__(frames)
+        if seconds is not None and len(seconds) != len(self):
+            raise ValueError(f"expected a time for each frame, got {len(seconds)} times for {len(self)} frames")
+        self.seconds = None if seconds is None else [float(second) for second in seconds]
+
+
+def read_frames(
+    video: str | os.PathLike | Sequence[Any], frames: int | None = None, *, fps: float | None = None, max_frames: int | None = None
+) -> Frames:
     """Frames of one film, chosen by `vlm2vec.media.sampling`.
 
     Args:
-        video: a list of frames (used as given, all of them), a folder of frame files in natural order, or a film file.
-        frames: how many frames to take from a file or folder, spread evenly; None takes all.
+        video: a film file, a folder of frame files in natural order, or a list of frames.
+        frames: how many to take from a file or folder, spread evenly; None takes all. A list is used as it is.
+        fps: of a film file, so many frames a second instead. Folders and lists, whose rate nobody knows, are used whole.
+        max_frames: at most so many, of any film.
 
     Returns:
-        Paths of the frame files of a folder, RGB PIL images of a film file, the entries of a list.
+        Paths of the frame files of a folder, RGB PIL images of a film file, the entries of a list. A film file's have their times.
 
     Raises:
         ValueError: names a file that is missing, cannot be decoded or has no frames.
@@ -29,7 +53,10 @@ def read_frames(video: str | os.PathLike | Sequence[Any], frames: int | None) ->
     if isinstance(video, (list, tuple)):
         if not video:
             raise ValueError("a video needs at least one frame, got an empty list")
-        return list(video)
+        kept, times = frame_indices(len(video), None, max_frames=max_frames), getattr(video, "seconds", None)
+        return Frames([video[i] for i in kept], None if times is None else [times[i] for i in kept])
+    if is_source_dict(video) and video.get("path") is not None:  # as `datasets` gives an undecoded film
+        video = video["path"]
     if not isinstance(video, (str, os.PathLike)):
         raise ValueError(f"expected a video file, a folder of frames or a list of frames, got {type(video).__name__}")
     path = os.fspath(video)
@@ -37,10 +64,10 @@ def read_frames(video: str | os.PathLike | Sequence[Any], frames: int | None) ->
         stored = frame_files(path)
         if not stored:
             raise ValueError(f"video folder {path}: no frame images ({', '.join(PICTURES)})")
-        return sample(stored, frames)
+        return Frames(stored[i] for i in frame_indices(len(stored), frames if fps is None else None, max_frames=max_frames))
     if not os.path.isfile(path):
         raise ValueError(f"video {path}: no such file or folder of frames")
-    return list(decode(path, lambda total: frame_indices(total, frames)))
+    return decode(path, lambda total, own_rate: frame_indices(total, frames, fps=fps, max_frames=max_frames, rate=own_rate))
 
 
 def unpack(path: str | os.PathLike, folder: str | os.PathLike, limit: int = STORED_FRAMES) -> list[str]:
@@ -57,20 +84,22 @@ def unpack(path: str | os.PathLike, folder: str | os.PathLike, limit: int = STOR
     if stored:
         return stored
 
-    def every_nth(total: int) -> range:
+    def every_nth(total: int, rate: Fraction | None) -> range:
         step = max(1, total // limit)
-        return range(0, limit * step, step)
+        return range(0, min(total, limit * step), step)
 
+    film = decode(path, every_nth)
     with replacing_folder(folder, durable=False, shared=True) as part:
-        for number, frame in enumerate(decode(path, every_nth)):
+        for number, frame in enumerate(film):
             frame.save(part / f"{number:04d}.jpeg", quality=95)
     return frame_files(folder)
 
 
-def decode(path: str | os.PathLike, choose: Callable[[int], Sequence[int]]) -> Iterator[Any]:
-    """RGB PIL images of the frames of a film file whose indices `choose(number of frames)` names, in their order.
+def decode(path: str | os.PathLike, choose: Callable[[int, Fraction | None], Sequence[int]]) -> Frames:
+    """RGB PIL images of the frames of a film file whose indices `choose(number of frames, frames a second)` names, in their order.
 
-    The number is the header's, or, where that has none, the number of packets: counting those costs no decoding.
+    The header's number, or, where it has none, that of the packets, is a guess: the film is decoded to its end, and where another
+    number came out, frames are chosen again by the true one.
 
     Raises:
         ValueError: names the film when PyAV is not installed, or when it is missing, has no pictures or cannot be decoded.
@@ -80,24 +109,59 @@ def decode(path: str | os.PathLike, choose: Callable[[int], Sequence[int]]) -> I
         import av
     except ImportError as error:
         raise ValueError(f"video {path}: reading video files needs PyAV; pip install av, or give the frames themselves") from error
-    taken = 0
     try:
-        with av.open(path) as film:
-            if not film.streams.video:
-                raise ValueError(f"video {path}: no video stream")
-            stream = film.streams.video[0]
-            stream.thread_type = "AUTO"
-            total = stream.frames or sum(1 for packet in film.demux(stream) if packet.pts is not None)
-            film.seek(0)
-            wanted = choose(total)
-            at = frozenset(wanted)
-            for index, frame in enumerate(film.decode(stream)):
-                if index in at:
-                    yield frame.to_image()
-                    taken += 1
-                    if taken == len(at):
-                        break
+        total, rate = _guess(path)
+        taken, times = _decoded(path, choose(total, rate))
+        if times is not None and len(times) != total:
+            total, rate = len(times), _rate(times)
+            taken, times = _decoded(path, choose(total, rate))
     except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(f"video {path}: cannot be decoded ({error})") from error
+        raise ValueError(f"video {path}: cannot be decoded ({' '.join(str(error).split())[:200]})") from error
     if not taken:
         raise ValueError(f"video {path}: no frames")
+    return Frames([image for image, _ in taken], [second for _, second in taken])
+
+
+def _guess(path: str) -> tuple[int, Fraction | None]:
+    """How many frames a film says it has, and how many a second."""
+    import av
+
+    with av.open(path) as film:
+        if not film.streams.video:
+            raise ValueError(f"video {path}: no video stream")
+        stream = film.streams.video[0]
+        total = stream.frames or sum(1 for packet in film.demux(stream) if packet.pts is not None and not packet.is_discard)
+        return total, stream.average_rate
+
+
+def _decoded(path: str, indices: Sequence[int]) -> tuple[list[tuple[Any, float]], list[Fraction] | None]:
+    """((picture, seconds) of each frame of `indices`, times of all frames); None for the times where the first frame was enough."""
+    import av
+
+    wanted, taken, times = frozenset(indices), [], []
+    with av.open(path) as film:
+        stream = film.streams.video[0]
+        stream.thread_type = "AUTO"
+        spare = 1 / (stream.average_rate or 1)  # between frames that bear no time
+        for index, frame in enumerate(film.decode(stream)):
+            times.append(times[-1] + spare if frame.pts is None and times else Fraction(frame.pts or 0) * (frame.time_base or 1))
+            if index in wanted:
+                taken.append((_turned(frame), float(times[-1] - times[0])))
+                if wanted == {0}:
+                    return taken, None
+    return taken, times
+
+
+def _rate(times: list[Fraction]) -> Fraction | None:
+    """Frames a second of frames shown at these times."""
+    length = times[-1] - times[0] if times else 0
+    return ((len(times) - 1) / length).limit_denominator(1001) if length else None
+
+
+def _turned(frame):
+    """A frame as players show it: phones film sideways and say so."""
+    from PIL.Image import Transpose
+
+    image = frame.to_image()
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counter-clockwise
+    return image if not turns else image.transpose({1: Transpose.ROTATE_90, 2: Transpose.ROTATE_180, 3: Transpose.ROTATE_270}[turns])

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from vlm2vec.media.endings import SHOWN_BY_BROWSERS
-from vlm2vec.media.images import open_image
+from vlm2vec.media.images import open_picture
 
 LARGEST = 224  # pixels of the longer side
 
@@ -17,7 +17,7 @@ def inline_image(file: str | os.PathLike) -> str:
 
     file = Path(file)
     try:
-        picture = open_image(file)
+        picture = open_picture(file)
         if max(picture.size) <= LARGEST and file.suffix.lower() in SHOWN_BY_BROWSERS:
             return _uri(SHOWN_BY_BROWSERS[file.suffix.lower()], file.read_bytes())
         picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
@@ -29,7 +29,7 @@ def inline_image(file: str | os.PathLike) -> str:
 def inline_thumbnail(file: str | os.PathLike, side: int) -> str | None:
     """A data URI of a JPEG of at most `side` x `side` pixels, None when the picture cannot be read."""
     try:
-        picture = open_image(file)
+        picture = open_picture(file)
     except (ValueError, OSError):
         return None
     picture.thumbnail((side, side))

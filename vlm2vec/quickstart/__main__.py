@@ -6,6 +6,8 @@ import argparse
 import sys
 import time
 
+from vlm2vec.commands.notices import keep_back
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one step of the quickstart. Returns the exit code: 0, or 2 for an error that one line on stderr explains."""
@@ -18,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = steps.add_parser("report", help="write report.html and print the table of scores")
     report.add_argument("folder", help="folder of the quickstart, with scores-before and scores-after")
     given = parser.parse_args(arguments)
+    keep_back()
     try:
         return _build(given) if given.step == "build" else _report(given)
     except ModuleNotFoundError as error:

@@ -190,7 +190,7 @@ def _pictures(folder, name):
 def _top(folder, name) -> list[dict]:
     file = folder / "scores-after" / f"{name}_top.jsonl"
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         raise ValueError(f"{file}: not there; run vlm2vec eval ... --output {folder}/scores-after first") from None
     except json.JSONDecodeError as error:

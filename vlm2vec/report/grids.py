@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from vlm2vec.files import AnyPath
-from vlm2vec.media.images import measure_image
+from vlm2vec.media.images import measure_picture
 from vlm2vec.media.inline import inline_image
 
 
@@ -78,5 +78,5 @@ def _picture(card, flat=False):
 
 
 def _is_wide(file):
-    width, height = measure_image(file).size
+    width, height = measure_picture(file).size
     return width > 1.3 * height

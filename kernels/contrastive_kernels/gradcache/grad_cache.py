@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .chunks import SIDES, Chunk, by_side, make_chunks
+from .checks import check_bounds, side_lengths
+from .chunks import Chunk, by_side, make_chunks
 from .embedding_gradients import LateGradients, embedding_gradients
 from .generator_state import GeneratorState
 from .gradient_sync import GradientSync
@@ -76,7 +77,7 @@ class GradCache:
         >>> from contrastive_kernels import info_nce
         >>> model, queries, targets = torch.nn.Linear(4, 8), torch.randn(6, 4), torch.randn(6, 4)
         >>> cache = GradCache(lambda batch, rows, features=None: model(batch[rows]), chunk_size=2, module=model)
-        >>> result = cache.step(queries, targets, lengths=([1] * 6, [1] * 6), normalize=True)
+        >>> result = cache(queries, targets, normalize=True)  # cache.step by its other name
         >>> chunked = model.weight.grad.clone()
         >>> model.zero_grad()
         >>> info_nce(model(queries), model(targets), normalize=True).backward()
@@ -107,7 +108,8 @@ class GradCache:
                 f"expected exactly one of chunk_tokens and chunk_size, got {chunk_tokens!r} and {chunk_size!r}; "
                 "they are two ways to cut a batch"
             )
-        if not (retain in ("all", "auto") or (isinstance(retain, int) and retain >= 0)):
+        check_bounds(chunk_tokens=chunk_tokens, chunk_size=chunk_size, retain_mib=retain_mib, keep_mib=keep_mib)
+        if not (retain in ("all", "auto") or (isinstance(retain, int) and not isinstance(retain, bool) and retain >= 0)):
             raise ValueError(f'retain: expected a number of chunks, "all" or "auto", got {retain!r}; 0 keeps no graph')
         if retain == "auto" and retain_mib is None and not torch.cuda.is_available():
             raise ValueError('retain_mib: expected MiB beside retain="auto" where no GPU\'s free memory bounds it, got None; pass a bound')
@@ -130,7 +132,7 @@ class GradCache:
         query: Any,
         target: Any,
         *,
-        lengths: tuple[Sequence[int], ...],
+        lengths: tuple[Sequence[int], ...] | None = None,
         hard_negatives: Any = None,
         late_options: Callable[[], dict[str, Any]] | None = None,
         **loss_options: Any,
@@ -139,7 +141,8 @@ class GradCache:
 
         Args:
             query, target: inputs of the two sides, of any type; handed to `encode` as they are.
-            lengths: tokens per row: (query lengths, target lengths), and a third for `hard_negatives`.
+            lengths: tokens per row: (query lengths, target lengths), and a third for `hard_negatives`. With `chunk_size` it may be
+                left out where the sides say their rows (`len`, or the rows of their tensors): chunks then keep the caller's order.
             hard_negatives: inputs of the packed hard negatives (H rows); pass `hard_offsets` (N+1,) as loss option.
             late_options: called after the first pass for more loss options, such as a mask of rows that turned out to be
                 unreadable while they were encoded.
@@ -150,14 +153,11 @@ class GradCache:
             `InfoNCEResult` with the loss, detached; with another loss than `info_nce`, its stats are empty.
 
         Raises:
-            ValueError: where lengths do not match the sides, or a side is empty.
+            ValueError: where lengths do not match the sides or their rows, or a side is empty.
             torch.OutOfMemoryError: where a step cannot be undone, or runs out of memory after the budget was halved.
         """
         sides = [query, target] + ([hard_negatives] if hard_negatives is not None else [])
-        if len(lengths) != len(sides):
-            raise ValueError(
-                f"lengths: expected a sequence for each of {', '.join(SIDES[: len(sides)])}, got {len(lengths)}; pass one a side"
-            )
+        lengths = side_lengths(sides, lengths, needed=self.chunk_size is None)
         with self.memory.watching():
             result = self._attempt(sides, lengths, loss_options, late_options)
             if result is None:
@@ -165,6 +165,8 @@ class GradCache:
                 self._halve()
                 result = self._attempt(sides, lengths, loss_options, late_options)
         return result
+
+    __call__ = step
 
     def chunks(self, lengths: tuple[Sequence[int], ...]) -> list[Chunk]:
         """The chunks of a step over rows of these lengths, in the order of the first pass. Collective where a module is sharded.

@@ -102,7 +102,7 @@ def test_a_step_of_the_sigmoid_loss_has_the_gradients_of_the_whole_batch(root, t
     assert float(result.loss) == pytest.approx(truth.item(), rel=1e-6)
     for name, value in gradients(model).items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-8, msg=name)
-    torch.testing.assert_close(torch.stack(learned), torch.stack([log_scale.grad, bias.grad]), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(torch.cat(learned), torch.stack([log_scale.grad, bias.grad]), rtol=1e-5, atol=1e-8)
     same = sigmoid_loss(query, target, scale=log_scale.exp(), bias=bias, target_ids=ids)
     assert same.item() == pytest.approx(truth.item(), rel=1e-9)
 

@@ -184,6 +184,8 @@ def test_the_model_card(told):
         "| Texts | 33.3% | all |",
         f"`{recipe.data.root}`, split `original`; 4 rows in a row",
         f'VLM2Vec.from_pretrained("{told.output}")',
+        "Find me an everyday image that matches the given caption: a caption\\n",
+        f"vlm2vec embed {told.output} PICTURES --as document -o",
         f"vlm2vec eval {told.output} --data",
         f"vlm2vec train {told.output}/recipe.yaml",
     ):

@@ -168,7 +168,7 @@ def test_vectors_that_are_not_finite_are_refused(tmp_path):
     model = StubModel()
     encode = model.encode
     model.encode = lambda inputs, **o: encode(inputs, **o) * torch.tensor(float("nan"))
-    with pytest.raises(ValueError, match="not finite for .*label tag"):
+    with pytest.raises(ValueError, match="label tag.*: the model.s vector for it is not finite"):
         run(model, data, images, tmp_path / "out")
 
 

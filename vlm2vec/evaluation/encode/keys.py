@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import nn
 
 from vlm2vec.checkpoint.release import __version__
+from vlm2vec.files.documents import require_regular
 from vlm2vec.inputs import VISUAL_KEYS
 
 DIGEST = 16
@@ -51,6 +53,7 @@ class ContentHashes:
     def _file(path):
         digest = _hash()
         digest.update(b"file")
+        require_regular(path)  # a pipe would be waited for, a device read without end
         try:
             with open(path, "rb") as file:
                 while block := file.read(READ_BYTES):
@@ -92,40 +95,86 @@ def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = N
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Hex digest of a module's parameters and buffers, bytes and names; about one second per GB."""
+    """Hex digest of a module's parameters and buffers, bytes and names; well below a second per GB: several tensors at once."""
     import torch
 
-    digest = _hash()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    def one(named) -> bytes:
+        name, tensor = named
+        digest = _hash()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1).contiguous()
         if flat.numel():
             digest.update(flat.cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        return digest.digest()
+
+    tensors = [(name, tensor) for name, tensor in sorted(module.state_dict().items()) if isinstance(tensor, torch.Tensor)]
+    whole = _hash()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for digest in pool.map(one, tensors):
+            whole.update(digest)
+    return whole.hexdigest()
 
 
 def model_identity(model: Any, **extra: Any) -> dict[str, Any]:
     """Everything a stored vector depends on besides the input, as a JSON-able dict.
 
-    A model may say it itself: `model.identity()` -> dict. Otherwise: family, digest of the weights, dtype, the family
-    options in force (image limits, crops, positions), the image processor's settings and the named prompts.
+    A model may say it itself: `model.identity()` -> dict. Otherwise: family, digest of the weights, dtype, configuration, adapter,
+    the family options in force (image limits, crops, positions), tokenizer and processor, and the named prompts.
     """
     if callable(getattr(model, "identity", None)):
         known = dict(model.identity())
     else:
-        processor = getattr(getattr(model, "processing", None), "image_processor", None)
+        processing = getattr(model, "processing", None)
         known = {
             "class": type(model).__name__,
             "family": getattr(model, "family", None),
             "weights": weights_digest(model) if hasattr(model, "state_dict") else None,
             "dtype": str(getattr(model, "dtype", None)),
+            "config": _settings(getattr(model, "config", None)),
+            "adapter": getattr(model, "adapter_settings", None),
             "options": getattr(model, "options", None),
-            "image_processor": processor.to_dict() if hasattr(processor, "to_dict") else None,
+            "tokenizer": tokenizer_digest(getattr(processing, "tokenizer", None) or getattr(model, "tokenizer", None)),
+            "image_processor": _settings(getattr(processing, "image_processor", None)),
+            "processor": _settings(getattr(processing, "hf", None)),
             "prompts": getattr(model, "prompts", None),
         }
-    return json.loads(json.dumps({**known, "vlm2vec": __version__, **extra}, sort_keys=True, default=str))
+    return json.loads(json.dumps({**known, "vlm2vec": __version__, **extra}, sort_keys=True, default=_plain))
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """Hex digest of what a tokenizer makes of texts: vocabulary, merges, normaliser, added tokens, chat template."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else ""
+    named = getattr(tokenizer, "special_tokens_map", None)
+    digest = _hash()
+    digest.update(json.dumps([content, named, getattr(tokenizer, "chat_template", None)], sort_keys=True, default=_plain).encode())
+    return digest.hexdigest()
+
+
+# Where a configuration came from and in which precision it is run, told elsewhere or not a matter of vectors.
+NOT_SETTINGS = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"}
+
+
+def _settings(part: Any) -> Any:
+    """A configuration or processor as its dictionary, without `NOT_SETTINGS` at any depth; None for what is neither."""
+
+    def kept(value):
+        return {k: kept(v) for k, v in value.items() if k not in NOT_SETTINGS} if isinstance(value, dict) else value
+
+    settings = part.to_dict() if hasattr(part, "to_dict") else part
+    return kept(settings) if isinstance(settings, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for, the same in every process: sets in order, objects by their content or class and never by address."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
 
 
 def identity_digest(identity: dict[str, Any]) -> str:

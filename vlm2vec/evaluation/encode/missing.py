@@ -6,17 +6,20 @@ to the processes in turn. Task order, the number of processes and earlier kills 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlm2vec.evaluation.encode.keys import ContentHashes
-from vlm2vec.files import write_json
+from vlm2vec.files import AnyPath, write_json
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.sampling import FRAMES
 
@@ -192,6 +195,7 @@ def fill_store(
     from tqdm import tqdm
 
     hashes = hashes or ContentHashes()
+    store.verify(items)
     shards = [[key for key in shard if key not in store] for shard in plan_shards(items, shard_cost, hashes)[rank::world]]
     shards = [shard for shard in shards if shard]
     missing = sum(map(len, shards))
@@ -203,10 +207,9 @@ def fill_store(
         disable=not progress or rank != 0 or not missing or not sys.stderr.isatty(),
     )
     unreadable = {}
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
-    try:
+    from vlm2vec.encoding import NOT_FINITE, evaluating
+
+    with evaluating(model), bar:
         encoder = Encoder(model, batch_size, prompt, workers)
         inputs = [[items[key] for key in shard] for shard in shards]
         groups = [[visual_key(item, hashes) for item in shard] for shard in inputs]
@@ -216,14 +219,10 @@ def fill_store(
             finite = torch.isfinite(vectors).all(dim=1)
             if not bool(finite.all()):
                 worst = items[keys[good[int((~finite).nonzero()[0])]]]
-                raise ValueError(f"the model returned a vector that is not finite for {short_name(worst)}; check weights and dtype")
+                raise ValueError(f"{short_name(worst)}: {NOT_FINITE}")
             if good:
                 store.add([keys[i] for i in good], vectors)
             bar.update(len(keys))
-    finally:
-        bar.close()
-        if was_training:
-            model.train()
     return unreadable
 
 
@@ -235,18 +234,21 @@ def short_name(item: dict[str, Any]) -> str:
     return " ".join(part for part in (str(visual), repr(text[:60]) if text else "") if part)
 
 
-def share_unreadable(store: EmbeddingStore, unreadable: dict[bytes, str], rank: int) -> None:
-    """Leave this process's failures where the others find them (plain JSON; nothing is unpickled)."""
-    write_json(store.folder / f"unreadable-{rank}.json", {key.hex(): reason for key, reason in unreadable.items()})
+def unreadable_file(store: EmbeddingStore, run: AnyPath, rank: int) -> Path:
+    """Where a process leaves its failures for the others of its run; a store may serve several runs, known by their output folders."""
+    name = hashlib.blake2b(os.path.realpath(run).encode(), digest_size=8).hexdigest()
+    return store.folder / f"unreadable-{name}-{rank}.json"
 
 
-def collect_unreadable(store: EmbeddingStore, world: int) -> dict[bytes, str]:
-    """{key: reason} over all processes."""
-    import json
+def share_unreadable(store: EmbeddingStore, run: AnyPath, unreadable: dict[bytes, str], rank: int) -> None:
+    """Write this process's failures (plain JSON; nothing is unpickled)."""
+    write_json(unreadable_file(store, run, rank), {key.hex(): reason for key, reason in unreadable.items()})
 
+
+def collect_unreadable(store: EmbeddingStore, run: AnyPath, world: int) -> dict[bytes, str]:
+    """{key: reason} over all processes of a run."""
     reasons = {}
     for rank in range(world):
-        path = store.folder / f"unreadable-{rank}.json"
-        if path.exists():
-            reasons.update({bytes.fromhex(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()})
+        told = json.loads(unreadable_file(store, run, rank).read_text(encoding="utf-8"))
+        reasons.update({bytes.fromhex(key): reason for key, reason in told.items()})
     return reasons

@@ -1,18 +1,20 @@
 """Embeddings on disk: safetensors shards that carry their own keys.
 
     STORE/{model digest}/identity.json                what the vectors depend on, for people
-    STORE/{model digest}/shard-{digest}.safetensors   "embeddings" (n, D) float32, "keys" (n, 16) uint8
+    STORE/{model digest}/shard-{digest}.safetensors   "embeddings" (n, D) float32, "keys" (n, 16) uint8, metadata "checksum"
 
 The keys in the shards are the index; it is rebuilt by reading them when the store is opened. Shards are written to a temporary
-name and renamed, so a shard exists whole or not at all; one that does not read back (cut short by a full disk, say) is
-set aside as *.broken, counted, and encoded again. A changed model, image limit or library version has another digest;
-a changed prompt, text or picture has another key.
+name and renamed, so a shard exists whole or not at all; one that does not read back (cut short by a full disk, say), whose content
+is not what its checksum says, or that holds numbers that are not finite, is set aside as *.broken, counted, and encoded again.
+A changed model, tokenizer, image limit or library version has another digest; a changed prompt, text or picture has another key.
+Several runs may fill one store: what two of them encode at once has one name and one content.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ import torch
 
 from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest
 from vlm2vec.files import AnyPath, replacing, write_json
+
+
+def checksum(embeddings: torch.Tensor, keys: torch.Tensor) -> str:
+    """Hex digest of a shard's numbers, (n, D) float32 and (n, 16) uint8 on the CPU."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (embeddings, keys):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
 
 
 class EmbeddingStore:
@@ -38,6 +49,7 @@ class EmbeddingStore:
         self.index = {}
         self.broken = []
         self._seen = set()
+        self._verified = set()
         self.dim = None
         self.refresh()
 
@@ -57,18 +69,47 @@ class EmbeddingStore:
             if keys.shape != (rows, DIGEST) or keys.dtype != torch.uint8:
                 raise ValueError(f"{len(keys)} keys for {rows} vectors")
         except (SafetensorError, ValueError, OSError) as error:
-            aside = path.with_suffix(".broken")
-            try:
-                os.replace(path, aside)
-            except FileNotFoundError:  # another process has set it aside
-                return
-            self.broken.append(f"{path}: {error}")
+            self._set_aside(path, error)
             return
         self._seen.add(path.name)
         self.dim = dim
         raw = keys.numpy().tobytes()
         for row in range(rows):
             self.index.setdefault(raw[row * DIGEST : (row + 1) * DIGEST], (path.name, row))
+
+    def _set_aside(self, path, reason):
+        try:
+            os.replace(path, path.with_suffix(".broken"))
+        except FileNotFoundError:  # another process has set it aside
+            return
+        self.broken.append(f"{path}: {reason}")
+
+    def verify(self, keys: Iterable[bytes]) -> None:
+        """Read the shards of `keys` once. What is not as it was written is no longer in the store, and is named in `broken`."""
+        names = {self.index[key][0] for key in keys if key in self.index}
+        for name in sorted(names - self._verified):
+            try:
+                self._read(name)
+            except ValueError as error:
+                self._set_aside(self.folder / name, error)
+                self.index = {key: place for key, place in self.index.items() if place[0] != name}
+                self._seen.discard(name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A shard's vectors (n, D), their checksum compared once. ValueError says what is wrong with it."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / name, framework="pt") as shard:
+                embeddings, told = shard.get_tensor("embeddings"), (shard.metadata() or {}).get("checksum")
+                if name not in self._verified and told != checksum(embeddings, shard.get_tensor("keys")):
+                    raise ValueError("its content is not what was written (the checksum differs)")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"does not read back ({error})") from error
+        if name not in self._verified and not bool(torch.isfinite(embeddings).all()):
+            raise ValueError("holds numbers that are not finite")
+        self._verified.add(name)
+        return embeddings
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.index
@@ -92,17 +133,19 @@ class EmbeddingStore:
         raw = b"".join(keys)
         name = f"shard-{hashlib.blake2b(raw, digest_size=12).hexdigest()}.safetensors"
         table = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(len(keys), DIGEST)
+        broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
+        if broken:
+            raise ValueError(f"vector {broken[0]} of {len(keys)} is not finite, and is not stored; look at the model's weights and dtype")
         with replacing(self.folder / name) as part:
-            save_file({"embeddings": embeddings, "keys": table}, part)
+            save_file({"embeddings": embeddings, "keys": table}, part, metadata={"checksum": checksum(embeddings, table)})
         self._open(self.folder / name)
 
     def get(self, keys: list[bytes]) -> torch.Tensor:
         """(len(keys), D) float32 vectors, in the order of `keys`; KeyError for one that is not stored.
 
-        Reads each shard once, one at a time: memory is the result plus one shard.
+        Reads each shard once, one at a time: memory is the result plus one shard. ValueError names a shard that is not as it was
+        written.
         """
-        from safetensors import safe_open
-
         wanted = {}
         for place, key in enumerate(keys):
             name, row = self.index[key]
@@ -110,6 +153,8 @@ class EmbeddingStore:
         out = torch.empty(len(keys), self.dim or 0)
         for name, pairs in wanted.items():
             places, rows = zip(*pairs)
-            with safe_open(self.folder / name, framework="pt") as shard:
-                out[list(places)] = shard.get_tensor("embeddings")[list(rows)]
+            try:
+                out[list(places)] = self._read(name)[list(rows)]
+            except ValueError as error:
+                raise ValueError(f"{self.folder / name} {error}; remove it, and the next run encodes its inputs again") from error
         return out

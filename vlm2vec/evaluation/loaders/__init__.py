@@ -42,6 +42,12 @@ def _check(task):
         raise ValueError(f"task {task.name}: loader {task.loader} needs {', '.join(missing)}")
 
 
+def check_loader(task: Task) -> None:
+    """ValueError for a loader that there is not."""
+    if task.loader not in LOADERS:
+        raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+
+
 def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) -> TaskData:
     """Read one task into a TaskData.
 
@@ -49,9 +55,15 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, **options: Any) 
         task: a Task. root: folder of annotation folders (None with hub=True). media: image root, or the folder that
             holds video-tasks/ for videos.
         options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked).
+
+    Raises:
+        ValueError: names the task and what it lacks; more than half of its rows cannot be scored (fewer are told and counted).
     """
-    if task.loader not in LOADERS:
-        raise ValueError(f"task {task.name}: unknown loader {task.loader!r}; known are {', '.join(LOADERS)}")
+    check_loader(task)
     _check(task)
     module, function = LOADERS[task.loader]
-    return getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)
+    data = getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)
+    faults = [query["unreadable"] for query in data.queries if query.get("row")]
+    if 2 * len(faults) > len(data.queries):
+        raise ValueError(f"task {task.name}, {faults[0]}; {len(faults)} of {len(data.queries)} rows cannot be scored: mend or remove them")
+    return data

@@ -10,8 +10,9 @@ from typing import Any
 
 from vlm2vec.evaluation.loaders.tables import read_table
 from vlm2vec.evaluation.tasks import Task
-from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.evaluation.tasks.task_data import Pool, TaskData, asked
 from vlm2vec.files import AnyPath, write_bytes
+from vlm2vec.files.documents import shown
 
 
 def stored_name(corpus_id: str) -> str:
@@ -43,8 +44,11 @@ def _page(corpus_id, image, task, media, cache):
 def read_qrels(table: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """{query id: {corpus id: grade}}; only grades above 0, the highest one when a pair repeats."""
     out = {}
-    for row in table:
-        grade = float(row["score"])
+    for at, row in enumerate(table):
+        try:
+            grade = float(row["score"])
+        except (TypeError, ValueError):
+            raise ValueError(f"qrels, row {at}: score should be a number, got {shown(row['score'])}") from None
         if grade > 0:
             page = out.setdefault(row["query-id"], {})
             page[row["corpus-id"]] = max(grade, page.get(row["corpus-id"], 0.0))
@@ -72,9 +76,9 @@ def load_documents(
         pool.add(name, {"text": task.target_prompt, "image": path}, str(name))
     if task.options.get("language"):
         queries = queries.filter(lambda language: language == task.options["language"], input_columns="language")
-    for row in queries:
+    for i, row in enumerate(queries):
         relevant = qrels.get(row["query-id"], {})
-        data.queries.append({"text": task.query_prompt.replace("{text}", row["query"])})
+        data.queries.append(asked(task.query_prompt, row["query"], i, "query"))
         data.labels.append([pool.index.get(name, -1) for name in relevant])
         data.label_names.append([str(name) for name in relevant])
         data.grades.append([int(g) if g == int(g) else g for g in relevant.values()])

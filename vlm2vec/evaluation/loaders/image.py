@@ -14,7 +14,7 @@ from typing import Any
 from vlm2vec.data.mmeb import EVAL_COLUMNS
 from vlm2vec.evaluation.loaders.tables import read_table
 from vlm2vec.evaluation.tasks import Task, load_tasks
-from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.evaluation.tasks.task_data import Pool, TaskData, unreadable
 from vlm2vec.files import AnyPath
 from vlm2vec.inputs import IMAGE_MARKER
 
@@ -71,15 +71,28 @@ def _as_list(value):
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _check(task, row, i):
+def _fault(row: dict[str, Any]) -> str | None:
+    """Why a row cannot be scored, None where it can."""
     texts, paths = row["tgt_text"], row["tgt_img_path"]
     for column in ("qry_text", "qry_img_path"):
         if row[column] is not None and not isinstance(row[column], str):
-            raise ValueError(f"task {task.name}, row {i}: {column} is text, got {type(row[column]).__name__}")
+            return f"{column} is text, got {type(row[column]).__name__}"
     if not isinstance(texts, list) or not isinstance(paths, list):
-        raise ValueError(f"task {task.name}, row {i}: tgt_text and tgt_img_path are lists, one entry per candidate")
+        return "tgt_text and tgt_img_path are lists, one entry per candidate"
     if len(texts) != len(paths):
-        raise ValueError(f"task {task.name}, row {i}: {len(texts)} tgt_text but {len(paths)} tgt_img_path entries")
+        return f"{len(texts)} tgt_text but {len(paths)} tgt_img_path entries"
+    for column, values in (("tgt_text", texts), ("tgt_img_path", paths)):
+        other = next((value for value in values if not isinstance(value, (str, type(None)))), None)
+        if other is not None:
+            return f"{column} is a list of texts, got {type(other).__name__} in it"
+    if not (row["qry_text"] or "").strip() and not _path(row["qry_img_path"]):
+        return "neither query text nor query image"
+    return None
+
+
+def _path(value: str | None) -> str:
+    """A path of a row, "" for null and for blanks."""
+    return value if value and value.strip() else ""
 
 
 def own_prompts(task: Task) -> Task:
@@ -109,8 +122,13 @@ def load_mmeb(
     parts = all(column in table.column_names for column in V2_COLUMNS)
     data, pool, prompted = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
     for i, row in enumerate(table):
-        _check(task, row, i)
-        qry_text, qry_image = row["qry_text"] or "", row["qry_img_path"] or ""
+        if (fault := _fault(row)) is not None:
+            data.queries.append(unreadable(f"row {i}: {fault}"))
+            data.local.append([])
+            data.labels.append([-1])
+            data.label_names.append([""])
+            continue
+        qry_text, qry_image = row["qry_text"] or "", _path(row["qry_img_path"])
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
         if parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
@@ -118,12 +136,10 @@ def load_mmeb(
             query = prompted.query_prompt.replace("{text}", qry_text)
         else:
             query = qry_text
-        if not query.strip() and not qry_image:
-            data.problems.add("unreadable_query", i, f"row {i} has neither text nor image")
         data.queries.append(item(query, qry_image, images))
         mine = []
         for j, (text, path) in enumerate(zip(row["tgt_text"], row["tgt_img_path"])):
-            text, path = text or "", path or ""
+            text, path = text or "", _path(path)
             if not text and not path and not tgt_inst[j % len(tgt_inst)]:
                 data.problems.add("absent_positive" if j == 0 else "unreadable_candidate", i, f"row {i}, candidate {j} is empty")
                 mine.append(-1)

@@ -25,7 +25,7 @@ def load_moments(
     data = TaskData(task, local=[])
     for i, row in enumerate(table):
         video = PurePosixPath(row[o["video"]]).stem
-        data.queries.append(videos.item(task.query_prompt.replace("{text}", row[o["text"]]), f"{video}/query"))
+        data.queries.append(videos.item(task.query_prompt.replace("{text}", row[o["text"]] or ""), f"{video}/query"))
         folder = next((r / video for r in videos.roots if (r / video).is_dir()), None)
         clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural_order) if folder else []
         mine, right, names = [], [], []

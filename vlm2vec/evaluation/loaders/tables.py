@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm2vec.data.json_lines import read_json_rows
 from vlm2vec.evaluation.tasks.task import Task
 from vlm2vec.files import AnyPath
+from vlm2vec.files.documents import require_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,12 +60,13 @@ def holds_tables(root: AnyPath, task: Task) -> bool:
 
 def _read_files(files):
     """Dataset over local files: small ones in memory, large ones through the library's memory-mapped cache."""
-    import pyarrow.json
     import pyarrow.parquet
     from datasets import Dataset, concatenate_datasets
 
     if files[0].suffix == ".jsonl":
-        return concatenate_datasets([Dataset(pyarrow.json.read_json(f)) for f in files])
+        for file in files:
+            require_rows(file)
+        return concatenate_datasets([Dataset.from_dict(read_json_rows(f)) for f in files])
     if sum(f.stat().st_size for f in files) > IN_MEMORY_BYTES:
         return Dataset.from_parquet([str(f) for f in files])
     return concatenate_datasets([Dataset(pyarrow.parquet.read_table(f)) for f in files])
@@ -90,7 +93,8 @@ def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, c
         try:
             table = _read_files(files)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-            raise ValueError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+            told = (str(error).splitlines() or [type(error).__name__])[0][:250]
+            raise ValueError(told if source in told and files[0].suffix == ".jsonl" else f"{source} cannot be read: {told}") from error
     elif hub and task.hub.get("dataset"):
         source = f"hub dataset {task.hub['dataset']}"
         table = load_dataset(task.hub["dataset"], config, split=task.hub.get("split", "test"))

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from vlm2vec.evaluation.loaders.tables import configs_of, read_table
 from vlm2vec.evaluation.loaders.video_root import VideoRoot
 from vlm2vec.evaluation.tasks import Task, label_sets
-from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
+from vlm2vec.evaluation.tasks.task_data import Pool, TaskData, asked, unreadable
 from vlm2vec.files import AnyPath
 
 
@@ -17,7 +17,7 @@ def _prompt(template, text):
 
 def _first(value):
     """Captions may be lists; the first one counts."""
-    return value[0] if isinstance(value, list) else value
+    return (value or [None])[0] if isinstance(value, list) else value
 
 
 def load_labels(
@@ -126,9 +126,10 @@ def load_choice(
             choices = [str(c) for c in raw]
             folder = o.get("video_folder", "{}").format(row[o["video"]])
             subset = config or row.get("subset")
-            shown = _shown(o.get("shown"), row[o["question"]], choices)
+            shown = _shown(o.get("shown"), row[o["question"]] or "", choices)
             name = f"{subset}/{folder}" if subset and isinstance(task.hub.get("config"), list) else folder
-            data.queries.append(videos.item(_prompt(task.query_prompt, shown), name))
+            fault = None if row[o["question"]] else f"row {i}: no {o['question']}"
+            data.queries.append(unreadable(fault) if fault else videos.item(_prompt(task.query_prompt, shown), name))
             targets = {
                 "lettered": [f"({letter}) {c}" for letter, c in zip(_letters(len(choices)), choices)],
                 "bare": [_bare(c) for c in choices],
@@ -162,11 +163,11 @@ def load_retrieval(
     table = read_table(root, task, columns=[o["video"], o["text"]], hub=hub)
     videos, pool = VideoRoot(task, media, cache), Pool()
     data = TaskData(task, local=None if task.candidates == "global" else [])
-    for row in table:
+    for i, row in enumerate(table):
         name = str(row[o["video"]])
         if o.get("stem"):
             name = PurePosixPath(name).stem
-        data.queries.append({"text": _prompt(task.query_prompt, _first(row[o["text"]]) or "")})
+        data.queries.append(asked(task.query_prompt, _first(row[o["text"]]), i, o["text"]))
         where = pool.add(name, lambda n=name: videos.item(task.target_prompt, n))
         data.labels.append([where])
         data.label_names.append([name])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.score.aggregate import aggregate
-from vlm2vec.evaluation.tasks import GROUPS, published
+from vlm2vec.evaluation.tasks import GROUPS, load_tasks, published
 from vlm2vec.files import AnyPath, write_json, write_lines
 
 V1_TABLE = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
@@ -31,11 +31,24 @@ def own_row(means: dict[str, Any]) -> dict[str, float]:
     return row
 
 
+def not_as_published(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each task that bears a published name and has another number of queries or candidates than was published."""
+    lines, table = [], load_tasks()
+    for row in rows:
+        task = table.get(row["task"])
+        if task is not None and task.queries and row["num_queries"] != task.queries:
+            lines.append(
+                f"{row['task']} has {row['num_queries']:,} queries here, {task.queries:,} as published: its scores cannot be compared"
+            )
+    return lines
+
+
 def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, broken_shards: Sequence[str] = ()) -> list[str]:
     """Lines of summary.md."""
     books = published()
     columns = list(books["columns"])
     known = any(r["task"] in books["models"] for r in rows)
+    others = not_as_published(rows)
     head = ["task", "group", "metric", model, *(books["columns"][c] for c in columns if known)]
     lines = [f"# {model}", "", "Scores in percent; the means are unweighted over data sets.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -44,6 +57,7 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
         cells = [r["task"], r["group"], r["metric"], f"**{percent(r['score'])}**"]
         cells += [str(theirs.get(c, "-")) for c in columns if known]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"* {line}" for line in others)] if others else []
     lines += ["", "## Means", "", "| mean over | data sets | score |", "|---|---|---|"]
     for field, title in (("meta_task", ""), ("group", "group "), ("split", "split "), ("modality", "modality ")):
         for name, part in means[field].items():
@@ -59,6 +73,13 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
         lines.append(f"| **{model}** | " + " | ".join(percent(own_scores.get(c)) for c in wanted) + " |")
         for name, row in books["tables"][key].items():
             lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
+    tied = [r for r in rows if r.get("ties", {}).get("queries")]
+    if tied:
+        lines += ["", "## Ties", "", "Queries of which a right candidate and a wrong one score the same; above, the first one wins.", ""]
+        lines += ["| task | tied queries | score | with ties lost |", "|---|---|---|---|"]
+        for r in tied:
+            cells = (f"{r['ties']['share']:.1%}", percent(r["score"]), percent(r["ties"]["score_ties_lost"]))
+            lines.append(f"| {r['task']} | {' | '.join(cells)} |")
     bad = [r for r in rows if r["problems"]]
     lines += ["", "## Data problems", ""]
     if not bad and not broken_shards:
@@ -102,10 +123,13 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     lines = [f"{'task':<{width}}  {'meta-task':<24} {'metric':<14} {'score':>6}  {'queries':>7} {'cand.':>6}"]
     for r in rows:
         mark = f"  {r['problems']['affected_rows']} rows affected" if r["problems"].get("affected_rows") else ""
+        if r.get("ties", {}).get("queries"):
+            mark += f"  {r['ties']['share']:.1%} tied, {percent(r['ties']['score_ties_lost'])} with ties lost"
         lines.append(
             f"{r['task']:<{width}}  {r['meta_task']:<24} {r['metric']:<14} {percent(r['score']):>6}  {r['num_queries']:>7} "
             f"{r['candidates_per_query']:>6.0f}{mark}"
         )
+    lines += not_as_published(rows)
     for field in ("meta_task", "split", "modality"):
         if len(means[field]) > 1 or field == "meta_task":
             for name, part in means[field].items():

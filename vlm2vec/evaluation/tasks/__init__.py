@@ -20,17 +20,15 @@ In a data folder, `tasks.json` or `tasks.yaml` may name the meta-task of each da
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlm2vec.evaluation.tasks.task import GROUP_OF_META, GROUPS, META_OF_GROUP, TASK_MODALITIES, Task, make_task
 from vlm2vec.files import AnyPath
+from vlm2vec.files.documents import kind, parse_json, read_text, read_yaml, shown
 
 __all__ = [
     "GROUPS",
@@ -51,12 +49,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def _read_yaml(path):
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no task file {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not Path(path).exists():
+        raise ValueError(f"no task file {path}")
+    return read_yaml(path)
 
 
 def read_task_file(path: AnyPath) -> dict[str, Task]:
@@ -99,19 +94,22 @@ def read_hints(root: AnyPath) -> dict[str, dict[str, Any]]:
         if not path.is_file():
             continue
         if name.endswith("json"):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from None
+            content = parse_json(read_text(path), str(path))
         else:
             content = _read_yaml(path)
         if isinstance(content, dict) and isinstance(content.get("tasks"), (dict, list)):
             content = content["tasks"]
         if isinstance(content, list):
-            content = {str(row.get("name")): {k: v for k, v in row.items() if k != "name"} for row in content}
+            for at, row in enumerate(content):
+                if not isinstance(row, dict) or "name" not in row:
+                    raise ValueError(f"{path}: entry {at} of the list should be a mapping with a name, got {shown(row)}")
+            content = {str(row["name"]): {k: v for k, v in row.items() if k != "name"} for row in content}
         if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected a mapping of dataset names")
-        return {k: {"meta_task": v} if isinstance(v, str) else dict(v or {}) for k, v in content.items()}
+            raise ValueError(f"{path}: expected a mapping of dataset names, got {kind(content)}")
+        for name, hint in content.items():
+            if not isinstance(hint, (str, dict, type(None))):
+                raise ValueError(f"{path}: {shown(name)} should be a meta-task or a mapping, got {kind(hint)}")
+        return {str(k): {"meta_task": v} if isinstance(v, str) else dict(v or {}) for k, v in content.items()}
     return {}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vlm2vec.files.documents import shown
+
 TASK_MODALITIES = ("image", "video", "visdoc")
 META_OF_GROUP = {
     "image_cls": "classification",
@@ -66,14 +68,23 @@ class Task:
         return self.report_as or self.name
 
 
+def _kinds(told: str) -> tuple[type, ...]:
+    """The types of a field's annotation, such as "str | None"."""
+    types = {"str": str, "int": int, "dict": dict, "None": type(None)}
+    return tuple(types[name.strip()] for name in told.split("|"))
+
+
 def make_task(values: dict[str, Any], source: str) -> Task:
     """A Task from a mapping; ValueError names the source and the keys that no task has."""
     if not isinstance(values, dict) or "name" not in values:
-        raise ValueError(f"{source}: a task is a mapping with at least a name, got {values!r}")
-    known = {f.name for f in fields(Task)}
-    unknown = sorted(set(values) - known)
+        raise ValueError(f"{source}: a task is a mapping with at least a name, got {shown(values)}")
+    known = {f.name: f.type for f in fields(Task)}
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
-        raise ValueError(f"{source}: task {values['name']!r} has unknown keys {unknown}; known are {sorted(known)}")
+        raise ValueError(f"{source}: task {shown(values['name'])} has unknown keys {shown(unknown)}; known are {', '.join(sorted(known))}")
+    for key, value in values.items():
+        if key != "name" and not isinstance(value, _kinds(known[key])):
+            raise ValueError(f"{source}: task {shown(values['name'])}: {key} should be {known[key]}, got {shown(value)}")
     values = dict(values, name=str(values["name"]))
     if "meta_task" not in values and values.get("group") in META_OF_GROUP:
         values["meta_task"] = META_OF_GROUP[values["group"]]

@@ -33,6 +33,16 @@ class TaskData:
     problems: Problems = field(default_factory=Problems)
 
 
+def unreadable(reason: str) -> dict[str, Any]:
+    """A model input that stands for a row's which cannot be had: it is told and counted, and its row is wrong."""
+    return {"text": "", "image": None, "unreadable": reason, "row": True}
+
+
+def asked(template: str, text: str | None, row: int, what: str) -> dict[str, Any]:
+    """A query of `template` around a text, or what stands for one whose text is null or blank."""
+    return {"text": template.replace("{text}", text)} if text and text.strip() else unreadable(f"row {row}: no {what}")
+
+
 class Pool:
     """Distinct candidates by key, in order of first appearance."""
 

@@ -7,16 +7,19 @@ behind ends in `.part` and is nobody's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 PART = ".part"
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+_UNENCODABLE = "backslashreplace"  # half of a surrogate pair is written as JSON's own escape of it
 AnyPath = str | os.PathLike  # what functions of this project take for a file or folder
 
 
@@ -24,9 +27,11 @@ def sync_to_disk(path: AnyPath) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # Some file systems refuse to sync a folder; the rename itself stays atomic there.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder, or anything; a rename stays atomic there. A full or failing disk is told.
+        if error.errno not in _NO_SYNC:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.close(descriptor)
 
@@ -36,6 +41,23 @@ def sync_tree_to_disk(folder: AnyPath) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             sync_to_disk(os.path.join(root, name))
+
+
+def give_mode(path: AnyPath, mode: int) -> None:
+    """Gives a file these permissions where it has others: libraries that write a temporary file leave it readable by its owner alone."""
+    if os.stat(path).st_mode != mode:
+        os.chmod(path, mode & 0o7777)
+
+
+def give_umask_mode(folder: AnyPath) -> None:
+    """`give_mode` for every file in a folder and below it: what a new file has there, by the umask and the folder's own rules."""
+    probe = _part_of(Path(folder) / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for root, _, names in os.walk(folder):
+        for name in names:
+            give_mode(os.path.join(root, name), mode)
 
 
 @contextlib.contextmanager
@@ -52,7 +74,10 @@ def replacing(path: AnyPath, *, durable: bool = True, make_parents: bool = True)
         path.parent.mkdir(parents=True, exist_ok=True)
     part = _part_of(path)
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        give_mode(part, mode)
         if durable:
             sync_to_disk(part)
         os.replace(part, path)
@@ -84,6 +109,7 @@ def replacing_folder(folder: AnyPath, *, durable: bool = True, shared: bool = Fa
         raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that can be written") from error
     try:
         yield part
+        give_umask_mode(part)
         if durable:
             sync_tree_to_disk(part)
         if shared:
@@ -111,6 +137,7 @@ def filling_folder(folder: AnyPath) -> Iterator[Path]:
     work = tempfile.mkdtemp(prefix=".saving-", dir=folder.parent)
     try:
         yield Path(work)
+        give_umask_mode(work)
         sync_tree_to_disk(work)
         for root, _, names in os.walk(work):
             target = folder / os.path.relpath(root, work)
@@ -131,12 +158,12 @@ def write_bytes(path: AnyPath, content: bytes, *, durable: bool = True) -> None:
 def write_text(path: AnyPath, text: str, *, durable: bool = True, make_parents: bool = True) -> None:
     """A UTF-8 file of this text; see `replacing`."""
     with replacing(path, durable=durable, make_parents=make_parents) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors=_UNENCODABLE)
 
 
 def write_lines(path: AnyPath, lines: Iterable[str], *, durable: bool = True) -> None:
     """A UTF-8 file of these lines, which are written as they come; see `replacing`."""
-    with replacing(path, durable=durable) as part, open(part, "w", encoding="utf-8") as file:
+    with replacing(path, durable=durable) as part, open(part, "w", encoding="utf-8", errors=_UNENCODABLE) as file:
         for line in lines:
             file.write(line + "\n")
 
@@ -155,8 +182,8 @@ def write_table(path: AnyPath, table: Any, *, durable: bool = True) -> None:
 
 
 def _part_of(path: Path) -> Path:
-    """The name to write under, in the same folder; processes and threads have their own."""
-    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}{PART}")
+    """The name to write under, in the same folder; processes and threads of all machines have their own."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}{PART}")
 
 
 def _replace_folder(part: Path, folder: Path) -> None:

@@ -1,0 +1,56 @@
+"""JSON lines: one JSON value a line, and lines end at line feeds alone: U+2028, U+0085 and their like may stand inside of strings."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vlm2vec.files.documents import parse_json, require_regular
+from vlm2vec.inputs import whole_characters
+
+
+def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank. Halves of surrogate pairs in strings become U+FFFD.
+
+    Raises:
+        ValueError: names the file, and the line that is not JSON.
+    """
+    require_regular(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            lines = file.read().split("\n")
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+    values = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        value = parse_json(line, f"{path}, line {number}")
+        values.append((number, _whole(value) if "\\u" in line else value))
+    return values
+
+
+def read_json_rows(path: str | os.PathLike) -> dict[str, list[Any]]:
+    """Columns of a file of JSON objects, one a line; None where a row lacks a column.
+
+    Raises:
+        ValueError: names the file and the line that is not JSON, or no object.
+    """
+    rows = read_json_lines(path)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}; write one object a line")
+    names = dict.fromkeys(name for _, row in rows for name in row)
+    return {name: [row.get(name) for _, row in rows] for name in names}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [_whole(entry) for entry in value]
+    if isinstance(value, dict):
+        return {whole_characters(name): _whole(entry) for name, entry in value.items()}
+    return value
