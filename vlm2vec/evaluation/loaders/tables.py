@@ -94,7 +94,7 @@ def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, c
             table = _read_files(files)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
             told = (str(error).splitlines() or [type(error).__name__])[0][:250]
-            raise ValueError(told if source in told else f"{source} cannot be read: {told}") from error
+            raise ValueError(told if told.startswith(f"{source}, line") else f"{source} cannot be read: {told}") from error
     elif hub and task.hub.get("dataset"):
         source = f"hub dataset {task.hub['dataset']}"
         table = load_dataset(task.hub["dataset"], config, split=task.hub.get("split", "test"))
