@@ -39,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:  # a full disk, a folder without permission
+        if error.strerror is None or error.filename is None:
+            raise
+        from vlm2vec.files import disk_message
+
+        print(f"train: {disk_message(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

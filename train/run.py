@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk
+from vlm2vec.files import give_umask_mode, sync_to_disk, sync_tree_to_disk, writing
 from vlm2vec.files.locks import LOCK, locked
 
 from . import checkpoints, preflight
@@ -121,7 +121,8 @@ def _run(recipe: Recipe, output: Path, fresh: bool, is_main: bool) -> int:
         if is_main:
             print(f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there")
         return 130
-    _publish(trainer, recipe, output)
+    with writing(output):
+        _publish(trainer, recipe, output)
     _wait_for_everyone()
     return 0
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from contrastive_kernels.gradcache.generator_state import GeneratorState
+from vlm2vec.files import writing
 
 from . import checkpoints
 from .data import held_out
@@ -268,7 +269,8 @@ class ContrastiveTrainer(transformers.Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._staging = os.fspath(output / checkpoints.STAGING)
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(output / name):
+                super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
         if self.args.world_size > 1:

@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:  # a folder that cannot be made, a full disk, a file without permission
         if e.strerror is None:
             raise
-        print(f"vlm2vec {name}: {e.filename or ''}{': ' if e.filename else ''}{e.strerror}", file=sys.stderr)
+        from vlm2vec.files import disk_message
+
+        print(f"vlm2vec {name}: {disk_message(e)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("vlm2vec"):

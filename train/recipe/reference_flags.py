@@ -130,7 +130,7 @@ def _flags(words: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _parsed(key: str, values: list[str]) -> Any:
-    parsed = [parse_yaml(value, f"--{key} {shown(value)}: expected a number, a word or a list") for value in values]
+    parsed = [parse_yaml(value, f"--{key}: expected a number, a word or a list, got {shown(value)}") for value in values]
     return parsed[0] if len(parsed) == 1 else parsed
 
 

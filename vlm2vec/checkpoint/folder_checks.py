@@ -182,7 +182,7 @@ def check_weights(source: str, config: Any) -> None:
                 f"{source}: its weights are pickles ({pickled[0]}), which run code when they are read, and are not read here; "
                 "take the model's safetensors files, or let its publisher convert them"
             )
-        raise ValueError(f"{source} has no weights: neither model.safetensors nor {INDEX}; copy them from the model's own folder")
+        raise ValueError(f"{source}: the weights cannot be loaded: neither model.safetensors nor {INDEX} is there; copy them again")
     _check_sizes(source, files, config)
 
 

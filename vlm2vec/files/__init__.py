@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -60,6 +61,50 @@ def give_umask_mode(folder: AnyPath) -> None:
             give_mode(os.path.join(root, name), mode)
 
 
+# What a disk or its permissions refuse, as against a mistake in a program.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+_OF_SAFETENSORS = re.compile(r"os error (\d+)")
+_OF_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container|iostream error|unexpected pos")  # what torch.save says of any of them
+
+
+@contextlib.contextmanager
+def writing(path: AnyPath) -> Iterator[None]:
+    """Around what writes to `path` by whatever library: a full or unwritable disk becomes an OSError that names `path`.
+
+    safetensors and torch.save raise errors of their own for it.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _disk_error(error)
+        if number is None:
+            raise
+        named = getattr(error, "filename", None)
+        raise OSError(number, os.strerror(number), os.fspath(path if named is None else named)) from error
+
+
+def _disk_error(error: Exception) -> int | None:
+    """The system's number of a disk's refusal, as far as an error tells it; None for other errors."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in DISK_ERRORS else None
+    if type(error).__name__ == "SafetensorError" and (found := _OF_SAFETENSORS.search(str(error))):
+        return int(found[1]) if int(found[1]) in DISK_ERRORS else None
+    return errno.ENOSPC if isinstance(error, RuntimeError) and _OF_TORCH.search(str(error)) else None
+
+
+def disk_message(error: OSError) -> str:
+    """One line on a file that could not be written or read: which, why, and what is free on its disk."""
+    where = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else ""
+    message = f"{where}{': ' if where else ''}{error.strerror}"
+    folder = Path(where).absolute()
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or not where:
+        return message
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**20
+    return f"{message} (the disk of {folder} has {free:,.0f} MiB free); make room, then the same command goes on"
+
+
 @contextlib.contextmanager
 def replacing(path: AnyPath, *, durable: bool = True, make_parents: bool = True) -> Iterator[Path]:
     """Gives a path to write to, which takes the name `path` when the block ends; an error in the block leaves `path` as it was.
@@ -74,13 +119,14 @@ def replacing(path: AnyPath, *, durable: bool = True, make_parents: bool = True)
         path.parent.mkdir(parents=True, exist_ok=True)
     part = _part_of(path)
     try:
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        give_mode(part, mode)
-        if durable:
-            sync_to_disk(part)
-        os.replace(part, path)
+        with writing(path):
+            part.touch()
+            mode = part.stat().st_mode
+            yield part
+            give_mode(part, mode)
+            if durable:
+                sync_to_disk(part)
+            os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -108,10 +154,11 @@ def replacing_folder(folder: AnyPath, *, durable: bool = True, shared: bool = Fa
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made ({error.strerror}); choose a folder that can be written") from error
     try:
-        yield part
-        give_umask_mode(part)
-        if durable:
-            sync_tree_to_disk(part)
+        with writing(folder):
+            yield part
+            give_umask_mode(part)
+            if durable:
+                sync_tree_to_disk(part)
         if shared:
             try:
                 os.replace(part, folder)
@@ -136,15 +183,16 @@ def filling_folder(folder: AnyPath) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     work = tempfile.mkdtemp(prefix=".saving-", dir=folder.parent)
     try:
-        yield Path(work)
-        give_umask_mode(work)
-        sync_tree_to_disk(work)
-        for root, _, names in os.walk(work):
-            target = folder / os.path.relpath(root, work)
-            target.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                os.replace(os.path.join(root, name), target / name)
-            sync_to_disk(target)
+        with writing(folder):
+            yield Path(work)
+            give_umask_mode(work)
+            sync_tree_to_disk(work)
+            for root, _, names in os.walk(work):
+                target = folder / os.path.relpath(root, work)
+                target.mkdir(parents=True, exist_ok=True)
+                for name in names:
+                    os.replace(os.path.join(root, name), target / name)
+                sync_to_disk(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

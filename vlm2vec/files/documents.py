@@ -50,14 +50,14 @@ def read_text(path: str | os.PathLike) -> str:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, what: str = ": not JSON") -> Any:
     """A JSON value. ValueError begins with `where` for what is not JSON or nested without end."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError(f"{where}: nested too deep to be read") from None
     except ValueError as e:
-        raise ValueError(f"{where}: not JSON ({str(e)[:200]})") from e
+        raise ValueError(f"{where}{what} ({str(e)[:200]})") from e
 
 
 def read_object(path: str | os.PathLike) -> dict:
@@ -66,7 +66,7 @@ def read_object(path: str | os.PathLike) -> dict:
     Raises:
         ValueError: no regular file, not UTF-8, not JSON, nested without end, or a list, text or number; names the file.
     """
-    found = parse_json(read_text(path), f"{path} is damaged or no JSON; copy it again")
+    found = parse_json(read_text(path), str(path), " is not valid JSON")
     if not isinstance(found, dict):
         raise ValueError(f"{path} should hold a JSON object, got {kind(found)}; copy it again")
     return found
