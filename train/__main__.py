@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE)
         return 0 if argv else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads else spin while a busy machine runs others
     try:
         if argv[0] == "--list":
             from .recipe.files import listing

@@ -94,6 +94,32 @@ def has_processor(source: str, **hub: Any) -> bool:
     return tokenizer and any(file_of(source, n, **hub) for n in ("preprocessor_config.json", "processor_config.json"))
 
 
+# Words, spaces, digits, letters that normalizers change, and bytes: what Llama-style, GPT-style and Qwen's tokenizers cut differently.
+PROBE = "A red fox,  two hens\nand 1234 cafe\u0301s: \ufb01ne na\u00efve \u4f60\u597d \U0001f98a <end>"
+
+
+def check_tokenizer(source: str, tokenizer: Any, **hub: Any) -> None:
+    """A ValueError where the tokenizer that transformers made gives a probe text other tokens than the folder's tokenizer.json does.
+
+    Some releases of transformers (5.3.0, 5.6.0) build a tokenizer anew from its class and not from the file: the same folder, other ids.
+    """
+    path = file_of(source, "tokenizer.json", **hub)
+    if path is None:
+        return
+    from tokenizers import Tokenizer
+
+    written = Tokenizer.from_file(path).encode(PROBE, add_special_tokens=False).ids
+    made = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    if made != written:
+        from transformers import __version__
+
+        at = next((i for i, pair in enumerate(zip(made, written)) if pair[0] != pair[1]), min(len(made), len(written)))
+        raise ValueError(
+            f"{path}: transformers {__version__} makes other tokens of a probe text than this file says (token {at} of {len(written)}: "
+            f"{made[at : at + 3]}, not {written[at : at + 3]}); embeddings would be others: install another release of transformers"
+        )
+
+
 def renamed(values: dict, table: list[tuple[str, str]]) -> dict:
     """`values` under other names: the first (pattern, replacement) of the table that matches a name changes it, once."""
     out = {}

@@ -68,6 +68,7 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
     for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
         if loading.has_processor(folder, **of):
             processing = backbone.processing_class.from_folder(folder, config, options, **of)
+            loading.check_tokenizer(folder, processing.tokenizer, **of)
             break
     if processing is None:
         raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")
