@@ -83,8 +83,8 @@ def check_inputs(query, target, options: InfoNCEOptions) -> None:
     for name, side, dtype in VECTORS:
         check_vector(name, getattr(o, name), {"N": n, "M": m}[side], dtype, device)
     check_weight(o.weight, n, device)
-    if o.positives is None and n > m:
-        raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
+    if o.positives is None:
+        check_default_positives(n, m)
     if o.matryoshka_dims is not None:
         for dim in o.matryoshka_dims:
             if not 1 <= dim <= query.shape[1]:
@@ -145,6 +145,17 @@ def check_above_zero(name: str, value: torch.Tensor, mend: str) -> None:
 def check_finite_weight(weight) -> None:
     if weight is not None and weight.dtype.is_floating_point and not bool(weight.isfinite().all()):
         raise ValueError("weight: expected finite numbers, got NaN or infinity; mask such rows with ignore_index")
+
+
+def check_default_positives(n: int, m: int) -> None:
+    """Without `positives` row i belongs to target i * (M / N): a number of targets that is no multiple of N was laid out otherwise."""
+    if n > m:
+        raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
+    if n and m % n:
+        raise ValueError(
+            f"positives: expected M targets to be a multiple of the N queries, each positive followed by its own negatives, got N={n} and "
+            f"M={m}; pass positives=torch.arange({n}) where the first {n} targets are the positives"
+        )
 
 
 def check_index(name: str, value, rows: int, ignore_index: int) -> None:

@@ -95,8 +95,9 @@ class InfoNCEOptions:
     positives: torch.Tensor | None = option(
         None,
         "Tensor?",
-        "(N,) int64, the index of each query's target; default `i * (M // N)`. `ignore_index` leaves a row out of the loss while its "
-        "query and targets stay candidates.",
+        "(N,) int64, the index of each query's target; default `i * (M / N)`, each positive followed by its own negatives. Where all "
+        "positives stand first, as in `torch.cat([positive, negative])`, pass `torch.arange(N)`. `ignore_index` leaves a row out of the "
+        "loss while its query and targets stay candidates.",
         vector=("N", torch.int64),
         breaks={"shared_logits": PAIRS, "dense": NOT_DENSE},
     )

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .checks import check_above_zero, check_finite_weight, check_index, check_matrices, check_vector, check_weight, may_look
+from .checks import (
+    check_above_zero,
+    check_default_positives,
+    check_finite_weight,
+    check_index,
+    check_matrices,
+    check_vector,
+    check_weight,
+    may_look,
+)
 from .core import sigmoid
 from .core.distributed import check_equal_shards
 from .core.operands import compute_dtype
@@ -150,7 +159,7 @@ def sigmoid_loss(
         query: (N, D). target: (M, D), same dtype and device, L2-normalised by the caller or by `normalize=True`.
         scale, bias: numbers, or tensors of one element, which get their gradients (SigLIP starts at 10 and -10, scale as exp of
             its parameter).
-        positives: (N,) int64 index of each query's target, default `i * (M // N)`; `ignore_index` leaves a row out.
+        positives: (N,) int64 index of each query's target, default `i * (M / N)`; `ignore_index` leaves a row out.
         query_ids, target_ids: (N,), (M,) int64. With both, a pair belongs together where they are equal, and there may be any
             number of them a row; -1 belongs to nothing. With target_ids alone, every target that bears the positive's id does.
         query_mask, target_mask: (N,), (M,) bool; False rows are neither rows nor columns and may hold anything.
@@ -187,8 +196,8 @@ def sigmoid_loss(
         raise ValueError("query_ids: expected target_ids beside them, got none; a pair belongs together where both are equal: pass both")
     if query_ids is not None and positives is not None:
         raise ValueError("query_ids and positives: expected one of them, got both, and ids tell all pairs already; leave positives out")
-    if query_ids is None and positives is None and n > m:
-        raise ValueError(f"positives: expected at least as many targets as queries, got N={n} and M={m}; pass positives")
+    if query_ids is None and positives is None:
+        check_default_positives(n, m)
     for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("exchange", exchange, EXCHANGES)):
         one_of(name, value, allowed)
     check_switches(normalize=normalize, validate=validate)

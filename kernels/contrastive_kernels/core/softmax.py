@@ -61,7 +61,7 @@ class RowSums:
 
     def log_sum(self) -> torch.Tensor:
         """(n,) log of the negatives' sum, -inf where there is none."""
-        return torch.where(self.total > 0, self.shift + self.total.log(), float("-inf"))
+        return torch.where(self.total != 0, self.shift + self.total.log(), float("-inf"))
 
 
 @dataclasses.dataclass
@@ -100,7 +100,7 @@ def row_factor(sums: RowSums, positive_logit: torch.Tensor, shift: torch.Tensor)
     negatives are hard ones may have a smaller shift than E's: its E is 0, and the factor must not be infinite.
     """
     share = torch.sigmoid(sums.log_sum() - positive_logit)
-    return torch.where(sums.total > 0, share * (shift - sums.shift).clamp(max=0).exp() / sums.total, 0)
+    return torch.where(sums.total != 0, share * (shift - sums.shift).clamp(max=0).exp() / sums.total, 0)
 
 
 def mask_logits(logits, block, rows: slice, threshold, active, dead_columns, minus: float = float("-inf")) -> None:
@@ -167,5 +167,5 @@ def reduce_logits(logits, scale, fixed: bool, smoothing: bool, want_best: bool):
     if not fixed:
         cut_negligible(logits)
     sums.total = logits.exp_().sum(1)
-    sums.shift = torch.where(sums.total > 0, shift, minus)
+    sums.shift = torch.where(sums.total != 0, shift, minus)
     return sums, dropped

@@ -37,6 +37,8 @@ GOOD = {"query": torch.randn(N, D), "target": torch.randn(M, D)}
 BAD = {
     "wrong rank": ({"query": torch.randn(N, 2, D)}, "query: expected 2 dimensions"),
     "a vector": ({"target": torch.randn(D)}, "target: expected 2 dimensions"),
+    "more queries than targets": ({"target": torch.randn(3, D)}, "positives: expected at least as many targets .* got N=4 and M=3"),
+    "positives first, fewer negatives": ({"target": torch.randn(7, D)}, "positives: expected M targets to be a multiple .* pass positives"),
     "mismatched D": ({"target": torch.randn(M, D + 1)}, "got query D=3 and target D=4"),
     "devices differ": ({"target": torch.randn(M, D, device="meta")}, "one device.*cpu.*meta"),
     "dtypes differ": ({"target": torch.randn(M, D).bfloat16()}, "one dtype.*float32.*bfloat16"),

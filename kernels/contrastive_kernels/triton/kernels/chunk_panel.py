@@ -57,13 +57,13 @@ def _chunk_reduce_kernel(
         b_cos = _masked_cosines(p_cos, scales, masks, o_r, o_c, m_r, m_c, stride, column_offset)
         b_new = tl.maximum(b_best, tl.max(b_cos, 1))
         # exp2((-1e30 - -1e30) k) would be 1 in a row that has no candidate yet: such elements are excluded by value
-        b_kept = b_cos > -1e29
-        b_e = tl.where(b_kept, tl.exp2((b_cos - b_new[:, None]) * b_k), 0.0)
+        b_dropped = b_cos <= -1e29  # a NaN is not
+        b_e = tl.where(b_dropped, 0.0, tl.exp2((b_cos - b_new[:, None]) * b_k))
         b_total = b_total * tl.exp2((b_best - b_new) * b_k) + tl.sum(b_e, 1)
         b_best = b_new
         if p_count is not None:
-            b_sum += tl.sum(tl.where(b_kept, b_cos, 0.0), 1)
-            b_count += tl.sum(b_kept.to(ACC), 1)
+            b_sum += tl.sum(tl.where(b_dropped, 0.0, b_cos), 1)
+            b_count += tl.sum(1 - b_dropped.to(ACC), 1)
     tl.store(p_total + o_r, b_total, mask=m_r)
     b_any = b_best > -1e29
     tl.store(p_best + o_r, tl.where(b_any, b_best, float("-inf")), mask=m_r)
@@ -104,7 +104,7 @@ def _chunk_write_kernel(
     if p_smooth is not None:
         b_smooth = tl.load(p_smooth + o_r, mask=m_r, other=0.0)
         b_e -= tl.where(b_shift < float("inf"), b_smooth, 0.0)[:, None]  # nothing for a row that takes no part
-    b_e = tl.where(b_cos > -1e29, b_e * GAIN, 0.0)
+    b_e = tl.where(b_cos <= -1e29, 0.0, b_e * GAIN)
     p_bout = p_out + o_r[:, None] * stride_out + o_c[None, :]
     tl.store(p_bout, _narrow(b_e, p_out.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
 

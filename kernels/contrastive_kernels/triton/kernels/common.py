@@ -185,6 +185,12 @@ def _scaled_cosines(b_cos, scales, o_r, o_c, m_r, m_c):
 
 
 @triton.jit
+def _at_most(b_cos, b_bound):
+    """The smaller one; a NaN stays, where a plain minimum gives the other number."""
+    return tl.minimum(b_cos, b_bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_threshold, o_global, EVEN_C: tl.constexpr, ON_SIDE: tl.constexpr):
     """Cosines of a tile with everything that is no negative set to -1e30: positive, false negatives, padding.
 
@@ -198,9 +204,9 @@ def _drop(b_cos, masks, o_r, o_c, m_r, m_c, o_threshold, o_global, EVEN_C: tl.co
         b_cos = tl.where(b_cos > _per_row(b_threshold, ON_SIDE), -1e30, b_cos)
     if masks.keep is not None:
         b_keep = tl.load(masks.keep + o_c, mask=m_c, other=0)
-        b_cos = tl.minimum(b_cos, _per_column(tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
+        b_cos = _at_most(b_cos, _per_column(tl.where(b_keep != 0, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
     elif not EVEN_C:
-        b_cos = tl.minimum(b_cos, _per_column(tl.where(m_c, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
+        b_cos = _at_most(b_cos, _per_column(tl.where(m_c, 1e30, -1e30).to(b_cos.dtype), ON_SIDE))
     if masks.positive is not None:
         # 32 bits are enough for a column's number and halve the comparisons
         b_positive = tl.load(masks.positive + o_r, mask=m_r, other=-1).to(tl.int32)
