@@ -1,6 +1,5 @@
 """A tokenizer that transformers makes must cut a probe text as the folder's tokenizer.json does."""
 
-import json
 import tomllib
 
 import pytest
@@ -19,7 +18,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def without_pre_tokenizer(inner):
+def space_before(inner):
     from tokenizers import pre_tokenizers
 
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
@@ -37,27 +36,36 @@ def composed(inner):
     inner.normalizer = normalizers.NFC()
 
 
-CHANGES = {"a space before the text": without_pre_tokenizer, "lower case": lower_case, "a normalizer dropped or added": composed}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_tokenizer_made_otherwise_is_refused(change, folder, monkeypatch):
-    """As transformers 5.3.0 and 5.6.0 made Phi-3.5-V's and LLaVA's."""
+def changed_by(change, monkeypatch):
+    """transformers makes every tokenizer so."""
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained
 
     def otherwise(*args, **kwargs):
         tokenizer = made(*args, **kwargs)
-        CHANGES[change](tokenizer.backend_tokenizer)
+        change(tokenizer.backend_tokenizer)
         return tokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", otherwise)
+
+
+@pytest.mark.parametrize("change", [space_before, lower_case])
+def test_a_tokenizer_made_otherwise_is_refused(change, folder, monkeypatch):
+    """As transformers 5.3.0 and 5.6.0 made Phi-3.5-V's and LLaVA's."""
+    changed_by(change, monkeypatch)
     with pytest.raises(
         ValueError, match=r"tokenizer.json: transformers \S+ makes other tokens of a probe text .* install another"
     ) as caught:
         VLM2Vec.from_pretrained(folder, device="cpu")
-    assert len(str(caught.value)) < 500 + len(str(folder)) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_another_normalizer_is_told(folder, monkeypatch):
+    """It changes letters with marks alone, as transformers' own class for Qwen3.5 does."""
+    changed_by(composed, monkeypatch)
+    with pytest.warns(UserWarning, match=r"tokenizer.json: transformers \S+ makes other tokens .* letters with marks"):
+        VLM2Vec.from_pretrained(folder, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "phi3_v", "llava_next"])
@@ -78,7 +86,3 @@ def test_releases_that_change_token_ids_are_excluded(version):
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     wanted = next(r for r in map(Requirement, table["train"]) if r.name == "transformers")
     assert f"!={version}" in str(wanted.specifier) and version not in wanted.specifier
-
-
-def test_the_probe_says_what_tokenizers_differ_in():
-    assert json.dumps(loading.PROBE).count("\\u") >= 6 and "  " in loading.PROBE and "\n" in loading.PROBE
