@@ -11,6 +11,8 @@ TRITON :=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 comma := ,
+# OpenMP's threads give their core up while they wait; by default they spin, which takes a busy machine many times as long
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup quickstart check test test-old aot bench pictures clean
 

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m bench: no table {name!r}; there are {', '.join(TABLES)}", file=sys.stderr)
         return 2
     use_this_checkout()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads else spin while a busy machine runs others
     module = f"bench.{name}.run" if (ROOT / "bench" / name / "run.py").exists() else f"bench.{name}"
     return importlib.import_module(module).main(rest)
 

@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers are forked
     keep_back()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads else spin while a busy machine runs others
     try:
         if argv[0] == "--list":
             from .recipe.files import listing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vlm2vec: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     keep_back()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads else spin while a busy machine runs others
     try:
         command = import_module(f"vlm2vec.commands.{name}")
         if hasattr(command, "main"):  # it reads its words itself

@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,40 @@ def has_processor(source: str, **hub: Any) -> bool:
     """Whether a folder or hub repository holds tokenizer and image processor files."""
     tokenizer = any(file_of(source, n, **hub) for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizer and any(file_of(source, n, **hub) for n in ("preprocessor_config.json", "processor_config.json"))
+
+
+# What Llama-style, GPT-style and Qwen's tokenizers cut differently, and what normalizers change.
+PROBE = "A red fox,  two hens\nand 1234 pears don't <end>"
+NORMALIZED_PROBE = "cafe\u0301s \ufb01ne na\u00efve \u4f60\u597d \U0001f98a"
+
+
+def check_tokenizer(source: str, tokenizer: Any, **hub: Any) -> None:
+    """Compares what transformers' tokenizer makes of probe texts with what the folder's tokenizer.json says.
+
+    Some releases of transformers (5.3.0, 5.6.0) build a tokenizer anew from its class and not from the file: the same folder, other
+    ids. A normalizer that a class adds or drops changes letters with marks alone, and is told by a warning.
+
+    Raises:
+        ValueError: other tokens for plain text.
+    """
+    path = file_of(source, "tokenizer.json", **hub)
+    if path is None:
+        return
+    from tokenizers import Tokenizer
+    from transformers import __version__
+
+    written = Tokenizer.from_file(path)
+    for text, mend in ((PROBE, "install another release of transformers"), (NORMALIZED_PROBE, None)):
+        wanted = written.encode(text, add_special_tokens=False).ids
+        made = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if made == wanted:
+            continue
+        at = next((i for i, pair in enumerate(zip(made, wanted)) if pair[0] != pair[1]), min(len(made), len(wanted)))
+        said = f"{path}: transformers {__version__} makes other tokens of a probe text than this file says (token {at} of {len(wanted)}: "
+        said += f"{made[at : at + 3]}, not {wanted[at : at + 3]})"
+        if mend is not None:
+            raise ValueError(f"{said}; embeddings would be others: {mend}")
+        warnings.warn(f"{said}: its letters with marks are normalised otherwise, as this release does for the class", stacklevel=2)
 
 
 def renamed(values: dict, table: list[tuple[str, str]]) -> dict:

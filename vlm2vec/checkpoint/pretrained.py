@@ -76,6 +76,7 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
             folder_checks.check_processor_files(folder)
             with folder_checks.naming(folder, "its tokenizer (tokenizer.json, tokenizer_config.json) or processor"):
                 processing = backbone.processing_class.from_folder(folder, config, options, **of)
+            loading.check_tokenizer(folder, processing.tokenizer, **of)
             break
     if processing is None:
         raise ValueError(f"{source} has no tokenizer or processor files, nor has {weights}; copy them from the base model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("folder", help="folder of the quickstart, with scores-before and scores-after")
     given = parser.parse_args(arguments)
     keep_back()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads else spin while a busy machine runs others
     try:
         return _build(given) if given.step == "build" else _report(given)
     except ModuleNotFoundError as error:
