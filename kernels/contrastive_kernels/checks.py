@@ -25,9 +25,12 @@ def may_look(tensor: torch.Tensor, validate: bool) -> bool:
     return validate or not waits_for_device(tensor)
 
 
-def check_tensor(name: str, value, shape: str) -> None:
+def check_tensor(name: str, value, shape: str, *sizes: int) -> None:
+    """shape: words with a {} for each of `sizes`, put in for a message alone: a tracer would make a constant of every size in a string."""
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"{name}: expected a tensor of shape {shape}, got {type(value).__name__}; call torch.tensor or torch.stack")
+        raise ValueError(
+            f"{name}: expected a tensor of shape {shape.format(*sizes)}, got {type(value).__name__}; call torch.tensor or torch.stack"
+        )
 
 
 def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = False) -> None:
@@ -54,8 +57,8 @@ def check_vector(name: str, value, rows: int, dtype: torch.dtype | None, device:
     """(rows,) of `dtype` on `device`, or None; `dtype` None asks for numbers of any kind."""
     if value is None:
         return
-    check_tensor(name, value, f"({rows},)")
-    if tuple(value.shape) != (rows,):
+    check_tensor(name, value, "({},)", rows)
+    if value.dim() != 1 or value.shape[0] != rows:
         raise ValueError(f"{name}: expected shape ({rows},), got {tuple(value.shape)}; pass one entry a row")
     if dtype is not None and value.dtype != dtype:
         mend = ".bool()" if dtype == torch.bool else ".long()"
@@ -79,7 +82,7 @@ def check_weight(value, rows: int, device: torch.device) -> None:
 def check_inputs(query, target, options: InfoNCEOptions) -> None:
     """Everything that shapes, dtypes and devices tell."""
     check_matrices(query, target)
-    n, m, device, o = len(query), len(target), query.device, options
+    n, m, device, o = query.shape[0], target.shape[0], query.device, options
     for name, side, dtype in VECTORS:
         check_vector(name, getattr(o, name), {"N": n, "M": m}[side], dtype, device)
     check_weight(o.weight, n, device)
@@ -95,7 +98,7 @@ def check_inputs(query, target, options: InfoNCEOptions) -> None:
 
 def _check_hard(query: torch.Tensor, o: InfoNCEOptions) -> None:
     hard, (n, d) = o.hard_negatives, query.shape
-    check_tensor("hard_negatives", hard, f"({n}, K, {d}) or (H, {d})")
+    check_tensor("hard_negatives", hard, "({}, K, {}) or (H, {})", n, d, d)
     if o.hard_offsets is None:
         if hard.dim() != 3 or hard.shape[0] != n or hard.shape[2] != d:
             raise ValueError(
@@ -112,10 +115,12 @@ def _check_hard(query: torch.Tensor, o: InfoNCEOptions) -> None:
     if hard.device != query.device:
         raise ValueError(f"hard_negatives: expected them on {query.device}, got {hard.device}; move them there")
     if o.hard_ids is not None:
-        shape = tuple(hard.shape[:-1])
-        check_tensor("hard_ids", o.hard_ids, str(shape))
-        if tuple(o.hard_ids.shape) != shape:
-            raise ValueError(f"hard_ids: expected shape {shape}, got {tuple(o.hard_ids.shape)}; pass one id a hard negative, -1 for none")
+        shape = hard.shape[:-1]
+        check_tensor("hard_ids", o.hard_ids, f"({', '.join('{}' for _ in shape)})", *shape)
+        if o.hard_ids.shape != shape:
+            raise ValueError(
+                f"hard_ids: expected shape {tuple(shape)}, got {tuple(o.hard_ids.shape)}; pass one id a hard negative, -1 for none"
+            )
         check_vector("hard_ids", o.hard_ids.reshape(-1), o.hard_ids.numel(), torch.int64, query.device)
 
 

@@ -40,12 +40,12 @@ def last_token_rows(
         if hidden.dim() != 2:
             shape = tuple(hidden.shape)
             raise ValueError(f"{hidden_name}: expected packed (T, D) with {packed_name}, got shape {shape}; padded input takes {mask_name}")
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in INTEGERS:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in INTEGERS:
             raise ValueError(
                 f"{packed_name}: expected integers of shape (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
                 "pass where samples begin and end, 0 first"
             )
-    elif hidden.dim() != 3 or tuple(attention_mask.shape) != tuple(hidden.shape[:2]):
+    elif hidden.dim() != 3 or attention_mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"{hidden_name} and {mask_name}: expected (B, L, D) and (B, L), got {tuple(hidden.shape)} and {tuple(attention_mask.shape)}; "
             f"packed input takes {packed_name}"
@@ -98,7 +98,7 @@ def _check_offsets(name: str, offsets: torch.Tensor, tokens: int) -> None:
 
 @_rows.register_fake
 def _(attention_mask, cu_seqlens, tokens, backend, validate, name):
-    given, count = (attention_mask, len(attention_mask)) if cu_seqlens is None else (cu_seqlens, len(cu_seqlens) - 1)
+    given, count = (attention_mask, attention_mask.shape[0]) if cu_seqlens is None else (cu_seqlens, cu_seqlens.shape[0] - 1)
     return given.new_empty(count, dtype=torch.int64)
 
 

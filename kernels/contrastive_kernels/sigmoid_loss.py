@@ -67,7 +67,7 @@ def _(*values):
     tensors, (*settings, wanted) = values[: len(TENSORS)], values[len(TENSORS) :]
     none, dtype = settings[2] == "none", compute_dtype(*tensors[:2])
     shapes = [x.shape if str(i) in wanted and not none else 0 for i, x in enumerate(tensors[:4])]
-    return tensors[0].new_empty(len(tensors[0]) if none else (), dtype=dtype), *(tensors[0].new_empty(s, dtype=dtype) for s in shapes)
+    return tensors[0].new_empty(tensors[0].shape[0] if none else (), dtype=dtype), *(tensors[0].new_empty(s, dtype=dtype) for s in shapes)
 
 
 def _cotangent(*values):
@@ -97,7 +97,7 @@ def _save(ctx, inputs, output):
     ctx.dtypes = [x.dtype for x in inputs[:4]]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.there = [x is not None for x in inputs[: len(TENSORS)]]
+    ctx.given = [x is not None for x in inputs[: len(TENSORS)]]
     ctx.save_for_backward(*([x for x in inputs[: len(TENSORS)] if x is not None] if ctx.none else output[1:]))
 
 
@@ -108,7 +108,7 @@ def _differentiate(ctx, grad, *_):
     refuse_second_derivative("sigmoid_loss")
     if ctx.none:
         saved = iter(ctx.saved_tensors)
-        tensors = [next(saved) if there else None for there in ctx.there]
+        tensors = [next(saved) if there else None for there in ctx.given]
         tensors[-1] = grad if tensors[-1] is None else grad * tensors[-1]
         normalize, ignore_index, _, group, exchange, validate, wanted = ctx.rest
         gradients = _cotangent_op(*tensors, normalize, ignore_index, "sum", group, exchange, validate, wanted)
@@ -186,7 +186,7 @@ def sigmoid_loss(
         0.0269
     """
     check_matrices(query, target)
-    n, m = len(query), len(target)
+    n, m = query.shape[0], target.shape[0]
     for name, value, rows in (("positives", positives, n), ("query_ids", query_ids, n), ("target_ids", target_ids, m)):
         check_vector(name, value, rows, torch.int64, query.device)
     for name, value, rows in (("query_mask", query_mask, n), ("target_mask", target_mask, m)):

@@ -207,8 +207,8 @@ def topk_similarity(
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k: expected 1 or more, got {k!r}; 1 finds the nearest alone")
     if exclude is not None:
-        check_tensor("exclude", exclude, f"({len(query)}, E)")
-        if exclude.dim() != 2 or len(exclude) != len(query) or exclude.dtype != torch.int64:
+        check_tensor("exclude", exclude, "({}, E)", query.shape[0])
+        if exclude.dim() != 2 or exclude.shape[0] != query.shape[0] or exclude.dtype != torch.int64:
             raise ValueError(f"exclude: expected int64 of shape ({len(query)}, E), got {exclude.dtype} {tuple(exclude.shape)}; -1 pads")
         if exclude.device != query.device:
             raise ValueError(f"exclude: expected it on {query.device}, got {exclude.device}; move it there")

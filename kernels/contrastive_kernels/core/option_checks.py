@@ -29,7 +29,8 @@ def check_ignore_index(value) -> None:
 
 
 def is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # compared, for a tracer would make a constant of what it hands to math.isfinite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def check_temperature(temperature) -> None:
