@@ -20,10 +20,10 @@ def cache_of(model, **options):
 
 QUERY, TARGET = torch.randn(6, 4).double(), torch.randn(12, 4).double()
 REFUSED = {
-    "too few": (([1] * 5, [1] * 12), "query has 6 rows and 5 lengths"),
-    "too few targets": (([1] * 6, [1] * 6), "target has 12 rows and 6 lengths"),
-    "too many": (([1] * 7, [1] * 12), "query has 6 rows and 7 lengths"),
-    "none": (([], [1] * 12), "query has 6 rows and 0 lengths"),
+    "too few": (([1] * 5, [1] * 12), "expected one for each of the 6 rows of query, got 5"),
+    "too few targets": (([1] * 6, [1] * 6), "expected one for each of the 12 rows of target, got 6"),
+    "too many": (([1] * 7, [1] * 12), "expected one for each of the 6 rows of query, got 7"),
+    "none": (([], [1] * 12), "expected one for each of the 6 rows of query, got 0"),
     "negative": (([1, 1, -2, 1, 1, 1], [1] * 12), "got -2 for row 2 of query"),
     "NaN": (([1, 1, 1, 1, NAN, 1], [1] * 12), "got nan for row 4 of query"),
     "halves": (([1] * 6, [1.5] * 12), "got 1.5 for row 0 of target"),
@@ -94,7 +94,7 @@ def test_a_step_without_lengths(kind, called):
 def test_without_lengths_where_they_are_needed():
     with pytest.raises(ValueError, match="lengths: expected the tokens of each row beside chunk_tokens, got None"):
         cache_of(encoder(), chunk_size=None, chunk_tokens=4).step(QUERY, TARGET)
-    with pytest.raises(ValueError, match="lengths: the rows of query cannot be counted"):
+    with pytest.raises(ValueError, match="lengths: expected them for query, whose rows cannot be counted"):
         cache_of(encoder()).step(object(), TARGET)
 
 

@@ -40,11 +40,13 @@ def side_lengths(sides: Sequence[Any], lengths: Sequence[Sequence[int]] | None, 
             raise ValueError("lengths: expected the tokens of each row beside chunk_tokens, got None; pass them, or cut by chunk_size")
         for name, count in zip(names, counted):
             if count is None:
-                raise ValueError(f"lengths: the rows of {name} cannot be counted (no len); pass a length for each row, 1 will do")
+                raise ValueError(
+                    f"lengths: expected them for {name}, whose rows cannot be counted (no len), got None; pass a length for each row, 1 will do"
+                )
         return tuple([1] * count for count in counted)
     if len(lengths) != len(sides):
         raise ValueError(f"lengths: expected a sequence for each of {', '.join(names)}, got {len(lengths)}; pass one a side")
-    made = []
+    checked = []
     for name, given, count in zip(names, lengths, counted):
         values = given.tolist() if isinstance(given, torch.Tensor) else list(given)
         odd = next((row for row, value in enumerate(values) if not (isinstance(value, Integral) and value >= 0)), None)
@@ -53,10 +55,10 @@ def side_lengths(sides: Sequence[Any], lengths: Sequence[Sequence[int]] | None, 
         # packed sides have as many rows as tokens
         if count is not None and count not in (len(values), sum(values)):
             raise ValueError(
-                f"lengths: {name} has {count} rows and {len(values)} lengths; pass one for every row, or rows would be dropped"
+                f"lengths: expected one for each of the {count} rows of {name}, got {len(values)}; pass one for every row, or rows would be dropped"
             )
-        made.append([int(value) for value in values])
-    return tuple(made)
+        checked.append([int(value) for value in values])
+    return tuple(checked)
 
 
 def rows_of(side: Any) -> int | None:
@@ -72,5 +74,5 @@ def rows_of(side: Any) -> int | None:
     tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
     if isinstance(side, list) and len(tensors) < len(values):
         return len(side)  # texts, pictures, features: one a row
-    found = {len(value) for value in tensors}
-    return found.pop() if len(found) == 1 else None
+    counts = {len(value) for value in tensors}
+    return counts.pop() if len(counts) == 1 else None

@@ -120,7 +120,7 @@ def test_compiled_over_a_group(group, exchange):
 
 def test_compiled_search_and_value_and_grad():
     torch.compiler.reset()
-    query, target = torch.randn(6, D), torch.randn(40, D)
+    query, target = torch.randn(6, D), torch.randn(42, D)
     exclude = torch.randint(-1, 40, (6, 3))
     found = torch.compile(lambda q, t: topk_similarity(q, t, 5, exclude=exclude, validate=True), fullgraph=True, backend="aot_eager")(
         query, target

@@ -10,7 +10,7 @@ from contrastive_kernels.reference import info_nce_reference
 from tests.kernels.helpers.paths import PATHS, force
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N, M, D = 19, 45, 24
+N, M, D = 19, 57, 24
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32  # the interpreter takes float64
 
 

@@ -13,7 +13,7 @@ from contrastive_kernels.triton import configs, launch_log
 from contrastive_kernels.triton import matryoshka as levels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float64 under the interpreter; bench/gpu checks a GPU")
-N, M, DIMS = 19, 45, (16, 32, 40)
+N, M, DIMS = 19, 57, (16, 32, 40)
 
 
 def unit(*shape, dtype=torch.float64):

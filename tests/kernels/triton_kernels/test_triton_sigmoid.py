@@ -15,7 +15,7 @@ from contrastive_kernels.triton.kernels import sigmoid_panel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
 TIGHT = dict(rtol=1e-9, atol=1e-10) if TRUTH == torch.float64 else dict(rtol=1e-4, atol=1e-5)
-N, M, D = 19, 45, 24  # several tiles of 16, none of them whole
+N, M, D = 19, 57, 24  # several tiles of 16, none of them whole
 
 
 @pytest.fixture(autouse=True)

@@ -122,9 +122,9 @@ def test_weights_that_do_not_fit_are_listed(phi, tmp_path):
     shutil.copytree(phi[0], tmp_path / "bad")
     weights = load_file(phi[0] / "model.safetensors")
     del weights["model.vision_embed_tokens.glb_GN"]
-    weights["model.layers.7.mlp.down_proj.weight"] = torch.zeros(2, 2)
+    weights["model.layers.0.mlp.side_proj.weight"] = torch.zeros(2, 2)
     save_file(weights, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="layers.7.mlp.down_proj.weight") as error:
+    with pytest.raises(ValueError, match="layers.0.mlp.side_proj.weight") as error:
         VLM2Vec.from_pretrained(tmp_path / "bad")
     assert "glb_GN" in str(error.value)
 
