@@ -15,7 +15,7 @@ from contrastive_kernels.reference import info_nce_reference
 PATHS = ("exp", "chunk", "fused", "joint", "levels", "dense")
 DENSE = ("plain", "weight, sum", "positives", "cold")  # options that the dense path knows
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPE = (384, 640, 128)  # one and a half row tiles of 256, five column tiles of 128, the width that the fused path takes too
+SHAPE = (384, 768, 128)  # one and a half row tiles of 256, six column tiles of 128, the width that the fused path takes too
 DRY_SHAPE = (10, 20, 128)
 DRY = ("plain", "matryoshka", "pairs, symmetric")  # together they take every path
 

@@ -55,7 +55,7 @@ def side_lengths(sides: Sequence[Any], lengths: Sequence[Sequence[int]] | None, 
         # packed sides have as many rows as tokens
         if count is not None and count not in (len(values), sum(values)):
             raise ValueError(
-                f"lengths: expected one for each of the {count} rows of {name}, got {len(values)}; pass one for every row, or rows would be dropped"
+                f"lengths: expected one for each of the {count} rows of {name}, got {len(values)}; without one a row would be dropped"
             )
         checked.append([int(value) for value in values])
     return tuple(checked)
