@@ -41,7 +41,7 @@ def side_lengths(sides: Sequence[Any], lengths: Sequence[Sequence[int]] | None, 
         for name, count in zip(names, counted):
             if count is None:
                 raise ValueError(
-                    f"lengths: expected them for {name}, whose rows cannot be counted (no len), got None; pass a length for each row, 1 will do"
+                    f"lengths: expected them for {name}, whose rows cannot be counted, got None; pass a length for each row, 1 will do"
                 )
         return tuple([1] * count for count in counted)
     if len(lengths) != len(sides):
