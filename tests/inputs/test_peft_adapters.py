@@ -16,19 +16,6 @@ FAMILIES = {**BUILDERS, **GENERIC}
 TEXTS = ["a fox", "a photo of two red foxes"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            FAMILIES[family](made[family])
-        return made[family]
-
-    return folder
-
-
 def last_hidden(module, text_ids):
     """transformers' own embedding of each text: the last token's hidden state, normalised."""
     rows = []

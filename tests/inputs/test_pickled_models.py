@@ -40,20 +40,6 @@ def same_model(copied, model):
     np.testing.assert_allclose(copied.encode(INPUTS), model.encode(INPUTS), atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Builder of a family's folder, made once."""
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            FAMILIES[family](made[family])
-        return made[family]
-
-    return folder
-
-
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family(family, how, folders):

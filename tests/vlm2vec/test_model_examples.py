@@ -9,10 +9,11 @@ from vlm2vec import VLM2Vec
 
 
 def public_members(cls: type) -> dict[str, object]:
-    """{"Class": it, "Class.name": method or property} of what a class itself defines for others."""
+    """{"Class": it, "Class.name": method or property} of what a class and its bases in this package define for others."""
     kinds = (property, classmethod, staticmethod, type(public_members))
-    own = {name: member for name, member in vars(cls).items() if isinstance(member, kinds) and not name.startswith("_")}
-    return {cls.__name__: cls} | {f"{cls.__name__}.{name}": member for name, member in own.items()}
+    bases = [base for base in reversed(cls.__mro__) if base.__module__.startswith("vlm2vec.")]
+    members = {name: member for base in bases for name, member in vars(base).items() if isinstance(member, kinds)}
+    return {cls.__name__: cls} | {f"{cls.__name__}.{name}": member for name, member in members.items() if not name.startswith("_")}
 
 
 PUBLIC = public_members(VLM2Vec)
