@@ -11,8 +11,8 @@ from torch import nn
 from vlm2vec import encoding
 from vlm2vec.attention import choose_provider, register
 from vlm2vec.checkpoint import saving, sentence_transformers_files
+from vlm2vec.checkpoint.trainable import Trainable
 from vlm2vec.packing import Features, PackedBatch
-from vlm2vec.trainable import Trainable
 
 if TYPE_CHECKING:
     import numpy as np
