@@ -54,7 +54,7 @@ check: $(STAMP)  ## Lint and check the formatting (seconds)
 	@$(VENV)/bin/ruff format --check .
 
 test: $(STAMP)  ## Run the whole test suite
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-old:  ## The same on the oldest versions that pyproject.toml allows (tests/oldest.txt), in .venv-old; Python 3.11 or 3.12
 	@$(MAKE) --no-print-directory test VENV=.venv-old CONSTRAINTS=tests/oldest.txt

@@ -1,5 +1,6 @@
 """Shared test set-up: the Triton interpreter where there is no GPU, quiet libraries, no network."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -15,6 +16,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: two workers that take whole files then end together."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
