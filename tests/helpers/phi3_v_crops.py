@@ -1,6 +1,6 @@
 """Phi-3.5-V's views of one picture, as its backbone makes them of a batch."""
 
-from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_tiles, normalised_views, padded_size
+from vlm2vec.backbones.phi3_v.images import CLIP_MEAN, CLIP_STD, image_tiles, normalised_views, padded_size
 
 
 def image_crops(image, num_crops, crop=336):

@@ -174,8 +174,8 @@ def llava_next(folder):
 
 
 def phi3_v(folder):
-    from vlm2vec.backbones.phi3_v_config import Phi3VConfig
-    from vlm2vec.backbones.phi3_v_model import Phi3VForCausalLM
+    from vlm2vec.backbones.phi3_v.config import Phi3VConfig
+    from vlm2vec.backbones.phi3_v.model import Phi3VForCausalLM
 
     # The original context of 64 tokens lies inside the lengths that tests use: both sets of rope factors are in play.
     config = Phi3VConfig(

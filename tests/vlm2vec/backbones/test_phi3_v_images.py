@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers.golden_files import read
 from tests.helpers.phi3_v_crops import image_crops
-from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, hd_transform, image_tiles, image_tokens, normalised_views, padded_size
+from vlm2vec.backbones.phi3_v.images import CLIP_MEAN, CLIP_STD, hd_transform, image_tiles, image_tokens, normalised_views, padded_size
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from tests.helpers.golden_files import read
 from tests.helpers.phi3_v_crops import image_crops
 from vlm2vec.attention import TEXT_ATTENTION, Segments, register
-from vlm2vec.backbones.phi3_v_config import Phi3VConfig
-from vlm2vec.backbones.phi3_v_model import Phi3VForCausalLM, Phi3VModel, Phi3VRotary
+from vlm2vec.backbones.phi3_v.config import Phi3VConfig
+from vlm2vec.backbones.phi3_v.model import Phi3VForCausalLM, Phi3VModel, Phi3VRotary
 
 CLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
 

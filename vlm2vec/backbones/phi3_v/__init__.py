@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from vlm2vec.backbones.base import Backbone, Processing, Visual
-from vlm2vec.backbones.phi3_v_config import Phi3VConfig
-from vlm2vec.backbones.phi3_v_images import CLIP_MEAN, CLIP_STD, image_tiles, image_tokens, normalised_views, padded_size
-from vlm2vec.backbones.phi3_v_model import Phi3VModel
+from vlm2vec.backbones.phi3_v.config import Phi3VConfig
+from vlm2vec.backbones.phi3_v.images import CLIP_MEAN, CLIP_STD, image_tiles, image_tokens, normalised_views, padded_size
+from vlm2vec.backbones.phi3_v.model import Phi3VModel
 from vlm2vec.files import write_json
 from vlm2vec.inputs import Item
 from vlm2vec.media.images import Undecoded

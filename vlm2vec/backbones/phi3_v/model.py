@@ -23,7 +23,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3PreTrai
 
 from vlm2vec.attention import Segments
 from vlm2vec.backbones import clip
-from vlm2vec.backbones.phi3_v_config import Phi3VConfig
+from vlm2vec.backbones.phi3_v.config import Phi3VConfig
 
 
 class Phi3VRotary(nn.Module):
