@@ -68,7 +68,7 @@ def model_card(
             "",
             f"One vector for any mix of text and images: `{base}` ({family}) trained contrastively, {how} "
             f"({trained:,} of {total:,} parameters), for {steps:,} steps of {recipe.global_batch:,} pairs "
-            f"{recipe.loss.words()}.",
+            f"{recipe.objective.words()}.",
             "",
             "## Use",
             "",
