@@ -108,7 +108,7 @@ class _InfoNCE(Loss):
         function = inner(function)
         if isinstance(function, RowTemperatures):
             return function.figures()
-        return {"temperature": float(function.temperature) if self.learns else self.start}
+        return {"temperature": float(function.temperature.detach()) if self.learns else self.start}
 
     def words(self) -> str:
         which = {"none": "", "global": ", learned from there"}.get(self.learn, f", learned from there for each {self.learn}")
