@@ -31,7 +31,7 @@ PREFIX = "base_model.model."
 REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_up_proj", "down_proj")
 # What an adapter may hold beside LoRA's matrices, all of it whole numbers of the base: trained modules, biases, rows of the token table.
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-_WHOLE = ("modules_to_save", "trainable_token_indices")
+WHOLE = ("modules_to_save", "trainable_token_indices")
 # Kinds of LoRA whose tensors mean something else than B A beside a layer.
 _UNSUPPORTED = ("target_parameters", "layer_replication", "alora_invocation_tokens", "lora_bias", "use_qalora", "arrow_config")
 _PARTS = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<tail>\.weight)?$")
@@ -128,7 +128,7 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
         init_lora_weights=True,
         inference_mode=False,
         bias="none",
-        **dict.fromkeys(_WHOLE),
+        **dict.fromkeys(WHOLE),
         **patterns,
     )
     inject(model, config)
@@ -151,7 +151,7 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
             used.add(place)
     if left := sorted(expected - used):
         raise ValueError(f"adapter {source} lacks {len(left)} tensors that the model expects: {', '.join(left[:10])}")
-    kept = {name: settings[name] for name in ("target_modules", "bias", *_WHOLE) if settings.get(name)}
+    kept = {name: settings[name] for name in ("target_modules", "bias", *WHOLE) if settings.get(name)}
     if "modules_to_save" in kept:  # without a head
         there = {part for name in whole for part in of_base(name).split(".")}
         kept["modules_to_save"] = [module for module in kept["modules_to_save"] if module.split(".")[-1] in there] or None
@@ -307,21 +307,36 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:
     """W + scaling * B A, its rows brought to the DoRA magnitudes where there are any; computed in float32 (float64 if it is)."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    base = layer.get_base_layer()
-    stored = dequantize_module_weight(base)
-    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    weight = stored.detach().to(wide)
-    if ADAPTER in getattr(layer, "lora_embedding_A", {}):
-        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-        return (weight + layer.scaling[ADAPTER] * (b.detach().to(wide) @ a.detach().to(wide)).T).to(stored.dtype)
-    a, b = (getattr(layer, f"lora_{k}")[ADAPTER].weight.detach().to(wide) for k in "AB")
-    weight = weight + layer.scaling[ADAPTER] * (b @ a)
+    stored, added = _stored_and_added(layer)
+    weight = stored.to(added.dtype) + added
     if ADAPTER in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(wide)
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(added.dtype)
         weight = weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
     return weight.to(stored.dtype)
+
+
+def change(layer: nn.Module) -> torch.Tensor:
+    """What the adapter adds to the layer's weight, in float32 (float64 if it is): not rounded to the weight's own dtype."""
+    stored, added = _stored_and_added(layer)
+    if ADAPTER not in layer.lora_magnitude_vector:
+        return added
+    start = stored.to(added.dtype)
+    weight = start + added
+    magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(added.dtype)
+    return weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None] - start
+
+
+def _stored_and_added(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W as it is held, scaling * B A)."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    stored = dequantize_module_weight(layer.get_base_layer()).detach()
+    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    if ADAPTER in getattr(layer, "lora_embedding_A", {}):
+        a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+        return stored, layer.scaling[ADAPTER] * (b.detach().to(wide) @ a.detach().to(wide)).T
+    a, b = (getattr(layer, f"lora_{k}")[ADAPTER].weight.detach().to(wide) for k in "AB")
+    return stored, layer.scaling[ADAPTER] * (b @ a)
 
 
 def lora_layers(model: nn.Module) -> dict:
@@ -350,14 +365,20 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def merge(model: nn.Module) -> None:
     """Fold the adapter into the layers for good: they become ordinary ones, as fast as the base model's."""
-    for name, layer in lora_layers(model).items():
+    for layer in lora_layers(model).values():
         base = layer.get_base_layer()
         if type(base).__name__ == "Linear4bit":
             raise ValueError("an adapter cannot be merged into 4-bit layers; save_pretrained(folder, merge=True) writes a merged model")
         weight = merged_weight(layer)
         with torch.no_grad():
             base.weight.copy_(weight)
+    drop(model)
+
+
+def drop(model: nn.Module) -> None:
+    """Take the adapter off: the layers become ordinary ones, with the weights that their base has."""
+    for name, layer in lora_layers(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.model.get_submodule(parent), child, base)
+        setattr(model.model.get_submodule(parent), child, layer.get_base_layer())
     model.model.__dict__.pop("peft_config", None)
     model.adapter_settings, model.adapter_whole = None, []
