@@ -153,12 +153,12 @@ def changes_of(place, name):
     settings = json.loads((place / name / "adapter_config.json").read_text())
     held = load_file(place / name / "adapter_model.safetensors")
     scaling = settings["lora_alpha"] / settings["r"]
-    return {
-        key.removeprefix("base_model.model.").replace(".lora_A", "").replace(".language_model", ""): scaling
-        * (held[key.replace("lora_A", "lora_B")] @ held[key])
-        for key in held
-        if "lora_A" in key
-    }
+    changes = {}
+    for key in held:
+        if "lora_A" in key:
+            name = key.removeprefix("base_model.model.").replace(".lora_A", "").replace(".language_model", "")
+            changes[name] = scaling * (held[key.replace("lora_A", "lora_B")] @ held[key])
+    return changes
 
 
 def test_dora_adapters_give_a_full_model_of_their_mean(place):
