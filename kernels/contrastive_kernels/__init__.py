@@ -1,5 +1,6 @@
 """Contrastive losses, pooling and search for embedding models: fused, exact, memory-bounded. Needs torch alone."""
 
+from .distillation_loss import distillation_loss
 from .gradcache.grad_cache import GradCache
 from .info_nce import InfoNCELoss, InfoNCEResult, info_nce, info_nce_value_and_grad
 from .options import InfoNCEOptions
@@ -15,6 +16,7 @@ __all__ = [
     "InfoNCEOptions",
     "InfoNCEResult",
     "InfoNCEStats",
+    "distillation_loss",
     "info_nce",
     "info_nce_value_and_grad",
     "last_token_pool",
