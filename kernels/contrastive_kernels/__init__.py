@@ -4,8 +4,8 @@ from .distillation_loss import distillation_loss
 from .gradcache.grad_cache import GradCache
 from .info_nce import InfoNCELoss, InfoNCEResult, info_nce, info_nce_value_and_grad
 from .options import InfoNCEOptions
-from .pooled import pooled_info_nce
 from .pooling import last_token_pool
+from .pooling.loss import pooled_info_nce
 from .sigmoid_loss import sigmoid_loss
 from .stats import InfoNCEStats
 from .topk import topk_similarity
