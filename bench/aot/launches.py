@@ -274,6 +274,20 @@ def _chunk(dtype):
         yield "reduce, all", lambda: chunk_reduce(cos, smoothing=True, **full)
 
 
+def _distil(dtype):
+    from contrastive_kernels.triton.kernels.distil_panel import Cosines, distil_reduce, distil_write
+
+    student, teacher, out, row = torch.zeros(R, C), torch.zeros(R, C), torch.zeros(R, C, dtype=dtype), torch.zeros(R)
+    positive, norms = torch.zeros(R, dtype=torch.int64), (torch.ones(R), torch.ones(C))
+    plain = dict(student=Cosines.of(student, 50.0), teacher=Cosines.of(teacher, 50.0), positive=positive)
+    scaled = dict(student=Cosines.of(student, 50.0, *norms), teacher=Cosines.of(teacher, 50.0, *norms), positive=positive)
+    for name, models in (("", plain), (", norms", scaled)):
+        slopes = models | dict(best=(row, row), factors=(row, row), out=out, gain=2.0**15 if dtype == torch.float16 else 1.0)
+        yield f"write{name}", lambda slopes=slopes: distil_write(student, teacher, **slopes)
+        if dtype == torch.bfloat16:
+            yield f"reduce{name}", lambda models=models: distil_reduce(student, teacher, **models)
+
+
 def _topk(dtype):
     from contrastive_kernels.triton.kernels.topk import topk
 
@@ -346,6 +360,7 @@ FAMILIES = {
     "row state": _row_state,
     "dense": _dense,
     "chunk": _chunk,
+    "distil": _distil,
     "topk": _topk,
     "fused": _fused,
 }

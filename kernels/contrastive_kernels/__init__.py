@@ -1,10 +1,11 @@
 """Contrastive losses, pooling and search for embedding models: fused, exact, memory-bounded. Needs torch alone."""
 
+from .distillation_loss import distillation_loss
 from .gradcache.grad_cache import GradCache
 from .info_nce import InfoNCELoss, InfoNCEResult, info_nce, info_nce_value_and_grad
 from .options import InfoNCEOptions
-from .pooled import pooled_info_nce
 from .pooling import last_token_pool
+from .pooling.loss import pooled_info_nce
 from .sigmoid_loss import sigmoid_loss
 from .stats import InfoNCEStats
 from .topk import topk_similarity
@@ -15,6 +16,7 @@ __all__ = [
     "InfoNCEOptions",
     "InfoNCEResult",
     "InfoNCEStats",
+    "distillation_loss",
     "info_nce",
     "info_nce_value_and_grad",
     "last_token_pool",

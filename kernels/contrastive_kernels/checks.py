@@ -33,9 +33,9 @@ def check_tensor(name: str, value, shape: str, *sizes: int) -> None:
         )
 
 
-def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = False) -> None:
+def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = False, names: tuple[str, str] = ("query", "target")) -> None:
     """Two (rows, D) of one width, dtype (but for autocast) and device; without rows only where `empty`."""
-    for name, matrix in (("query", query), ("target", target)):
+    for name, matrix in zip(names, (query, target)):
         check_tensor(name, matrix, "(rows, D)")
         if matrix.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions (rows, D), got shape {tuple(matrix.shape)}; pool or flatten it first")
@@ -45,12 +45,15 @@ def check_matrices(query: torch.Tensor, target: torch.Tensor, empty: bool = Fals
             raise ValueError(f"{name}: expected a dense tensor, got {matrix.layout}; call .to_dense()")
         if matrix.numel() == 0 and not empty:
             raise ValueError(f"{name}: expected at least one row and column, got shape {tuple(matrix.shape)}; skip empty batches")
+    first, second = names
     if query.shape[1] != target.shape[1]:
-        raise ValueError(f"expected the same width, got query D={query.shape[1]} and target D={target.shape[1]}; use one model for both")
+        raise ValueError(
+            f"expected the same width, got {first} D={query.shape[1]} and {second} D={target.shape[1]}; use one model for both"
+        )
     if query.device != target.device:
-        raise ValueError(f"expected one device, got query on {query.device} and target on {target.device}; move one of them")
+        raise ValueError(f"expected one device, got {first} on {query.device} and {second} on {target.device}; move one of them")
     if query.dtype != target.dtype and not torch.is_autocast_enabled(query.device.type):
-        raise ValueError(f"expected one dtype, got query {query.dtype} and target {target.dtype}; cast one of them")
+        raise ValueError(f"expected one dtype, got {first} {query.dtype} and {second} {target.dtype}; cast one of them")
 
 
 def check_vector(name: str, value, rows: int, dtype: torch.dtype | None, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import math
 import torch
 
 from .checks import check_inputs
-from .core import autograd_function as autograd_function
+from .core.autograd import direct
 from .core.option_checks import check_switches
 from .info_nce_op import GRADIENTS, detached, info_nce_op, pack
 from .options import TEMPERATURE_RANGE, InfoNCEOptions, shows_options
@@ -77,8 +77,8 @@ def info_nce(query: torch.Tensor, target: torch.Tensor, **options):
         if torch.is_grad_enabled()
         else frozenset()
     )
-    if autograd_function.direct(query, target, parsed):
-        loss, sums = autograd_function.info_nce(query, target, parsed, {name: tensors[name] for name in GRADIENTS if name in wanted})
+    if direct.possible(query, target, parsed):
+        loss, sums = direct.info_nce(query, target, parsed, {name: tensors[name] for name in GRADIENTS if name in wanted})
     else:
         loss, sums, *_ = info_nce_op(*pack(query, target, parsed, wanted))
     return (loss, InfoNCEStats.unpack(sums)) if parsed.return_stats else loss
@@ -120,8 +120,8 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
             raise ValueError(f"wrt: expected names of {existing}, got {name!r}; leave wrt out for all of them")
     wanted = frozenset(existing if wrt is None else wrt)
     with torch.no_grad():
-        if autograd_function.direct(query, target, parsed):
-            out = autograd_function.value_and_grad(query.detach(), target.detach(), detached(parsed), wanted)
+        if direct.possible(query, target, parsed):
+            out = direct.value_and_grad(query.detach(), target.detach(), detached(parsed), wanted)
             loss, sums, gradients = out.loss, out.stat_sums, [getattr(out, f"d_{name}") for name in GRADIENTS]
         else:
             loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), parsed, wanted))

@@ -2,7 +2,7 @@
 
 One call makes the loss and the gradients that are wanted; backward only scales them. reduction="none" has a gradient for every
 cotangent, so its backward computes once more. Options travel as the operator's arguments, in the order of FIELDS. Plain tensors
-outside of any tracer go around the dispatcher (core/autograd_function.py).
+outside of any tracer go around the dispatcher (core/direct.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from .checks import check_values
+from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.compute import compute
 from .core.operands import compute_dtype
-from .core.scaled_backward import refuse_second_derivative, scaled
 from .options import TABLE, InfoNCEOptions
 from .stats import STAT_SUMS
 

@@ -95,6 +95,37 @@ def sigmoid_loss_reference(
     return row.sum() if reduction == "sum" else row.sum() / torch.where(w.sum() == 0, 1, w.sum())
 
 
+def distillation_loss_reference(
+    query,
+    target,
+    teacher_query,
+    teacher_target,
+    *,
+    temperature=0.02,
+    teacher_temperature=0.02,
+    symmetric=False,
+    normalize=False,
+    weight=None,
+    reduction="mean",
+):
+    """KL of the student's softmax from the teacher's, row by row; `symmetric` takes the mean with the transposed matrices' loss."""
+    if normalize:
+        query, target, teacher_query, teacher_target = (_normalize(x) for x in (query, target, teacher_query, teacher_target))
+    student = query @ target.T / temperature
+    teacher = (teacher_query @ teacher_target.T / teacher_temperature).detach()
+
+    def one_direction(student, teacher):
+        row = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
+        w = torch.ones_like(row) if weight is None else weight.to(row.dtype)
+        row = row * w
+        if reduction == "none":
+            return row
+        return row.sum() if reduction == "sum" else row.sum() / torch.where(w.sum() == 0, 1, w.sum())
+
+    forward = one_direction(student, teacher)
+    return 0.5 * (forward + one_direction(student.T, teacher.T)) if symmetric else forward
+
+
 def pair_labels(n, m, positives, query_ids, target_ids, ignore_index, device):
     """(N, M) bool of pairs that belong together, and (N,) bool of rows that count."""
     rows = torch.ones(n, dtype=torch.bool, device=device)

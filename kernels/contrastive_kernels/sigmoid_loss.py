@@ -16,10 +16,10 @@ from .checks import (
     may_look,
 )
 from .core import sigmoid
+from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.distributed import check_equal_shards
 from .core.operands import compute_dtype
 from .core.option_checks import check_exchange, check_group, check_ignore_index, check_switches, is_finite, one_of
-from .core.scaled_backward import refuse_second_derivative, scaled
 from .options import EXCHANGES, REDUCTIONS
 
 TENSORS = ("query", "target", "scale", "bias", "positives", "query_ids", "target_ids", "query_mask", "target_mask", "weight")

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from contrastive_kernels import checks, info_nce, info_nce_value_and_grad, sigmoid_loss
+from contrastive_kernels import checks, distillation_loss, info_nce, info_nce_value_and_grad, sigmoid_loss
 from tests.kernels.helpers import sampling
 from tests.kernels.helpers.sampling import Case, random_sets
 
@@ -142,6 +142,29 @@ def sigmoid(rank, world, group):
                 close(part / world, whole, f"sigmoid scale or bias {names} {exchange}")
 
 
+def distillation(rank, world, group):
+    """Value and gradients of the distillation, in one direction and in both, weights included."""
+    generator = torch.Generator().manual_seed(5)
+    n, rows = 3 * world, slice(3 * rank, 3 * rank + 3)
+    matrices = [torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (6, 6, 9, 9)]
+    for options in ({}, {"symmetric": True}, {"symmetric": True, "weight": torch.rand(n, generator=generator)}):
+        own = {name: value[rows] if name == "weight" else value for name, value in options.items()}
+
+        def gradients(matrices, **options):
+            leaves = [x.clone().requires_grad_() for x in (*matrices[:2], torch.tensor(0.2, dtype=torch.float64))]
+            loss = distillation_loss(*leaves[:2], *matrices[2:], temperature=leaves[2], normalize=True, **options)
+            return loss.detach(), torch.autograd.grad(loss, leaves)
+
+        loss, truth = gradients(matrices, **options)
+        mine, found = gradients([x[rows] for x in matrices], group=group, **own)
+        close(mine, loss, f"distillation {list(options)}")
+        for part, whole in zip(found[:2], truth[:2]):
+            close(part, whole[rows] * world, f"distillation gradient {list(options)}")
+        mean = found[2].clone()
+        dist.all_reduce(mean, group=group)
+        close(mean / world, truth[2], f"distillation d temperature {list(options)}")
+
+
 def refusals(rank, group):
     query, target = torch.randn(4 + rank, 8), torch.randn(8 + 2 * rank, 8)
 
@@ -169,6 +192,7 @@ def run(rank, world, path, count):
     compare_all(rank, world, dist.group.WORLD, count, seed=world)
     through_autograd(rank, world, dist.group.WORLD)
     sigmoid(rank, world, dist.group.WORLD)
+    distillation(rank, world, dist.group.WORLD)
     refusals(rank, dist.group.WORLD)
     if world == 4:
         halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]

@@ -96,6 +96,10 @@ class Backend(RowOperations):
         """The weighted sum of all levels from one sweep, or None where each level needs its own. `levels`: (width, its options)."""
 
     @abc.abstractmethod
+    def distill(self, student, teacher, gradients: Gradients | None, workspace: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of two `distillation.Side`s: (n,) losses, (n,) slopes at the rows' own targets; gradients of all other pairs are added."""
+
+    @abc.abstractmethod
     def add_sigmoid_columns(self, pairs, target: Operand, target_ids: torch.Tensor | None, offset: int, sums, d_target) -> None:
         """Add to `sums` and `d_target` every pair of the sigmoid loss with these columns, whose first has the global number `offset`."""
 

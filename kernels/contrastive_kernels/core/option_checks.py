@@ -33,17 +33,17 @@ def is_finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-def check_temperature(temperature) -> None:
+def check_temperature(temperature, name: str = "temperature") -> None:
     """A number above 0, or a 0-d floating-point tensor, whose value is looked at later."""
     if not isinstance(temperature, torch.Tensor):
         if not (is_finite(temperature) and temperature > 0):
-            raise ValueError(f"temperature: expected a number above 0, got {temperature!r}; 0.02 is usual")
+            raise ValueError(f"{name}: expected a number above 0, got {temperature!r}; 0.02 is usual")
         if temperature < LEAST_TEMPERATURE:
-            raise ValueError(f"temperature: expected one whose inverse float32 can hold, got {temperature!r}; 0.02 is usual")
+            raise ValueError(f"{name}: expected one whose inverse float32 can hold, got {temperature!r}; 0.02 is usual")
     elif temperature.dim() != 0:
-        raise ValueError(f"temperature: expected a 0-d tensor, got shape {tuple(temperature.shape)}; call .squeeze()")
+        raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(temperature.shape)}; call .squeeze()")
     elif not temperature.dtype.is_floating_point:
-        raise ValueError(f"temperature: expected a floating-point tensor, got {temperature.dtype}; call .float()")
+        raise ValueError(f"{name}: expected a floating-point tensor, got {temperature.dtype}; call .float()")
 
 
 def check_workspace(workspace_mib) -> None:

@@ -123,14 +123,19 @@ def mask_logits(logits, block, rows: slice, threshold, active, dead_columns, min
         logits.masked_fill_(~block.columns.keep[None, :], minus)
     if active is not None:
         logits.masked_fill_(~active[rows, None], minus)
+    fill_excluded(logits, block, rows, minus)
+
+
+def fill_excluded(logits, block, rows: slice, value: float) -> None:
+    """Set to `value`, in place, the entry of each row that is the row itself or its positive, where it is among these columns."""
     column = block.exclude[rows]
     if block.columns.offset is None:
-        logits.scatter_(1, column[:, None], minus)
+        logits.scatter_(1, column[:, None], value)
     else:
         column = column - block.columns.offset
         inside = (column >= 0) & (column < logits.shape[1])
         column = torch.where(inside, column, 0)[:, None]
-        logits.scatter_(1, column, torch.where(inside[:, None], minus, logits.gather(1, column)))
+        logits.scatter_(1, column, torch.where(inside[:, None], value, logits.gather(1, column)))
 
 
 def cut_negligible(shifted) -> None:

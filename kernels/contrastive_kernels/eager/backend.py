@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..core import operands
 from ..core.backend import Backend
-from . import matryoshka, ring, sigmoid, sweep, symmetric
+from . import distillation, matryoshka, ring, sigmoid, sweep, symmetric
 
 
 class EagerBackend(Backend):
@@ -39,6 +39,9 @@ class EagerBackend(Backend):
     def matryoshka(self, query, target, options, levels, wanted, workspace):
         shared = matryoshka.shared_levels(query, target, options, levels, self)
         return None if shared is None else matryoshka.compute(query, target, shared, wanted, workspace)
+
+    def distill(self, student, teacher, gradients, workspace):
+        return distillation.sweep(student, teacher, gradients, workspace)
 
     def add_sigmoid_columns(self, pairs, target, target_ids, offset, sums, d_target):
         sigmoid.add_columns(pairs, target, target_ids, offset, sums, d_target)

@@ -6,7 +6,7 @@ from ..core import matryoshka as levels_of
 from ..core.backend import Backend, log_once
 from ..core.operands import product_dtype
 from ..eager.backend import EAGER
-from . import matryoshka, ring, sweep, symmetric
+from . import distillation, matryoshka, ring, sweep, symmetric
 from .kernels import norms, sigmoid_panel
 from .kernels.common import INTERPRET
 
@@ -44,6 +44,9 @@ class TritonBackend(Backend):
             return None
         computed = matryoshka.compute(query, target, levels, wanted, plan.rows, self)
         return levels_of.weighted_sum(query, target, options, computed)
+
+    def distill(self, student, teacher, gradients, workspace):
+        return distillation.sweep(student, teacher, gradients, workspace)
 
     def add_sigmoid_columns(self, pairs, target, target_ids, offset, sums, d_target):
         dtype = product_dtype(pairs.query.source, target.source)

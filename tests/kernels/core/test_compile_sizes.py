@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim, export
 
-from contrastive_kernels import info_nce, last_token_pool, pooled_info_nce, sigmoid_loss, topk_similarity
+from contrastive_kernels import distillation_loss, info_nce, last_token_pool, pooled_info_nce, sigmoid_loss, topk_similarity
 
 SIZES = (4, 5, 6, 7, 9, 11, 13, 15, 17, 19)  # more than the eight compilations after which torch gives up
 WIDTH = 16
@@ -52,6 +52,10 @@ CASES = {
     "sigmoid": (
         lambda q, t, scale, bias, ids: sigmoid_loss(q, t, scale=scale, bias=bias, query_ids=ids, target_ids=ids),
         lambda n: (rows(n), rows(n), *scale_and_bias(n), torch.arange(n)),
+    ),
+    "distillation": (
+        lambda *matrices: distillation_loss(*matrices, symmetric=True, normalize=True),
+        lambda n: (rows(n), rows(n), rows(n), rows(n)),
     ),
     "pooling, padded": (lambda h, mask: last_token_pool(h, attention_mask=mask), lambda n: hidden(n, n + 3)),
     "pooling, packed": (

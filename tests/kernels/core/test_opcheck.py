@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from contrastive_kernels.distillation_loss import _cotangent_op as distillation_cotangent_op
+from contrastive_kernels.distillation_loss import _op as distillation_op
 from contrastive_kernels.info_nce_op import _cotangent_op, info_nce_op, pack
 from contrastive_kernels.options import InfoNCEOptions
 from contrastive_kernels.pooling import _pool, _pool_backward, _rows, last_token_rows
@@ -114,3 +116,15 @@ def test_sigmoid(name, reduction):
     if reduction == "sum":
         tensors = [x.detach() for x in (query, target, number(2.0), number(-1.0))]
         torch.library.opcheck(sigmoid_cotangent_op, (*tensors, *TOGETHER[name], *rest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_distillation(reduction, backend):
+    student = [torch.randn(N, D, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    teacher = [torch.randn(N, 3, dtype=torch.float64) for _ in range(2)]
+    rest = (torch.rand(N), 0.0, 0.5, reduction == "sum", True, reduction, None, None, backend, "012")
+    torch.library.opcheck(distillation_op, (*student, *teacher, number(0.3), *rest))
+    if reduction == "sum":
+        tensors = [x.detach() for x in (*student, *teacher, number(0.3))]
+        torch.library.opcheck(distillation_cotangent_op, (*tensors, *rest))

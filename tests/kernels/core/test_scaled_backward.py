@@ -5,13 +5,14 @@ import sys
 import pytest
 import torch
 
-from contrastive_kernels import info_nce, info_nce_value_and_grad, sigmoid_loss
-from contrastive_kernels.core import scaled_backward as cotangents
+from contrastive_kernels import distillation_loss, info_nce, info_nce_value_and_grad, sigmoid_loss
+from contrastive_kernels.core.autograd import scaled as cotangents
 from tests.kernels.helpers.sampling import Case
 
 LOSSES = {
     "info_nce": lambda q, t: info_nce(q, t, temperature=0.2, symmetric=True),
     "sigmoid_loss": lambda q, t: sigmoid_loss(q, t, scale=5.0, bias=-2.0),
+    "distillation_loss": lambda q, t: distillation_loss(q, t, t.detach(), q.detach(), temperature=0.5),
 }
 
 
@@ -24,7 +25,7 @@ def saved(monkeypatch):
         places.append([gradient.data_ptr() for gradient in gradients if gradient.numel()])
         return cotangents.scaled(gradients, cotangent, dtypes)
 
-    for name in ("info_nce_op", "core.autograd_function", "sigmoid_loss"):
+    for name in ("info_nce_op", "core.autograd.direct", "sigmoid_loss", "distillation_loss"):
         monkeypatch.setattr(sys.modules[f"contrastive_kernels.{name}"], "scaled", watched)
     return places
 

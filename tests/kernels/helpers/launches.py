@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from contrastive_kernels.core import autograd_function as info_nce_direct
+from contrastive_kernels.core.autograd import direct as info_nce_direct
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 

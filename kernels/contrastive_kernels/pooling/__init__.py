@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_tensor, may_look
-from .core.backends import choose
-from .core.option_checks import check_switches, is_finite
-from .core.scaled_backward import refuse_second_derivative
+from ..checks import check_tensor, may_look
+from ..core.autograd.scaled import refuse_second_derivative
+from ..core.backends import choose
+from ..core.option_checks import check_switches, is_finite
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -75,7 +75,7 @@ def _rows(
         if len(wrong):
             raise ValueError(f"{name}: expected 1 for tokens and 0 for padding, got {wrong[0].item()}; pass (mask == 0) of an additive one")
     if backend == "triton":
-        from .triton.kernels.pool import last_token_index
+        from ..triton.kernels.pool import last_token_index
 
         return last_token_index(attention_mask=attention_mask)
     batch, length = attention_mask.shape
@@ -106,7 +106,7 @@ def _(attention_mask, cu_seqlens, tokens, backend, validate, name):
 def _pool(hidden: torch.Tensor, index: torch.Tensor, normalize: bool, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, D) pooled rows of (..., D) hidden states, and (B,) what they were multiplied by, 0 for a row without direction."""
     if backend == "triton":
-        from .triton.kernels.pool import pool_forward
+        from ..triton.kernels.pool import pool_forward
 
         return pool_forward(hidden, index, normalize=normalize, eps=eps)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -137,7 +137,7 @@ def _pool_backward(
 ) -> torch.Tensor:
     """(B, D) gradient of the pooled rows' hidden states."""
     if backend == "triton":
-        from .triton.kernels.pool import pool_backward
+        from ..triton.kernels.pool import pool_backward
 
         return pool_backward(grad, hidden, index, inverse, normalize=normalize)
     wide = torch.where((index >= 0)[:, None], grad.to(inverse.dtype) * inverse[:, None], 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .info_nce import info_nce
-from .pooling import last_token_rows, pool_rows
+from ..info_nce import info_nce
+from . import last_token_rows, pool_rows
 
 
 def pooled_info_nce(

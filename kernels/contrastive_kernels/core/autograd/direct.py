@@ -1,7 +1,7 @@
 """The loss for plain tensors, called as Python calls: around torch's dispatcher, which takes longer than a small loss itself.
 
 `torch.library`'s operators pass a schema, fake rules and several layers of Python on their way in and out, 0.2 to 0.6 ms a step on
-one core. Tracers need them; a training loop does not. `direct` says which calls may go around them.
+one core. Tracers need them; a training loop does not. `possible` says which calls may go around them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..checks import check_values
-from ..options import InfoNCEOptions
-from .compute import Computed, compute
-from .scaled_backward import refuse_second_derivative, scaled
+from ...checks import check_values
+from ...options import InfoNCEOptions
+from ..compute import Computed, compute
+from .scaled import refuse_second_derivative, scaled
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def direct(query: torch.Tensor, target: torch.Tensor, options: InfoNCEOptions) -> bool:
+def possible(query: torch.Tensor, target: torch.Tensor, options: InfoNCEOptions) -> bool:
     """Whether nobody watches: no tracer, no dispatch mode, no transform, no subclass; and gradients can be formed with the value."""
     if options.reduction == "none" or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
