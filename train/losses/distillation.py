@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from contrastive_kernels import distillation_loss
+
 from .base import Loss, LossBatch
 from .copies import Matryoshka, Quantised, check_copies, check_copies_width, with_copies
 from .teacher import TeacherVectors, teacher_vectors
@@ -50,15 +52,14 @@ def distillation(
     Args:
         query, target: (N, D), not normalised. teacher_query, teacher_target: (N, Dt). known: (N,) bool.
     """
-    from contrastive_kernels import distillation_loss
-
     rows = known if query_mask is None else known & query_mask & target_mask
     columns = rows if positives is None else rows.repeat(len(target) // len(rows))  # a plan's targets of all ranks
     student, teacher = torch.where(columns[:, None], target, 0), torch.where(columns[:, None], teacher_target, 0)
-    more = {} if group is None else {"group": group}
-    weight = rows.to(torch.promote_types(query.dtype, torch.float32))
-    clean = torch.where(rows[:, None], query, 0)
-    return distillation_loss(clean, student, teacher_query, teacher, normalize=True, weight=weight, **more, **options)
+    if len(target) == len(query):
+        options["weight"] = rows.to(torch.promote_types(query.dtype, torch.float32))
+    if group is not None:
+        options["group"] = group
+    return distillation_loss(torch.where(rows[:, None], query, 0), student, teacher_query, teacher, normalize=True, **options)
 
 
 @dataclass
