@@ -89,6 +89,7 @@ def check_inputs(query, target, options: InfoNCEOptions) -> None:
     for name, side, dtype in VECTORS:
         check_vector(name, getattr(o, name), {"N": n, "M": m}[side], dtype, device)
     check_weight(o.weight, n, device)
+    check_temperature_rows(o.temperature, n, device)
     if o.positives is None:
         check_default_positives(n, m)
     if o.matryoshka_dims is not None:
@@ -134,7 +135,7 @@ def check_values(query, target, options: InfoNCEOptions) -> None:
         return
     check_index("positives", o.positives, len(target), o.ignore_index)
     if isinstance(o.temperature, torch.Tensor):
-        check_temperature(float(o.temperature))
+        check_temperature_values(o.temperature)
     check_finite_weight(o.weight)
     if o.hard_offsets is not None:
         steps, last = o.hard_offsets.diff(), int(o.hard_offsets[-1])
@@ -143,6 +144,24 @@ def check_values(query, target, options: InfoNCEOptions) -> None:
                 f"hard_offsets: expected offsets that rise from 0 to H={len(o.hard_negatives)}, got {int(o.hard_offsets[0])} to {last}"
                 f"{' with steps below 0' if bool((steps < 0).any()) else ''}; pass cumulative counts, 0 first"
             )
+
+
+def check_temperature_rows(temperature, rows: int, device: torch.device) -> None:
+    """One for all rows, or (rows,) on their device."""
+    if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
+        return
+    if temperature.shape[0] != rows:
+        raise ValueError(
+            f"temperature: expected one number, or {rows} of them, one a query, got shape {tuple(temperature.shape)}; index it by row"
+        )
+    if temperature.device != device:
+        raise ValueError(f"temperature: expected one a query on {device}, got {temperature.device}; move it there")
+
+
+def check_temperature_values(temperature: torch.Tensor) -> None:
+    """Every one above 0 and finite; waits for the device."""
+    for value in torch.stack(temperature.detach().aminmax()).tolist():
+        check_temperature(value)
 
 
 def check_above_zero(name: str, value: torch.Tensor, mend: str) -> None:

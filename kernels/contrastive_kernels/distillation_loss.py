@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .checks import check_finite_weight, check_matrices, check_weight, may_look
+from .checks import check_finite_weight, check_matrices, check_temperature_rows, check_temperature_values, check_weight, may_look
 from .core import distillation
 from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.backends import choose
 from .core.operands import compute_dtype, product_dtype
 from .core.option_checks import check_group, check_switches, check_temperature, check_workspace, one_of
-from .options import BACKENDS, REDUCTIONS
+from .options import BACKENDS, REDUCTIONS, one_number
 
 GRADIENTS = ("query", "target", "temperature")
 INPUTS = ("query", "target", "teacher_query", "teacher_target", "temperature", "weight")
@@ -42,7 +42,7 @@ def _compute(values, wanted: frozenset[str]) -> tuple[torch.Tensor, ...]:
     if may_look(query, False):
         check_finite_weight(weight)
         if temperature is not None:
-            check_temperature(temperature.item())
+            check_temperature_values(temperature)
     backend = choose(given["backend"], product_dtype(*tensors[:4]), query.device)
     out = distillation.compute(
         query,
@@ -168,7 +168,8 @@ def distillation_loss(
     Args:
         query: (N, D). target: (M, D). The student's, which get gradients.
         teacher_query: (N, D'). teacher_target: (M, D'). The teacher's vectors of the same inputs, of any width; constants.
-        temperature: divides the student's cosines: a number, or a tensor of one element above 0, which gets its gradient.
+        temperature: divides the student's cosines: a number, or a tensor above 0, 0-d, (1,) or (N,), which gets its gradient; in
+            `symmetric` target i's is query i's.
         teacher_temperature: divides the teacher's; a number above 0.
         symmetric: mean with the same loss of every target over all queries.
         normalize: L2-normalise all four first; gradients are those of the tensors as passed.
@@ -205,11 +206,14 @@ def distillation_loss(
     check_workspace(workspace_mib)
     check_group(group, reduction)
     check_temperature(temperature)
+    temperature = one_number(temperature)
+    check_temperature_rows(temperature, query.shape[0], query.device)
     _check_teacher_temperature(teacher_temperature)
-    if symmetric and query.shape[0] != target.shape[0] and (weight is not None or reduction == "none"):
+    by_row = isinstance(temperature, torch.Tensor) and temperature.dim() == 1
+    if symmetric and query.shape[0] != target.shape[0] and (weight is not None or by_row or reduction == "none"):
         raise ValueError(
-            f"symmetric: expected as many targets as queries where weight or reduction='none' pairs them, got {target.shape[0]} targets "
-            f"and {query.shape[0]} queries; leave weight out and take reduction='mean' or 'sum'"
+            "symmetric: expected as many targets as queries where weight, a temperature a query or reduction='none' pairs them, got "
+            f"{target.shape[0]} targets and {query.shape[0]} queries; leave weight out and take one temperature and 'mean' or 'sum'"
         )
     held = temperature if isinstance(temperature, torch.Tensor) else None
     wanted = ""

@@ -127,6 +127,8 @@ def info_nce_value_and_grad(query, target, *, grad_dtype: torch.dtype | None = N
             loss, sums, *gradients = info_nce_op(*pack(query.detach(), target.detach(), parsed, wanted))
     likes = {"query": query, "target": target, "hard_negatives": parsed.hard_negatives, "temperature": parsed.temperature}
     cast = {f"d_{name}": g.to(grad_dtype or likes[name].dtype) if name in wanted else None for name, g in zip(GRADIENTS, gradients)}
+    if "temperature" in wanted:
+        cast["d_temperature"] = cast["d_temperature"].reshape(options["temperature"].shape)
     return InfoNCEResult(loss=loss, stats=InfoNCEStats.unpack(sums) if parsed.return_stats else None, **cast)
 
 

@@ -48,6 +48,12 @@ ONE_SIDED = "one direction has candidates that the other has not"
 MANY_BLOCKS = "levels have more than one block of candidates"
 NOT_DENSE = "the pass over a dense panel does not know it"
 ADDED_LATER = "more is added to the queries' gradient afterwards"
+OWN_SCALE = "one a row, rows have factors of their own"
+
+
+def is_on(value) -> bool:
+    """Whether an option that has no default worth the name does something: not None, False or 0."""
+    return isinstance(value, torch.Tensor) or (value is not None and value is not False and value != 0)
 
 
 def option(
@@ -58,6 +64,7 @@ def option(
     breaks: dict[str, str],
     check: Callable[[str, Any], None] | None = None,
     vector: tuple[str, torch.dtype] | None = None,
+    on: Callable[[Any], bool] | None = None,
 ):
     """One entry of the table.
 
@@ -67,9 +74,16 @@ def option(
         check: called with name and value, raises ValueError. What needs other options or tensors' shapes stands in `_check_needs`
             and `checks.py`.
         vector: ("N" or "M", dtype) of a tensor with one entry a query or a target.
+        on: whether a value breaks them; by itself one that is not None, False or 0.
     """
-    metadata = {"schema": schema, "meaning": meaning, "breaks": breaks, "check": check, "vector": vector}
+    metadata = {"schema": schema, "meaning": meaning, "breaks": breaks, "check": check, "vector": vector, "on": on or is_on}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def one_number(temperature):
+    """A tensor (1,) as a 0-d one, in its graph; all else as it is."""
+    held = isinstance(temperature, torch.Tensor) and temperature.dim() == 1 and temperature.shape[0] == 1
+    return temperature.reshape(()) if held else temperature
 
 
 def _choice(allowed: tuple[str, ...]) -> Callable[[str, Any], None]:
@@ -81,9 +95,11 @@ class InfoNCEOptions:
     temperature: float | torch.Tensor = option(
         0.02,
         None,
-        "divides the cosines: a number or a 0-d tensor above 0. A tensor that requires grad gets its gradient.",
+        "divides the cosines: a number above 0, or a tensor, 0-d, (1,) or (N,), each query's own, by which its positive's row of "
+        "`symmetric` is divided too. A tensor that requires grad gets its gradient.",
         check=lambda name, value: check_temperature(value),
-        breaks={},
+        on=lambda value: isinstance(value, torch.Tensor) and value.dim() == 1,
+        breaks={shortcut: OWN_SCALE for shortcut in SHORTCUTS},
     )
     normalize: bool = option(
         False,
@@ -276,7 +292,7 @@ class InfoNCEOptions:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
                 raise TypeError(f"info_nce got an unexpected option {name!r}{hint}")
-        checked = cls(**options)
+        checked = cls(**{**options, "temperature": one_number(options["temperature"])} if "temperature" in options else options)
         for name, check in _CHECKS:
             check(name, getattr(checked, name))
         checked._check_matryoshka()
@@ -287,8 +303,8 @@ class InfoNCEOptions:
 
     def obstacle(self, shortcut: str) -> str:
         """Which option keeps a call from a shortcut of SHORTCUTS, and why; "" where none does."""
-        for name, reason in _BREAKS[shortcut]:
-            if is_on(getattr(self, name)):
+        for name, on, reason in _BREAKS[shortcut]:
+            if on(getattr(self, name)):
                 return f"with {name} {reason}"
         return ""
 
@@ -327,6 +343,8 @@ class InfoNCEOptions:
                 "query_ids: expected target_query_ids, query_negatives or symmetric beside them, got none, and nothing to compare them "
                 "with; pass one of them or leave query_ids out"
             )
+        if isinstance(self.temperature, torch.Tensor) and self.temperature.dim() == 1 and self.hardness:
+            raise ValueError(f"hardness: expected one temperature for all rows beside it, got {self.hardness} and (N,); leave one out")
         check_exchange(self.exchange, self.group)
 
     def replace(self, **changes) -> InfoNCEOptions:
@@ -336,15 +354,12 @@ class InfoNCEOptions:
 TABLE = dataclasses.fields(InfoNCEOptions)
 _CHECKS = [(entry.name, entry.metadata["check"]) for entry in TABLE if entry.metadata["check"] is not None]
 _BREAKS = {
-    shortcut: [(entry.name, entry.metadata["breaks"][shortcut]) for entry in TABLE if shortcut in entry.metadata["breaks"]]
+    shortcut: [
+        (entry.name, entry.metadata["on"], entry.metadata["breaks"][shortcut]) for entry in TABLE if shortcut in entry.metadata["breaks"]
+    ]
     for shortcut in SHORTCUTS
 }
 VECTORS = [(entry.name, *entry.metadata["vector"]) for entry in TABLE if entry.metadata["vector"] is not None]
-
-
-def is_on(value) -> bool:
-    """Whether an option that has no default worth the name does something: not None, False or 0."""
-    return isinstance(value, torch.Tensor) or (value is not None and value is not False and value != 0)
 
 
 def meanings(indent: int) -> str:

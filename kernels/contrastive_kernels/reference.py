@@ -111,7 +111,8 @@ def distillation_loss_reference(
     """KL of the student's softmax from the teacher's, row by row; `symmetric` takes the mean with the transposed matrices' loss."""
     if normalize:
         query, target, teacher_query, teacher_target = (_normalize(x) for x in (query, target, teacher_query, teacher_target))
-    student = query @ target.T / temperature
+    by_row = isinstance(temperature, torch.Tensor) and temperature.dim() == 1
+    student = query @ target.T / (temperature[:, None] if by_row else temperature)
     teacher = (teacher_query @ teacher_target.T / teacher_temperature).detach()
 
     def one_direction(student, teacher):
@@ -123,7 +124,10 @@ def distillation_loss_reference(
         return row.sum() if reduction == "sum" else row.sum() / torch.where(w.sum() == 0, 1, w.sum())
 
     forward = one_direction(student, teacher)
-    return 0.5 * (forward + one_direction(student.T, teacher.T)) if symmetric else forward
+    if not symmetric:
+        return forward
+    reverse = target @ query.T / (temperature[:, None] if by_row else temperature)
+    return 0.5 * (forward + one_direction(reverse, teacher.T))
 
 
 def pair_labels(n, m, positives, query_ids, target_ids, ignore_index, device):
@@ -207,7 +211,8 @@ def _level(q, t, hard, o):
         dropped = excluded | ~columns | (cos.detach() > limit[:, None])
         if batch:
             dropped = dropped | ~sees_batch[:, None]
-        return (cos / o.temperature + hardness * cos.detach()).masked_fill(dropped, minus), cos.masked_fill(dropped, minus)
+        temperature = o.temperature[:, None] if isinstance(o.temperature, torch.Tensor) and o.temperature.dim() else o.temperature
+        return (cos / temperature + hardness * cos.detach()).masked_fill(dropped, minus), cos.masked_fill(dropped, minus)
 
     def is_column(index, size):
         return index[:, None] == torch.arange(size, device=device)[None, :]

@@ -32,7 +32,7 @@ def shard_of(case, options, rank):
     rows, targets = slice(4 * rank, 4 * rank + 4), slice(8 * rank, 8 * rank + 8)
     out = dict(options)
     for name, value in options.items():
-        if name in PER_ROW:
+        if name in PER_ROW or (name == "temperature" and isinstance(value, torch.Tensor) and value.dim() == 1):
             out[name] = value[rows]
         elif name in PER_TARGET:
             out[name] = value[targets]
@@ -68,7 +68,9 @@ def compare(seed, names, exchange, rank, world, group, backend="auto"):
         gradient = getattr(truth, "d_" + name)
         if gradient is not None:
             close(getattr(ours, "d_" + name), gradient[slices[name]] * world, f"d {name}")
-    if truth.d_temperature is not None:
+    if truth.d_temperature is not None and truth.d_temperature.dim() == 1:
+        close(ours.d_temperature, truth.d_temperature[slices["query"]] * world, "d temperature by row")
+    elif truth.d_temperature is not None:
         mean = ours.d_temperature.clone()
         dist.all_reduce(mean, group=group)
         close(mean / world, truth.d_temperature, "d temperature")
@@ -84,6 +86,7 @@ def compare_all(rank, world, group, count, seed):
         ("hardness", "hard"),
         ("hardness_hard", "packed_hard", "symmetric"),
         ("hardness_in_batch", "hard_with_ids", "learnt_temperature"),
+        ("row_temperatures", "symmetric", "margin", "hard"),
     ]
     sets = fixed + [tuple(n for n in names if n not in ALONE) for names in random_sets(count, seed)]
     sets += [(name,) for name in sampling.NAMES if name not in ALONE.union(*sets)]  # every option at least once

@@ -174,7 +174,7 @@ def _ring(problem: Problem, columns: tuple[Columns, Columns], gradients: Gradien
     for direction, running, result in zip(local, sums, results):
         loss += torch.where(direction.weight != 0, direction.weight * result.loss, 0)
         if direction.forward and o.return_stats:
-            stat_sums = row_sums(problem.active, result.lse, direction.positive, running.best)
+            stat_sums = row_sums(problem.active, result.lse, problem.true_cosine(direction.positive), problem.true_cosine(running.best))
     if gradients is not None:
         for parts in turn():
             for direction, running, result in zip(parts, sums, results):

@@ -36,10 +36,18 @@ class Gradients:
         self.accumulators: dict[str, torch.Tensor] = {}
         self.projected: set[str] = set()  # matrices whose gradient is that of the rows as passed already
         # sum over pairs of (d loss / d logit) * s, where wanted; the temperature's gradient is -1/temperature times this
-        self.temperature = torch.zeros((), dtype=problem.dtype, device=problem.device) if "temperature" in wanted else None
+        shape = () if problem.row_scale is None else (problem.query.rows,)
+        self.temperature = torch.zeros(shape, dtype=problem.dtype, device=problem.device) if "temperature" in wanted else None
 
     def wants(self, name: str) -> bool:
         return MATRIX.get(name, name) in self.wanted
+
+    def add_temperature(self, along: torch.Tensor, rows: slice = slice(None)) -> None:
+        """Add (d loss / d logit) * s, summed over the candidates of each of `rows`: (r,)."""
+        if self.temperature.dim() == 0:
+            self.temperature += along.sum()
+        else:
+            self.temperature[rows] += along
 
     def of(self, name: str, rows: int) -> torch.Tensor:
         if name not in self.accumulators:
@@ -55,8 +63,14 @@ class Gradients:
             add_product(self.of(name, rows)[start : start + len(a)], a, b)
 
     def add_anchors(self, name: str, start: int, stop: int, rows: torch.Tensor, factor: torch.Tensor | None = None) -> None:
-        """Add gradients (times `factor`, one a row) of anchors [start, stop), which are the rows' queries or their positives."""
+        """Add gradients (times `factor`, one a row) of anchors [start, stop), which are the rows' queries or their positives.
+
+        The rows' own scale, which the anchors carry, is put in here.
+        """
         problem, to_target = self.problem, name == "positive"
+        if problem.row_scale is not None:
+            own = problem.row_scale[start:stop]
+            factor = own if factor is None else factor * own
         accumulator = self.of("target", problem.target.rows) if to_target else self.of(name, problem.query.rows)
         if to_target and problem.own_targets.index is not None:
             scatter_rows(accumulator, problem.positives[start:stop], rows if factor is None else rows * factor[:, None])
@@ -71,7 +85,7 @@ class Gradients:
         """The positive's own term: q += g t, t += g q, with g (n,) the derivative with respect to its cosine."""
         problem = self.problem
         if self.wants("temperature"):
-            self.temperature += (coefficient * direction.positive).sum()
+            self.add_temperature(coefficient * direction.positive)
         step = max(1, TILE_BYTES // (problem.query.width * problem.dtype.itemsize))
         for start in range(0, problem.query.rows, step):
             stop = min(start + step, problem.query.rows)
@@ -93,4 +107,4 @@ def finish_gradients(problem: Problem, gradients: Gradients, out: Computed) -> N
         out.d_hard_negatives = gradients.accumulators["hard_negatives"].view(problem.options.hard_negatives.shape)
     if gradients.wants("temperature"):
         # d s / d temperature = -s / temperature; the sweeps have summed (d loss / d s) * s
-        out.d_temperature = -gradients.temperature * problem.inverse_temperature
+        out.d_temperature = -problem.times_row_scale(gradients.temperature * problem.inverse_temperature)

@@ -38,6 +38,7 @@ class HardNegatives:
         self.cosines = torch.empty(len(packed), dtype=dtype, device=device)
         for a, b in self._steps():
             self.cosines[a:b] = (problem.query.gathered(self.owner).tile(a, b) * self.operand.tile(a, b)).sum(1)
+        self.cosines = problem.times_row_scale(self.cosines, self.owner)
         self.dropped = ~problem.active[self.owner]
         if ids is not None:
             self.dropped |= ids.reshape(-1) == target_ids[self.owner]
@@ -77,7 +78,8 @@ class HardNegatives:
             coefficient = coefficient - torch.where(self.dropped, 0, result.smooth[owner])
         coefficient = coefficient * direction.weight[owner] * problem.inverse_temperature
         if gradients.wants("temperature"):
-            gradients.temperature += (coefficient * self.cosines).sum()
+            gradients.add_temperature(self._per_row(coefficient * self.cosines, "sum"))
+        coefficient = problem.times_row_scale(coefficient, owner)
         if gradients.wants("hard_negatives"):
             gradients.accumulators["hard_negatives"] = torch.empty(
                 self.operand.rows, self.operand.width, dtype=problem.dtype, device=problem.device

@@ -35,6 +35,7 @@ class Operand:
         inverse_norm: (n,) or None, factor of each source row.
         keep: (n,) bool or None; rows that are False come out as zeros whatever they hold (NaN times 0 is NaN).
         index: (rows,) int64 or None: row r of the operand is row index[r] of the source.
+        row_scale: (rows,) or None, a further factor of each row of the operand, whatever its source row.
     """
 
     source: torch.Tensor
@@ -42,6 +43,7 @@ class Operand:
     inverse_norm: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     index: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -59,11 +61,16 @@ class Operand:
             and self.inverse_norm is None
             and self.keep is None
             and self.index is None
+            and self.row_scale is None
             and self.source.stride(1) == 1
         )
 
     def gathered(self, index: torch.Tensor) -> Operand:
         return dataclasses.replace(self, index=index)
+
+    def scaled(self, row_scale: torch.Tensor | None) -> Operand:
+        """The operand itself where there is no factor."""
+        return self if row_scale is None else dataclasses.replace(self, row_scale=row_scale)
 
     def every(self, step: int, rows: int) -> Operand:
         """Rows 0, step, 2 step, ...: `rows` of them, as views."""
@@ -84,8 +91,10 @@ class Operand:
             return None if tensor is None else tensor[start:stop]
 
         if self.index is not None:
-            return dataclasses.replace(self, index=self.index[start:stop])
-        return dataclasses.replace(self, source=self.source[start:stop], inverse_norm=cut(self.inverse_norm), keep=cut(self.keep))
+            return dataclasses.replace(self, index=self.index[start:stop], row_scale=cut(self.row_scale))
+        return dataclasses.replace(
+            self, source=self.source[start:stop], inverse_norm=cut(self.inverse_norm), keep=cut(self.keep), row_scale=cut(self.row_scale)
+        )
 
     def tile(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) in the compute dtype: a view when nothing has to be done to them."""
@@ -95,6 +104,8 @@ class Operand:
         out = self.source[rows].to(self.dtype)
         if self.inverse_norm is not None:
             out = out * self.inverse_norm[rows, None]
+        if self.row_scale is not None:
+            out = out * self.row_scale[start:stop, None]
         if self.keep is not None:
             out = torch.where(self.keep[rows, None], out, out.new_zeros(()))
         return out

@@ -34,14 +34,14 @@ def is_finite(value) -> bool:
 
 
 def check_temperature(temperature, name: str = "temperature") -> None:
-    """A number above 0, or a 0-d floating-point tensor, whose value is looked at later."""
+    """A number above 0, or a floating-point tensor of one or of one a row, whose values are looked at later."""
     if not isinstance(temperature, torch.Tensor):
         if not (is_finite(temperature) and temperature > 0):
             raise ValueError(f"{name}: expected a number above 0, got {temperature!r}; 0.02 is usual")
         if temperature < LEAST_TEMPERATURE:
             raise ValueError(f"{name}: expected one whose inverse float32 can hold, got {temperature!r}; 0.02 is usual")
-    elif temperature.dim() != 0:
-        raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(temperature.shape)}; call .squeeze()")
+    elif temperature.dim() > 1:
+        raise ValueError(f"{name}: expected a 0-d, (1,) or (N,) tensor, got shape {tuple(temperature.shape)}; call .flatten()")
     elif not temperature.dtype.is_floating_point:
         raise ValueError(f"{name}: expected a floating-point tensor, got {temperature.dtype}; call .float()")
 

@@ -3,6 +3,9 @@
 The loss is a set of softmaxes. One `Direction` is one softmax a row: `Block`s of candidates that share a denominator.
 `symmetric` is two directions. Rows belong to this rank. Columns (`Columns`) may be this rank's, those of all ranks
 (gather) or one rank's at a time (ring). Legend: n, m rows and targets of this rank; N, M columns; D width.
+
+Where every row has a temperature of its own, T is the least of them, and row i's anchor, positive's cosine and threshold carry the
+factor T / temperature_i (`row_scale`, at most 1): "cosine" means that product then, and all rows share 1 / T.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ class Block:
 
 @dataclasses.dataclass
 class Direction:
-    """One softmax a row; all (n,). `weight` multiplies row losses, and is 0 for rows left out."""
+    """One softmax a row; all (n,). `weight` multiplies row losses, and is 0 for rows left out. Cosines carry `row_scale`."""
 
     blocks: list[Block]
     problem: Problem
@@ -100,7 +103,7 @@ class Problem:
     """This rank's rows. `positives` (n,) index its own targets, in range even for rows left out; `active_rows` (n,) bool, None for all.
 
     `own_targets`: (n, D) the rows' positives, without an index where they lie in a regular step. `step`: of the default positives,
-    row i's being target i * step; None where the caller named them.
+    row i's being target i * step; None where the caller named them. `row_scale`: (n,) at most 1, None where all rows share one temperature.
     """
 
     options: InfoNCEOptions
@@ -116,6 +119,7 @@ class Problem:
     row_weight: torch.Tensor  # (n,) weights over the mean's denominator, 0 where not active
     first_row: int = 0  # global numbers of this rank's first row and target
     first_target: int = 0
+    row_scale: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +127,16 @@ class Problem:
 
     @functools.cached_property
     def positive(self) -> torch.Tensor:
-        """(n,) cosines of the positives, worked out where somebody asks."""
-        return self.backend.row_dots(self.query, self.own_targets)
+        """(n,) cosines of the positives, `row_scale` in them, worked out where somebody asks."""
+        return self.times_row_scale(self.backend.row_dots(self.query, self.own_targets))
+
+    def times_row_scale(self, values: torch.Tensor, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        """(r,) numbers of these rows with the rows' own factor."""
+        return values if self.row_scale is None else values * self.row_scale[rows]
+
+    def true_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        """(n,) cosines without `row_scale`, as statistics tell them."""
+        return cosine if self.row_scale is None else cosine / self.row_scale
 
     @property
     def active(self) -> torch.Tensor:
@@ -182,11 +194,12 @@ def build(
         own_targets = own_target.every(step, n)
     else:
         own_targets = own_target.gathered(positives)
+    temperature, row_scale = _temperatures(options.temperature, device, dtype)
     return Problem(
         options,
         backend,
         dtype,
-        _inverse_temperature(options.temperature, device, dtype),
+        _inverse_temperature(temperature, device, dtype),
         own_query,
         own_target,
         own_targets,
@@ -196,7 +209,17 @@ def build(
         _row_weight(options, active, n, dtype, device, all_sum),
         rank * n,
         rank * len(target),
+        row_scale,
     )
+
+
+def _temperatures(temperature, device, dtype) -> tuple[float | torch.Tensor, torch.Tensor | None]:
+    """One temperature for all rows, and what makes it each row's own."""
+    if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
+        return temperature, None
+    temperature = temperature.detach().to(device=device, dtype=dtype)
+    least = temperature.min()
+    return least, least / temperature
 
 
 def _row_weight(options: InfoNCEOptions, active, n: int, dtype, device, all_sum) -> torch.Tensor:
@@ -248,7 +271,8 @@ def _inverse_temperature(temperature, device, dtype) -> float | torch.Tensor:
 def _threshold(problem: Problem) -> torch.Tensor | None:
     options, bounds = problem.options, []
     if options.mask_margin is not None:
-        bounds.append(problem.positive + options.mask_margin)
+        margin = options.mask_margin if problem.row_scale is None else options.mask_margin * problem.row_scale
+        bounds.append(problem.positive + margin)
     if options.mask_relative is not None:
         bounds.append(problem.positive + options.mask_relative * problem.positive.abs())
     if not bounds:
@@ -264,7 +288,7 @@ def matchable(ids: torch.Tensor) -> torch.Tensor:
 def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Direction]:
     """The softmaxes of this rank's rows over the given columns; for a ring, the part of them that these columns are."""
     o, positives = problem.options, problem.positives
-    own_targets = problem.own_targets
+    anchors, own_targets = problem.query.scaled(problem.row_scale), problem.own_targets.scaled(problem.row_scale)
     active = None if o.own_negatives_only is None else ~o.own_negatives_only
     scale = problem.inverse_temperature
     scale = scale + o.hardness if o.hardness_scope in ("all", "in_batch") else scale
@@ -277,9 +301,9 @@ def directions(problem: Problem, queries: Columns, targets: Columns) -> list[Dir
     if o.target_query_ids is not None:
         target_ids += ((matchable(o.query_ids), targets.owners),)
 
-    blocks = [Block(problem.query, "query", targets, my_positive, scale, target_ids)]
+    blocks = [Block(anchors, "query", targets, my_positive, scale, target_ids)]
     if o.query_negatives:
-        blocks.append(Block(problem.query, "query", queries, myself, scale, query_ids))
+        blocks.append(Block(anchors, "query", queries, myself, scale, query_ids))
     if o.target_negatives:
         blocks.append(Block(own_targets, "positive", targets, my_positive, scale, target_ids))
     weight = problem.row_weight * 0.5 if o.symmetric else problem.row_weight

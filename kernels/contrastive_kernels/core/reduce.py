@@ -18,6 +18,6 @@ def reduce_directions(problem: Problem, directions: list[Direction], gradients: 
     for direction, (result, sums) in zip(directions, problem.backend.sweep(problem, directions, hard, gradients, workspace)):
         losses.append(torch.where(direction.weight != 0, direction.weight * result.loss, 0) if result.weighted is None else result.weighted)
         if options.return_stats and direction.forward:
-            stat_sums = row_sums(problem.active, result.lse, direction.positive, sums.best)
+            stat_sums = row_sums(problem.active, result.lse, problem.true_cosine(direction.positive), problem.true_cosine(sums.best))
     loss = losses[0] if len(losses) == 1 else sum(losses)
     return Computed(loss if options.reduction == "none" else loss.sum(), stat_sums=stat_sums)

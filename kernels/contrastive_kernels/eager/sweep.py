@@ -176,7 +176,7 @@ class PanelBuffers:
         for key, total in pulled.items():
             d_anchors = total.result().mul_(factor[:, None])
             if gradients.wants("temperature"):
-                gradients.temperature += torch.linalg.vecdot(d_anchors, anchors[key]).sum()
+                gradients.add_temperature(torch.linalg.vecdot(d_anchors, anchors[key]), slice(start, stop))
             if gradients.wants(sinks[key]):
                 gradients.add_anchors(sinks[key], start, stop, d_anchors)
 

@@ -64,7 +64,7 @@ PLAIN_COLUMNS = 256
 CHUNK_REDUCE = Tile(2, 2048, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
 CHUNK_WRITE = Tile(8, 512, 1, 4, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
 # two models' cosines at a time
-DISTIL_REDUCE = Tile(2, 1024, 1, 8, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
+DISTIL_REDUCE = Tile(2, 1024, 1, 8, 1, spread=True) if not INTERPRET else Tile(32, 128, 1, 4, 1)
 DISTIL_WRITE = Tile(4, 512, 1, 4, 1) if not INTERPRET else Tile(32, 128, 1, 4, 1)
 
 

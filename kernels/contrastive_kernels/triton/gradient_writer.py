@@ -10,6 +10,7 @@ import torch
 
 from ..core.problem import EPS
 from .kernels.rows import Segments, scatter, update
+from .operand_views import norm_scale
 from .products import add_scaled_matmul, matmul, row_scaled
 
 
@@ -41,6 +42,9 @@ class GradientWriter:
         """
         gradients, sink, side = self.gradients, block.anchor_sink, self.operand_views(block.anchors)
         want_dot = gradients.wants("temperature")
+        own = block.anchors.row_scale
+        if own is not None:  # which the anchors carry
+            factor = own[rows] if factor is None else factor * own[rows]
         z = side.raw[rows] if want_dot else None
         if sink == "positive" or not gradients.wants(sink):
             dot = update(None, x=d_anchors, a=factor, z=z, dot=True, add=False) if want_dot else None
@@ -56,7 +60,8 @@ class GradientWriter:
             dot = update(out, x=d_anchors, a=factor, z=z, dot=want_dot, add=add, **positive_term)
         if dot is not None:
             # sum_j E_ij cos_ij is x_i . (E Y)_i
-            gradients.temperature += (dot if side.scale is None else dot * side.scale[rows]).sum()
+            norms = norm_scale(block.anchors)
+            gradients.add_temperature(dot if norms is None else dot * norms[rows], rows)
 
     def _own_term(self, rows: slice, positive) -> dict:
         """q += g t of the rows' positives, as arguments of `update`; once a row."""
@@ -65,7 +70,7 @@ class GradientWriter:
             return {}
         self.taken["query"] = rows.stop
         target = self.operand_views(problem.target)
-        return dict(y=target.raw, b=positive, index=problem.positives[rows], y_scale=target.scale)
+        return dict(y=target.raw, b=problem.times_row_scale(positive, rows), index=problem.positives[rows], y_scale=target.scale)
 
     def _rows(self, sink: str, rows: slice, count: int, offered: torch.Tensor | None = None) -> tuple[torch.Tensor, bool]:
         """The accumulator's rows, and whether they hold something already; `offered` becomes the accumulator where it can."""
@@ -137,6 +142,7 @@ class GradientWriter:
         """t += g q of the rows' positives."""
         query = self.operand_views(self.problem.query)
         self.taken["target"] = rows.stop
+        positive = self.problem.times_row_scale(positive, rows)
         self._scatter(rows, y=query.raw[rows], b=positive, y_scale=None if query.scale is None else query.scale[rows])
 
     def positives(self, coefficient: torch.Tensor) -> None:
@@ -144,7 +150,7 @@ class GradientWriter:
         problem, gradients = self.problem, self.gradients
         all_rows = slice(0, problem.query.rows)
         if gradients.wants("temperature"):
-            gradients.temperature += (coefficient * self.direction.positive).sum()
+            gradients.add_temperature(coefficient * self.direction.positive)
         if gradients.wants("query") and not self.taken["query"]:
             positive_term = self._own_term(all_rows, coefficient)
             out, add = self._rows("query", all_rows, problem.query.rows)

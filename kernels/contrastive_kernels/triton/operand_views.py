@@ -27,10 +27,19 @@ def tight(vector: torch.Tensor | None) -> torch.Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def inverse(operand: Operand) -> torch.Tensor | None:
+def norm_scale(operand: Operand) -> torch.Tensor | None:
+    """(rows,) inverse norms of an operand's rows, or None."""
     if operand.inverse_norm is None or operand.index is None:
         return tight(operand.inverse_norm)
     return operand.inverse_norm[operand.index]
+
+
+def inverse(operand: Operand) -> torch.Tensor | None:
+    """(rows,) all that multiplies a row: inverse norms and the rows' own factors; None for neither."""
+    norms = norm_scale(operand)
+    if operand.row_scale is None:
+        return norms
+    return operand.row_scale if norms is None else norms * operand.row_scale
 
 
 class OperandView:
@@ -64,6 +73,9 @@ class OperandViews:
 
     def _view(self, block, direction) -> BlockView:
         anchors, columns = self(block.anchors), self(block.columns.operand)
+        col_scale = columns.scale
+        if anchors.scale is not None and col_scale is None:  # the kernels take both or neither
+            col_scale = torch.ones_like(columns.raw[:, 0], dtype=anchors.scale.dtype)
         return BlockView(
             anchors.raw,
             columns.raw,
@@ -74,5 +86,5 @@ class OperandViews:
             tight(block.columns.keep),
             block.columns.offset or 0,
             anchors.scale,
-            columns.scale,
+            col_scale,
         )

@@ -38,7 +38,7 @@ def plan_for(problem, direction, gradients, workspace: int) -> dispatch.Plan:
         workspace=workspace,
         gpu=configs.gpu(source.device),
         smoothing=bool(problem.options.label_smoothing),
-        normalize=problem.query.inverse_norm is not None,
+        normalize=problem.query.inverse_norm is not None or problem.row_scale is not None,
         interpreted=INTERPRET,
         d_query=wants("temperature") or any(wants(block.anchor_sink) for block in direction.blocks),
         d_target=any(wants(block.columns.sink) for block in direction.blocks),

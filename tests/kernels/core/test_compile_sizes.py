@@ -49,6 +49,7 @@ CASES = {
         hard_negatives=lambda n: rows(2 * n), hard_offsets=lambda n: torch.arange(0, 2 * n + 1, 2), label_smoothing=lambda n: 0.1
     ),
     "temperature": info_nce_with(temperature=lambda n: torch.tensor(0.01 * n)),
+    "row temperatures": info_nce_with(temperature=lambda n: 0.1 + torch.rand(n)),
     "sigmoid": (
         lambda q, t, scale, bias, ids: sigmoid_loss(q, t, scale=scale, bias=bias, query_ids=ids, target_ids=ids),
         lambda n: (rows(n), rows(n), *scale_and_bias(n), torch.arange(n)),

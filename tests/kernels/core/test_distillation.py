@@ -25,11 +25,13 @@ OPTIONS = [
     {"weight": True, "reduction": "none"},
     {"weight": True, "symmetric": True},
     {"reduction": "none", "symmetric": True, "normalize": True},
+    {"by_row": True},
+    {"by_row": True, "symmetric": True, "normalize": True, "temperature": 0.01},
 ]
 CASES = [
     pytest.param(n, m, options, id=f"{n}x{m}-{options}")
     for (n, m), options in itertools.product(SHAPES, OPTIONS)
-    if n == m or not (options.get("symmetric") and (options.get("weight") or options.get("reduction") == "none"))  # refused
+    if n == m or not (options.get("symmetric") and (options.keys() & {"weight", "by_row"} or options.get("reduction") == "none"))  # refused
 ]
 
 
@@ -52,10 +54,11 @@ def embeddings(n, m, seed=0, dtype=torch.float64, close=1.0, widths=(WIDTH, TEAC
     return out
 
 
-def value_and_gradients(function, matrices, *, weight=False, temperature=0.05, **options):
+def value_and_gradients(function, matrices, *, weight=False, temperature=0.05, by_row=False, **options):
     query, target, teacher_query, teacher_target = matrices
     query, target = query.clone().requires_grad_(), target.clone().requires_grad_()
-    temperature = torch.tensor(temperature, dtype=query.dtype, requires_grad=True)
+    temperature = torch.tensor(temperature, dtype=query.dtype)
+    temperature = (temperature * torch.linspace(1, 3, len(query), dtype=query.dtype) if by_row else temperature).requires_grad_()
     if weight:
         options["weight"] = torch.linspace(0, 2, len(query), dtype=query.dtype)
     loss = function(query, target, teacher_query, teacher_target, temperature=temperature, **options)

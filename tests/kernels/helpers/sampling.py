@@ -139,12 +139,18 @@ class Case:
     def _cold(self):
         return {"temperature": 0.005}
 
+    def _row_temperatures(self):
+        return {"temperature": 0.05 + 0.2 * torch.rand(self.n, generator=self.generator, dtype=self.dtype)}
+
 
 NAMES = [name[1:] for name in vars(Case) if name.startswith("_") and not name.startswith("__")]
 CLASHES = [
     {"sum", "none"},
     {"hardness", "hardness_in_batch", "hardness_hard"},
-    {"learnt_temperature", "cold"},
+    {"learnt_temperature", "cold", "row_temperatures"},
+    {"row_temperatures", "hardness"},  # refused
+    {"row_temperatures", "hardness_in_batch"},
+    {"row_temperatures", "hardness_hard"},
     {"hard", "packed_hard", "hard_with_ids"},
 ]
 

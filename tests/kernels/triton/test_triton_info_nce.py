@@ -23,6 +23,10 @@ def ints(*shape, low=0, high=4):
     return torch.randint(low, high, shape, device=DEVICE)
 
 
+def row_temperatures():
+    return (0.05 + 0.2 * torch.rand(N, dtype=TRUTH, device=DEVICE)).requires_grad_()
+
+
 OPTIONS = {
     "plain": lambda: {},
     "positives": lambda: dict(positives=torch.where(ints(N) == 0, -100, ints(N, high=M))),
@@ -40,6 +44,18 @@ OPTIONS = {
     "smoothing": lambda: dict(label_smoothing=0.1, target_mask=ints(M) > 0, own_negatives_only=ints(N) == 0),
     "normalize": lambda: dict(normalize=True),
     "matryoshka": lambda: dict(matryoshka_dims=(8, 24), matryoshka_weights=(0.5, 1.0)),
+    "row temperatures": lambda: dict(temperature=row_temperatures()),
+    "row temperatures, normalize, symmetric": lambda: dict(temperature=row_temperatures(), normalize=True, symmetric=True, mask_margin=0.2),
+    "row temperatures, all negatives": lambda: dict(
+        temperature=row_temperatures(),
+        normalize=True,
+        query_negatives=True,
+        target_negatives=True,
+        hard_negatives=unit(N, 3, D),
+        positives=torch.where(ints(N) == 0, -100, ints(N, high=M)),
+        label_smoothing=0.1,
+    ),
+    "row temperatures, matryoshka": lambda: dict(temperature=row_temperatures(), matryoshka_dims=(8, 24)),
     "everything": lambda: dict(
         normalize=True,
         symmetric=True,
@@ -61,11 +77,11 @@ def test_options(name, path, monkeypatch):
     force(monkeypatch, path)
     options = OPTIONS[name]()
     query, target = unit(N, D), unit(M, D)
-    temperature = torch.tensor(0.05, dtype=TRUTH, device=DEVICE, requires_grad=True)
-    leaves = [query, target, temperature] + [v for v in options.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    options.setdefault("temperature", torch.tensor(0.05, dtype=TRUTH, device=DEVICE, requires_grad=True))
+    leaves = [query, target] + [v for v in options.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     # a workspace of a few rows: several panels, the last one short
-    got = info_nce(query, target, temperature=temperature, backend="triton", workspace_mib=0.006, **options)
-    truth = info_nce_reference(query, target, temperature=temperature, **options)
+    got = info_nce(query, target, backend="triton", workspace_mib=0.006, **options)
+    truth = info_nce_reference(query, target, **options)
     tight = dict(rtol=1e-9, atol=1e-10) if TRUTH == torch.float64 else dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got, truth, **tight)
     cotangent = torch.randn_like(truth)

@@ -22,6 +22,7 @@ SETS = [
     ("smoothing", "hard", "own_negatives_only", "target_mask"),
     ("normalize", "margin", "hardness", "weight"),
     ("cold", "query_mask"),
+    ("row_temperatures", "symmetric", "hard", "margin"),
 ]
 
 
