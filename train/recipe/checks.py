@@ -51,6 +51,7 @@ _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps
 # What no run has had a use for, and a slip of the hand has: more forks processes without end, fills memory, or makes weights infinite.
 _MOST = {"steps": 10**10, "global_batch": 10**7, "workers": 1024, "decode_threads": 1024, "learning_rate": 100.0, "weight_decay": 100.0}
 _TEMPERATURES = (1e-4, 100.0)
+PARTS = ("language", "vision", "projector", "all")
 
 
 def check(recipe: RecipeKeys) -> None:
@@ -58,6 +59,7 @@ def check(recipe: RecipeKeys) -> None:
     _check_numbers(recipe)
     _check_data(recipe)
     _check_loss(recipe)
+    _check_parts(recipe)
     _check_memory(recipe)
     _check_optimizer(recipe)
     _check_reports(recipe)
@@ -184,6 +186,25 @@ def _check_sections(where: str, sections: Loss | list[Loss], sources: list[Sourc
                 )
         if loss.needs_negatives and not recipe.data.hard_negatives:
             raise ValueError(f"{place}: {loss.name} compares a row's positive with its hard negatives; say data.hard_negatives: true")
+
+
+def _check_parts(recipe: RecipeKeys) -> None:
+    """Which towers train: `train` beside `lora`, `freeze_vision` and `quantization`."""
+    if recipe.train is None:
+        return
+    for part in recipe.train or [""]:
+        if part not in PARTS:
+            raise ValueError(f"train: {shown(part)} is none of {', '.join(PARTS)}; {_nearest(part, PARTS)}")
+    lora, trains = recipe.lora, set(recipe.train)
+    every = "all" in trains or trains >= set(PARTS) - {"all"}
+    if recipe.freeze_vision:
+        raise ValueError("train and freeze_vision both say whether the vision tower trains; expected one of them: drop freeze_vision")
+    if lora is not None and every:
+        raise ValueError("train: all and lora contradict each other, since nothing is left to adapt; drop one of them")
+    if lora is not None and lora.vision and "vision" in trains:
+        raise ValueError("train: vision and lora.vision contradict each other: a tower is trained itself or adapted; drop one of them")
+    if recipe.quantization and (every or "language" in trains):
+        raise ValueError("train: language and quantization contradict each other: weights in four bits cannot be trained; drop one of them")
 
 
 def _check_memory(recipe: RecipeKeys) -> None:

@@ -145,6 +145,7 @@ class RecipeKeys:
     loss: Loss | list[Loss] = field(default_factory=InfoNCE)  # one section, or a sum of them
     lora: Lora | None = None
     quantization: str | None = None  # "nf4": the frozen base in four bits (QLoRA)
+    train: list[str] | None = None  # parts that train themselves, of language, vision, projector, all; the rest by `lora`, or not
     freeze_vision: bool = False
     dtype: str = "float32"  # of the weights
     autocast: str | None = None  # "bfloat16": matrix products in bf16, weights and loss in `dtype`

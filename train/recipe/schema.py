@@ -42,6 +42,15 @@ class Recipe(RecipeKeys):
         return whole_loss(self.loss, [source.name for source in self.data.sources], [source.loss for source in self.data.sources])
 
     @property
+    def whole_words(self) -> str:
+        """What of the model trains itself, for people; "" where an adapter alone does."""
+        if self.train is not None and "all" not in self.train:
+            return f"the weights of {' and '.join(self.train)}"
+        if self.lora is not None:
+            return ""
+        return "all weights but the vision tower's" if self.freeze_vision else "all weights"
+
+    @property
     def held_out_rows(self) -> int:
         """Most rows of each source that are kept out of training."""
         return self.held_out.rows if self.held_out else 0

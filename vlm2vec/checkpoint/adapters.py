@@ -226,6 +226,7 @@ def add(
     dora: bool = False,
     targets: str | Iterable[str] = REFERENCE_TARGETS,
     vision: bool | None = None,
+    whole: Iterable[str] = (),
 ) -> None:
     """Give the model a fresh adapter to train.
 
@@ -233,6 +234,7 @@ def add(
         targets: layer names (their last part), a regular expression over full names, or "all-linear". Names that the family
             does not have are ignored, as long as one matches.
         vision: False adapts nothing in the vision tower, True all its linear layers, None those that `targets` names.
+        whole: parameters that are trained themselves (`train_whole`): their layers are not adapted.
     """
     from peft import LoraConfig
 
@@ -247,8 +249,9 @@ def add(
         raise ValueError(f"vision=True: {model.base_source} has no vision tower of its own with linear layers; leave it out")
     if vision:
         targets = "|".join([f"(?:{targets})", *map(re.escape, tower)]) if isinstance(targets, str) else [*targets, *tower]
-    elif vision is False and tower:
-        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in tower)
+    out = [*(tower if vision is False else ()), *(name.rpartition(".")[0] for name in whole if name.endswith(".weight"))]
+    if out:
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in dict.fromkeys(out))
     # The reference's adapters start from a Gaussian A and a zero B.
     config = LoraConfig(
         r=r,
@@ -260,6 +263,20 @@ def add(
         init_lora_weights="gaussian",
     )
     inject(model, config)
+
+
+def train_whole(model: nn.Module, names: Iterable[str], modules: Iterable[str]) -> None:
+    """Trains parameters themselves beside the adapter, and keeps them in its files, as PEFT's `modules_to_save`.
+
+    Args:
+        names: of parameters. modules: last parts of the names of the modules that hold them.
+    """
+    parameters = dict(model.model.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(True)
+    model.adapter_whole = list(dict.fromkeys([*model.adapter_whole, *(of_base(name) for name in names)]))
+    kept = model.adapter_settings.get("modules_to_save") or []
+    model.adapter_settings["modules_to_save"] = list(dict.fromkeys([*kept, *modules])) or None
 
 
 def tower_layers(model: nn.Module) -> list[str]:
@@ -310,8 +327,7 @@ def merged_weight(layer: nn.Module) -> torch.Tensor:
     stored, added = _stored_and_added(layer)
     weight = stored.to(added.dtype) + added
     if ADAPTER in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(added.dtype)
-        weight = weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
+        weight = _at_magnitudes(layer, weight)
     return weight.to(stored.dtype)
 
 
@@ -320,10 +336,12 @@ def change(layer: nn.Module) -> torch.Tensor:
     stored, added = _stored_and_added(layer)
     if ADAPTER not in layer.lora_magnitude_vector:
         return added
-    start = stored.to(added.dtype)
-    weight = start + added
-    magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(added.dtype)
-    return weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None] - start
+    return _at_magnitudes(layer, stored.to(added.dtype) + added) - stored.to(added.dtype)
+
+
+def _at_magnitudes(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(weight.dtype)
+    return weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
 
 
 def _stored_and_added(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
