@@ -266,11 +266,7 @@ def add(
 
 
 def train_whole(model: nn.Module, names: Iterable[str], modules: Iterable[str]) -> None:
-    """Trains parameters themselves beside the adapter, and keeps them in its files, as PEFT's `modules_to_save`.
-
-    Args:
-        names: of parameters. modules: last parts of the names of the modules that hold them.
-    """
+    """Trains parameters themselves beside the adapter, and keeps them in its files, as PEFT's `modules_to_save` (the modules' names)."""
     parameters = dict(model.model.named_parameters())
     for name in names:
         parameters[name].requires_grad_(True)
