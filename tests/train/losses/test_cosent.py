@@ -1,11 +1,10 @@
-"""CoSENT of graded pairs against its formula in float64, its gradient, and over ranks."""
+"""CoSENT of graded pairs against its formula in float64, and its gradient."""
 
 import math
 
 import pytest
 import torch
 
-from tests.helpers.processes import collected, join
 from train.losses import LOSSES, LossBatch
 from train.losses import cosent as module
 from train.losses.cosent import cosent
@@ -79,28 +78,3 @@ def test_a_batch_without_graded_rows_has_a_section_of_nothing():
     query, target, _ = inputs()
     batch = LossBatch(torch.arange(N), torch.arange(N), sources=SOURCES)
     assert LOSSES["cosent"]().function()(query, target, **LOSSES["cosent"]().options(batch)) == 0
-
-
-def _rank(rank, port, queue):
-    join(rank, port)
-    torch.distributed.init_process_group("gloo")
-    query, target, grades = inputs()
-    part = slice(0, 4) if rank == 0 else slice(4, 8)
-    leaves = [x[part].clone().requires_grad_() for x in (query, target)]
-    loss = cosent(*leaves, grades=grades[part], sources=SOURCES[part], temperature=0.1, group=torch.distributed.group.WORLD)
-    loss.backward()
-    queue.put((rank, "cosent", loss.item(), *(leaf.grad.numpy().copy() for leaf in leaves)))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_have_the_loss_and_twice_the_gradient_of_one():
-    query, target, grades = inputs()
-    leaves = [x[:8].clone().requires_grad_() for x in (query, target)]
-    loss = cosent(*leaves, grades=grades[:8], sources=SOURCES[:8], temperature=0.1)
-    loss.backward()
-    found = collected(_rank, each=1)
-    for rank, part in enumerate((slice(0, 4), slice(4, 8))):
-        got, *gradients = found["cosent", rank]
-        assert got == pytest.approx(loss.item(), rel=1e-12)
-        for leaf, gradient in zip(leaves, gradients):
-            torch.testing.assert_close(torch.from_numpy(gradient), 2 * leaf.grad[part], rtol=1e-12, atol=1e-14)
