@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
             from .plan.__main__ import main as plan
 
             return plan(argv[1:])
+        if argv[0] == "teach":
+            from .data.teachers import main as teach
+
+            return teach(argv[1:])
         from .run import run
 
         return run(argv)
@@ -55,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 _USAGE = f"""usage: {COMMAND} RECIPE [--key value ...] [--fresh] [--profile STEP]
        torchrun --nproc-per-node 8 {TORCHRUN} RECIPE [--key value ...]
        {COMMAND} plan RECIPE --gpu h100-80 [--ranks 8] [--key value ...]
+       {COMMAND} teach RECIPE --teacher MODEL -o FOLDER
        {COMMAND} --list
 
 RECIPE is a YAML file, or the name of one of the project's recipes, which --list lists; --key value overrides a key of it,
@@ -62,7 +67,8 @@ nested ones with dots: --loss.temperature 0.05.
 A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds.
 --profile STEP writes a trace of that step into the output folder, for https://ui.perfetto.dev: its operators and kernels, with
 waiting for data, first pass, loss, second pass, synchronisation and optimizer as named ranges. One file a rank.
-`plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows."""
+`plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows.
+`teach` embeds the rows with another model, whose vectors the loss `distillation` reads."""
 
 
 if __name__ == "__main__":

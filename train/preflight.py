@@ -45,7 +45,7 @@ def check(recipe: Recipe, *, ranks: int = 1, resumed: bool = False) -> None:
     if model.adapter is not None and recipe.lora is None:
         raise ValueError(f"{recipe.model} {NO_LORA_SECTION}")
     width = model.backbone.embedding_dim(model.config)
-    recipe.loss.check_width(width, recipe.model)
+    recipe.objective.check_width(width, recipe.model)
     check_memory(recipe, model, device_memory(on_gpu), ranks=ranks, on_gpu=on_gpu)
     if not resumed:
         check_rows(recipe, model.processing)
@@ -173,6 +173,7 @@ def check_rows(recipe: Recipe, processing: Any) -> None:
             raise ValueError(f"source {name} has no rows; leave it out of the recipe")
         count = min(size, -(-most // len(dataset.sizes)))
         batch = collate([dataset[source, int(row)] for row in np.linspace(0, size - 1, count).astype(int)])
+        recipe.objective.check_rows([place for place, kept in zip(batch["rows"], batch["kept"]) if kept])
         if len(batch["errors"]) == count and count >= min(_ROWS_OF_A_SOURCE, size):
             raise ValueError(f"source {name}: {unreadable(count, str(count), batch['errors'][-1])}")
         (_, row), tokens = longest_sample(batch)

@@ -67,7 +67,7 @@ class ContrastiveStep:
     ):
         self.recipe, self.model, self.unwrapped = recipe, model, unwrapped
         self.device, self.autocast, self.world_size = device, autocast, world_size
-        self.loss = recipe.loss.function() if loss is None else loss
+        self.loss = recipe.objective.function() if loss is None else loss
         self.media = media or Media(
             unwrapped.processing, bound_mib=recipe.media_mib, threads=recipe.decode_threads, strict=recipe.data.strict
         )
@@ -151,9 +151,16 @@ class ContrastiveStep:
     # The loss
 
     def _loss_options(self, batch: dict[str, Any], has_hard: bool) -> dict[str, Any]:
-        hard = {name: self._tensor(batch[name]) for name in ("hard_offsets", "hard_ids")} if has_hard else {}
-        ids = {name: self._tensor(batch[name]) for name in ("query_ids", "target_ids")}
-        return self.recipe.loss.options(LossBatch(**ids, **hard, group=dist.group.WORLD if self.world_size > 1 else None))
+        return self.recipe.objective.options(self.loss_batch(batch, has_hard, dist.group.WORLD if self.world_size > 1 else None))
+
+    def loss_batch(self, batch: dict[str, Any], has_hard: bool, group: dist.ProcessGroup | None = None, **changes: Any) -> LossBatch:
+        """What the loss may know of a collated batch, on the device."""
+        names = ["query_ids", "target_ids", "pairs", *(name for name in ("grades", "scores") if name in batch)]
+        names += ["hard_offsets", "hard_ids"] if has_hard else []
+        known = {name: self._tensor(batch[name]) for name in names if name in batch and name not in changes}
+        sources = torch.tensor([source for source, _ in batch["rows"]], dtype=torch.int64).to(self.device)
+        planned = batch.get("planned", False)
+        return LossBatch(**known, **changes, sources=sources, places=batch["rows"], group=group, planned=planned)
 
     def _masks(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows that could not be read are neither queries nor candidates. Every rank passes masks as soon as one has to."""

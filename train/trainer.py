@@ -57,7 +57,7 @@ class ContrastiveTrainer(transformers.Trainer):
             raise ValueError(f"global_batch ({recipe.global_batch}) must be divisible by the number of ranks ({arguments.world_size})")
         self.sharded = sharding.is_sharded(model)
         dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
-        self.loss = learned_loss.attach(recipe.loss, model, device=arguments.device, dtype=dtype)
+        self.loss = learned_loss.attach(recipe.objective, model, device=arguments.device, dtype=dtype)
         super().__init__(
             model=model,
             args=arguments,
@@ -253,7 +253,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self.recipe.loss.figures(self.loss))
+            logs.update(self.recipe.objective.figures(self.loss))
             logs.update(self._stats.drain(self.args.device, self.args.world_size))
             logs.update(self._times.drain())
             logs["seconds"] = round(self.seconds(), 3)
@@ -325,6 +325,13 @@ class ContrastiveTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Loads what the loss learned. The model was loaded from the checkpoint, so that its weights are in memory only once."""
         learned_loss.load(self.loss, resume_from_checkpoint)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.sharded:
+            learned = [p for name, p in self.model.named_parameters() if name.startswith(learned_loss.PREFIX)]
+            sharding.group_apart(self.optimizer, learned)
+        return optimizer
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All weights that decay; what a loss learned does not."""

@@ -62,10 +62,13 @@ def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: i
     def unreadable(row: int, message: str) -> None:
         batch["kept"][row] = False
 
-    owners = range(len(batch["rows"]))
-    sides = [step.media.side(batch[name], owners, unreadable) for name in ("query", "target")]
+    count = len(batch["rows"])
+    owners = [range(count)] * 2 + [np.repeat(np.arange(count), np.diff(batch["hard_offsets"])).tolist()]
+    has_hard = recipe.objective.needs_negatives and bool(batch["negatives"])
+    names = ("query", "target", "negatives") if has_hard else ("query", "target")
+    sides = [step.media.side(batch[name], owner, unreadable) for name, owner in zip(names, owners)]
     try:
-        query, target = (_encoded(step, side, recipe, rank, world_size) for side in sides)
+        query, target, *hard = (_encoded(step, side, recipe, rank, world_size) for side in sides)
     finally:
         for side in sides:
             side.close()
@@ -75,9 +78,10 @@ def _score(step: ContrastiveStep, batch: dict[str, Any], recipe: Recipe, rank: i
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         readable = everywhere.bool()
     with torch.no_grad():
-        ids = torch.from_numpy(batch["target_ids"]).to(query.device)
-        tied = held_out_ties(query, target, ids, readable).sum() / readable.sum().clamp(min=1)
-        return *recipe.loss.held_out(step.loss, query, target, ids, readable), float(tied)
+        # every row is a query of its own: equal ones are told apart by their targets alone
+        known = step.loss_batch(batch, has_hard, query_ids=torch.arange(count, device=query.device))
+        tied = held_out_ties(query, target, known.target_ids, readable).sum() / readable.sum().clamp(min=1)
+        return *recipe.objective.held_out(step.loss, query, target, known, readable, *hard), float(tied)
 
 
 @torch.no_grad()

@@ -61,11 +61,13 @@ class PairDataset(torch.utils.data.Dataset):
         source, row = key
         name = self.data.sources[source].name
         sample: dict[str, Any] = {"source": source, "row": row, "error": None}
-        ids = (-1, -1, [])
+        ids, labels = (-1, -1, []), {}
         try:
             query, target, negatives = self.tables[source].row(row, self.frames)
             negatives = negatives if self.data.hard_negatives else []
             ids = (content_id(query), content_id(target), [content_id(negative) for negative in negatives])
+            labels = self.tables[source].labels(row, 1 + len(negatives))
+            labels["pair"] = 3 * _kind(query) + _kind(target)
             sample["query"], sample["target"] = self.processing.measure(query), self.processing.measure(target)
             sample["negatives"] = [self.processing.measure(negative) for negative in negatives]
         except Exception as error:  # Pillow's plugins and rows of a wrong shape raise whatever comes: struct.error, EOFError, KeyError
@@ -74,14 +76,20 @@ class PairDataset(torch.utils.data.Dataset):
             if self.data.strict:
                 raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
             sample.update(query=self._blank(), target=self._blank(), negatives=[], error=message)
+            labels = {}
         sample["query_id"], sample["target_id"] = ids[:2]
         sample["negative_ids"] = ids[2] if sample["negatives"] else []
-        return sample
+        return sample | labels
 
     def _blank(self) -> Features:
         if self._placeholder is None:
             self._placeholder = self.processing(NOTHING)
         return self._placeholder
+
+
+def _kind(item: dict[str, Any]) -> int:
+    """Place in `train.losses.base.KINDS` of what an item shows."""
+    return 2 if item.get("video") else 1 if item.get("image") else 0
 
 
 def content_id(item: dict[str, Any]) -> int:
@@ -106,10 +114,28 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "query_ids": np.array([s["query_id"] for s in samples], dtype=np.int64),
         "target_ids": np.array([s["target_id"] for s in samples], dtype=np.int64),
         "hard_ids": np.array([i for s in samples for i in s["negative_ids"]], dtype=np.int64),
+        "pairs": np.array([s.get("pair", 0) for s in samples], dtype=np.int64),
+        **_labels(samples),
         "kept": np.array([s["error"] is None for s in samples]),
         "errors": [s["error"] for s in samples if s["error"]],
         "rows": [(s["source"], s["row"]) for s in samples],
     }
+
+
+def _labels(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """`grades` (N,) and `scores` (N, 1 + most negatives), where any row has them: NaN in rows without, scores end with -inf."""
+    found = {}
+    if any("grade" in s for s in samples):
+        found["grades"] = np.array([s.get("grade", np.nan) for s in samples], dtype=np.float32)
+    if any("scores" in s for s in samples):
+        width = max(len(s["scores"]) for s in samples if "scores" in s)
+        scores = np.full((len(samples), width), np.nan, dtype=np.float32)
+        for row, sample in enumerate(samples):
+            if "scores" in sample:
+                scores[row] = -np.inf
+                scores[row, : len(sample["scores"])] = sample["scores"]
+        found["scores"] = scores
+    return found
 
 
 def longest_sample(batch: dict[str, Any]) -> tuple[tuple[int, int], int]:

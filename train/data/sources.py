@@ -5,6 +5,7 @@ Tables stay on disk: hub data sets and large local ones are Arrow files that `da
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,30 @@ def open_source(data: Data, source: Source) -> SourceTable:
         raise ValueError(
             f"source {source.name}: format {source.format} needs column {absent[0]!r}, the data has {', '.join(table.column_names)}"
         )
+    for key in ("scores", "grade"):
+        column = getattr(source, key)
+        if column is not None and column not in table.column_names:
+            raise ValueError(
+                f"source {source.name}: {key} names column {column!r}, the data has {', '.join(table.column_names)}; name one of these"
+            )
     rows = source.rows if source.rows is not None else data.rows
     if rows is not None:
         table = table.select(range(min(rows, len(table))))
-    return SourceTable(table, source.format, source.images or data.images)
+    return SourceTable(table, source.format, source.images or data.images, scores=source.scores, grade=source.grade)
 
 
 class SourceTable:
-    """Rows of one source; `table[i]` reads row i and opens nothing."""
+    """Rows of one source; `table[i]` reads row i and opens nothing.
 
-    def __init__(self, table: Any, format: str, images: str):
+    Args:
+        scores, grade: columns of a teacher's scores and of grades, where there are any.
+    """
+
+    def __init__(self, table: Any, format: str, images: str, *, scores: str | None = None, grade: str | None = None):
         self.table, self.images, self.format = table, images, FORMATS[format]
+        self.scores, self.grade = scores, grade
+        columns = [column for column in (scores, grade) if column is not None]
+        self._labels = table.select_columns(columns) if columns else None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -54,13 +68,44 @@ class SourceTable:
         """
         return self.format.convert(self.table[index], self.images, frames)
 
+    def labels(self, index: int, documents: int) -> dict[str, Any]:
+        """{"grade": number, "scores": [numbers]} of row `index`, what its source has of them.
+
+        Args:
+            documents: the row's positive and hard negatives, each of which has its score.
+
+        Raises:
+            ValueError: no number where one belongs, or another number of scores than of documents.
+        """
+        if self._labels is None:
+            return {}
+        values, labels = self._labels[index], {}
+        if self.grade is not None:
+            labels["grade"] = _number(self.grade, values[self.grade])
+        if self.scores is not None:
+            scores = values[self.scores]
+            if not isinstance(scores, list) or len(scores) != documents:
+                got = f"{len(scores)} of them" if isinstance(scores, list) else repr(scores)[:40]
+                raise ValueError(
+                    f"column {self.scores!r}: expected {documents} scores, the positive's first and one a hard negative, got {got}; write "
+                    "them in the order of the negatives"
+                )
+            labels["scores"] = [_number(self.scores, score) for score in scores]
+        return labels
+
+
+def _number(column: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"column {column!r}: expected a finite number, got {str(value)[:40]}; mend the row")
+    return float(value)
+
 
 def _table(data: Data, source: Source) -> Any:
     root, split = source.root or data.root, source.split or data.split
     if source.format == "mmeb" and os.path.isdir(root) and source.file is None:
         files = sorted(Path(root, source.name).glob(f"{split}-*.parquet"))
         if sum(file.stat().st_size for file in files) <= _IN_MEMORY_BYTES:
-            return read_train(root, source.name, split=split)
+            return read_train(root, source.name, split=split, more=[c for c in (source.scores, source.grade) if c is not None])
         return _load("parquet", data_files=[os.fspath(file) for file in files], split="train")
     if source.file is not None:
         local = os.path.join(root, source.file)

@@ -13,6 +13,7 @@ from contrastive_kernels import sigmoid_loss
 from contrastive_kernels.info_nce import LearnedNumbers
 
 from .base import Loss, LossBatch
+from .copies import Matryoshka, Quantised, check_copies, check_copies_width, inner, with_copies
 
 
 class ScaledSigmoid(LearnedNumbers):
@@ -40,6 +41,8 @@ class Sigmoid(Loss):
     bias: float = -10.0
     learn: bool = True
     exchange: str = "gather"
+    matryoshka: Matryoshka | None = None
+    quantised: Quantised | None = None
 
     def check(self) -> None:
         if not 0 < self.scale < math.inf:
@@ -48,16 +51,23 @@ class Sigmoid(Loss):
             raise ValueError(f"loss.bias must be a finite number, got {self.bias}; SigLIP starts at -10")
         if self.exchange not in ("gather", "ring"):
             raise ValueError(f"loss.exchange must be gather or ring, got {self.exchange!r}; gather is the default")
+        check_copies(self)
+
+    def check_width(self, width: int, model: str) -> None:
+        check_copies_width(self, width, model)
 
     @property
     def learns(self) -> bool:
         return self.learn
 
     def function(self) -> Callable:
-        return ScaledSigmoid(self.scale, self.bias, self.learn)
+        return with_copies(ScaledSigmoid(self.scale, self.bias, self.learn), self.matryoshka, self.quantised)
 
     def options(self, batch: LossBatch) -> dict[str, Any]:
         options: dict[str, Any] = {"normalize": True}
+        if batch.rows is not None:
+            places = torch.arange(len(batch.rows), device=batch.rows.device)
+            options["positives"] = torch.where(batch.rows, places, -100)
         if self.mask_duplicates:
             options["target_ids"] = batch.target_ids  # a target that bears the positive's id belongs to the query too
         if batch.group is not None:
@@ -65,7 +75,8 @@ class Sigmoid(Loss):
         return options
 
     def figures(self, function: Callable) -> dict[str, float]:
-        return {"scale": float(function.log_scale.detach().exp()), "bias": float(function.bias)}
+        function = inner(function)
+        return {"scale": float(function.log_scale.detach().exp()), "bias": float(function.bias.detach())}
 
     def words(self) -> str:
         return f"by the sigmoid loss, scale {self.scale:g} and bias {self.bias:g}" + (" at first" if self.learn else "")

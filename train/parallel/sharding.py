@@ -14,6 +14,7 @@ from vlm2vec.checkpoint import adapters
 from vlm2vec.model import VLM2Vec
 
 from ..build import vision_is_frozen
+from ..losses.learned import PREFIX
 
 
 def shard(model: VLM2Vec, autocast: torch.dtype | None = None, mesh: torch.distributed.DeviceMesh | None = None) -> VLM2Vec:
@@ -67,7 +68,8 @@ def gathered_weights(model: VLM2Vec) -> dict[str, torch.Tensor]:
 
     adapted = adapters.has_adapter(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
-    return get_model_state_dict(model, options=options)
+    weights = get_model_state_dict(model, options=options)
+    return {name: value for name, value in weights.items() if not name.startswith(PREFIX)}  # the loss's numbers lie in a file of their own
 
 
 def gathered_optimizer(model: VLM2Vec, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -85,9 +87,26 @@ def scatter_optimizer(model: VLM2Vec, optimizer: torch.optim.Optimizer, state: d
 
 
 def gradient_norm(parameters: list[torch.nn.Parameter], clip: float) -> torch.Tensor:
-    """Norm of the whole gradient over all ranks; scales the gradient down to `clip`. Collective."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    """Norm of the whole gradient over all ranks; scales the gradient down to `clip`. Collective.
+
+    Parameters that are whole on every rank (a learned temperature) have equal gradients there, and count once.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    kinds = [[p for p in with_gradient if hasattr(p, "device_mesh") == is_sharded] for is_sharded in (True, False)]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds if kind]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        if kind:
+            torch.nn.utils.clip_grads_with_norm_(kind, clip, norm)
     return norm
+
+
+def group_apart(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> None:
+    """Moves whole parameters into a group of their own: an optimizer's fused steps take no mixture of whole and sharded ones."""
+    apart = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in apart]
+        if moved and len(moved) < len(group["params"]):
+            group["params"] = [p for p in group["params"] if id(p) not in apart]
+            optimizer.add_param_group({**{name: value for name, value in group.items() if name != "params"}, "params": moved})

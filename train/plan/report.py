@@ -89,10 +89,10 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
 
 def _how(plan: Plan) -> str:
     r = plan.recipe
-    if r.lora is None:
-        how = "all weights but the vision tower's" if r.freeze_vision else "all weights"
-    else:
-        how = f"{'DoRA' if r.lora.dora else 'LoRA'} of rank {r.lora.r}" + (" over four-bit weights" if r.quantization else "")
+    how = r.whole_words
+    if r.lora is not None:
+        beside = f" beside {how}" if how else ""
+        how = f"{'DoRA' if r.lora.dora else 'LoRA'} of rank {r.lora.r}" + (" over four-bit weights" if r.quantization else "") + beside
     how += f", weights in {r.dtype}" + (f" under {r.autocast} autocast" if r.autocast and r.autocast != r.dtype else "")
     how += ", gradient checkpointing" if r.gradient_checkpointing else ""
     return how + (f", sharded over {plan.ranks} ranks (FSDP2)" if r.distributed == "fsdp" and plan.ranks > 1 else "")

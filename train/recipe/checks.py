@@ -13,7 +13,8 @@ import os
 from vlm2vec.data.row_formats import FORMATS
 from vlm2vec.files.documents import shown
 
-from .keys import RecipeKeys
+from ..losses import Loss
+from .keys import RecipeKeys, Source
 
 # Those of the library's that need nothing but the steps and the warm-up.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -50,6 +51,7 @@ _NOT_NEGATIVE = ("retain_mib", "keep_mib", "media_mib", "workers", "warmup_steps
 # What no run has had a use for, and a slip of the hand has: more forks processes without end, fills memory, or makes weights infinite.
 _MOST = {"steps": 10**10, "global_batch": 10**7, "workers": 1024, "decode_threads": 1024, "learning_rate": 100.0, "weight_decay": 100.0}
 _TEMPERATURES = (1e-4, 100.0)
+PARTS = ("language", "vision", "projector", "all")
 
 
 def check(recipe: RecipeKeys) -> None:
@@ -57,6 +59,7 @@ def check(recipe: RecipeKeys) -> None:
     _check_numbers(recipe)
     _check_data(recipe)
     _check_loss(recipe)
+    _check_parts(recipe)
     _check_memory(recipe)
     _check_optimizer(recipe)
     _check_reports(recipe)
@@ -128,19 +131,80 @@ def _check_data(recipe: RecipeKeys) -> None:
 
 
 def _check_loss(recipe: RecipeKeys) -> None:
-    loss = recipe.loss
+    sources = recipe.data.sources
+    general = recipe.loss if isinstance(recipe.loss, list) else [recipe.loss]
+    if not general:
+        raise ValueError("loss lists no section; expected at least one, such as {name: info_nce, temperature: 0.02}")
+    _check_sections("loss", recipe.loss, [source for source in sources if source.loss is None], recipe)
+    for at, source in enumerate(sources):
+        if source.loss is not None:
+            _check_sections(f"data.sources[{at}].loss", source.loss, [source], recipe)
+    if recipe.data.hard_negatives and not any(loss.takes_hard_negatives for _, loss in _sections(recipe)):
+        raise ValueError(f"data.hard_negatives: {general[0].name} has no place for them; leave the key out, or choose loss.name: info_nce")
+
+
+def _sections(recipe: RecipeKeys) -> list[tuple[str, Loss]]:
+    """(where it stands, section) of the recipe's sections and of its sources' own."""
+    told = [("loss", recipe.loss)] + [(f"data.sources[{at}].loss", source.loss) for at, source in enumerate(recipe.data.sources)]
+    found = []
+    for where, sections in told:
+        if isinstance(sections, list):
+            found += [(f"{where}[{at}]", loss) for at, loss in enumerate(sections)]
+        elif sections is not None:
+            found.append((where, sections))
+    return found
+
+
+def _check_sections(where: str, sections: Loss | list[Loss], sources: list[Source], recipe: RecipeKeys) -> None:
+    """Sections that stand at `where`, for the rows of `sources`."""
+    if isinstance(sections, list) and not sections:
+        raise ValueError(f"{where} lists no section; expected at least one, such as {{name: info_nce}}, or leave the key out")
     low, high = _TEMPERATURES
-    temperature = getattr(loss, "temperature", None)
-    if isinstance(temperature, float) and temperature > 0 and not low <= temperature <= high:
-        raise ValueError(f"loss.temperature must be from {low:g} to {high:g}, got {temperature}; it divides cosines, and 0.02 is usual")
-    loss.check()
-    if recipe.data.hard_negatives and not loss.takes_hard_negatives:
-        raise ValueError(f"data.hard_negatives: {loss.name} has no place for them; leave the key out, or choose loss.name: info_nce")
-    if loss.learns and recipe.distributed == "fsdp":
-        raise ValueError(
-            f"loss {loss.name} learns parameters of its own, which sharded training does not keep; choose distributed: ddp, or hold "
-            "them constant"
-        )
+    for at, loss in enumerate(sections if isinstance(sections, list) else [sections]):
+        place = f"{where}[{at}]" if isinstance(sections, list) else where
+        temperature = getattr(loss, "temperature", None)
+        temperature = getattr(temperature, "start", temperature)
+        if isinstance(temperature, float) and temperature > 0 and not low <= temperature <= high:
+            raise ValueError(
+                f"{place}.temperature must be from {low:g} to {high:g}, got {temperature}; it divides cosines, and 0.02 is usual"
+            )
+        if not 0 < loss.weight < math.inf:
+            raise ValueError(f"{place}.weight must be above 0, got {loss.weight}; leave the section out instead")
+        try:
+            loss.check()
+        except ValueError as error:
+            raise ValueError(f"{place}.{str(error).removeprefix('loss.')}") from None
+        if getattr(loss, "own_negatives_only", False) and not recipe.data.hard_negatives:
+            raise ValueError(
+                f"{place}.own_negatives_only: expected data.hard_negatives: true, got false, and its rows would have no negatives; say so"
+            )
+        for source in sources:
+            column = loss.needs_column
+            if column is not None and getattr(source, column) is None:
+                raise ValueError(
+                    f"source {source.name}: loss {loss.name} needs the column that holds its {column}, got none; say {column}: COLUMN"
+                )
+        if loss.needs_negatives and not recipe.data.hard_negatives:
+            raise ValueError(f"{place}: {loss.name} compares a row's positive with its hard negatives; say data.hard_negatives: true")
+
+
+def _check_parts(recipe: RecipeKeys) -> None:
+    """Which towers train: `train` beside `lora`, `freeze_vision` and `quantization`."""
+    if recipe.train is None:
+        return
+    for part in recipe.train or [""]:
+        if part not in PARTS:
+            raise ValueError(f"train: {shown(part)} is none of {', '.join(PARTS)}; {_nearest(part, PARTS)}")
+    lora, trains = recipe.lora, set(recipe.train)
+    every = "all" in trains or trains >= set(PARTS) - {"all"}
+    if recipe.freeze_vision:
+        raise ValueError("train and freeze_vision both say whether the vision tower trains; expected one of them: drop freeze_vision")
+    if lora is not None and every:
+        raise ValueError("train: all and lora contradict each other, since nothing is left to adapt; drop one of them")
+    if lora is not None and lora.vision and "vision" in trains:
+        raise ValueError("train: vision and lora.vision contradict each other: a tower is trained itself or adapted; drop one of them")
+    if recipe.quantization and (every or "language" in trains):
+        raise ValueError("train: language and quantization contradict each other: weights in four bits cannot be trained; drop one of them")
 
 
 def _check_memory(recipe: RecipeKeys) -> None:

@@ -48,6 +48,13 @@ def build(cls: type, values: Any, where: str) -> Any:
     return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 
+def _shape(hint: Any) -> type | None:
+    """What YAML writes a value of this type as: list, dict, or None for others."""
+    if typing.get_origin(hint) in (list, dict):
+        return typing.get_origin(hint)
+    return dict if hint is Loss or dataclasses.is_dataclass(hint) else None
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -56,14 +63,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         errors = []
-        for option in (a for a in arguments if a is not type(None)):
+        options = [a for a in arguments if a is not type(None)]
+        # a list is meant for the type that is one, a mapping for the one that has keys: their errors say what is wrong
+        alike = [a for a in options if _shape(a) is type(value)] if isinstance(value, (list, dict)) else options
+        for option in alike or options:
             try:
                 return _convert(option, value, where)
             except ValueError as error:
                 errors.append(error)
         raise errors[0]
     if hint is Loss:
-        hint = loss_class(value)
+        hint = loss_class(value, where)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{where}.")
     if origin is list:

@@ -20,6 +20,9 @@ class Source:
     `from_step` leaves it out of the mixture before that step, so that simple tasks can come first. The rest says where its
     rows are when they are not with the others' (`data.root`): a folder or a hub data set with its split, or one file of
     it, its images, and the `format` of its rows (`train.data.sources`).
+
+    `loss` is that of its rows, in place of the recipe's. `scores` and `grade` are columns: a list of a teacher's scores, of the
+    positive and each hard negative (`score_distillation`), and a number that says how well a pair fits (`cosent`).
     """
 
     name: str
@@ -31,6 +34,9 @@ class Source:
     split: str | None = None
     file: str | None = None
     images: str | None = None
+    loss: Loss | list[Loss] | None = None
+    scores: str | None = None
+    grade: str | None = None
 
 
 @dataclass
@@ -136,9 +142,10 @@ class RecipeKeys:
     keep_mib: float = 4096.0  # features of a frozen vision tower kept between the two passes
     media_mib: float = 4096.0  # decoded images kept in host memory between the two passes; the others are decoded again
     decode_threads: int = 4
-    loss: Loss = field(default_factory=InfoNCE)
+    loss: Loss | list[Loss] = field(default_factory=InfoNCE)  # one section, or a sum of them
     lora: Lora | None = None
     quantization: str | None = None  # "nf4": the frozen base in four bits (QLoRA)
+    train: list[str] | None = None  # parts that train themselves, of language, vision, projector, all; the rest by `lora`, or not
     freeze_vision: bool = False
     dtype: str = "float32"  # of the weights
     autocast: str | None = None  # "bfloat16": matrix products in bf16, weights and loss in `dtype`

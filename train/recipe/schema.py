@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import yaml
 
 from vlm2vec.files.documents import read_yaml
 
+from ..losses import Loss
+from ..losses.several import whole_loss
 from .checks import check
 from .files import recipe_path
 from .from_yaml import assign, build
@@ -32,6 +35,20 @@ class Recipe(RecipeKeys):
         if self.report_to == ["none"]:  # the reference's word for nowhere
             self.report_to = []
         self.check()
+
+    @functools.cached_property
+    def objective(self) -> Loss:
+        """The whole loss: the recipe's sections and its sources' own."""
+        return whole_loss(self.loss, [source.name for source in self.data.sources], [source.loss for source in self.data.sources])
+
+    @property
+    def whole_words(self) -> str:
+        """What of the model trains itself, for people; "" where an adapter alone does."""
+        if self.train is not None and "all" not in self.train:
+            return f"the weights of {' and '.join(self.train)}"
+        if self.lora is not None:
+            return ""
+        return "all weights but the vision tower's" if self.freeze_vision else "all weights"
 
     @property
     def held_out_rows(self) -> int:

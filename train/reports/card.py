@@ -50,12 +50,11 @@ def model_card(
     if not os.path.isdir(base):  # a name on the hub
         header["base_model"] = base
         header["base_model_relation"] = "adapter" if recipe.lora else "finetune"
-    how = "all weights"
+    how = recipe.whole_words
     if recipe.lora:
         kind = "DoRA" if recipe.lora.dora else "LoRA"
         how = f"{kind} adapter of rank {recipe.lora.r}" + (", base in four bits (NF4)" if recipe.quantization else "")
-    elif recipe.freeze_vision:
-        how = "all weights but the vision tower's"
+        how += f" beside {recipe.whole_words}" if recipe.whole_words else ""
     total_weight = sum(source.weight for source in recipe.data.sources)
     rows = [f"| {s.name} | {s.weight / total_weight:.1%} | {s.rows or 'all'} |" for s in recipe.data.sources]
     scores = [f"| {words} | {figures[name]:.4g} |" for name, words in _FIGURES.items() if figures.get(name) is not None]
@@ -68,7 +67,7 @@ def model_card(
             "",
             f"One vector for any mix of text and images: `{base}` ({family}) trained contrastively, {how} "
             f"({trained:,} of {total:,} parameters), for {steps:,} steps of {recipe.global_batch:,} pairs "
-            f"{recipe.loss.words()}.",
+            f"{recipe.objective.words()}.",
             "",
             "## Use",
             "",

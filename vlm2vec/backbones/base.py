@@ -57,6 +57,19 @@ class Backbone:
         "lm_head",
     )
     unused_keys: list[str] = [r"^lm_head\."]  # the embedding model has no language-model head
+    # Parts of parameters' names that are the way from vision features to the decoder, wherever the family keeps it.
+    projector_names: tuple[str, ...] = (
+        "merger",
+        "deepstack_merger_list",
+        "multi_modal_projector",
+        "image_newline",
+        "img_projection",
+        "glb_GN",
+        "sub_GN",
+        "connector",
+        "mm_projector",
+        "embed_vision",
+    )
     architecture: str | None = None  # the class that config.json should name
     sections: tuple[str, ...] = ("text_config", "vision_config")  # of config.json, without which a library would take a default's sizes
     published: list[tuple[str, dict]] = []  # (pattern of a lower-case name or folder, options it wants and does not name itself)
@@ -103,6 +116,17 @@ class Backbone:
     def vision_tower(self, model: nn.Module) -> nn.Module | None:
         """The vision tower, None when the family has none."""
         return getattr(model, "visual", None)
+
+    def parts(self, model: nn.Module) -> dict[str, list[str]]:
+        """{"language" | "vision" | "projector": names of the module's parameters}; an adapter's own are in none."""
+        tower = self.vision_tower(model)
+        inside = set() if tower is None else {id(parameter) for parameter in tower.parameters()}
+        found: dict[str, list[str]] = {"language": [], "vision": [], "projector": []}
+        for name, parameter in model.named_parameters():
+            if ".lora_" not in name:
+                is_projector = any(part in self.projector_names for part in name.split("."))
+                found["projector" if is_projector else "vision" if id(parameter) in inside else "language"].append(name)
+        return found
 
     def embedding_dim(self, config: PretrainedConfig) -> int:
         return config.get_text_config().hidden_size

@@ -31,7 +31,7 @@ PREFIX = "base_model.model."
 REFERENCE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_up_proj", "down_proj")
 # What an adapter may hold beside LoRA's matrices, all of it whole numbers of the base: trained modules, biases, rows of the token table.
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-_WHOLE = ("modules_to_save", "trainable_token_indices")
+WHOLE = ("modules_to_save", "trainable_token_indices")
 # Kinds of LoRA whose tensors mean something else than B A beside a layer.
 _UNSUPPORTED = ("target_parameters", "layer_replication", "alora_invocation_tokens", "lora_bias", "use_qalora", "arrow_config")
 _PARTS = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?P<tail>\.weight)?$")
@@ -128,7 +128,7 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
         init_lora_weights=True,
         inference_mode=False,
         bias="none",
-        **dict.fromkeys(_WHOLE),
+        **dict.fromkeys(WHOLE),
         **patterns,
     )
     inject(model, config)
@@ -151,7 +151,7 @@ def load(model: nn.Module, source: str, settings: dict, **hub: Any) -> int:
             used.add(place)
     if left := sorted(expected - used):
         raise ValueError(f"adapter {source} lacks {len(left)} tensors that the model expects: {', '.join(left[:10])}")
-    kept = {name: settings[name] for name in ("target_modules", "bias", *_WHOLE) if settings.get(name)}
+    kept = {name: settings[name] for name in ("target_modules", "bias", *WHOLE) if settings.get(name)}
     if "modules_to_save" in kept:  # without a head
         there = {part for name in whole for part in of_base(name).split(".")}
         kept["modules_to_save"] = [module for module in kept["modules_to_save"] if module.split(".")[-1] in there] or None
@@ -226,6 +226,7 @@ def add(
     dora: bool = False,
     targets: str | Iterable[str] = REFERENCE_TARGETS,
     vision: bool | None = None,
+    whole: Iterable[str] = (),
 ) -> None:
     """Give the model a fresh adapter to train.
 
@@ -233,6 +234,7 @@ def add(
         targets: layer names (their last part), a regular expression over full names, or "all-linear". Names that the family
             does not have are ignored, as long as one matches.
         vision: False adapts nothing in the vision tower, True all its linear layers, None those that `targets` names.
+        whole: parameters that are trained themselves (`train_whole`): their layers are not adapted.
     """
     from peft import LoraConfig
 
@@ -247,8 +249,9 @@ def add(
         raise ValueError(f"vision=True: {model.base_source} has no vision tower of its own with linear layers; leave it out")
     if vision:
         targets = "|".join([f"(?:{targets})", *map(re.escape, tower)]) if isinstance(targets, str) else [*targets, *tower]
-    elif vision is False and tower:
-        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in tower)
+    out = [*(tower if vision is False else ()), *(name.rpartition(".")[0] for name in whole if name.endswith(".weight"))]
+    if out:
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in dict.fromkeys(out))
     # The reference's adapters start from a Gaussian A and a zero B.
     config = LoraConfig(
         r=r,
@@ -260,6 +263,16 @@ def add(
         init_lora_weights="gaussian",
     )
     inject(model, config)
+
+
+def train_whole(model: nn.Module, names: Iterable[str], modules: Iterable[str]) -> None:
+    """Trains parameters themselves beside the adapter, and keeps them in its files, as PEFT's `modules_to_save` (the modules' names)."""
+    parameters = dict(model.model.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(True)
+    model.adapter_whole = list(dict.fromkeys([*model.adapter_whole, *(of_base(name) for name in names)]))
+    kept = model.adapter_settings.get("modules_to_save") or []
+    model.adapter_settings["modules_to_save"] = list(dict.fromkeys([*kept, *modules])) or None
 
 
 def tower_layers(model: nn.Module) -> list[str]:
@@ -307,21 +320,37 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
 
 def merged_weight(layer: nn.Module) -> torch.Tensor:
     """W + scaling * B A, its rows brought to the DoRA magnitudes where there are any; computed in float32 (float64 if it is)."""
+    stored, added = _stored_and_added(layer)
+    weight = stored.to(added.dtype) + added
+    if ADAPTER in layer.lora_magnitude_vector:
+        weight = _at_magnitudes(layer, weight)
+    return weight.to(stored.dtype)
+
+
+def change(layer: nn.Module) -> torch.Tensor:
+    """What the adapter adds to the layer's weight, in float32 (float64 if it is): not rounded to the weight's own dtype."""
+    stored, added = _stored_and_added(layer)
+    if ADAPTER not in layer.lora_magnitude_vector:
+        return added
+    return _at_magnitudes(layer, stored.to(added.dtype) + added) - stored.to(added.dtype)
+
+
+def _at_magnitudes(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(weight.dtype)
+    return weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
+
+
+def _stored_and_added(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W as it is held, scaling * B A)."""
     from peft.utils.integrations import dequantize_module_weight
 
-    base = layer.get_base_layer()
-    stored = dequantize_module_weight(base)
+    stored = dequantize_module_weight(layer.get_base_layer()).detach()
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    weight = stored.detach().to(wide)
     if ADAPTER in getattr(layer, "lora_embedding_A", {}):
         a, b = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-        return (weight + layer.scaling[ADAPTER] * (b.detach().to(wide) @ a.detach().to(wide)).T).to(stored.dtype)
+        return stored, layer.scaling[ADAPTER] * (b.detach().to(wide) @ a.detach().to(wide)).T
     a, b = (getattr(layer, f"lora_{k}")[ADAPTER].weight.detach().to(wide) for k in "AB")
-    weight = weight + layer.scaling[ADAPTER] * (b @ a)
-    if ADAPTER in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(wide)
-        weight = weight * (magnitude / torch.linalg.vector_norm(weight, dim=1))[:, None]
-    return weight.to(stored.dtype)
+    return stored, layer.scaling[ADAPTER] * (b @ a)
 
 
 def lora_layers(model: nn.Module) -> dict:
@@ -350,14 +379,20 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def merge(model: nn.Module) -> None:
     """Fold the adapter into the layers for good: they become ordinary ones, as fast as the base model's."""
-    for name, layer in lora_layers(model).items():
+    for layer in lora_layers(model).values():
         base = layer.get_base_layer()
         if type(base).__name__ == "Linear4bit":
             raise ValueError("an adapter cannot be merged into 4-bit layers; save_pretrained(folder, merge=True) writes a merged model")
         weight = merged_weight(layer)
         with torch.no_grad():
             base.weight.copy_(weight)
+    drop(model)
+
+
+def drop(model: nn.Module) -> None:
+    """Take the adapter off: the layers become ordinary ones, with the weights that their base has."""
+    for name, layer in lora_layers(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.model.get_submodule(parent), child, base)
+        setattr(model.model.get_submodule(parent), child, layer.get_base_layer())
     model.model.__dict__.pop("peft_config", None)
     model.adapter_settings, model.adapter_whole = None, []

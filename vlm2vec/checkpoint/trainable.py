@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Sequence
 from typing import Any, Self
 
 from torch import nn
@@ -101,3 +104,45 @@ class Trainable:
         if adapters.has_adapter(self):
             adapters.merge(self)
         return self
+
+    @classmethod
+    def merge(
+        cls,
+        models: Sequence[str | os.PathLike],
+        weights: Sequence[float] | None = None,
+        method: str = "linear",
+        *,
+        folder: str | os.PathLike | None = None,
+        base: str | None = None,
+        density: float = 0.2,
+        scale: float = 1.0,
+    ) -> Self:
+        """Several checkpoints of one base made into one (`vlm2vec.checkpoint.merging`), loaded.
+
+        Args:
+            models: folders or hub names, all full checkpoints or all adapters.
+            weights: one a model, above 0, brought to a sum of 1; equal ones by default.
+            method: "linear", the mean, or "ties".
+            folder: new folder that keeps the merged model; by default it is in memory alone.
+            base: for "ties" of full checkpoints the model that they started from; for adapters in place of what they name.
+            density, scale: of "ties": the share of each model's changes that is kept, and what the merged ones are times.
+
+        Raises:
+            ValueError: models of several kinds, families, bases, or shapes.
+
+        Example:
+            >>> model.save_pretrained("one")
+            >>> merged = VLM2Vec.merge(["one", "quickstart/model"], weights=[1, 3])
+            >>> bool(abs(merged.encode("a fox") - model.encode("a fox")).max() < 1e-5)  # two copies of one model
+            True
+        """
+        from vlm2vec.checkpoint.merging import merge
+
+        options = {"weights": weights, "method": method, "base": base, "density": density, "scale": scale}
+        names = [os.fspath(model) for model in models]
+        if folder is not None:
+            merge(names, folder, cls.from_pretrained, **options)
+            return cls.from_pretrained(folder)
+        with tempfile.TemporaryDirectory(prefix="vlm2vec-merge-") as work:
+            merge(names, work, cls.from_pretrained, **options)
+            return cls.from_pretrained(work)

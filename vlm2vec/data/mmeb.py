@@ -12,6 +12,7 @@ Source: the released TIGER-Lab/MMEB-train and MMEB-eval.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,13 @@ TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_tex
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 _OPTIONAL = frozenset({"neg_text", "neg_image_path"})  # some sources were released without negatives
+_REQUIRED = frozenset(TRAIN_COLUMNS) - _OPTIONAL
 _LISTS = frozenset({"tgt_text", "tgt_img_path"})
 
 
-def read_train(root: AnyPath, name: str, *, image_root: AnyPath | None = None, split: str = "original") -> Dataset:
+def read_train(
+    root: AnyPath, name: str, *, image_root: AnyPath | None = None, split: str = "original", more: Sequence[str] = ()
+) -> Dataset:
     """Training rows of one dataset, checked.
 
     Args:
@@ -37,15 +41,17 @@ def read_train(root: AnyPath, name: str, *, image_root: AnyPath | None = None, s
         name: dataset, i.e. its folder.
         image_root: where given, every image path must be a file below it.
         split: `original` or `diverse_instruction`, the two wordings MMEB was released with.
+        more: other columns to keep as they are, such as a teacher's scores; one that is not there is left out.
 
     Returns:
-        `datasets.Dataset` with TRAIN_COLUMNS, every value a string; missing negative columns come back as "".
+        `datasets.Dataset` with TRAIN_COLUMNS, every value a string (of the negative columns a list of strings where the file has
+        lists); missing negative columns come back as "".
 
     Raises:
         ValueError: no such dataset, an unreadable file, a missing column, an empty query, a row without its positive, a
             null, or an image path that leaves the image folder; names file, row and column, and the mend.
     """
-    table, files = _load(root, name, split, TRAIN_COLUMNS)
+    table, files = _load(root, name, split, TRAIN_COLUMNS, more)
     _check_pairs(table, files, "qry", "qry_image_path", "has no query: both are empty")
     _check_pairs(table, files, "pos_text", "pos_image_path", "has no positive: both are empty")
     paths = [(column, table[column].to_pylist()) for column in TRAIN_COLUMNS if column.endswith("image_path")]
@@ -82,12 +88,21 @@ def read_eval(root: AnyPath, name: str, *, image_root: AnyPath | None = None, sp
 
 
 def write_train(root: AnyPath, name: str, rows: list[dict]) -> Path:
-    """Write rows with TRAIN_COLUMNS (negatives may be left out); complete or not at all. Returns the file."""
+    """Write rows with TRAIN_COLUMNS (negatives may be left out); complete or not at all. Returns the file.
+
+    A row may have several negatives, `neg_text` and `neg_image_path` then lists of equal length in every row, and other columns of
+    numbers or lists of numbers: a teacher's `scores`, a `grade`.
+    """
     import pyarrow as pa
 
-    schema = pa.schema([(column, pa.string()) for column in TRAIN_COLUMNS])
-    filled = [{column: row[column] if column not in _OPTIONAL else row.get(column, "") for column in TRAIN_COLUMNS} for row in rows]
-    return _write(pa.Table.from_pylist(filled, schema=schema), Path(root) / name / "original-00000.parquet")
+    lists = any(isinstance(row.get(column), list) for row in rows for column in _OPTIONAL)
+    kinds = {column: pa.list_(pa.string()) if lists and column in _OPTIONAL else pa.string() for column in TRAIN_COLUMNS}
+    others = dict.fromkeys(name for row in rows for name in row if name not in kinds)
+    kinds |= {name: pa.list_(pa.float64()) if any(isinstance(row.get(name), list) for row in rows) else pa.float64() for name in others}
+    absent = [] if lists else ""
+    filled = [{column: row[column] if column in _REQUIRED else row.get(column, absent) for column in TRAIN_COLUMNS} for row in rows]
+    filled = [made | {name: row.get(name) for name in others} for made, row in zip(filled, rows)]
+    return _write(pa.Table.from_pylist(filled, schema=pa.schema(list(kinds.items()))), Path(root) / name / "original-00000.parquet")
 
 
 def write_eval(root: AnyPath, name: str, rows: list[dict]) -> Path:
@@ -115,7 +130,7 @@ def to_item(text: str, image_path: str, image_root: AnyPath) -> dict:
     return {"text": text, "image": os.path.join(image_root, image_path) if image_path else None}
 
 
-def _load(root, name, split, columns):
+def _load(root, name, split, columns, more=()):
     """One table of all shards, and [(first row, file)] to name a row's file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -138,7 +153,11 @@ def _load(root, name, split, columns):
             raise ValueError(
                 f"{file}: column {absent[0]!r} is not there; expected {', '.join(columns)}, got {', '.join(table.column_names)}"
             )
-        tables.append(_typed(table, columns, file))
+        kept = _typed(table, columns, file)
+        for column in more:
+            if column in table.column_names and column not in columns:
+                kept = kept.append_column(column, table[column])
+        tables.append(kept)
         files.append((rows, file))
         rows += table.num_rows
     if not rows:
@@ -152,7 +171,8 @@ def _typed(table, columns, file):
 
     arrays = []
     for column in columns:
-        want = pa.list_(pa.string()) if column in _LISTS else pa.string()
+        several = column in _OPTIONAL and column in table.column_names and pa.types.is_list(table[column].type)
+        want = pa.list_(pa.string()) if column in _LISTS or several else pa.string()
         if column not in table.column_names:
             arrays.append(pa.array([""] * table.num_rows, want))
             continue

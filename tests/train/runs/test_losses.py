@@ -38,7 +38,8 @@ def test_a_recipe_can_say_every_option_of_info_nce_that_is_no_tensor_of_a_batch(
     said = {field.name for field in fields(LOSSES["info_nce"])}
     tensors = {name for name, field in InfoNCEOptions.__dataclass_fields__.items() if field.metadata["schema"] == "Tensor?"}
     of_a_step = {"normalize", "ignore_index", "reduction", "group", "return_stats", "validate"}
-    assert set(InfoNCEOptions.__dataclass_fields__) - tensors - of_a_step == said - {"name", "mask_duplicates", "learnable_temperature"}
+    sections = {"name", "weight", "mask_duplicates", "learnable_temperature", "own_negatives_only", "matryoshka", "quantised"}
+    assert set(InfoNCEOptions.__dataclass_fields__) - tensors - of_a_step == said - sections
 
 
 def test_options_that_were_said_reach_the_loss(root, tmp_path):
@@ -69,9 +70,7 @@ def test_what_a_loss_does_not_know_is_refused(root, tmp_path, loss, words):
         load_recipe(write_recipe(root, output=str(tmp_path / "o"), loss=loss))
 
 
-def test_a_loss_that_learns_is_not_sharded_and_one_without_hard_negatives_gets_none(root, tmp_path):
-    with pytest.raises(ValueError, match="learns parameters of its own, which sharded training does not keep"):
-        load_recipe(write_recipe(root, output=str(tmp_path / "o"), distributed="fsdp", **SIGMOID))
+def test_a_loss_without_hard_negatives_gets_none(root, tmp_path):
     with pytest.raises(ValueError, match="data.hard_negatives: sigmoid_loss has no place for them"):
         load_recipe(write_recipe(root, output=str(tmp_path / "o"), **SIGMOID), ["--data.hard_negatives", "true"])
 

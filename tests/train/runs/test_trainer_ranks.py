@@ -13,9 +13,15 @@ from safetensors.torch import load_file
 from tests.helpers.processes import collected, join
 from tests.helpers.tiny_recipe import first_batch, gradients, write_recipe
 from train.build import build_model
+from train.losses import InfoNCE
+from train.recipe.from_yaml import build
 from train.recipe.schema import load_recipe
 from train.step import ContrastiveStep
 
+SUM = {
+    "loss": [{"temperature": 0.1}, {"name": "sigmoid_loss", "scale": 5.0, "bias": -3.0, "weight": 0.3}],
+    "own": {"temperature": 0.3, "quantised": {"kinds": ["int8"]}},
+}
 # name: (wrapper, changes of the recipe, row whose image is damaged)
 CASES = {
     "ddp": ("ddp", {"retain": 1}, None),
@@ -23,6 +29,9 @@ CASES = {
     "ddp, one rank has a damaged image": ("ddp", {}, 1),
     "ddp, hard negatives on one rank": ("ddp", {"hard_negatives": True}, None),
     "fsdp, hard negatives on one rank": ("fsdp", {"hard_negatives": True, "loss": {"mask_duplicates": False}}, None),
+    "ddp, a sum, and a loss of a source's own": ("ddp", SUM, None),
+    "ddp, a sum, one rank has a damaged image": ("ddp", SUM, 1),
+    "fsdp, a sum, and a loss of a source's own": ("fsdp", SUM, None),
     "fsdp": ("fsdp", {"retain": 1}, None),
     "fsdp, frozen vision": ("fsdp", {"freeze_vision": True, "retain": 1, "keep_mib": 0.0}, None),
     "fsdp, vision adapter, checkpointing": (
@@ -32,14 +41,17 @@ CASES = {
     ),
 }
 COMMON = {"dtype": "float64", "global_batch": 8, "interleave_batch_size": 4, "chunk_tokens": 60, "seed": 3}
+LEARNED = {"loss": [{"temperature": {"start": 0.1, "learn": "global"}}, {"name": "sigmoid_loss"}], "weight_decay": 0.1}
 STEP = 2  # its first block draws pictures, its second texts
 
 
 def prepare(root, changes, damaged):
     changes = dict(changes)
-    hard = changes.pop("hard_negatives", False)
+    hard, own = changes.pop("hard_negatives", False), changes.pop("own", None)
     recipe = load_recipe(write_recipe(root, **COMMON | changes))
     recipe.data.hard_negatives = hard
+    if own is not None:
+        recipe.data.sources[1].loss = build(InfoNCE, own, "loss.")
     torch.manual_seed(0)  # a fresh adapter is random
     model = build_model(recipe, device="cpu").train()
     if recipe.lora:
@@ -100,7 +112,7 @@ def whole_run(root, rank):
 
     recipe = load_recipe(root / "fsdp.yaml")
     assert run([str(root / "fsdp.yaml")]) == 0
-    first = load_file(root / "fsdp" / "model.safetensors")
+    first = files(root / "fsdp")
     torch.distributed.barrier()
     if rank == 0:
         for path in (root / "fsdp").iterdir():
@@ -108,8 +120,13 @@ def whole_run(root, rank):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     torch.distributed.barrier()
     assert run([str(root / "fsdp.yaml")]) == 0
-    again = load_file(root / "fsdp" / "model.safetensors")
+    again = files(root / "fsdp")
     return all(torch.equal(first[name], again[name]) for name in first), recipe.steps
+
+
+def files(folder):
+    """Weights, and what the loss learned."""
+    return load_file(folder / "model.safetensors") | load_file(folder / "loss.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +135,8 @@ def root(tmp_path_factory):
     write_recipe(folder)
     picture = (folder / "images" / "1.jpg").read_bytes()
     (folder / "damaged.jpg").write_bytes(picture[: len(picture) // 3])
-    write_recipe(folder, output=str(folder / "fsdp"), distributed="fsdp", save_steps=2, keep_checkpoints=4)
-    write_recipe(folder, output=str(folder / "single"), save_steps=9)
+    write_recipe(folder, output=str(folder / "fsdp"), distributed="fsdp", save_steps=2, keep_checkpoints=4, **LEARNED)
+    write_recipe(folder, output=str(folder / "single"), save_steps=9, **LEARNED)
     for rank in range(2):  # a recipe file is written by each process
         shutil.copytree(folder / "model", folder / f"rank{rank}" / "model")
         shutil.copy(folder / "data.yaml", folder / f"rank{rank}")
@@ -156,7 +173,9 @@ def test_an_fsdp_run_saves_whole_weights_and_goes_on_from_its_checkpoint(root, r
         equal, _ = results["run", rank]
         assert equal, "the run from the checkpoint ends in other weights"
     assert run([str(root / "single.yaml")]) == 0
-    single, sharded = (load_file(root / name / "model.safetensors") for name in ("single", "fsdp"))
+    single, sharded = (files(root / name) for name in ("single", "fsdp"))
+    assert {"info_nce.log_temperature", "sigmoid_loss.log_scale", "sigmoid_loss.bias"} < single.keys()
+    assert abs(float(single["sigmoid_loss.bias"]) + 10) > 1e-4, "it moved"
     assert single.keys() == sharded.keys()
     for name in single:  # the same four steps, in float32
         torch.testing.assert_close(sharded[name], single[name], rtol=1e-3, atol=2e-4, msg=name)

@@ -281,9 +281,11 @@ def loss_of_ranks(loss: Callable, ranks: int) -> Callable:
     """Another loss of this rank's rows against everyone's columns; every rank has the same rows."""
 
     def of_one_rank(query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
-        for name in ("target_ids", "target_query_ids"):
-            if name in options:
-                options[name] = torch.cat([options[name]] * ranks)
-        return loss(query, torch.cat([target] * ranks), positives=torch.arange(len(query)), **options)
+        for said in options.get("parts") or [options]:  # of a sum each section has its own
+            for name in ("target_ids", "target_query_ids", "teacher_target"):
+                if name in said:
+                    said[name] = torch.cat([said[name]] * ranks)
+            said.setdefault("positives", torch.arange(len(query)))
+        return loss(query, torch.cat([target] * ranks), **options)
 
     return of_one_rank

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from contrastive_kernels import GradCache
+from contrastive_kernels import GradCache, InfoNCELoss, info_nce
 from vlm2vec.model import VLM2Vec
 
 from ...build import vision_is_frozen
@@ -66,7 +66,8 @@ class PlannedStep:
 
         def gradcache(encode: Callable, loss: Any = None, **options: Any) -> GradCache:
             if ranks > 1:
-                loss = LossOfRanks(ranks) if recipe.loss.name == "info_nce" else loss_of_ranks(loss, ranks)
+                alone = loss is info_nce or isinstance(loss, InfoNCELoss)
+                loss = LossOfRanks(ranks) if alone else loss_of_ranks(loss, ranks)
             changes = {"module": sync, "prefetch": None, "select": self.account.select, "observer": self.account.observe}
             return GradCache(encode, loss, **options | changes)
 
@@ -84,7 +85,7 @@ class PlannedStep:
     def __call__(self, batch: dict[str, Any]) -> None:
         """Runs the step over a batch of `train.data.rows.collate`, as if every row of it could be read."""
         self.account.shapes = [[_shape(sample) for sample in batch[name]] for name in ("query", "target", "negatives")]
-        self._step({**batch, "kept": np.ones_like(batch["kept"])})
+        self._step({**batch, "kept": np.ones_like(batch["kept"]), "planned": True})
 
 
 def _feature_width(model: VLM2Vec) -> int:

@@ -1,0 +1,160 @@
+"""Distillation from a teacher's embeddings: the files that `train teach` writes, what a step makes of them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from contrastive_kernels import distillation_loss
+from tests.helpers.tiny_models import qwen2_5_vl
+from tests.helpers.tiny_recipe import first_batch, gradients, write_recipe
+from train.__main__ import main
+from train.build import build_model
+from train.losses import LossBatch
+from train.losses.distillation import distillation
+from train.losses.teacher import teacher_vectors
+from train.plan.batch import first_batch as planned_batch
+from train.plan.simulate import simulate
+from train.recipe.schema import load_recipe
+from train.run import run
+from train.step import ContrastiveStep
+from vlm2vec.commands.common import read_embeddings, write_embeddings
+from vlm2vec.model import VLM2Vec
+
+OPTIONS = {"name": "distillation", "temperature": 0.1, "teacher_temperature": 0.2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    write_recipe(folder)
+    qwen2_5_vl(folder / "teacher")
+    plain = write_recipe(folder, output=str(folder / "plain"))
+    assert main(["teach", str(plain), "--teacher", str(folder / "teacher"), "-o", str(folder / "vectors"), "--device", "cpu"]) == 0
+    return folder
+
+
+def files(folder):
+    return {side: str(folder / f"{side}.safetensors") for side in ("query", "target")}
+
+
+def recipe_of(root, tmp_path, sources=({}, {}), **changes):
+    loss = OPTIONS | {"teacher": files(root / "vectors")} | changes.pop("loss", {})
+    path = write_recipe(root, output=str(tmp_path / "o"), **{"loss": loss, "dtype": "float64", "chunk_tokens": 400} | changes)
+    recipe = yaml.safe_load(path.read_text())
+    for source, own in zip(recipe["data"]["sources"], sources):
+        source.update(own)
+    path.write_text(yaml.safe_dump(recipe))
+    return load_recipe(path), path
+
+
+def test_files_hold_each_rows_vectors(root):
+    """Those that the teacher gives to what training feeds, by source and row; equal contents are encoded once."""
+    teacher = VLM2Vec.from_pretrained(root / "teacher", device="cpu")
+    recipe = load_recipe(write_recipe(root, output=str(root / "plain")))
+    from train.data.sources import open_source
+
+    for side, name in enumerate(("query", "target")):
+        vectors, keys, about = read_embeddings(files(root / "vectors")[name])
+        assert keys == [f"{source}/{row}" for source in ("Pictures", "Texts") for row in range(24)]
+        assert about["model"] == str(root / "teacher") and "model_identity" in about
+        for source, row in ((0, 3), (1, 23)):
+            item = open_source(recipe.data, recipe.data.sources[source]).row(row, None)[side]
+            truth = teacher.encode(item, convert_to_tensor=True)
+            torch.testing.assert_close(vectors[24 * source + row], truth, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_the_divergence_from_the_teacher(root, tmp_path):
+    recipe, _ = recipe_of(root, tmp_path)
+    model = build_model(recipe).train()
+    batch = first_batch(recipe, model, 2)
+    step = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))
+    result, _ = step(batch)
+    assert gradients(model) and result.loss > 0
+    with torch.no_grad():
+        sides = [step.media.side(batch[name], range(8), lambda *_: None) for name in ("query", "target")]
+        student = [torch.nn.functional.normalize(step.embed(side, list(range(8))), dim=1) for side in sides]
+    names = [source.name for source in recipe.data.sources]
+    teacher = []
+    for side in ("query", "target"):
+        vectors, keys, _ = read_embeddings(files(root / "vectors")[side])
+        teacher.append(torch.stack([vectors[keys.index(f"{names[source]}/{row}")] for source, row in batch["rows"]]).double())
+    logs = [torch.log_softmax(q @ t.T / temperature, 1) for (q, t), temperature in ((teacher, 0.2), (student, 0.1))]
+    truth = (logs[0].exp() * (logs[0] - logs[1])).sum(1).mean()
+    assert result.loss.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+def test_unknown_and_unreadable_rows_are_left_out():
+    """Of the rows and, as zero vectors, of the columns; what stands in them is nowhere felt."""
+    generator = torch.Generator().manual_seed(0)
+    query, target, tq, tt = (torch.randn(6, width, generator=generator, dtype=torch.float64) for width in (4, 4, 7, 7))
+    known, readable = torch.tensor([True] * 5 + [False]), torch.tensor([True, False, True, True, True, True])
+    options = {"temperature": 0.5, "teacher_temperature": 0.5, "known": known, "query_mask": readable, "target_mask": readable}
+    loss = distillation(query, target, teacher_query=tq, teacher_target=tt, **options)
+    keep = (known & readable)[:, None]
+    zeroed = [torch.where(keep, x, 0) for x in (target, tt)]
+    truth = distillation_loss(
+        query[[0, 2, 3, 4]], zeroed[0], tq[[0, 2, 3, 4]], zeroed[1], temperature=0.5, teacher_temperature=0.5, normalize=True
+    )
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-12)
+    for x in (query, target, tq, tt):
+        x[1], x[5] = 7.0, -3.0
+    assert distillation(query, target, teacher_query=tq, teacher_target=tt, **options).item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_a_row_without_a_vector_is_refused_before_the_run(root, tmp_path, capsys):
+    vectors, keys, about = read_embeddings(files(root / "vectors")["target"])
+    write_embeddings(str(tmp_path / "few.safetensors"), vectors[1:], keys[1:], {})
+    _, path = recipe_of(root, tmp_path, loss={"teacher": files(root / "vectors") | {"target": str(tmp_path / "few.safetensors")}})
+    assert main([str(path)]) == 2
+    assert "few.safetensors: expected a vector for row 0 of Pictures (key 'Pictures/0'), got none" in capsys.readouterr().err
+    _, path = recipe_of(root, tmp_path, loss={"teacher": {"query": "nothing.safetensors", "target": "x"}})
+    assert main([str(path)]) == 2
+    assert "teacher: nothing.safetensors: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_rows_by_their_number_alone_where_there_is_one_source(tmp_path):
+    """The keys that `vlm2vec embed` gives to the lines of a JSONL."""
+    path = str(tmp_path / "v.safetensors")
+    write_embeddings(path, torch.tensor([[3.0, 4.0], [0.0, 2.0]]), ["1", "0"], {})
+    one = teacher_vectors(path, ["Texts"])
+    assert one.of([(0, 0), (0, 1), (0, 5)], [False, False, True]).tolist() == [[0.0, 1.0], [pytest.approx(0.6), pytest.approx(0.8)], [0, 0]]
+    with pytest.raises(ValueError, match="expected a vector for row 1 of B"):
+        teacher_vectors(path, ["A", "B"]).of([(1, 1)], [False])
+
+
+def test_a_run_beside_another_loss_with_held_out_rows(root, tmp_path):
+    changes = {"loss": [OPTIONS | {"teacher": files(root / "vectors"), "symmetric": True}, {"temperature": 0.1, "weight": 0.5}]}
+    path = write_recipe(root, output=str(tmp_path / "o"), held_out={"rows": 2, "steps": 2}, **changes)
+    assert run([str(path)]) == 0
+    log = json.loads((tmp_path / "o" / "trainer_state.json").read_text())["log_history"]
+    line = next(entry for entry in log if "loss" in entry)
+    assert line["loss"] == pytest.approx(line["loss_distillation"] + 0.5 * line["loss_info_nce"], rel=1e-3)
+    assert any(entry.get("eval_loss", 0) > 0 for entry in log)
+    with safe_open(tmp_path / "o" / "model.safetensors", "pt") as saved:
+        assert not any("loss" in name for name in saved.keys())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plan_needs_no_files(root, tmp_path, ranks):
+    teacher = {"teacher": {"query": "elsewhere.safetensors", "target": "elsewhere.safetensors"}, "symmetric": True}
+    recipe, _ = recipe_of(root, tmp_path, loss=teacher)
+    plan = simulate(recipe, None, ranks=ranks, make_batch=lambda processing: planned_batch(recipe, processing, ranks))
+    assert plan.peak > plan.resident > 0
+
+
+def test_only_the_sources_that_are_distilled_need_vectors(root, tmp_path):
+    vectors, keys, about = read_embeddings(files(root / "vectors")["query"])
+    for side in ("query", "target"):
+        vectors, keys, _ = read_embeddings(files(root / "vectors")[side])
+        write_embeddings(str(tmp_path / f"{side}.safetensors"), vectors[24:], keys[24:], {})
+    recipe, _ = recipe_of(root, tmp_path, ({"loss": {"temperature": 0.1}}, {}), loss={"teacher": files(tmp_path)})
+    model = build_model(recipe).train()
+    result, _ = ContrastiveStep(recipe, model, model, device=torch.device("cpu"))(first_batch(recipe, model, 2))
+    assert result.loss.isfinite() and list(result.stats.losses) == ["info_nce", "distillation"]
+    section = recipe.objective.parts[1].loss
+    options = section.options(LossBatch(torch.arange(2), torch.arange(2), rows=torch.tensor([False, True]), places=[(0, 0), (1, 0)]))
+    assert not options["teacher_query"][0].any() and options["teacher_query"][1].any()
