@@ -27,14 +27,7 @@ def hardness(scope, query, positive, negative, **options):
     """`hardness_mode`: the own negatives are taken out of the batch (they bear the positive's id) and come back as hard negatives."""
     ids = torch.arange(len(query), device=query.device).repeat(2)
     return shared_hard_negatives(
-        query,
-        positive,
-        negative,
-        target_ids=ids,
-        hard_negatives=negative[:, None],
-        hardness=ALPHA,
-        hardness_scope=scope,
-        **options,
+        query, positive, negative, target_ids=ids, hard_negatives=negative[:, None], hardness=ALPHA, hardness_scope=scope, **options
     )
 
 
