@@ -15,7 +15,7 @@ from contrastive_kernels.reference import info_nce_reference
 PATHS = ("exp", "chunk", "fused", "joint", "levels", "dense")
 DENSE = ("plain", "weight, sum", "positives", "cold")  # options that the dense path knows
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPE = (384, 640, 128)  # one and a half row tiles of 256, five column tiles of 128, the width that the fused path takes too
+SHAPE = (320, 640, 128)  # one and a quarter row tiles of 256, two and a half of columns, the width that the fused path takes too
 DRY_SHAPE = (10, 20, 128)
 DRY = ("plain", "matryoshka", "pairs, symmetric")  # together they take every path
 
@@ -46,6 +46,7 @@ def options_of(n: int, m: int, d: int, generator) -> dict[str, dict]:
         "smoothing": dict(label_smoothing=0.1, target_mask=keep(m)),
         "normalize": dict(normalize=True),
         "temperature gradient": dict(temperature=torch.tensor(0.07)),
+        "row temperatures": dict(temperature=0.03 + 0.1 * torch.rand(n, generator=generator), symmetric=True),
         "cold": dict(temperature=0.003),
         "matryoshka": dict(matryoshka_dims=(d // 2, d)),
         "symmetric": dict(symmetric=True),
@@ -54,9 +55,7 @@ def options_of(n: int, m: int, d: int, generator) -> dict[str, dict]:
     }
     if n == m:
         out["pairs, symmetric"] = dict(symmetric=True, normalize=True, target_ids=ints(m, low=-1, high=n))
-    # the first n targets are the positives, which has to be said where m is no multiple of n
-    layout = {} if m % n == 0 else {"positives": torch.arange(n)}
-    return {name: {"temperature": 0.05, **layout, **options} for name, options in out.items()}
+    return {name: {"temperature": 0.05, **options} for name, options in out.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Time and peak extra memory of the loss with its gradients on a CPU, next to others and to three bare products.
 
-    python -m bench loss [--tables peers options memory topk] [--shapes 4096x1024 16384x1536] [--dtype float32] [--repeat 5]
+    python -m bench loss [--tables peers options distillation memory topk] [--shapes 4096x1024 16384x1536] [--dtype float32] [--repeat 5]
                          [--peers ...] [--options-shape 8192x1024] [--memory-shape 16384x1536] [--topk-shape N M D] [--csv FILE]
 
 peers     everyone's value and gradients, minimum of interleaved runs, after a check against float64
 options   ours with one option against ours without
+distillation   the loss drawn to a teacher's: ours, autograd's, the four bare products; errors; memory
 memory    the most that is resident beyond inputs and gradients, each peer in a process of its own, with malloc as it is and with one
           that gives freed blocks back; also of loss.backward(); and N = M = 131,072, D = 64
 topk      10,000 queries against 1,000,000 candidates, k = 10, against its bare product by the library that the search takes
@@ -20,14 +21,14 @@ import argparse
 import sys
 
 from bench import tables
-from bench.loss import memory
+from bench.loss import distillation, memory
 from bench.loss.verdicts import LEAST_RUNS, TEMPERATURE, at_most, faster, few, show, verdict
 from bench.measure import interleaved, unit_rows
 from bench.peers import on_cpu
 
 HEADLINE = (16_384, 1536)
 FASTER_THAN_NAIVE, OF_THE_GEMMS = 1.25, 1.05
-TABLES = ("peers", "options", "memory", "topk")
+TABLES = ("peers", "options", "distillation", "memory", "topk")
 
 
 def gate(makers: dict, dtype) -> dict[str, str]:
@@ -138,6 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", nargs="+", type=table_named, choices=TABLES, default=list(TABLES))
     parser.add_argument("--shapes", type=parse_shape, nargs="+", default=[(4096, 1024), HEADLINE], help="ROWSxWIDTH")
     parser.add_argument("--options-shape", type=parse_shape, default=(8192, 1024))
+    parser.add_argument("--distillation-shape", type=parse_shape, default=(8192, 1024))
     parser.add_argument("--options", nargs="+", help="only options whose name holds one of these words")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--peers", "--arms", nargs="+", choices=list(on_cpu.ALL), default=list(on_cpu.ALL))
@@ -148,7 +150,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args) -> int:
     """Print and write the tables; exit code 1 when an aim is missed."""
-    makers = {"peers": table_peers, "options": table_options, "memory": memory.table_memory, "topk": memory.table_topk}
+    makers = {
+        "peers": table_peers,
+        "options": table_options,
+        "distillation": distillation.table,
+        "memory": memory.table_memory,
+        "topk": memory.table_topk,
+    }
     about, rows = tables.versions(), []
     for name in args.tables:
         rows += makers[name](args)

@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument("folder", help="folder to work in; made when it is not there")
     build.add_argument("--seed", type=int, default=0, help="fixes pictures, rows and weights (default 0)")
     build.add_argument("--workers", type=int, help="drawing processes (default: the number of cores)")
+    build.add_argument("--teacher", action="store_true", help="also make teacher-init, a larger model to distil the small one from")
     report = steps.add_parser("report", help="write report.html and print the table of scores")
     report.add_argument("folder", help="folder of the quickstart, with scores-before and scores-after")
     given = parser.parse_args(arguments)
@@ -43,6 +44,8 @@ def _build(given) -> int:
     start = time.perf_counter()
     build_data(given.folder, given.seed, workers=given.workers)
     build_model(given.folder, given.seed)
+    if given.teacher:
+        build_model(given.folder, given.seed, teacher=True)
     print(f"built in {time.perf_counter() - start:.0f} s")
     return 0
 

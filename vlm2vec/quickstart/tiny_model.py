@@ -32,25 +32,27 @@ SPECIAL = (
     "<|video_pad|>",
 )
 VOCABULARY = 2048  # most words of the prompts and of the names become one token
-LAYERS, WIDTH, HEADS = 3, 128, 4
+LAYERS, WIDTH, HEAD_WIDTH = 3, 128, 32
+TEACHER_LAYERS, TEACHER_WIDTH = 4, 256
 # Four times the library's 0.02, which is meant for widths of thousands: at 128 it leaves attention and every layer's
 # contribution near zero, and the first hundreds of steps go into growing them.
 SPREAD = 0.08
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28  # the reference's limits (VLM2Vec-V2)
 
 
-def build_model(out: AnyPath, seed: int = 0, say: Callable[[str], object] | None = print) -> Path:
+def build_model(out: AnyPath, seed: int = 0, say: Callable[[str], object] | None = print, *, teacher: bool = False) -> Path:
     """Make OUT/model-init from the text in OUT/data, unless it is there for this seed.
 
     Args:
         out: folder of the quickstart, with `data` built.
         seed: fixes the weights; the tokenizer follows from the data.
+        teacher: make OUT/teacher-init instead, twice as wide and a layer deeper.
 
     Returns:
         OUT/model-init.
     """
     out = Path(out)
-    folder, data = out / "model-init", read_summary(out / "data")
+    folder, data = out / ("teacher-init" if teacher else "model-init"), read_summary(out / "data")
     stamp = {"version": VERSION, "seed": seed, "data": {key: data[key] for key in ("version", "seed", "size")}}
     if _finished(folder, stamp):
         if say:
@@ -58,7 +60,7 @@ def build_model(out: AnyPath, seed: int = 0, say: Callable[[str], object] | None
         return folder
     with replacing_folder(folder) as part:
         tokenizer = train_tokenizer(_texts(out / "data" / "train"))
-        model = random_model(tokenizer, seed)
+        model = random_model(tokenizer, seed, *((TEACHER_LAYERS, TEACHER_WIDTH) if teacher else ()))
         _processor(tokenizer).save_pretrained(part)
         model.save_pretrained(part)
         (part / "quickstart.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
@@ -102,20 +104,20 @@ def train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def random_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2VLForConditionalGeneration:
+def random_model(tokenizer: Qwen2Tokenizer, seed: int, layers: int = LAYERS, width: int = WIDTH) -> Qwen2VLForConditionalGeneration:
     """Qwen2VLForConditionalGeneration with random float32 weights; torch's global generator is left as it was."""
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    token = tokenizer.convert_tokens_to_ids
+    token, heads = tokenizer.convert_tokens_to_ids, width // HEAD_WIDTH
     config = Qwen2VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=3 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS // 2,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
             max_position_embeddings=4096,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
             tie_word_embeddings=True,
@@ -125,10 +127,10 @@ def random_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2VLForConditionalG
             pad_token_id=token("<|endoftext|>"),
         ),
         vision_config=dict(
-            depth=LAYERS,
-            embed_dim=WIDTH,
-            hidden_size=WIDTH,
-            num_heads=HEADS,
+            depth=layers,
+            embed_dim=width,
+            hidden_size=width,
+            num_heads=heads,
             mlp_ratio=4,
             patch_size=14,
             spatial_merge_size=2,

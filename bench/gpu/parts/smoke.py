@@ -12,7 +12,16 @@ from bench.gpu.cases import result_on
 from bench.gpu.check import Check
 from bench.gpu.parts.profile import special
 from bench.peers import on_gpu
-from contrastive_kernels import GradCache, info_nce, info_nce_value_and_grad, pooled_info_nce, sigmoid_loss, topk_similarity
+from contrastive_kernels import (
+    GradCache,
+    distillation_loss,
+    info_nce,
+    info_nce_value_and_grad,
+    pooled_info_nce,
+    sigmoid_loss,
+    topk_similarity,
+)
+from contrastive_kernels.reference import distillation_loss_reference
 
 TEMPERATURE = 0.05
 # Errors against float64 of the inputs as rounded: float32 logits and sums; exponentials and factors rounded to 16 bits once.
@@ -36,6 +45,7 @@ def checks(machine):
     yield Check("info_nce, cold rows redone", lambda: cold(machine))
     yield Check("info_nce, hard negatives and statistics", lambda: hard(machine))
     yield Check("sigmoid_loss", lambda: sigmoid(machine))
+    yield Check("distillation_loss", lambda: distillation(machine))
     yield Check("topk_similarity", lambda: topk(machine))
     yield Check("pooled_info_nce", lambda: pooled(machine))
     yield Check("the loss never waits for the device", lambda: never_waits(machine))
@@ -138,6 +148,20 @@ def sigmoid(machine) -> dict:
     gradients = torch.autograd.grad(value, leaves)
     right = dict(zip(("loss", "d_query", "d_target"), on_gpu.truth(query, target, TEMPERATURE, "sigmoid"), strict=True))
     return compared({"loss": value.detach(), "d_query": gradients[0], "d_target": gradients[1]}, right)
+
+
+def distillation(machine) -> dict:
+    """A teacher three quarters as wide, in one direction."""
+    matrices = [*_pair(machine), *_pair(machine, 192)]
+    options = {"temperature": TEMPERATURE, "teacher_temperature": TEMPERATURE}
+
+    def run(function, tensors):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors[:2]]
+        value = function(*leaves, *tensors[2:], **options)
+        return dict(zip(("loss", "d_query", "d_target"), (value.detach(), *torch.autograd.grad(value, leaves)), strict=True))
+
+    kernels = functools.partial(distillation_loss, backend="triton")
+    return compared(run(kernels, matrices), run(distillation_loss_reference, [x.double() for x in matrices]))
 
 
 def topk(machine) -> dict:

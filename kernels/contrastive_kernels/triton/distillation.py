@@ -16,7 +16,7 @@ from ..core.distillation import DistillationSums, Side, finish
 from ..core.gradients import Gradients
 from ..core.operands import product_dtype
 from ..core.softmax import RowSums
-from ..dispatch import panel_rows
+from ..roofline.distillation import panel_rows
 from .gradient_writer import GradientWriter
 from .kernels.common import check_dtype
 from .kernels.distil_panel import Cosines, Reduction, distil_reduce, distil_write
@@ -49,8 +49,7 @@ def sweep(student: Side, teacher: Side, gradients: Gradients | None, workspace: 
     """(n,) losses of all rows, and the slopes at their own targets; gradients of all other pairs are added."""
     models, problem, direction = (_Model(student), _Model(teacher)), student.problem, student.direction
     n, columns = problem.query.rows, len(models[0].view.y)
-    # float32 logits of the teacher stand beside the student's panel
-    size = max(1, panel_rows(n, 2 * columns, problem.query.width, 4, "chunk", workspace))
+    size = panel_rows(n, columns, problem.query.width, models[0].dtype.itemsize, workspace)
     writer = None if gradients is None else GradientWriter(problem, direction, gradients, models[0].views)
     weight = direction.weight * problem.inverse_temperature
     losses, slopes = [], []

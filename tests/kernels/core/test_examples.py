@@ -12,6 +12,7 @@ EXAMPLES = ROOT / "examples"
 NEEDS = {
     "pytorch_loop": (),
     "sentence_transformers_loss": ("sentence_transformers",),
+    "sentence_transformers_options": ("sentence_transformers",),
     "open_clip_loss": ("open_clip",),
     "gradcache_loss": ("gradcache",),
     "transformers_trainer": ("transformers", "accelerate"),

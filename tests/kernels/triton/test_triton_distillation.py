@@ -7,6 +7,8 @@ pytest.importorskip("triton")
 
 from contrastive_kernels import distillation_loss
 from contrastive_kernels.reference import distillation_loss_reference
+from contrastive_kernels.roofline import distillation as roofline
+from contrastive_kernels.roofline import for_arch as gpu_for_arch
 from contrastive_kernels.triton import configs, distillation, launch_log
 from contrastive_kernels.triton.kernels.distil_panel import Cosines, distil_reduce
 
@@ -91,3 +93,15 @@ def test_launched_work():
     names = [launch.name for launch in launches]
     assert [names.count(name) for name in ("gemm", "distil_reduce", "distil_write")] == [4, 1, 1]
     assert sum(launch.flops for launch in launches if launch.name == "gemm") == 2 * n * m * (3 * 12 + 20)
+
+
+def test_the_price_is_of_the_launches():
+    """FLOPs and bytes of the cost model's pieces, in float32, are those of the kernels and products that run."""
+    n, m = 6, 9
+    with launch_log.record() as launches:
+        value_and_gradients(distillation_loss, embeddings(n, m, torch.float32), backend="triton")
+    pieces = [piece for piece in roofline.distillation(gpu_for_arch(90), n, m, 12, 20, n, itemsize=4) if piece.bytes]
+    assert sum(piece.flops for piece in pieces) == sum(launch.flops for launch in launches)
+    for priced, launched in (("both softmaxes' sums", "distil_reduce"), ("difference written", "distil_write")):
+        piece, launch = (next(x for x in found if x.name == name) for found, name in ((pieces, priced), (launches, launched)))
+        assert (piece.read, piece.written) == (launch.bytes_read, launch.bytes_written)
