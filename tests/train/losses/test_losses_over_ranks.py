@@ -9,6 +9,7 @@ from tests.helpers.processes import collected, join
 from train.losses.cosent import cosent
 from train.losses.distillation import distillation
 from train.losses.scores import score_distillation
+from train.losses.temperature import RowTemperatures
 
 N, D, K = 8, 5, 2
 KEPT = torch.tensor([True, True, False, True, True, True, True, True])  # unequal numbers of rows on the ranks
@@ -52,16 +53,26 @@ def found(part, group=None):
     return answers
 
 
+def temperatures(part, group=None):
+    """(loss, gradient of the log-temperatures) of rows with temperatures of their own."""
+    module, x = RowTemperatures(("a", "b"), 0.2).double(), inputs()
+    of = torch.tensor([0, 0, 1, 0, 1, 1, 1, 1])[part]
+    loss = module(x["query"][part], x["target"][part], temperature_of=of, normalize=True, group=group)
+    loss.backward()
+    return loss.item(), module.log_temperature.grad.numpy().copy()
+
+
 def _rank(rank, port, queue):
     join(rank, port)
     torch.distributed.init_process_group("gloo")
     for name, values in found(slice(4 * rank, 4 * rank + 4), torch.distributed.group.WORLD).items():
         queue.put((rank, name, *values))
+    queue.put((rank, "temperatures", *temperatures(slice(4 * rank, 4 * rank + 4), torch.distributed.group.WORLD)))
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_are_one_process():
-    whole, ranks = found(slice(0, N)), collected(_rank, each=3)
+    whole, ranks = found(slice(0, N)), collected(_rank, each=4)
     for name, (loss, *gradients) in whole.items():
         for rank in range(2):
             got, *shards = ranks[name, rank]
@@ -69,3 +80,7 @@ def test_two_ranks_are_one_process():
             for shard, gradient in zip(shards, gradients):
                 mine = torch.from_numpy(gradient)[4 * rank : 4 * rank + 4]
                 torch.testing.assert_close(torch.from_numpy(shard), 2 * mine, rtol=1e-9, atol=1e-12, msg=f"{name}, rank {rank}")
+    loss, gradient = temperatures(slice(0, N))
+    assert all(ranks["temperatures", rank][0] == pytest.approx(loss, rel=1e-11) for rank in range(2))
+    mean = sum(torch.from_numpy(ranks["temperatures", rank][1]) for rank in range(2)) / 2
+    torch.testing.assert_close(mean, torch.from_numpy(gradient), rtol=1e-9, atol=1e-12)

@@ -15,7 +15,7 @@ from vlm2vec.checkpoint.pretrained import Description
 
 FOLDER = ROOT / "train" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-PLANNED = [path for path in RECIPES if path.name != "quickstart.yaml"]
+PLANNED = [path for path in RECIPES if not path.name.startswith("quickstart")]  # those train what a command makes first
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
