@@ -121,11 +121,15 @@ class Qwen2VLProcessing(Processing):
 
     def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
         """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
-        ip = self.image_processor
-        table = torch.from_numpy(pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std)))
+        table = self.pixel_table()
         channels = pixels.view(len(pixels), 3, -1, self.patch**2)
         values = torch.empty(len(pixels), 3, self.temporal, self.patch**2, dtype=torch.float32, device=pixels.device)
         return look_up(channels, table, values).view(len(pixels), -1)  # one frame is broadcast to all places of its time step
+
+    def pixel_table(self) -> torch.Tensor:
+        """(256, 3) float32: the normalised value of each 8-bit value and channel."""
+        ip = self.image_processor
+        return torch.from_numpy(pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std)))
 
     def _patches_torchvision(self, frames: list, size: tuple[int, int]):
         from torchvision.transforms.v2 import InterpolationMode
