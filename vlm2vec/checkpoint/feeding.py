@@ -23,7 +23,7 @@ def feeding_of(family: str | None, sources: dict[str, dict | None], settings: di
     """
     if "feeding" in options:
         return options["feeding"]
-    if "options" in settings:
+    if settings.get("options"):
         return settings["options"].get("feeding", "raw")
     embedder = AUTHORS.get(family)
     return "authors" if embedder is not None and any(tells(embedder, source, hub) for source, hub in sources.items()) else "raw"
@@ -31,7 +31,7 @@ def feeding_of(family: str | None, sources: dict[str, dict | None], settings: di
 
 def saved_options(settings: dict, feeding: str) -> dict:
     """The options of vlm2vec.json; none of them where the model is to be fed otherwise than it was saved."""
-    saved = settings.get("options", {})
+    saved = settings.get("options") or {}
     return saved if saved.get("feeding", "raw") == feeding else {}
 
 
@@ -42,12 +42,22 @@ def tells(embedder: Embedder, source: str, hub: dict[str, Any] | None) -> bool:
     if hub is None:
         return False
     if embedder.modules is not None:
-        path = loading.file_of(source, "modules.json", **hub)
+        path = _file(source, "modules.json", hub)
         modules = [] if path is None else parse_json(read_text(path), path, " is not valid JSON")
         kinds = [m.get("type") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
         if any(isinstance(kind, str) and re.match(embedder.modules, kind) for kind in kinds):
             return True
     if embedder.token is not None:
-        files = (loading.file_of(source, name, **hub) for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"))
+        files = (_file(source, name, hub) for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"))
         return any(path is not None and f'"{embedder.token}"' in read_text(path) for path in files)
     return False
+
+
+def _file(source: str, name: str, hub: dict[str, Any]) -> str | None:
+    """A file that only tells; without a way to the hub it is as if the repository had none."""
+    try:
+        return loading.file_of(source, name, **hub)
+    except ValueError:
+        if os.path.isdir(source):
+            raise
+        return None

@@ -77,6 +77,10 @@ class AuthorsProcessing(Qwen3VLProcessing):
             made.tokenizer.chat_template = (read_json(folder, "chat_template.json", **hub) or {}).get("chat_template")
         return made
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {}
+
     # -- the text -------------------------------------------------------------------------------------------------------
 
     def messages(self, item: Item) -> list[tuple[str, str]]:
@@ -122,17 +126,17 @@ class AuthorsProcessing(Qwen3VLProcessing):
         if limit is None or total <= limit:
             return pieces
         named = f"max_length={limit}" if limit == self.max_length else f"the model's {limit} positions"
-        kept = cut(pieces, limit, self.tail, named=named, mend=self._mend(limit))
+        kept = cut(
+            pieces, limit, self.tail, named=named, mend="raise max_length, or lower max_pixels, fps, max_frames or file_total_pixels"
+        )
         fixed = sum(piece.length for piece in pieces if isinstance(piece, Visual)) + self.tail
         self._count_cut(named, total - fixed, fixed, limit - fixed)
         return kept
 
     def _limit(self, pieces: list) -> int | None:
-        """Most tokens of an input."""
-        return min((limit for limit in (self.max_length, self.positions_limit) if limit is not None), default=None)
-
-    def _mend(self, limit: int) -> str:
-        return f"{'raise max_length, or ' if limit == self.max_length else ''}lower max_pixels, fps, max_frames or file_total_pixels"
+        """Most tokens of an input. Positions run slower than tokens where there are media, and bound texts alone."""
+        limits = [self.max_length, None if any(isinstance(piece, Visual) for piece in pieces) else self.positions_limit]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     # -- media ----------------------------------------------------------------------------------------------------------
 
@@ -141,7 +145,7 @@ class AuthorsProcessing(Qwen3VLProcessing):
         return self(item) if item.settings or not self._decodes_later(item) else super().measure(item)
 
     def _decodes_later(self, item: Item) -> bool:
-        """Whether `decode` can make the item's media of their files alone."""
+        """Whether `decode` can make the item's media of their files alone, as bytes."""
         return True
 
     def film(self, video: Any, settings: dict | None = None) -> Film:

@@ -17,6 +17,7 @@ class OneByOne(Backbone):
     name = "qwen3_5"
     processing_class = Qwen3VLProcessing
     packs = False
+    adapter_renames = [(r"^model\.", "")]
     architecture = "Qwen3_5ForConditionalGeneration"
     unused_keys = [r"^lm_head\.", r"^mtp\."]  # the embedding model has neither language-model head nor multi-token prediction
 

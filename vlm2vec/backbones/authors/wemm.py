@@ -67,7 +67,10 @@ class WeMMProcessing(AuthorsProcessing):
         return [*([("system", said)] if said and item.system else []), ("user", content)]
 
     def _limit(self, pieces: list) -> int | None:
-        return self.positions_limit if any(isinstance(piece, Visual) for piece in pieces) else super()._limit(pieces)
+        return None if any(isinstance(piece, Visual) for piece in pieces) else super()._limit(pieces)
+
+    def _decodes_later(self, item: Item) -> bool:
+        return not item.videos  # a film that the processor resizes again is no bytes
 
     def picture_sizes(self, size: tuple[int, int], settings: dict) -> list[tuple[int, int]]:
         sizes = super().picture_sizes(size, settings)
