@@ -57,6 +57,7 @@ def wemm(folder):
     edited(folder / "config.json", architectures=["WeMMEmbedding"], auto_map={"AutoModel": place}, matryoshka_dimensions=WIDTHS)
     processor = folder / "processor_config.json"
     content = json.loads(processor.read_text(encoding="utf-8"))
+    content["image_processor"].update(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     content["image_processor"]["size"] = {"shortest_edge": 8 * 32**2, "longest_edge": 16384 * 32**2}
     content["video_processor"]["size"] = {"shortest_edge": 4 * 32**2, "longest_edge": 24576 * 32**2}
     processor.write_text(json.dumps(content), encoding="utf-8")

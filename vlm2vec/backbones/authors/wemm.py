@@ -69,6 +69,9 @@ class WeMMProcessing(AuthorsProcessing):
     def _limit(self, pieces: list) -> int | None:
         return None if any(isinstance(piece, Visual) for piece in pieces) else super()._limit(pieces)
 
+    def _most_listed(self) -> int | None:
+        return None  # Qwen's tools take a list as it is
+
     def _decodes_later(self, item: Item) -> bool:
         return not item.videos  # a film that the processor resizes again is no bytes
 
