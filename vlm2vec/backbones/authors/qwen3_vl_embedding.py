@@ -11,9 +11,9 @@ from typing import Any
 
 from vlm2vec.backbones.authors.feeding import AuthorsProcessing, parts_of
 from vlm2vec.backbones.qwen3_vl import EMPTY, INSTRUCTION, instruction_of
-from vlm2vec.inputs import Item
+from vlm2vec.inputs import MODALITIES, Item
 
-ORDER = ("video", "image", "text")
+ORDER = MODALITIES[::-1]  # films, pictures, texts
 FRAME = 768 * 32**2
 
 
