@@ -5,9 +5,9 @@ The template renders the strings that the authors' render for one message of a u
 
 import json
 
-from tests.helpers.tiny_generic import qwen3_5
-from tests.helpers.tiny_models import qwen3_vl
+from tests.helpers import tiny_generic, tiny_models
 
+FAMILIES = {**tiny_generic.BUILDERS, **tiny_models.BUILDERS}
 TEMPLATE = (
     "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
     "{%- set said = message.content if message.content is string else message.content | map(attribute='text') | join -%}"
@@ -15,6 +15,21 @@ TEMPLATE = (
     "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
 )
 WIDTHS = [8, 16, 32]
+SIZES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+PROCESSOR = {  # one file, as the published one, with a least area of a picture that is smaller
+    "processor_class": "Qwen3VLProcessor",
+    "image_processor": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": 8 * 32**2, "longest_edge": 16384 * 32**2},
+        **SIZES,
+    },
+    "video_processor": {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "size": {"shortest_edge": 4 * 32**2, "longest_edge": 24576 * 32**2},
+        **SIZES,
+    },
+}
 
 
 def ending(token: str, id_: int) -> dict:
@@ -39,7 +54,7 @@ def id_of(path, token: str) -> int:
 
 def qwen3_vl_embedding(folder):
     """Fed so where the folder's name says it, or `feeding="authors"`."""
-    qwen3_vl(folder)
+    FAMILIES["qwen3_vl"](folder)
     words = folder / "tokenizer.json"
     edited(words, post_processor=ending("<|endoftext|>", id_of(words, "<|endoftext|>")))
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("SAID", "said"), encoding="utf-8")
@@ -47,7 +62,7 @@ def qwen3_vl_embedding(folder):
 
 def wemm(folder):
     """Tells itself by the token `<embedding>`; names code that is not there, as the published ones do."""
-    qwen3_5(folder)
+    FAMILIES["qwen3_5"](folder)
     words = folder / "tokenizer.json"
     words.write_text(words.read_text(encoding="utf-8").replace("<global-img>", "<embedding>"), encoding="utf-8")
     newline = {"type": "Replace", "pattern": {"Regex": "\\n$"}, "content": ""}
@@ -55,12 +70,8 @@ def wemm(folder):
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("SAID", "said | trim"), encoding="utf-8")
     place = "modeling_wemm_embedding.WeMMEmbedding"
     edited(folder / "config.json", architectures=["WeMMEmbedding"], auto_map={"AutoModel": place}, matryoshka_dimensions=WIDTHS)
-    processor = folder / "processor_config.json"
-    content = json.loads(processor.read_text(encoding="utf-8"))
-    content["image_processor"].update(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    content["image_processor"]["size"] = {"shortest_edge": 8 * 32**2, "longest_edge": 16384 * 32**2}
-    content["video_processor"]["size"] = {"shortest_edge": 4 * 32**2, "longest_edge": 24576 * 32**2}
-    processor.write_text(json.dumps(content), encoding="utf-8")
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "processor_config.json").write_text(json.dumps(PROCESSOR), encoding="utf-8")
 
 
 EMBEDDERS = {"qwen3_vl_embedding": qwen3_vl_embedding, "wemm": wemm}

@@ -30,7 +30,7 @@ class Embedder:
         names: pattern of its names on the hub, in lower case.
         modules: pattern of a type in sentence-transformers' modules.json that tells it, where there is one.
         token: a token of its vocabulary that its base does not have.
-        backbone: where a Backbone lives that takes the place of the family's own; None for the family's own.
+        backbone: where a Backbone lives for a family that has no line in `FAMILIES`; None for the generic path.
     """
 
     processing: str
@@ -51,7 +51,7 @@ AUTHORS = {
         "vlm2vec.backbones.authors.wemm:WeMMProcessing",
         names=r"wemm[-_]embedding",
         token="<embedding>",
-        backbone="vlm2vec.backbones.authors.qwen3_5_one_by_one:OneByOne",  # until the family has a file of its own
+        backbone="vlm2vec.backbones.qwen3_5_one_by_one:OneByOne",  # until the family has a line of its own
     ),
 }
 FEEDINGS = ("raw", "authors")
@@ -69,9 +69,10 @@ def backbone_for(model_type: str | None, feeding: str = "raw") -> Backbone:
     """
     if model_type is None:
         raise ValueError("config.json has no model_type; is this the folder of a vision-language model?")
-    embedder = AUTHORS.get(model_type) if feeding == "authors" else None
-    path = FAMILIES.get(model_type, "vlm2vec.backbones.generic:Generic")
-    return _found(path if embedder is None or embedder.backbone is None else embedder.backbone)()
+    path, embedder = FAMILIES.get(model_type), AUTHORS.get(model_type) if feeding == "authors" else None
+    if path is None and embedder is not None:
+        path = embedder.backbone
+    return _found(path or "vlm2vec.backbones.generic:Generic")()
 
 
 def processing_for(backbone: Backbone, feeding: str = "raw") -> type[Processing]:

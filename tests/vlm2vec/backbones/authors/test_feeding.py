@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.tiny_embedders import EMBEDDERS, WIDTHS, edited, qwen3_vl_embedding
-from tests.helpers.tiny_generic import qwen3_5
+from tests.helpers.tiny_embedders import EMBEDDERS, FAMILIES, WIDTHS, edited, qwen3_vl_embedding
 from tests.helpers.tiny_models import qwen2_vl, qwen3_vl
 from vlm2vec.backbones import AUTHORS, backbone_for, processing_for
 from vlm2vec.inputs import as_item
@@ -397,7 +396,7 @@ def test_families_without_an_embedder_of_that_kind_refuse_it(tmp_path):
 
 
 def test_a_plain_base_is_not_taken_for_its_embedder(tmp_path):
-    qwen3_5(tmp_path)
+    FAMILIES["qwen3_5"](tmp_path)
     assert feeding_of(tmp_path) == "raw"
     with pytest.raises(ValueError, match="puts <embedding> behind every text"):
         VLM2Vec.from_pretrained(tmp_path, feeding="authors")

@@ -1,6 +1,6 @@
 """Qwen3.5's module for WeMM-Embedding, one sample at a time: a stand-in until the family has a packed file of its own.
 
-Delete this file and the line of `vlm2vec.backbones.AUTHORS` that names it when it has.
+Where `vlm2vec.backbones.FAMILIES` has a line for the family it is not used: delete it then, and what names it beside `AUTHORS`.
 """
 
 from __future__ import annotations
