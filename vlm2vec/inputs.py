@@ -2,7 +2,8 @@
 
 Accepted: `str` (text), a picture in any form of `vlm2vec.media.sources` (PIL image, NumPy or torch array, bytes, an open file,
 `os.PathLike`, `{"bytes":, "path":}`, a data: URI), `{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat
-messages (`[{"role":, "content":}]`). A plain string is text, never a path; as the value of "image" it is a path.
+messages (`[{"role":, "content":}]`). A plain string is text, never a path; as the value of "image" it is a path. "text" may be a list,
+which is joined. Beside a picture or film may stand what holds for it alone (`SETTINGS`): {"video": "a.mp4", "fps": 2}.
 
 Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand, by their numbers; a visual without a marker
 comes first, followed by a newline when text follows. Videos are marked `<|video_1|>`, ... The model's own tokens (`<image>`,
