@@ -88,7 +88,7 @@ class Qwen2VLProcessing(Processing):
     def _patches(self, frames: list):
         """Frames of any size, all brought to the size computed for the first one."""
         size = self.size(*self._first_size(frames[0].size), frames=len(frames))
-        if isinstance(frames[0], Undecoded):
+        if any(isinstance(frame, Undecoded) for frame in frames):
             return None, (-(-len(frames) // self.temporal), size[1] // self.patch, size[0] // self.patch)
         if self.options["pixels"] == "torchvision":
             return self._patches_torchvision([self._first_resize(f) for f in frames], size)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 NEVER = re.compile(r"(?!)")
-ADDED = re.compile(rf"({MARKER.pattern})\n?")  # a marker with the newline that `inputs` put behind it
 FRAME_MIN_PIXELS, FRAME_MAX_PIXELS = 128 * 32**2, 768 * 32**2  # of a film's frame, in Qwen's tools
 TOTAL_PIXELS = 128_000 * 32**2 * 9 // 10  # of a film, there
 
@@ -207,7 +206,7 @@ class AuthorsProcessing(Qwen3VLProcessing):
 
     def _film(self, film: Film, settings: dict) -> Visual:
         frames, sizes = self.film_sizes(film, settings)
-        pixels = None if isinstance(frames[0], Undecoded) else self._resized_film(frames, sizes)
+        pixels = None if any(isinstance(f, Undecoded) for f in frames) else self._resized_film(frames, sizes)
         return self._cut(pixels, len(frames), sizes[-1], self.video_token_id)
 
     def _resized(self, image: Any, sizes: list[tuple[int, int]]) -> np.ndarray:

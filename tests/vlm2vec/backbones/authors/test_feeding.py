@@ -285,6 +285,8 @@ def test_alone_as_in_a_batch_and_saved_as_loaded(folders, tmp_path, name):
     again = VLM2Vec.from_pretrained(tmp_path)
     assert again.options == model.options and again.options["feeding"] == "authors" and again.family == model.family
     np.testing.assert_allclose(again.encode(inputs), rows, atol=1e-6)
+    wrapped = model.to_sentence_transformer()
+    np.testing.assert_allclose(wrapped.encode(["a", PICTURE]), model.encode(["a", PICTURE]), atol=1e-6)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
@@ -295,11 +297,17 @@ def test_pictures_that_are_measured_decode_to_the_same(folders, tmp_path, name):
         picture.save(tmp_path / f"{at}.png")
     paths = [str(tmp_path / f"{at}.png") for at in range(3)]
     processing = VLM2Vec.from_pretrained(folders / name).processing
-    for x in ({"text": "a", "image": paths[0]}, {"images": paths[:2]}, {"video": [paths[0]] * 3, "image": paths[1]}):
+    for x in (
+        {"text": "a", "image": paths[0]},
+        {"images": paths[:2]},
+        {"video": [paths[0]] * 3, "image": paths[1]},
+        {"video": [PICTURE, paths[0]]},
+        {"image": paths[0], "max_pixels": 4096},
+    ):
         whole, measured = processing(x), processing.measure(x)
         assert torch.equal(whole.input_ids, measured.input_ids)
         if not measured.pending:
-            assert "video" in x and torch.equal(measured.vision["pixel_values"], whole.vision["pixel_values"])
+            assert {"video", "max_pixels"} & set(x) and torch.equal(measured.vision["pixel_values"], whole.vision["pixel_values"])
             continue
         decoded = processing.decode(measured)["pixel_values"]
         assert tuple(decoded.shape) == processing.decoded_shape(measured)
