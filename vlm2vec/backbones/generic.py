@@ -16,7 +16,7 @@ from torch import nn
 
 from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.literals import WithLiterals
-from vlm2vec.inputs import Item, as_item
+from vlm2vec.inputs import Item
 from vlm2vec.packing import Features, PackedBatch, pack
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class GenericProcessing(Processing):
         return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def __call__(self, x: Any) -> Features:
-        item = as_item(x, self.markers)
+        item = self.item(x)
         text, kinds = self.native_text(item)
         if item.markers_are_text or not kinds:
             features = self.assemble(self.tokenize(text), [])
