@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "qwen2_5_vl": "vlm2vec.backbones.qwen2_5_vl:Qwen25VL",
     "qwen3_vl": "vlm2vec.backbones.qwen3_vl:Qwen3VL",
+    "qwen3_5": "vlm2vec.backbones.qwen3_5:Qwen35",
     "llava_next": "vlm2vec.backbones.llava_next:LlavaNext",
     "phi3_v": "vlm2vec.backbones.phi3_v:Phi3V",
     "qwen2_vl": "vlm2vec.backbones.qwen2_vl:Qwen2VL",
