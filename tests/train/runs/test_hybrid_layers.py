@@ -26,9 +26,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"retain": 1}, {"freeze_vision": True}, {"gradient_checkpointing": True}, {"chunk_rows": 3, "lora": LORA}],
-    ids=str,
+    "changes", [{"retain": 1}, {"freeze_vision": True}, {"gradient_checkpointing": True}, {"chunk_rows": 3, "lora": LORA}], ids=str
 )
 def test_gradients_of_chunks_are_those_of_one_batch(root, changes):
     recipe = load_recipe(write_recipe(root, **{"dtype": "float64", "retain": 0, "seed": 3, "chunk_tokens": 120} | changes))
@@ -49,7 +47,7 @@ def test_an_adapter_of_every_linear_layer_trains_and_loads_again(root):
 
 
 def test_the_planned_peak_is_the_measured_one(root):
-    recipe = load_recipe(write_recipe(root, output=str(root / "o"), retain=0, chunk_tokens=2000, global_batch=4, gradient_checkpointing=True))
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), retain=0, chunk_tokens=2000, gradient_checkpointing=True))
     plan = simulate(
         recipe, None, make_batch=lambda processing: plan_batch.first_batch(recipe, processing, 1), flash=False, most_chunks=1000
     )

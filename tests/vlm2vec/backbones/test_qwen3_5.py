@@ -111,4 +111,5 @@ def test_weights_of_the_second_token_are_left_out(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     save_file({**load_file(file), "mtp.fc.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
-    np.testing.assert_array_equal(VLM2Vec.from_pretrained(tmp_path / "model").encode("a fox"), VLM2Vec.from_pretrained(folder).encode("a fox"))
+    ours, plain = (VLM2Vec.from_pretrained(place).encode("a fox") for place in (tmp_path / "model", folder))
+    np.testing.assert_array_equal(ours, plain)
