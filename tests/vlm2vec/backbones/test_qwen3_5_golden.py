@@ -8,6 +8,7 @@ import torch
 
 from tests.helpers.golden_files import read
 from tests.helpers.repository import ROOT
+from tests.helpers.versions import needs_pillow_13
 from tests.helpers.wemm_pixels import vision_of
 from vlm2vec.backbones import backbone_for
 from vlm2vec.checkpoint.loading import load_module, read_json
@@ -19,6 +20,7 @@ SAME = 1e-5
 pytestmark = pytest.mark.skipif(not (PLACE / "wemm_a").is_dir(), reason="shared/golden/wemm_a is not beside the repository")
 
 
+@needs_pillow_13
 def test_every_case_alone_and_packed():
     pytest.importorskip("av")
     folder, cases, expected = read(PLACE, "wemm_a")

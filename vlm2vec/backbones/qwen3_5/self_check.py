@@ -61,13 +61,25 @@ def gradients(run: Callable, inputs: list[torch.Tensor], cotangent: torch.Tensor
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
 
 
-def wrong(kind: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], lengths: list[int] = LENGTHS) -> str | None:
-    """What is wrong with a kernel, None when nothing is."""
-    inputs, kernel, plain = case(kind, device, sizes, lengths)
-    low = [x.to(device, torch.float32 if kind == "delta_rule" and at == 3 else dtype) for at, x in enumerate(inputs)]  # decays stay wide
+def lowered(kind: str, inputs: list[torch.Tensor], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The inputs of a case as a model in `dtype` has them: the delta rule's decays stay in float32."""
+    return [x.to(device, torch.float32 if kind == "delta_rule" and at == 3 else dtype) for at, x in enumerate(inputs)]
+
+
+def wrong(
+    kind: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], lengths: list[int] = LENGTHS, *, plain: bool = False
+) -> str | None:
+    """What is wrong with a kernel, None when nothing is.
+
+    Args:
+        sizes: as on the command line. lengths: of the samples.
+        plain: looks at plain torch in `dtype` instead of the kernel; both are compared with plain torch in float32.
+    """
+    inputs, kernel, torchs = case(kind, device, sizes, lengths)
+    kernel, low = torchs if plain else kernel, lowered(kind, inputs, device, dtype)
     names = ("value", *(("d query", "d key", "d value", "d decay", "d beta") if kind == "delta_rule" else ("d input", "d weight")))
     cotangent = torch.randn(len(inputs[0]), *_tail(kind, sizes), generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    got, truth = gradients(kernel, low, cotangent), gradients(plain, [x.float() for x in low], cotangent.float())
+    got, truth = gradients(kernel, low, cotangent), gradients(torchs, [x.float() for x in low], cotangent.float())
     most = APART * torch.finfo(dtype).eps
     for name, ours, theirs in zip(names, got, truth, strict=True):
         # Every sample's value by itself: short ones are lost in the norm of all.
