@@ -40,11 +40,11 @@ def inputs(total, heads, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_the_delta_rule_is_the_recurrence_of_each_sample(lengths, heads, monkeypatch):
+@pytest.mark.parametrize(("heads", "chunk"), [(HEADS[0], 64), (HEADS[1], 64), (HEADS[1], 32)], ids=str)
+def test_the_delta_rule_is_the_recurrence_of_each_sample(lengths, heads, chunk, monkeypatch):
     monkeypatch.setattr("vlm2vec.backbones.qwen3_5.delta_rule.EPS", 0.0)
     made = inputs(sum(lengths), heads)
-    out = gated_delta_rule(*made, delta_layout(lengths, key_heads=heads[0], value_heads=heads[1]))
+    out = gated_delta_rule(*made, delta_layout(lengths, key_heads=heads[0], value_heads=heads[1], chunk=chunk))
     truth = torch.cat([recurrence(*sample) for sample in zip(*(x.split(lengths) for x in made))])
     cotangent = torch.randn_like(truth)
     assert out.dtype == torch.float64

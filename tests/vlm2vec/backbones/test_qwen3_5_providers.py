@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers.models.qwen3_5.modeling_qwen3_5  # noqa: F401 (before stand-ins are there: it keeps what it finds by these names)
 
 from tests.helpers.tiny_models import qwen3_5
 from vlm2vec import VLM2Vec
@@ -128,7 +129,7 @@ def test_a_leak_too_small_for_the_norm_is_seen(monkeypatch):
 
 
 def ask(kind):
-    segments = stateful(Segments.from_lengths([5, 3], causal=True, provider="varlen"), key_heads=2, value_heads=4, kernel=4)
+    segments = stateful(Segments.from_lengths([5, 3], causal=True, provider="varlen"), key_heads=2, value_heads=4, width=8, kernel=4)
     if kind == "convolution":
         return providers.convolution(segments, torch.zeros(8, 16, dtype=torch.bfloat16), 4)
     return providers.delta_rule(segments, torch.zeros(8, 2, 8, dtype=torch.bfloat16), torch.zeros(8, 4, 8, dtype=torch.bfloat16))
@@ -195,6 +196,6 @@ def test_what_plain_torch_is_asked_for(install):
     """float32, another device, `attn="sdpa"` and a plan's own attention: nothing is looked for."""
     install(fla="raise AssertionError", conv1d="raise AssertionError")
     for provider, dtype in (("sdpa", torch.bfloat16), (lambda *a, **k: None, torch.bfloat16), ("varlen", torch.float32)):
-        segments = stateful(Segments.from_lengths([5, 3], causal=True, provider=provider), key_heads=2, value_heads=4, kernel=4)
+        segments = stateful(Segments.from_lengths([5, 3], causal=True, provider=provider), key_heads=2, value_heads=4, width=8, kernel=4)
         assert providers.convolution(segments, torch.zeros(8, 16, dtype=dtype), 4) is None
     assert not providers._found

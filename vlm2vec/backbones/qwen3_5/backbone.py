@@ -34,8 +34,12 @@ class Qwen35(Qwen2VL):
         tower, text = self.vision_tower(model), model.config.get_text_config()
         self.grid_side = tower.num_grid_per_side
         self.interpolation = {"mode": tower.interpolation_mode, "align_corners": tower.interpolation_align_corners}
-        self.heads = {"key_heads": text.linear_num_key_heads, "value_heads": text.linear_num_value_heads}
-        self.kernel = text.linear_conv_kernel_dim
+        self.state = {
+            "key_heads": text.linear_num_key_heads,
+            "value_heads": text.linear_num_value_heads,
+            "width": text.linear_key_head_dim,
+            "kernel": text.linear_conv_kernel_dim,
+        }
         methods = {
             stock.Qwen3_5GatedDeltaNet: layers.mix,
             stock.Qwen3_5RMSNorm: layers.rms_norm,
@@ -48,7 +52,7 @@ class Qwen35(Qwen2VL):
 
     def pack(self, features: list[Features], provider: str = "sdpa") -> PackedBatch:
         packed = super().pack(features, provider)
-        packed.segments = stateful(packed.segments, kernel=self.kernel, **self.heads)
+        packed.segments = stateful(packed.segments, **self.state)
         return packed
 
     def tower_arguments(self, grid_thw: torch.Tensor, provider: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How the layers with state go through a packed batch: every sample cut into chunks from its own first token.
 
-A sample of n tokens is n // 64 whole chunks and a tail. Chunks of one width are computed together, whichever samples they are of:
+A sample of n tokens is n // C whole chunks of C tokens and a tail. Chunks of one width are computed together, whichever samples they are of:
 within a chunk the gated delta rule is a few products and a triangular system, and only the state that goes from a chunk to the next
 runs in order. Chunks that begin a sample (`fresh`) start without state and skip what reads it. A tail's state is read by nobody, so
 it may be padded on the right with copies of its last row, whose results are dropped and whose gradients are zero.
@@ -15,7 +15,8 @@ import torch
 
 from vlm2vec.attention import Segments
 
-CHUNK = 64  # tokens; what flash-linear-attention and transformers take too
+CHUNK = 64  # tokens, C; what flash-linear-attention and transformers take too
+NARROW = 64  # heads up to this width take half a chunk: products of C x C numbers would outweigh those with the state
 STEP = 16  # a tail is padded to a multiple of so many tokens
 
 
@@ -41,20 +42,21 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return [_moved(entry, device) for entry in value] if isinstance(value, list) else value
 
 
-def stateful(segments: Segments, *, key_heads: int, value_heads: int, kernel: int) -> StatefulSegments:
-    """The same boundaries, with the layout of layers of so many heads and a convolution over `kernel` tokens."""
+def stateful(segments: Segments, *, key_heads: int, value_heads: int, width: int, kernel: int) -> StatefulSegments:
+    """The same boundaries, with the layout of layers of so many heads of a width, and of a convolution over `kernel` tokens."""
+    chunk = CHUNK if width > NARROW else CHUNK // 2
     layout = {
-        "delta": delta_layout(segments.lengths, key_heads=key_heads, value_heads=value_heads),
+        "delta": delta_layout(segments.lengths, key_heads=key_heads, value_heads=value_heads, chunk=chunk),
         "convolution": convolution_layout(segments.lengths, kernel),
     }
     return StatefulSegments(**vars(segments), layout=layout)
 
 
-def delta_layout(lengths: list[int], *, key_heads: int, value_heads: int) -> dict[str, Any]:
+def delta_layout(lengths: list[int], *, key_heads: int, value_heads: int, chunk: int = CHUNK) -> dict[str, Any]:
     """Which rows make which chunk.
 
     Args:
-        lengths: tokens of each sample, at least 1.
+        lengths: tokens of each sample, at least 1. chunk: tokens of a whole one.
 
     Returns:
         steps: whole chunks at each place within their samples; those of place i are of the first `steps[i]` samples by length.
@@ -64,31 +66,31 @@ def delta_layout(lengths: list[int], *, key_heads: int, value_heads: int) -> dic
         key_rows, value_rows: (rows, back) for tensors (T, heads, width) seen as (T * heads, width): the row at each place of the
             groups, chunk by chunk and head by head, and the place of each row.
     """
-    samples = sorted(range(len(lengths)), key=lambda i: -(lengths[i] // CHUNK))
+    samples = sorted(range(len(lengths)), key=lambda i: -(lengths[i] // chunk))
     starts, total = [], 0
     for length in lengths:
         starts.append(total)
         total += length
     steps: list[int] = []
-    while (n := sum(1 for i in samples if lengths[i] // CHUNK > len(steps))) > 0:
+    while (n := sum(1 for i in samples if lengths[i] // chunk > len(steps))) > 0:
         steps.append(n)
-    whole = [(starts[i] + at * CHUNK, CHUNK, CHUNK) for at, n in enumerate(steps) for i in samples[:n]]
+    whole = [(starts[i] + at * chunk, chunk, chunk) for at, n in enumerate(steps) for i in samples[:n]]
     groups = [
-        {"width": CHUNK, "count": sum(part), "whole": True, "fresh": fresh, "state": None}
+        {"width": chunk, "count": sum(part), "whole": True, "fresh": fresh, "state": None}
         for part, fresh in ((steps[:1], True), (steps[1:], False))
     ]
     # Samples leave the scan by number of chunks, few first, and in their own order among equals.
-    ended = sorted((i for i in samples if lengths[i] >= CHUNK), key=lambda i: lengths[i] // CHUNK)
+    ended = sorted((i for i in samples if lengths[i] >= chunk), key=lambda i: lengths[i] // chunk)
     place = {i: at for at, i in enumerate(ended)}
     tails: dict[tuple[bool, int], list[int]] = {}
     for i, length in enumerate(lengths):
-        if rest := length % CHUNK:
-            tails.setdefault((length < CHUNK, -(-rest // STEP) * STEP), []).append(i)
+        if rest := length % chunk:
+            tails.setdefault((length < chunk, -(-rest // STEP) * STEP), []).append(i)
     chunks = whole
     for (fresh, width), members in sorted(tails.items()):
         state = None if fresh else torch.tensor([place[i] for i in members])
         groups.append({"width": width, "count": len(members), "whole": False, "fresh": fresh, "state": state})
-        chunks = chunks + [(starts[i] + lengths[i] - lengths[i] % CHUNK, width, lengths[i] % CHUNK) for i in members]
+        chunks = chunks + [(starts[i] + lengths[i] - lengths[i] % chunk, width, lengths[i] % chunk) for i in members]
     layout = {"steps": steps, "groups": [group for group in groups if group["count"]], "key_rows": _rows(chunks, total, key_heads)}
     layout["value_rows"] = layout["key_rows"] if value_heads == key_heads else _rows(chunks, total, value_heads)
     return layout
