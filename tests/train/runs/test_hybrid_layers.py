@@ -47,7 +47,7 @@ def test_an_adapter_of_every_linear_layer_trains_and_loads_again(root):
 
 
 def test_the_planned_peak_is_the_measured_one(root):
-    recipe = load_recipe(write_recipe(root, output=str(root / "o"), retain=0, chunk_tokens=2000, gradient_checkpointing=True))
+    recipe = load_recipe(write_recipe(root, output=str(root / "o"), retain=0, chunk_tokens=2000))
     plan = simulate(
         recipe, None, make_batch=lambda processing: plan_batch.first_batch(recipe, processing, 1), flash=False, most_chunks=1000
     )

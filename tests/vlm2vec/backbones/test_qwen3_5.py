@@ -112,4 +112,4 @@ def test_weights_of_the_second_token_are_left_out(folder, tmp_path):
     file = tmp_path / "model/model.safetensors"
     save_file({**load_file(file), "mtp.fc.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     ours, plain = (VLM2Vec.from_pretrained(place).encode("a fox") for place in (tmp_path / "model", folder))
-    np.testing.assert_array_equal(ours, plain)
+    np.testing.assert_allclose(ours, plain, atol=1e-6)  # weights of another file lie at other addresses

@@ -49,11 +49,22 @@ class Qwen35(Qwen2VL):
         for module in model.modules():
             if type(module) in methods:
                 override(module, forward=methods[type(module)])
+        override(self.text_model(model).layers[-1], forward=layers.end)
 
     def pack(self, features: list[Features], provider: str = "sdpa") -> PackedBatch:
         packed = super().pack(features, provider)
         packed.segments = stateful(packed.segments, **self.state)
         return packed
+
+    def last_hidden(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
+        out = self.text_model(model)(
+            inputs_embeds=self.embed(model, packed, features)[None],
+            position_ids=self.position_argument(packed),
+            attention_mask=self.no_mask(self.text_model(model)),
+            use_cache=False,
+            segments=packed.segments,
+        )
+        return out.last_hidden_state[0]  # the last layer gives the samples' last rows alone, and the norm has no others
 
     def tower_arguments(self, grid_thw: torch.Tensor, provider: str) -> dict[str, Any]:
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights

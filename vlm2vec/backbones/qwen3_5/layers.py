@@ -40,6 +40,22 @@ def mix(self: nn.Module, hidden_states: torch.Tensor, *args: Any, segments: Segm
     return self.out_proj(out.view(1, len(hidden), -1))
 
 
+def end(self: nn.Module, hidden_states: torch.Tensor, *args: Any, segments: Segments | None = None, **kwargs: Any) -> torch.Tensor:
+    """`forward` of the last decoder layer: (1, T, D) -> (1, B, D), the rows of the samples' last tokens, which alone are asked for."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
+
+    if segments is None:
+        return Qwen3_5DecoderLayer.forward(self, hidden_states, *args, **kwargs)
+    normed = self.input_layernorm(hidden_states)
+    if self.block_type == "linear_attention":
+        mixed = self.linear_attn(normed, *args, segments=segments, **kwargs)
+    else:
+        mixed, _ = self.self_attn(normed, *args, segments=segments, **kwargs)
+    last = segments.cu_seqlens[1:].long() - 1
+    hidden = hidden_states.index_select(1, last) + mixed.index_select(1, last)
+    return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
 def rms_norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`forward` of the RMSNorm whose weight is an offset from 1."""
     if x.dtype != torch.float64:

@@ -39,8 +39,11 @@ def delta_rule(segments: Segments, query: torch.Tensor, value: torch.Tensor) -> 
     """A function like `gated_delta_rule` that is right on this device; None where plain torch has to do.
 
     Args:
+        segments: a provider that is an object may have a `delta_rule(query, key, value, decay, beta, segments)` of its own.
         query: (T, Hk, Dk). value: (T, Hv, Dv); their widths and dtype are what is checked.
     """
+    if own := getattr(segments.provider, "delta_rule", None):
+        return lambda q, k, v, decay, beta, layout: own(q, k, v, decay, beta, segments)
     if not _allowed(segments, value):
         return None
     sizes = (query.shape[1], value.shape[1], query.shape[2], value.shape[2])
