@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from tests.helpers.tiny_models import qwen3_5
+from vlm2vec.backbones import FAMILIES
 from vlm2vec.model import VLM2Vec
 
 
@@ -113,3 +114,15 @@ def test_weights_of_the_second_token_are_left_out(folder, tmp_path):
     save_file({**load_file(file), "mtp.fc.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     ours, plain = (VLM2Vec.from_pretrained(place).encode("a fox") for place in (tmp_path / "model", folder))
     np.testing.assert_allclose(ours, plain, atol=1e-6)  # weights of another file lie at other addresses
+
+
+def test_packed_is_what_the_generic_path_pads(folder, tmp_path, monkeypatch):
+    """The library's processor and forward pass on rows padded to the right, where nothing is known of the layers' state."""
+    model = VLM2Vec.from_pretrained(folder, dtype="float32")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "vlm2vec.json").unlink()  # options that the generic path has not
+    monkeypatch.delitem(FAMILIES, "qwen3_5")
+    generic = VLM2Vec.from_pretrained(tmp_path, dtype="float32")
+    assert generic.family == "generic" and not generic.backbone.packs
+    inputs = [*INPUTS[:3], {"text": "<|image_1|>what?", "image": noise(256, 256, 4)}, {"image": noise(320, 256, 5)}]  # none is resized
+    np.testing.assert_allclose(generic.encode(inputs), model.encode(inputs), atol=2e-6)

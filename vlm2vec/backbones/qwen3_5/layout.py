@@ -1,6 +1,6 @@
 """How the layers with state go through a packed batch: every sample cut into chunks from its own first token.
 
-A sample of n tokens is n // C whole chunks of C tokens and a tail. Chunks of one width are computed together, whichever samples they are of:
+A sample of n tokens is n // C whole chunks of C tokens and a tail. Chunks of one width are computed together, whosever they are:
 within a chunk the gated delta rule is a few products and a triangular system, and only the state that goes from a chunk to the next
 runs in order. Chunks that begin a sample (`fresh`) start without state and skip what reads it. A tail's state is read by nobody, so
 it may be padded on the right with copies of its last row, whose results are dropped and whose gradients are zero.
