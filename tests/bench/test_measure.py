@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "phi3_v"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_next", "phi3_v"])
 def processing(request, folders):
     return VLM2Vec.from_pretrained(folders(request.param), device="cpu").processing
 

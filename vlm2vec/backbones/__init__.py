@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "qwen2_5_vl": "vlm2vec.backbones.qwen2_5_vl:Qwen25VL",
     "qwen3_vl": "vlm2vec.backbones.qwen3_vl:Qwen3VL",
+    "qwen3_5": "vlm2vec.backbones.qwen3_5:Qwen35",
     "llava_next": "vlm2vec.backbones.llava_next:LlavaNext",
     "phi3_v": "vlm2vec.backbones.phi3_v:Phi3V",
     "qwen2_vl": "vlm2vec.backbones.qwen2_vl:Qwen2VL",
@@ -30,14 +31,12 @@ class Embedder:
         names: pattern of its names on the hub, in lower case.
         modules: pattern of a type in sentence-transformers' modules.json that tells it, where there is one.
         token: a token of its vocabulary that its base does not have.
-        backbone: where a Backbone lives for a family that has no line in `FAMILIES`; None for the generic path.
     """
 
     processing: str
     names: str
     modules: str | None = None
     token: str | None = None
-    backbone: str | None = None
 
 
 # model_type in config.json -> the embedder that feeding="authors" means
@@ -47,32 +46,21 @@ AUTHORS = {
         names=r"qwen3[-_]vl[-_]embedding",
         modules=r"sentence_transformers\.",  # stock modules: none write them beside vlm2vec.json, which decides before them
     ),
-    "qwen3_5": Embedder(
-        "vlm2vec.backbones.authors.wemm:WeMMProcessing",
-        names=r"wemm[-_]embedding",
-        token="<embedding>",
-        backbone="vlm2vec.backbones.qwen3_5_one_by_one:OneByOne",  # until the family has a line of its own
-    ),
+    "qwen3_5": Embedder("vlm2vec.backbones.authors.wemm:WeMMProcessing", names=r"wemm[-_]embedding", token="<embedding>"),
 }
 FEEDINGS = ("raw", "authors")
 EXAMPLE = "Qwen/Qwen2-VL-2B-Instruct"  # a hub name to show in messages
 
 
-def backbone_for(model_type: str | None, feeding: str = "raw") -> Backbone:
+def backbone_for(model_type: str | None) -> Backbone:
     """The Backbone for a `model_type` of config.json; families without a line take the generic path.
-
-    Args:
-        feeding: "raw" or "authors", as `feeding_of` chooses it.
 
     Raises:
         ValueError: no model type, or one that neither the registry nor transformers' AutoModelForImageTextToText knows.
     """
     if model_type is None:
         raise ValueError("config.json has no model_type; is this the folder of a vision-language model?")
-    path, embedder = FAMILIES.get(model_type), AUTHORS.get(model_type) if feeding == "authors" else None
-    if path is None and embedder is not None:
-        path = embedder.backbone
-    return _found(path or "vlm2vec.backbones.generic:Generic")()
+    return _found(FAMILIES.get(model_type, "vlm2vec.backbones.generic:Generic"))()
 
 
 def processing_for(backbone: Backbone, feeding: str = "raw") -> type[Processing]:

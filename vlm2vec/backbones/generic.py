@@ -1,6 +1,6 @@
 """Any other `AutoModelForImageTextToText`: the library's own processor and forward pass, batched with padding.
 
-Nothing is assumed about the family's layers, so samples are not packed: layers may be recurrent (Qwen3.5 and other hybrids) or
+Nothing is assumed about the family's layers, so samples are not packed: layers may be recurrent (hybrids with no file of their own) or
 see images in both directions (Gemma 3), where packed samples would leak into each other. Inside `last_hidden` samples are padded
 on the right, so that nothing stands before a real token, and only samples with vision inputs of the same shapes share a forward
 pass. Positions, image limits and pixels are the family's own. The vision tower runs inside the forward pass.

@@ -60,7 +60,7 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
         raise ValueError(loading.unknown(weights) if adapter is None else f"{source}: its base: {loading.unknown(weights)}; pass base=")
     options = dict(options or {})
     feeding = feeding_of(_family(weights, raw), {source: hub, weights: weights_hub}, settings, options)
-    backbone = backbone_for(raw.get("model_type"), feeding)
+    backbone = backbone_for(raw.get("model_type"))
     if family not in (None, backbone.name):
         raise ValueError(
             f"{source} was made with family {family}, {weights} (model_type {raw['model_type']}) is of family {backbone.name}: "

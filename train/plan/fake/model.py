@@ -67,7 +67,7 @@ def model_of_config(recipe: Recipe, device: torch.device, attn: str | None = Non
         )
     settings = (loading.read_json(where, loading.SETTINGS) or {}) if folder is None else {}
     feeding = feeding_of(raw.get("model_type"), {source: {} if folder is None else None}, settings, recipe.model_options)
-    backbone = backbone_for(raw.get("model_type"), feeding)
+    backbone = backbone_for(raw.get("model_type"))
     processing_class = processing_for(backbone, feeding)
     config = backbone.config(where, raw)
     options = {**backbone.options_for(source, raw), **recipe.model_options, "feeding": feeding}

@@ -67,7 +67,7 @@ def test_a_plain_base_is_not_taken_for_its_embedder(tmp_path):
 @pytest.mark.parametrize("family", AUTHORS)
 def test_what_the_template_is_for_is_not_switched_off(folders, family):
     name = {"qwen3_vl": "qwen3_vl_embedding", "qwen3_5": "wemm"}[family]
-    assert processing_for(backbone_for(family, "authors"), "authors").feeding == "authors"
+    assert processing_for(backbone_for(family), "authors").feeding == "authors"
     for option in ({"chat_template": False}, {"append_eos": True}, {"resolution": "high"}):
         with pytest.raises(ValueError, match=f"{next(iter(option))}=.*: expected .* with feeding='authors'"):
             VLM2Vec.from_pretrained(folders / name, **option)
