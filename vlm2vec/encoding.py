@@ -203,6 +203,11 @@ def encode(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
         raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
+    widths = getattr(getattr(model, "config", None), "matryoshka_dimensions", None)
+    if truncate_dim is not None and widths and truncate_dim not in widths:
+        raise ValueError(
+            f"truncate_dim={truncate_dim}: expected one of {', '.join(map(str, widths))}, which config.json says it was trained for"
+        )
     dim = truncate_dim or model.embedding_dim
     out = torch.empty(len(inputs), dim, dtype=torch.float32, device=model.device)
     with evaluating(model):

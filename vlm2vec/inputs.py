@@ -2,7 +2,8 @@
 
 Accepted: `str` (text), a picture in any form of `vlm2vec.media.sources` (PIL image, NumPy or torch array, bytes, an open file,
 `os.PathLike`, `{"bytes":, "path":}`, a data: URI), `{"text":, "image":, "video":, "instruction":}` with any of the keys, and chat
-messages (`[{"role":, "content":}]`). A plain string is text, never a path; as the value of "image" it is a path.
+messages (`[{"role":, "content":}]`). A plain string is text, never a path; as the value of "image" it is a path. "text" may be a list,
+which is joined. Beside a picture or film may stand what holds for it alone (`SETTINGS`): {"video": "a.mp4", "fps": 2}.
 
 Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand, by their numbers; a visual without a marker
 comes first, followed by a newline when text follows. Videos are marked `<|video_1|>`, ... The model's own tokens (`<image>`,
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
+from vlm2vec.media.endings import FILMS
 from vlm2vec.media.films import Frames
 from vlm2vec.media.sources import is_array, is_data_uri, is_file, is_source_dict
 
@@ -27,6 +29,13 @@ MODALITIES = ("text", "image", "video")
 IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 VISUAL_KEYS = IMAGE_KEYS + VIDEO_KEYS
 ITEM_KEYS = ("text", *VISUAL_KEYS, "instruction")
+# What may stand beside one picture or film, under the names of Qwen's own tools; `Processing.takes_settings` says who reads them.
+SETTINGS = {
+    "image": ("min_pixels", "max_pixels"),
+    "video": ("fps", "nframes", "min_frames", "max_frames", "sample_fps", "min_pixels", "max_pixels", "total_pixels"),
+}
+SETTING_KEYS = tuple(dict.fromkeys(SETTINGS["video"] + SETTINGS["image"]))
+NOT_READ = ("resized_height", "resized_width", "video_start", "video_end", "raw_fps")  # their further names
 IMAGE_MARKER = "<|image_1|>"  # the first picture's
 NOTHING = "  "  # what the reference feeds for a missing text, which alone has no tokens
 
@@ -44,6 +53,10 @@ class Item:
             families with a chat template take the newlines out again.
         markers_are_text: the caller said that there is no visual (`"image": None` or `""`), so that a marker in the text is
             one ordinary token, as the reference feeds WebQA and EDIS queries.
+        nothing: neither text nor visual was given, which is not the same as an empty text to every embedder.
+        system: the instruction is the system message of a chat.
+        turns: messages of a chat besides the system's.
+        settings: {"image": [...], "video": [...]}: for each picture and each film what the caller says of it (`SETTINGS`); {} for none.
     """
 
     text: str = ""
@@ -52,6 +65,10 @@ class Item:
     instruction: str | None = None
     markers_added: bool = False
     markers_are_text: bool = False
+    nothing: bool = False
+    system: bool = False
+    turns: int = 1
+    settings: dict[str, list[dict]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.text = whole_characters(self.text)
@@ -92,56 +109,102 @@ def _listed(x) -> list:
 
 
 def _videos(x) -> list:
-    """A path is one video; a list of frames (also one array of them) is one video; a list of paths or of frame lists is several."""
+    """A path is one video; a list of frames (also one array of them) is one video; a list that holds films or frame lists is several."""
     if x is None or (isinstance(x, str) and not x):
         return []
     if is_array(x):
         return [list(x)]
     if isinstance(x, (list, tuple)):
-        if len(x) and (isinstance(x[0], (list, tuple)) or (is_array(x[0]) and x[0].ndim == 4)):
-            return [list(v) for v in x]
+        if any(_is_film(each) for each in x):
+            return [each if isinstance(each, (str, os.PathLike, dict, Frames)) else list(each) for each in x]
         return [x if isinstance(x, Frames) else list(x)] if x else []
     return [x]
 
 
+def _is_film(x: Any) -> bool:
+    """A list of frames or one array of them, or the name of a film file: what a frame is not."""
+    if isinstance(x, (str, os.PathLike)):
+        return os.fspath(x).lower().endswith(FILMS)
+    return isinstance(x, (list, tuple)) or (is_array(x) and x.ndim == 4)
+
+
 def _from_dict(x: dict, native: Mapping[str, str]) -> Item:
-    unknown = [k for k in x if k not in ITEM_KEYS]
+    unknown = [k for k in x if k not in ITEM_KEYS + SETTING_KEYS]
     if unknown:
-        raise ValueError(f"input has unknown keys {unknown}; use {', '.join(ITEM_KEYS)}")
+        raise ValueError(
+            f"input has unknown keys {unknown}; use {', '.join(ITEM_KEYS)}, and of films and pictures {', '.join(SETTING_KEYS)}"
+        )
     text = x.get("text")
-    for key in ("text", "instruction"):
-        if x.get(key) is not None and not isinstance(x[key], str):
-            raise ValueError(f"{key!r} must be a str, got {type(x[key]).__name__}")
+    if isinstance(text, (list, tuple)) and all(isinstance(part, str) for part in text):
+        text = "".join(text) if text else None
+    for key, given in (("text", text), ("instruction", x.get("instruction"))):
+        if given is not None and not isinstance(given, str):
+            raise ValueError(f"{key!r} must be a str, got {type(given).__name__}")
     images = [image for key in IMAGE_KEYS for image in _listed(x.get(key))]
     videos = [video for key in VIDEO_KEYS for video in _videos(x.get(key))]
     named = [k for k in VISUAL_KEYS if k in x]
-    item = Item(text or "", images, videos, x.get("instruction"), markers_are_text=bool(named) and not images and not videos)
+    settings = {"image": [settings_of(x, "image")] * len(images), "video": [settings_of(x, "video")] * len(videos)}
+    item = Item(
+        text or "",
+        images,
+        videos,
+        x.get("instruction"),
+        markers_are_text=bool(named) and not images and not videos,
+        nothing=text is None and not images and not videos,
+        settings=settings if any(settings["image"] + settings["video"]) else {},
+    )
     return with_markers(item, native)
+
+
+def settings_of(x: dict, kind: str) -> dict[str, float]:
+    """What a dictionary says of its picture ("image") or film ("video"), by `SETTINGS`.
+
+    Raises:
+        ValueError: a value that is no number above 0, or a name of Qwen's own tools that is not read here.
+    """
+    unread = [name for name in NOT_READ if x.get(name) is not None]
+    if unread:
+        raise ValueError(
+            f"{unread[0]}={x[unread[0]]!r} of a{'n' if kind == 'image' else ''} {kind}: expected one of {', '.join(SETTINGS[kind])}"
+        )
+    found = {name: x[name] for name in SETTINGS[kind] if x.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{name}={str(value)[:60]!r} of a{'n' if kind == 'image' else ''} {kind}: expected a number above 0")
+    return found
 
 
 def _from_messages(messages: list) -> Item:
     """Chat messages without a chat template: the user's parts in order, the system text as the instruction."""
-    item, parts = Item(), []
+    item, parts = Item(nothing=True, turns=0), []
+    settings: dict[str, list[dict]] = {"image": [], "video": []}
     for message in messages:
         content = message.get("content", "")
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if message.get("role") == "system":
-            item.instruction = "".join(p.get("text", "") for p in content)
+            item.instruction, item.system = "".join(p.get("text", "") for p in content), True
             continue
+        item.turns += 1
         for part in content:
             kind = part.get("type", next(iter(part)))
+            item.nothing = False
             if kind == "text":
                 parts.append(part["text"])
             elif kind in ("image", "image_url"):
                 item.images.append(_image_of(part))
+                settings["image"].append(settings_of(part, "image"))
                 parts.append(f"<|image_{len(item.images)}|>\n")
             elif kind == "video":
-                item.videos += _videos(part.get("video", part.get("path")))
+                videos = _videos(part.get("video", part.get("path")))
+                item.videos += videos
+                settings["video"] += [settings_of(part, "video")] * len(videos)
                 parts.append(f"<|video_{len(item.videos)}|>\n")
             else:
                 raise ValueError(f"chat part of type {kind!r}: expected text, image or video")
     text = "".join(parts)
-    item.text, item.markers_added = text[:-1] if text.endswith("|>\n") else text, item.visuals > 0
+    ends_with_visual = bool(parts) and MARKER.fullmatch(parts[-1][:-1]) is not None and item.visuals > 0
+    item.text, item.markers_added = text[:-1] if ends_with_visual else text, item.visuals > 0
+    item.settings = settings if any(settings["image"] + settings["video"]) else {}
     return item
 
 
@@ -206,7 +269,10 @@ def _by_number(item: Item, kind: str) -> Item:
         )
     fresh = count(1)
     text = MARKER.sub(lambda found: f"<|{kind}_{next(fresh)}|>" if found.group(1) == kind else found.group(0), item.text)
-    return replace(item, text=text, **{f"{kind}s": [visuals[number - 1] for number in numbers]})
+    settings = dict(item.settings)
+    if settings:
+        settings[kind] = [settings[kind][number - 1] for number in numbers]
+    return replace(item, text=text, settings=settings, **{f"{kind}s": [visuals[number - 1] for number in numbers]})
 
 
 def as_item(x: Any, native: Mapping[str, str] = {}) -> Item:

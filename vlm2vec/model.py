@@ -97,7 +97,7 @@ class VLM2Vec(Trainable, nn.Module):
             quantize: "nf4" loads the linear layers of the language model in 4 bits (needs bitsandbytes).
             liger: apply Liger kernels (needs liger-kernel).
             family_options: options of the family's processing, e.g. positions="mrope", num_crops=4; they override those that
-                the folder's vlm2vec.json holds.
+                the folder's vlm2vec.json holds. feeding="raw" or "authors" overrides what name and files tell (docs/feeding.md).
 
         Raises:
             ValueError: not a model folder, an unknown family or option, weights that do not fit, a missing base.

@@ -14,7 +14,7 @@ bench/scratch/gpu, gets results.json and results.csv, written anew after every c
     train      two real training steps of a 100M and a 7B model from random weights, against the plans in bench/gpu/planned
     sizes      the loss at other sizes, each option's cost, a large search
     peers      others' kernels, where they are installed
-    attention  providers of packed attention against float32
+    attention  providers of packed attention against float32, and kernels of layers that carry a state (gated delta rule, convolution)
 
 Every check is tried by itself. One that fails is a complaint and the rest goes on; one that hangs, kills its process or leaves the
 device unusable costs that process alone. Parts and checks for which no time is left are told. The exit code is 1 when anything of

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
 from bench.step.models import freeze, load, pairs
 from train.plan.flops import counter
 
 
-def fewest(folder: str, count: int, frozen: bool) -> dict:
+def fewest(folder: str, count: int, frozen: bool, positions: str | None = "sequential") -> dict:
     """FLOPs of one forward and one backward of every sample by itself: no padding, no head, nothing twice.
 
-    Counted with fake tensors, once for each kind of sample.
+    Counted with fake tensors, once for each kind of sample. The chunks of a layer with state end with the sample, too.
     """
+    with mock.patch("vlm2vec.backbones.qwen3_5.layout.STEP", 1):
+        return _fewest(freeze(load(folder, positions), frozen), count)
+
+
+def _fewest(model: torch.nn.Module, count: int) -> dict:
     from torch._subclasses import FakeTensorMode
 
-    model = freeze(load(folder, "sequential"), frozen)
     known: dict[tuple, int] = {}
     total = 0
     for features in model.preprocess([x for side in pairs(count) for x in side]):

@@ -25,10 +25,12 @@ def pairs(count: int) -> tuple[list, list]:
     return data[:count], data[count:]
 
 
-def load(folder: str, positions: str):
+def load(folder: str, positions: str | None):
+    """The folder's model; positions: None leaves them to the family."""
     from vlm2vec import VLM2Vec
 
-    return VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu", positions=positions).train()
+    options = {} if positions is None else {"positions": positions}
+    return VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu", **options).train()
 
 
 def freeze(module: torch.nn.Module, frozen: bool) -> torch.nn.Module:
@@ -55,10 +57,10 @@ def grid_count(batch: dict) -> torch.Tensor:
 
 
 class PaddedSide:
-    """One side of a batch padded to its longest row, cut into runs of rows with their own pictures."""
+    """Rows padded to the longest of them, cut into runs of rows with their own pictures."""
 
-    def __init__(self, features: list):
-        self.batch = padded_batch(features)
+    def __init__(self, features: list, side: str = "left"):
+        self.batch = padded_batch(features, side)
         self.has_picture = torch.tensor([bool(f.vision) for f in features])
 
     def rows(self, first: int, last: int) -> dict:
@@ -102,6 +104,37 @@ def reference(folder: str, count: int, frozen: bool, rows: int = ROWS) -> tuple[
         for parts, leaf in zip(chunks, cached):
             for part, gradient in zip(parts, leaf.grad.split(rows)):
                 torch.dot(encode(part).flatten(), gradient.flatten()).backward()
+        return loss.item()
+
+    return step, module
+
+
+def sorted_padded(folder: str, count: int, frozen: bool, rows: int = ROWS) -> tuple[Step, torch.nn.Module]:
+    """GradCache over transformers' own model without head: batches of rows of like lengths, padded on the right to the longest of each."""
+    from transformers import AutoModel
+
+    made = [load(folder, None).preprocess(side) for side in pairs(count)]
+    module = freeze(AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train(), frozen)
+
+    def encode(part: dict) -> torch.Tensor:
+        hidden = module(**part, use_cache=False).last_hidden_state
+        last = part["attention_mask"].sum(1) - 1
+        return torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], dim=-1)
+
+    def step() -> float:
+        batches = []
+        for at, side in enumerate(made):
+            order = sorted(range(count), key=lambda row: -side[row].length)
+            for places in (order[i : i + rows] for i in range(0, count, rows)):
+                batches.append((at, places, PaddedSide([side[row] for row in places], "right").rows(0, len(places))))
+        cached = [torch.empty(count, module.config.get_text_config().hidden_size) for _ in made]
+        with torch.no_grad():
+            for at, places, part in batches:
+                cached[at][places] = encode(part)
+        loss = cross_entropy(*(leaf.requires_grad_() for leaf in cached))
+        loss.backward()
+        for at, places, part in batches:
+            torch.dot(encode(part).flatten(), cached[at].grad[places].flatten()).backward()
         return loss.item()
 
     return step, module
@@ -154,7 +187,14 @@ def cross_entropy(query: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def ours(
-    folder: str, count: int, frozen: bool, *, budget: int | None = None, rows: int | None = None, positions: str = "sequential", retain=0
+    folder: str,
+    count: int,
+    frozen: bool,
+    *,
+    budget: int | None = None,
+    rows: int | None = None,
+    positions: str | None = "sequential",
+    retain=0,
 ) -> tuple[Step, torch.nn.Module]:
     """`contrastive_kernels.GradCache` over packed chunks of `budget` tokens or of `rows` rows."""
     from contrastive_kernels import GradCache

@@ -7,7 +7,7 @@ from bench import encode, models
 
 
 def test_the_mix_is_what_it_says():
-    for size in models.SIZES:
+    for size in models.SAMPLES:
         data = models.inputs(size)
         kinds = ["text" if isinstance(x, str) else "both" if "text" in x else "image" for x in data]
         assert [round(kinds.count(k) / len(kinds), 1) for k in ("text", "image", "both")] == [0.3, 0.5, 0.2]
@@ -29,3 +29,17 @@ def test_every_peer_gives_the_same_vectors(tmp_path, monkeypatch):
     ]
     pytest.importorskip("sentence_transformers")
     assert encode.measured("st", "tiny", str(tmp_path), repeat=1)["end_to_end_ms_p50"] > 0
+
+
+def test_hybrid_peers_give_the_same_vectors(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.HYBRIDS, "hybrid-tiny", ((32, 4, 2, 1, 32, 48, 512), (2, 16), (32, 1, 2)))
+    monkeypatch.setattr(models, "IMAGES", [(64, 64), (112, 300)])
+    monkeypatch.setitem(models.SAMPLES, "hybrid-tiny", 10)
+    models.write("hybrid-tiny", str(tmp_path))
+    rows = {peer: encode.measured(peer, "hybrid-tiny", str(tmp_path), repeat=1) for peer in encode.HYBRID_PEERS}
+    vectors = [torch.load(row["vectors"], weights_only=True) for row in rows.values()]
+    torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
+    alike = [{**row, "ms_p50": 1.0, "cpu_ms": 1.0, "process_mib": 9, "before_mib": 1} for row in rows.values()]
+    assert encode.verdicts("hybrid-tiny", alike) == ["hybrid-tiny: packed is 1.00x as fast as sorted-padded, aim 1.3x"]
+    alike[0].update(ms_p50=0.5, cpu_ms=0.5, process_mib=10)
+    assert encode.verdicts("hybrid-tiny", alike) == ["hybrid-tiny: packed grows by 9 MiB, sorted-padded by 8"]

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.gpu import cases, clock, errors, timing
+from bench.gpu import cases, clock, errors, stateful, timing
 from bench.gpu.check import Machine
 from bench.gpu.parts import attention, gate, profile, smoke
 from bench.peers import on_gpu
@@ -161,6 +161,16 @@ def attention_off(*args, **kwargs):
     from vlm2vec.attention import sdpa_packed
 
     return sdpa_packed(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("delta_rule", "gated_delta_rule"), ("convolution", "causal_convolution")])
+def test_layers_with_state_are_judged(monkeypatch, kind, name):
+    sizes = stateful.DRY_SIZES[kind][0]
+    good = stateful.compare(DRY, kind, sizes, True)
+    assert "wrong" not in good and good["ms_p50"] > 0 and good["tokens"] == 78
+    real = getattr(stateful.self_check, name)
+    monkeypatch.setattr(stateful.self_check, name, lambda *a: real(*a) * (1.05 if a[0].dtype == torch.bfloat16 else 1))
+    assert "of the norm from plain torch" in stateful.compare(DRY, kind, sizes, True)["wrong"]
 
 
 def test_a_profile_counts_launches():

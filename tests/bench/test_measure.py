@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "phi3_v"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_next", "phi3_v"])
 def processing(request, folders):
     return VLM2Vec.from_pretrained(folders(request.param), device="cpu").processing
 
@@ -143,6 +143,9 @@ def test_videos_of_frame_files(processing, files):
         assert [len(frames) for frames in measured.pending] == [count]
     measured = assert_equal(processing, {"text": "<|image_1|> and <|video_1|>", "image": files[0], "video": [files[1], files[4]]})
     assert [len(frames) for frames in measured.pending] == [1, 2]
+    with Image.open(files[1]) as seen:
+        for mixed in ([seen.convert("RGB"), files[1]], [files[1], seen.convert("RGB")]):
+            assert not assert_equal(processing, {"text": "what", "video": mixed}).pending, "a frame in memory is not decoded later"
 
 
 def test_text_and_markers_that_are_text(processing):

@@ -16,7 +16,7 @@ def padded_rows(model, inputs, side: str):
         length = max(len(e) for e in embeds)
         batch = torch.zeros(len(embeds), length, embeds[0].shape[-1])
         mask = torch.zeros(len(embeds), length, dtype=torch.long)
-        axes = singles[0].position_ids.dim()
+        axes = max(single.position_ids.dim() for single in singles)  # a text's positions may have one axis where a picture's have three
         positions = torch.zeros(*((3,) if axes == 2 else ()), len(embeds), length, dtype=torch.long)
         for i, (e, p) in enumerate(zip(embeds, singles)):
             real = slice(length - len(e), length) if side == "left" else slice(0, len(e))

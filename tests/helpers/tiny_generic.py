@@ -1,6 +1,6 @@
 """Small random models of families that have no file of their own: the generic path."""
 
-from tests.helpers.tiny_models import TEXT, VOCABULARY, qwen_ids, spread, token, tokenizer
+from tests.helpers.tiny_models import TEXT, VOCABULARY, spread, token, tokenizer
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
 
@@ -46,37 +46,4 @@ def gemma3(folder):
     Gemma3Processor(Gemma3ImageProcessor(size={"height": 32, "width": 32}), words, image_seq_length=4).save_pretrained(folder)
 
 
-def qwen3_5(folder):
-    """A hybrid: three of four layers carry a linear-attention state from token to token."""
-    from transformers import Qwen2VLImageProcessor, Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
-    config = Qwen3_5Config(
-        text_config={
-            **TEXT,
-            "vocab_size": VOCABULARY,
-            "num_hidden_layers": 4,
-            "head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_conv_kernel_dim": 4,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
-                "mrope_interleaved": True,
-                "partial_rotary_factor": 1.0,
-            },
-        },
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, num_position_embeddings=16),
-        **qwen_ids(),
-    )
-    # Smaller weights: its recurrent state amplifies float32's rounding, 2e-6 from float64 at the others' size.
-    spread(Qwen3_5ForConditionalGeneration(config), scale=0.25).save_pretrained(folder)
-    limits = {"shortest_edge": 4 * 32**2, "longest_edge": 1280 * 32**2}
-    words = tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    Qwen3VLProcessor(Qwen2VLImageProcessor(size=limits, patch_size=16), words, Qwen3VLVideoProcessor(size=limits)).save_pretrained(folder)
-
-
-BUILDERS = {"smolvlm": smolvlm, "gemma3": gemma3, "qwen3_5": qwen3_5}
+BUILDERS = {"smolvlm": smolvlm, "gemma3": gemma3}

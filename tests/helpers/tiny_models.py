@@ -137,6 +137,42 @@ def qwen3_vl(folder):
     qwen_processor(folder, patch_size=16)
 
 
+def qwen3_5(folder):
+    """Three of four layers carry a state from token to token; two value heads share a key head, half of a head is rotated."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    config = Qwen3_5Config(
+        text_config={
+            **TEXT,
+            "vocab_size": VOCABULARY,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, num_position_embeddings=16),
+        **qwen_ids(),
+    )
+    # Smaller weights: its recurrent state amplifies float32's rounding, 1.5e-6 from float64 at the others' size.
+    model = spread(Qwen3_5ForConditionalGeneration(config), scale=0.25)
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "Qwen3_5RMSNorm":
+                module.weight -= 1  # an offset from 1
+    model.save_pretrained(folder)
+    qwen_processor(folder, patch_size=16)
+
+
 def qwen_ids() -> dict:
     return dict(
         image_token_id=token("<|image_pad|>"),
@@ -188,4 +224,11 @@ def phi3_v(folder):
 
 
 # model_type of config.json -> builder
-BUILDERS = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava_next": llava_next, "phi3_v": phi3_v}
+BUILDERS = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
+    "llava_next": llava_next,
+    "phi3_v": phi3_v,
+}

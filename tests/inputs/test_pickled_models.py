@@ -48,7 +48,7 @@ def test_every_family(family, how, folders):
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])  # modules with methods of ours
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])  # modules with methods of ours
 def test_every_state(family, state, folders):
     model = VLM2Vec.from_pretrained(folders(family))
     STATES[state](model)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.tiny_models import BUILDERS
 from vlm2vec.cli import main
 from vlm2vec.commands import common
-from vlm2vec.evaluation.encode.keys import identity_digest, model_identity
+from vlm2vec.evaluation.encode.keys import ContentHashes, identity_digest, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import fill_store
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.model import VLM2Vec
@@ -296,3 +296,11 @@ def test_mining_into_its_own_data_is_refused(folder, tmp_path, capsys):
     code, _, error = run(capsys, "mine", folder, "--data", tmp_path / "data", "--images", tmp_path, "--output", tmp_path / "data" / ".")
     assert code == 2 and "whose files would be replaced" in error
     assert next((tmp_path / "data" / "Texts").glob("*.parquet")).read_bytes() == before
+
+
+def test_what_is_said_of_one_film_is_part_of_its_key(folder):
+    picture = str(folder.parent / "pictures/0.png")
+    inputs = [{}, {"text": ""}, {"video": [picture]}, {"video": [picture], "fps": 1}, {"video": [picture], "fps": 2}, {"image": picture}]
+    keys = {item_key(x, ContentHashes()) for x in inputs}
+    assert len(keys) == len(inputs), "nothing at all is not an empty text, and a film at another rate is another film"
+    assert item_key({"text": "a", "fps": None}, ContentHashes()) == item_key({"text": "a"}, ContentHashes())

@@ -122,7 +122,7 @@ def test_rows_of_an_evaluation_may_lack_columns(tmp_path):
 
 # -- markers in captions -----------------------------------------------------------------------------------------------
 
-NATIVE = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>", "qwen3_vl": "<|image_pad|>", "llava_next": "<image>"}
+NATIVE = {name: "<|image_pad|>" for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")} | {"llava_next": "<image>"}
 
 
 @pytest.mark.parametrize("name", NATIVE)

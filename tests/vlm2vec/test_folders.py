@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.tiny_generic import gemma3, qwen3_5, smolvlm
-from tests.helpers.tiny_models import qwen2_5_vl, qwen2_vl, qwen3_vl
+from tests.helpers.tiny_generic import gemma3, smolvlm
+from tests.helpers.tiny_models import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from vlm2vec.checkpoint import adapters
 from vlm2vec.model import VLM2Vec
 
@@ -124,7 +124,7 @@ def test_wrong_arguments(folder):
 # -- reloading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, gemma3], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", [qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, smolvlm, gemma3], ids=lambda b: b.__name__)
 def test_saved_folders_reload_as_trained_and_as_the_hubs(build, tmp_path):
     from transformers import AutoProcessor
 
@@ -153,7 +153,7 @@ def test_dtype_and_truncation(folder):
     torch.testing.assert_close(model.similarity(raw, truth).diagonal(), torch.ones(4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("build", [qwen2_5_vl, qwen3_vl, smolvlm, gemma3, qwen3_5], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", [qwen2_5_vl, qwen3_vl, qwen3_5, smolvlm, gemma3], ids=lambda b: b.__name__)
 def test_every_familys_adapter_merges_and_reloads(build, tmp_path):
     """Phi-3.5-V and LLaVA-Next have theirs in test_phi3_v_adapters.py, Qwen2-VL below."""
     (tmp_path / "base").mkdir()

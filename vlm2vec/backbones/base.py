@@ -1,6 +1,6 @@
 """What a family of backbones must say, and everything that families share.
 
-A family is one file with two classes and one line in `vlm2vec/backbones/__init__.py`:
+A family is one file, or a package, with two classes and one line in `vlm2vec/backbones/__init__.py`:
 
 * a `Processing`: input -> `Features`, on the CPU, without weights, picklable for DataLoader workers;
 * a `Backbone`: how the transformers module is loaded and how a packed batch runs through it. It holds no tensors, the module is
@@ -34,8 +34,8 @@ class Backbone:
 
     Class attributes:
         name: registry key, written to vlm2vec.json.      processing_class: its `Processing`.
-        packs: False for families whose layers carry state from token to token (recurrent, linear attention) or that see images
-            bidirectionally: their samples leak into each other when packed, so they are padded inside `last_hidden`.
+        packs: False for families that see images in both directions, or whose layers carry state from token to token (recurrent,
+            linear attention) and do not begin anew with every sample: those would leak, so they are padded inside `last_hidden`.
         adapter_renames: (pattern, replacement) pairs that bring older weight names to the module's own, tried in order.
         hub_names: (pattern, replacement) pairs from the module's names to those of the hub's checkpoints, first match only.
         unquantized: parts whose names contain one of these stay in full precision when the base is quantised.

@@ -1,6 +1,6 @@
 """Any other `AutoModelForImageTextToText`: the library's own processor and forward pass, batched with padding.
 
-Nothing is assumed about the family's layers, so samples are not packed: layers may be recurrent (Qwen3.5 and other hybrids) or
+Nothing is assumed about the family's layers, so samples are not packed: layers may be recurrent (hybrids with no file of their own) or
 see images in both directions (Gemma 3), where packed samples would leak into each other. Inside `last_hidden` samples are padded
 on the right, so that nothing stands before a real token, and only samples with vision inputs of the same shapes share a forward
 pass. Positions, image limits and pixels are the family's own. The vision tower runs inside the forward pass.
@@ -16,7 +16,7 @@ from torch import nn
 
 from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.literals import WithLiterals
-from vlm2vec.inputs import Item, as_item
+from vlm2vec.inputs import Item
 from vlm2vec.packing import Features, PackedBatch, pack
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class GenericProcessing(Processing):
         return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def __call__(self, x: Any) -> Features:
-        item = as_item(x, self.markers)
+        item = self.item(x)
         text, kinds = self.native_text(item)
         if item.markers_are_text or not kinds:
             features = self.assemble(self.tokenize(text), [])

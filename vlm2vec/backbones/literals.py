@@ -47,7 +47,7 @@ class LiteralTokenizer:
         return {**self.__dict__, "_twin": None}
 
     def tokenize(self, text: WithLiterals) -> list[int]:
-        before, after = self._ends()
+        before, after = self.ends()
         ids, at = [], 0
         for start, end, id_ in self._special_tokens(text):
             ids += self._plain(text[at:start])
@@ -79,7 +79,7 @@ class LiteralTokenizer:
             found.append((start, end, id_))
         return found
 
-    def _ends(self) -> tuple[list[int], list[int]]:
+    def ends(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and behind every text."""
         whole, bare = (list(self.tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]) for special in (True, False))
         at = next(at for at in range(len(whole) + 1) if whole[at : at + len(bare)] == bare)

@@ -34,6 +34,8 @@ class Processing:
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
         image_limit: the option that bounds the tokens of a picture.
+        feeding: "raw" (the text as it is) or "authors" (as a published embedder is fed); one `Processing` does one of them.
+        takes_settings: reads what an input says of one picture or film alone (`Item.settings`); without it such inputs are refused.
 
     Options that every family has:
         orientation: "exif" turns pictures as the camera says, as people see them; "stored" leaves them as the reference reads them.
@@ -46,6 +48,7 @@ class Processing:
         max_image_pixels: largest width * height of a file that is decoded.
         layout: how instruction and text are laid out (`vlm2vec.checkpoint.prompts`).
         append_eos: end with the end token.
+        feeding: as the class says; another one is another class (`vlm2vec.backbones.processing_for`).
     """
 
     image_marker: str | None = None
@@ -53,7 +56,10 @@ class Processing:
     from_headers = False
     defaults: dict = {}
     image_limit = "max_image_pixels"
+    feeding = "raw"
+    takes_settings = False
     shared_defaults = {
+        "feeding": "raw",
         "max_length": None,
         "truncation": True,
         "layout": "image",
@@ -90,6 +96,8 @@ class Processing:
         self.video_token_id = None if self.video_marker is None else tokenizer.convert_tokens_to_ids(self.video_marker)
 
     def _check_names(self) -> None:
+        if self.options["feeding"] != self.feeding:
+            raise ValueError(f"feeding={self.options['feeding']!r}: expected {self.feeding!r}, which is what {type(self).__name__} does")
         for name, values in self.allowed.items():
             if self.options[name] not in values:
                 raise ValueError(f"{name}={self.options[name]!r}: expected {' or '.join(map(repr, values))}")
@@ -129,6 +137,11 @@ class Processing:
     def prompt_is_instruction(self) -> bool:
         """Whether a prompt goes where the chat template holds an instruction, and not before the text."""
         return bool(self.options.get("chat_template"))
+
+    @property
+    def stock_modules(self) -> bool:
+        """Whether sentence-transformers' own modules compute the model: its own positions, behind a chat template."""
+        return self.options.get("positions") == "mrope" and bool(self.options.get("chat_template"))
 
     def hf_processor(self) -> Any:
         """transformers' own processor object, None when there is none."""
@@ -192,7 +205,17 @@ class Processing:
         Raises:
             ValueError: names what is wrong with the input and the mend.
         """
-        return self._features(as_item(x, self.markers), self.open)[0]
+        return self._features(self.item(x), self.open)[0]
+
+    def item(self, x: Any) -> Item:
+        """An input in one form. ValueError also for one that asks of a picture or film what only another feeding reads."""
+        item = as_item(x, self.markers)
+        if item.settings and not self.takes_settings:
+            said = next(name for each in item.settings.values() for settings in each for name in settings)
+            raise ValueError(
+                f"{said} of one picture or film: expected an option of the model, from_pretrained(..., {said}=...), with feeding='raw'"
+            )
+        return item
 
     def measure(self, x: Any) -> Features:
         """As `__call__`, but where the family knows a visual's tokens from its size, image files are not decoded.
@@ -200,7 +223,7 @@ class Processing:
         Only their headers are read; the files are named in `Features.pending`. An input with visuals that must be seen (a
         video file, a PIL image) comes back whole, as do all inputs of a family that cannot tell.
         """
-        item = as_item(x, self.markers)
+        item = self.item(x)
         if self.from_headers and item.visuals and not item.markers_are_text:
             features, opened = self._features(item, self._measured)
             if all(isinstance(frame, Undecoded) for frames in opened for frame in frames):
@@ -327,6 +350,20 @@ class Processing:
                 f"{named}: below the {fixed} image tokens of the input, which are never cut; "
                 f"{'raise max_length or ' if limit == self.max_length else ''}lower {self.image_limit}"
             )
+        self._count_cut(named, text, fixed, room)
+        shortened = []
+        for piece, cuttable in zip(pieces, free):
+            if not cuttable or room > 0:
+                shortened.append(piece)
+                room -= cuttable
+        return shortened
+
+    def _count_cut(self, named: str, text: int, fixed: int, room: int) -> None:
+        """Before a text is cut: refuse it where that was asked for, else warn now and then.
+
+        Args:
+            named: the limit in words. text, fixed: tokens that can be cut and those that stay. room: of the first, how many stay.
+        """
         if not self.options["truncation"]:
             raise ValueError(
                 f"{text + fixed} tokens are more than {named}; shorten the text, or say truncation=True to feed its first {room} tokens"
@@ -336,11 +373,5 @@ class Processing:
             warnings.warn(
                 f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to {named}{' tokens' if named[0] == 'm' else ''} "
                 f"(the last one had {text} besides {fixed} that stay)",
-                stacklevel=3,
+                stacklevel=4,
             )
-        shortened = []
-        for piece, cuttable in zip(pieces, free):
-            if not cuttable or room > 0:
-                shortened.append(piece)
-                room -= cuttable
-        return shortened

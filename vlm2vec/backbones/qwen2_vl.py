@@ -88,7 +88,7 @@ class Qwen2VLProcessing(Processing):
     def _patches(self, frames: list):
         """Frames of any size, all brought to the size computed for the first one."""
         size = self.size(*self._first_size(frames[0].size), frames=len(frames))
-        if isinstance(frames[0], Undecoded):
+        if any(isinstance(frame, Undecoded) for frame in frames):
             return None, (-(-len(frames) // self.temporal), size[1] // self.patch, size[0] // self.patch)
         if self.options["pixels"] == "torchvision":
             return self._patches_torchvision([self._first_resize(f) for f in frames], size)
@@ -121,11 +121,15 @@ class Qwen2VLProcessing(Processing):
 
     def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
         """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
-        ip = self.image_processor
-        table = torch.from_numpy(pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std)))
+        table = self.pixel_table()
         channels = pixels.view(len(pixels), 3, -1, self.patch**2)
         values = torch.empty(len(pixels), 3, self.temporal, self.patch**2, dtype=torch.float32, device=pixels.device)
         return look_up(channels, table, values).view(len(pixels), -1)  # one frame is broadcast to all places of its time step
+
+    def pixel_table(self) -> torch.Tensor:
+        """(256, 3) float32: the normalised value of each 8-bit value and channel."""
+        ip = self.image_processor
+        return torch.from_numpy(pixel_table(ip.rescale_factor, tuple(ip.image_mean), tuple(ip.image_std)))
 
     def _patches_torchvision(self, frames: list, size: tuple[int, int]):
         from torchvision.transforms.v2 import InterpolationMode

@@ -1,8 +1,7 @@
 """Qwen3-VL and Qwen3-VL-Embedding: M-RoPE, deepstack features in the first layers, timestamps between the frames of a video.
 
-A base model takes raw text, as every family here. Qwen3-VL-Embedding is fed as published: chat template with the instruction as
-the system message ("Represent the user's input." by default), images between 4 and 1,800 blocks of 32 x 32 pixels, the last
-token's hidden state, and Matryoshka truncation (`truncate_dim`). Source: QwenLM/Qwen3-VL-Embedding, its embedder's settings.
+A base model takes raw text, as every family here, or its chat template (`chat_template=True`). Qwen3-VL-Embedding is fed as its
+authors feed it: `vlm2vec.backbones.authors`.
 """
 
 from __future__ import annotations
@@ -24,16 +23,14 @@ if TYPE_CHECKING:
 
 INSTRUCTION = "Represent the user's input."
 FACTOR = 32
-EMBEDDING_OPTIONS = {
-    "chat_template": True,
-    "min_pixels": 4 * FACTOR**2,
-    "max_pixels": 1800 * FACTOR**2,
-    "max_length": 8192,
-    "fps": 1.0,
-    "max_frames": 64,
-}
 EMPTY = "NULL"  # what an empty content is fed as
 START, END = "<|vision_start|>", "<|vision_end|>"
+
+
+def instruction_of(item: Item) -> str:
+    """An input's instruction as the system message holds it: stripped, with a full stop where it ends without punctuation."""
+    said = (item.instruction or "").strip() or INSTRUCTION
+    return said if unicodedata.category(said[-1]).startswith("P") else f"{said}."
 
 
 class Qwen3VLProcessing(Qwen2VLProcessing):
@@ -60,9 +57,12 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
         if self.options["chat_template"]:
-            self.kept_ids = frozenset([*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([START, END])])
-            # A text that is too long is cut before the template's closing, on whose last token the embedding stands.
-            self.tail = len(self.tokenize(self.render(Item()).rpartition(EMPTY)[2]))
+            self._keep_template()
+
+    def _keep_template(self) -> None:
+        """A text that is too long is cut before the template's closing, on whose last token the embedding stands."""
+        self.kept_ids = frozenset([*self.tokenizer.all_special_ids, *self.tokenizer.convert_tokens_to_ids([START, END])])
+        self.tail = len(self.tokenize(self.render(Item()).rpartition(EMPTY)[2]))
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -74,10 +74,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
         text = item.text
         if item.markers_added:
             text = text.replace("|>\n", "|>")
-        said = (item.instruction or INSTRUCTION).strip()
-        if not unicodedata.category(said[-1]).startswith("P"):
-            said += "."
-        messages = [{"role": "system", "content": said}, {"role": "user", "content": text or EMPTY}]
+        messages = [{"role": "system", "content": instruction_of(item)}, {"role": "user", "content": text or EMPTY}]
         if self.tokenizer.chat_template is None:
             return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -143,7 +140,6 @@ class Qwen3VL(Qwen2VL):
     processing_class = Qwen3VLProcessing
     architecture = "Qwen3VLForConditionalGeneration"
     hub_names = [(r"^", "model.")]
-    published = [(r"(^|/)qwen3-vl-embedding[^/]*$", EMBEDDING_OPTIONS)]
 
     def finish(self, model: nn.Module) -> None:
         super().finish(model)

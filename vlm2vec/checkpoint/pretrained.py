@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm2vec.backbones import backbone_for
+from vlm2vec.backbones import backbone_for, processing_for
 from vlm2vec.checkpoint import folder_checks, loading
+from vlm2vec.checkpoint.feeding import feeding_of, saved_options
 from vlm2vec.files.documents import kind
 
 if TYPE_CHECKING:
     import torch
-
-    from vlm2vec.backbones.base import Backbone
 
 
 @dataclass
@@ -59,7 +58,9 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
     raw = loading.read_json(weights, "config.json", **weights_hub)
     if raw is None:
         raise ValueError(loading.unknown(weights) if adapter is None else f"{source}: its base: {loading.unknown(weights)}; pass base=")
-    backbone = _backbone(weights, raw)
+    options = dict(options or {})
+    feeding = feeding_of(_family(weights, raw), {source: hub, weights: weights_hub}, settings, options)
+    backbone = backbone_for(raw.get("model_type"))
     if family not in (None, backbone.name):
         raise ValueError(
             f"{source} was made with family {family}, {weights} (model_type {raw['model_type']}) is of family {backbone.name}: "
@@ -69,13 +70,13 @@ def describe(source: str, base: str | None = None, *, revision: str | None = Non
     with folder_checks.naming(weights, "config.json"):
         config = backbone.config(weights, raw, **weights_hub)
     known = {**backbone.options_for(weights, raw), **backbone.options_for(source, raw)}
-    options = {**known, **settings.get("options", {}), **(options or {})}
-    processing = None
+    options = {**known, **saved_options(settings, feeding), **options, "feeding": feeding}
+    processing_class, processing = processing_for(backbone, feeding), None
     for folder, of in {source: hub, weights: weights_hub}.items():  # an adapter may come with tokenizer and processor, or without
         if loading.has_processor(folder, **of):
             folder_checks.check_processor_files(folder)
             with folder_checks.naming(folder, "its tokenizer (tokenizer.json, tokenizer_config.json) or processor"):
-                processing = backbone.processing_class.from_folder(folder, config, options, **of)
+                processing = processing_class.from_folder(folder, config, options, **of)
             loading.check_tokenizer(folder, processing.tokenizer, **of)
             break
     if processing is None:
@@ -92,12 +93,12 @@ def _settings(source: str, **hub: Any) -> dict:
     return settings
 
 
-def _backbone(source: str, raw: dict) -> Backbone:
+def _family(source: str, raw: dict) -> str | None:
     """The family that config.json names."""
     name = raw.get("model_type")
     if name is not None and (not isinstance(name, str) or len(name) > 100):
         raise ValueError(f"{source}: config.json's model_type should be the name of a family, got {kind(name)}")
-    return backbone_for(name)
+    return name
 
 
 def load(

@@ -79,4 +79,9 @@ def write_config(model: nn.Module, folder: str) -> None:
     written["architectures"] = [model.backbone.architecture or type(model.model).__name__]
     written["dtype"] = str(model.dtype).removeprefix("torch.")
     written.pop("quantization_config", None)
+    remote = {
+        name: place for name, place in (written.pop("auto_map", None) or {}).items() if "--" in str(place)
+    }  # code beside the weights stays there
+    if remote:
+        written["auto_map"] = remote
     write_json(path, written)

@@ -22,17 +22,11 @@ def to_sentence_transformer(model: nn.Module) -> Any:
     return import_module(module).to_sentence_transformer(model)
 
 
-def stock(model: nn.Module) -> bool:
-    """Whether sentence-transformers' own modules compute the model: its own positions, behind a chat template."""
-    options = model.options
-    return options.get("positions") == "mrope" and bool(options.get("chat_template"))
-
-
 def write(model: nn.Module, folder: str, *, full: bool) -> None:
     """Describe the folder to sentence-transformers; `full` says that it holds all weights and not an adapter alone."""
     prompts = {name: text for name, text in model.prompts.items() if text}
     about = {"model_type": "SentenceTransformer", "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    if not (full and stock(model)):
+    if not (full and model.processing.stock_modules):
         modules = [{"idx": 0, "name": "0", "path": "", "type": MODULE}]
     else:
         modules = [

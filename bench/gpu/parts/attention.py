@@ -1,7 +1,7 @@
 """Packed attention: every provider that is here against SDPA and a float32 truth, forward and gradients, then time.
 
 An error may be twice that of the SDPA provider in the same type, plus one unit in the last place. A provider that raises is a
-complaint: `attn="auto"` may choose it.
+complaint: `attn="auto"` may choose it. Behind them, the kernels of layers that carry a state in its place (`bench.gpu.stateful`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from bench.gpu import stateful
 from bench.gpu.check import Check
 from bench.gpu.clock import percentiles
 from vlm2vec.attention import PROVIDERS, Segments, _has_flash_attn, _has_varlen, packed_attention
@@ -25,6 +26,7 @@ def checks(machine):
             heads, key_heads, width, causal, window = shape
             name = f"{provider} {heads}/{key_heads}x{width}{' causal' if causal else ''}{f' window {window}' if window else ''}"
             yield Check(name, lambda provider=provider, shape=shape: compare(machine, provider, shape))
+    yield from stateful.checks(machine)
 
 
 def available() -> list[str]:

@@ -17,6 +17,8 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "flash_attn",
+    "fla",
+    "causal_conv1d",
     "bitsandbytes",
     "liger_kernel",
     "sentence_transformers",

@@ -42,3 +42,23 @@ def test_grouped_attention_of_a_cpu_is_counted():
     # the backward of torch's math path, where a version takes it, keeps the scores
     least = attention_flops(q.shape, k.shape, k.shape) + 4 * 2 * 4 * 7 * 7 * 8
     assert counted.get_total_flops() in (least, least + 2 * 4 * 7 * 7 * 8)
+
+
+def test_a_delta_rule_is_counted_as_its_products_are():
+    """Whole chunks that go on, as plain torch computes them; the triangular system, which torch does not count, as two products."""
+    from train.plan.fake.delta_rule import delta_rule_flops
+    from vlm2vec.backbones.qwen3_5.delta_rule import gated_delta_rule
+    from vlm2vec.backbones.qwen3_5.layout import delta_layout
+
+    chunks, heads, width, value_width = 5, 2, 8, 4
+
+    def counted(chunks: int) -> int:
+        tokens = 64 * chunks
+        q, k, v = torch.randn(tokens, heads, width), torch.randn(tokens, heads, width), torch.randn(tokens, heads, value_width)
+        gates = -torch.rand(tokens, heads), torch.rand(tokens, heads)
+        with FlopCounterMode(display=False) as counter:
+            gated_delta_rule(q, k, v, *gates, delta_layout([tokens], key_heads=heads, value_heads=heads))
+        return counter.get_total_flops()
+
+    system = 64 * heads * 2 * 64 * (width + value_width)
+    assert counted(chunks) - counted(chunks - 1) + system == delta_rule_flops(64, heads, width, value_width)

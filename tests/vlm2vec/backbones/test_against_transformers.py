@@ -11,7 +11,7 @@ from tests.helpers.tiny_models import BUILDERS
 from vlm2vec.model import VLM2Vec
 
 SAME = 5e-6  # two implementations of the same arithmetic in float32
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
 def noise(width, height, seed):

@@ -10,6 +10,7 @@ from vlm2vec.attention import Segments
 
 from ..flops import attention_backward_flops, attention_flops
 from ..meter import Meter
+from .delta_rule import DeltaRule
 
 
 class FlashAttention:
@@ -32,6 +33,14 @@ class FlashAttention:
     ) -> torch.Tensor:
         """q (T, Hq, D), k and v (T, Hk, D) -> (T, Hq, D)."""
         return _FlashFunction.apply(q, k, v, Counter(segments.lengths), self.meter)
+
+    def delta_rule(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """The layers that carry a state ask for this. query, key (T, Hk, Dk), value (T, Hv, Dv), decay, beta (T, Hv) -> (T, Hv, Dv)."""
+        shared = value.shape[1] // query.shape[1]
+        query, key = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (query, key))
+        return DeltaRule.apply(query, key, value, decay, beta, self.meter)
 
 
 class _FlashFunction(torch.autograd.Function):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm2vec.backbones import backbone_for
+from vlm2vec.backbones import backbone_for, processing_for
 from vlm2vec.checkpoint import loading
+from vlm2vec.checkpoint.feeding import feeding_of, saved_options
 from vlm2vec.model import VLM2Vec
 
 from ...build import prepare
@@ -64,14 +65,16 @@ def model_of_config(recipe: Recipe, device: torch.device, attn: str | None = Non
         raise ValueError(
             f"{source} has no config.json, and train/plan/configs/ holds none for it; a plan of an adapter names its base model"
         )
+    settings = (loading.read_json(where, loading.SETTINGS) or {}) if folder is None else {}
+    feeding = feeding_of(raw.get("model_type"), {source: {} if folder is None else None}, settings, recipe.model_options)
     backbone = backbone_for(raw.get("model_type"))
+    processing_class = processing_for(backbone, feeding)
     config = backbone.config(where, raw)
-    options = {**backbone.options_for(source, raw), **recipe.model_options}
+    options = {**backbone.options_for(source, raw), **recipe.model_options, "feeding": feeding}
     if folder is None and loading.has_processor(where):
-        settings = loading.read_json(where, loading.SETTINGS) or {}
-        processing = backbone.processing_class.from_folder(where, config, {**settings.get("options", {}), **options})
+        processing = processing_class.from_folder(where, config, {**saved_options(settings, feeding), **options})
     else:
-        processing = backbone.processing_class(
+        processing = processing_class(
             _StandInTokenizer(backbone.marker_ids(config)), backbone.default_image_processor(raw), config, options
         )
     if folder is not None:

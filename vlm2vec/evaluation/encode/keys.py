@@ -15,7 +15,7 @@ from torch import nn
 
 from vlm2vec.checkpoint.release import __version__
 from vlm2vec.files.documents import require_regular
-from vlm2vec.inputs import VISUAL_KEYS
+from vlm2vec.inputs import SETTING_KEYS, VISUAL_KEYS
 
 DIGEST = 16
 READ_BYTES = 1 << 20
@@ -80,6 +80,11 @@ def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = N
     # a side that says "no image" feeds a marker in its text as an ordinary token; without a marker that changes nothing
     marker_is_text = "<|" in text and bool(given) and not any(item[name] for name in given)
     digest.update(json.dumps([prompt, text, item.get("instruction"), marker_is_text]).encode())
+    said = {name: item[name] for name in SETTING_KEYS if item.get(name) is not None}  # of this input's media alone
+    if item.get("text") is None and not any(_given(item[name]) for name in given):
+        said["nothing"] = True  # an embedder may feed an empty text otherwise than none
+    if said:
+        digest.update(json.dumps(said, sort_keys=True).encode())
     for name in VISUAL_KEYS:
         value = item.get(name)
         if value is None or value == "":
@@ -92,6 +97,10 @@ def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = N
             for frame in frames:
                 digest.update(hashes.of(frame))
     return digest.digest()
+
+
+def _given(visual: Any) -> bool:
+    return visual is not None and not (isinstance(visual, (str, list, tuple)) and not visual)
 
 
 def weights_digest(module: nn.Module) -> str:
