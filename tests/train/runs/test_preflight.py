@@ -56,7 +56,7 @@ def refused(root, tmp_path, *words, **changes):
 @pytest.mark.parametrize(
     "changes", [{}, {"dtype": "bfloat16"}, {"freeze_vision": True}, {"lora": {"r": 4, "dora": True}, "dtype": "bfloat16"}], ids=str
 )
-@pytest.mark.parametrize("family", ["qwen2_vl", "llava_next", "phi3_v"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_5", "llava_next", "phi3_v"])
 def test_what_stays_is_counted_to_the_byte(root, tmp_path, family, changes):
     tiny_models.BUILDERS[family](tmp_path)
     recipe = load_recipe(write_recipe(root, model=str(tmp_path), output=str(tmp_path / "output"), **changes))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FACTOR = 32  # pixels of a token's side
 START, END = "<|vision_start|>", "<|vision_end|>"
+PLACE = "\ue000"  # a letter of nobody's, in no template
 
 
 class Qwen35Processing(Qwen2VLProcessing):
@@ -43,7 +44,7 @@ class Qwen35Processing(Qwen2VLProcessing):
         if self.options["chat_template"]:
             self.kept_ids = frozenset([*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([START, END])])
             # A text that is too long is cut before the template's closing, on whose last token the embedding stands.
-            self.tail = len(self.tokenize(self.render(Item("x")).rpartition("x")[2]))
+            self.tail = len(self.tokenize(self.render(Item(PLACE)).rpartition(PLACE)[2]))
 
     def render(self, item: Item) -> str:
         if not self.options["chat_template"]:

@@ -28,7 +28,7 @@ from vlm2vec.attention import Segments
 DEVICES = ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16)
 PACKAGES = {"delta_rule": "fla", "convolution": "causal_conv1d"}
-SECONDS = 600.0  # for the check: a first start compiles some kernels in several ways
+SECONDS = 300.0  # for the check: a first start compiles some kernels in several ways
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
