@@ -281,7 +281,8 @@ def _distil(dtype):
     positive, norms = torch.zeros(R, dtype=torch.int64), (torch.ones(R), torch.ones(C))
     plain = dict(student=Cosines.of(student, 50.0), teacher=Cosines.of(teacher, 50.0), positive=positive)
     scaled = dict(student=Cosines.of(student, 50.0, *norms), teacher=Cosines.of(teacher, 50.0, *norms), positive=positive)
-    for name, models in (("", plain), (", norms", scaled)):
+    masked = scaled | dict(keep=torch.ones(C, dtype=torch.bool))
+    for name, models in (("", plain), (", norms", scaled), (", norms, masks", masked)):
         slopes = models | dict(best=(row, row), factors=(row, row), out=out, gain=2.0**15 if dtype == torch.float16 else 1.0)
         yield f"write{name}", lambda slopes=slopes: distil_write(student, teacher, **slopes)
         if dtype == torch.bfloat16:

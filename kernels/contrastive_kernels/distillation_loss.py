@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .checks import check_finite_weight, check_matrices, check_temperature_rows, check_temperature_values, check_weight, may_look
+from .checks import (
+    check_finite_weight,
+    check_matrices,
+    check_temperature_rows,
+    check_temperature_values,
+    check_vector,
+    check_weight,
+    may_look,
+)
 from .core import distillation
 from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.backends import choose
@@ -14,7 +22,7 @@ from .core.option_checks import check_group, check_switches, check_temperature, 
 from .options import BACKENDS, REDUCTIONS, one_number
 
 GRADIENTS = ("query", "target", "temperature")
-INPUTS = ("query", "target", "teacher_query", "teacher_target", "temperature", "weight")
+INPUTS = ("query", "target", "teacher_query", "teacher_target", "temperature", "weight", "query_mask", "target_mask")
 SETTINGS = {
     "temperature_value": "float",
     "teacher_temperature": "float",
@@ -29,6 +37,7 @@ SETTINGS = {
 FIELDS = (*INPUTS, *SETTINGS)
 SCHEMA = (
     "(Tensor query, Tensor target, Tensor teacher_query, Tensor teacher_target, Tensor? temperature, Tensor? weight, "
+    + "Tensor? query_mask, Tensor? target_mask, "
     + ", ".join(f"{kind} {name}" for name, kind in SETTINGS.items())
     + ") -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -46,7 +55,7 @@ def _check_values(values) -> None:
 def _compute(values, wanted: frozenset[str]) -> tuple[torch.Tensor, ...]:
     given = dict(zip(FIELDS, values))
     tensors = [None if given[name] is None else given[name].detach() for name in INPUTS]
-    query, target, teacher_query, teacher_target, temperature, weight = tensors
+    query, target, teacher_query, teacher_target, temperature, weight, query_mask, target_mask = tensors
     group = None if given["group"] is None else dist.distributed_c10d._resolve_process_group(given["group"])
     backend = choose(given["backend"], product_dtype(*tensors[:4]), query.device)
     out = distillation.compute(
@@ -57,6 +66,8 @@ def _compute(values, wanted: frozenset[str]) -> tuple[torch.Tensor, ...]:
         given["temperature_value"] if temperature is None else temperature,
         given["teacher_temperature"],
         weight,
+        query_mask,
+        target_mask,
         symmetric=given["symmetric"],
         normalize=given["normalize"],
         reduction=given["reduction"],
@@ -158,6 +169,8 @@ def distillation_loss(
     symmetric: bool = False,
     normalize: bool = False,
     weight=None,
+    query_mask=None,
+    target_mask=None,
     reduction: str = "mean",
     group=None,
     workspace_mib: float | None = None,
@@ -180,6 +193,8 @@ def distillation_loss(
         symmetric: mean with the same loss of every target over all queries.
         normalize: L2-normalise all four first; gradients are those of the tensors as passed.
         weight: (N,) of queries, constant; with `symmetric`, where it needs M = N, also of their targets.
+        query_mask, target_mask: (N,), (M,) bool; False rows are neither rows nor columns, of either model, and may hold anything, NaN
+            included. With M = N, or a multiple of it, a query whose own target is masked is left out too.
         reduction: "mean" (weighted), "sum" or "none" ((N,); with `symmetric` M = N, mean of query i's and target i's).
         group: a process group over which the batch is sharded, equal shards; the loss is global, and gradients are world_size times
             the global loss's, so that DDP's mean leaves those of the whole batch.
@@ -206,6 +221,8 @@ def distillation_loss(
     check_matrices(query, target)
     _check_teacher(query, target, teacher_query, teacher_target)
     check_weight(weight, query.shape[0], query.device)
+    check_vector("query_mask", query_mask, query.shape[0], torch.bool, query.device)
+    check_vector("target_mask", target_mask, target.shape[0], torch.bool, query.device)
     for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("backend", backend, BACKENDS)):
         one_of(name, value, allowed)
     check_switches(symmetric=symmetric, normalize=normalize)
@@ -232,6 +249,8 @@ def distillation_loss(
         teacher_target.detach(),
         held,
         weight,
+        query_mask,
+        target_mask,
         0.0 if held is not None else float(temperature),
         float(teacher_temperature),
         symmetric,

@@ -106,28 +106,38 @@ def distillation_loss_reference(
     symmetric=False,
     normalize=False,
     weight=None,
+    query_mask=None,
+    target_mask=None,
     reduction="mean",
 ):
     """KL of the student's softmax from the teacher's, row by row; `symmetric` takes the mean with the transposed matrices' loss."""
+    n, m = len(query), len(target)
+    rows = torch.ones(n, dtype=torch.bool, device=query.device) if query_mask is None else query_mask
+    columns = torch.ones(m, dtype=torch.bool, device=query.device) if target_mask is None else target_mask
+    query, teacher_query = (torch.where(rows[:, None], x, 0) for x in (query, teacher_query))
+    target, teacher_target = (torch.where(columns[:, None], x, 0) for x in (target, teacher_target))
     if normalize:
         query, target, teacher_query, teacher_target = (_normalize(x) for x in (query, target, teacher_query, teacher_target))
     by_row = isinstance(temperature, torch.Tensor) and temperature.dim() == 1
-    student = query @ target.T / (temperature[:, None] if by_row else temperature)
+    temperature = temperature[:, None] if by_row else temperature
     teacher = (teacher_query @ teacher_target.T / teacher_temperature).detach()
 
-    def one_direction(student, teacher):
-        row = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)
-        w = torch.ones_like(row) if weight is None else weight.to(row.dtype)
-        row = row * w
+    def one_direction(student, teacher, rows, columns):
+        if len(columns) % len(rows) == 0:  # rows have targets of their own
+            rows = rows & columns[:: len(columns) // len(rows)]
+        student, teacher = (x.masked_fill(~columns, -1e30) for x in (student, teacher))
+        row = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
+        row = torch.where(columns, row, 0).sum(1)
+        w = torch.where(rows, torch.ones_like(row) if weight is None else weight.to(row.dtype), 0)
+        row = torch.where(rows, row, 0) * w
         if reduction == "none":
             return row
         return row.sum() if reduction == "sum" else row.sum() / torch.where(w.sum() == 0, 1, w.sum())
 
-    forward = one_direction(student, teacher)
+    forward = one_direction(query @ target.T / temperature, teacher, rows, columns)
     if not symmetric:
         return forward
-    reverse = target @ query.T / (temperature[:, None] if by_row else temperature)
-    return 0.5 * (forward + one_direction(reverse, teacher.T))
+    return 0.5 * (forward + one_direction(target @ query.T / temperature, teacher.T, columns, rows))
 
 
 def pair_labels(n, m, positives, query_ids, target_ids, ignore_index, device):

@@ -101,6 +101,8 @@ def compute(
     temperature: float | torch.Tensor,
     teacher_temperature: float,
     weight: torch.Tensor | None,
+    query_mask: torch.Tensor | None = None,
+    target_mask: torch.Tensor | None = None,
     *,
     symmetric: bool,
     normalize: bool,
@@ -115,6 +117,7 @@ def compute(
         if torch.float64 in {x.dtype for x in (query, target, teacher_query, teacher_target)}:
             query, target, teacher_query, teacher_target = (x.double() for x in (query, target, teacher_query, teacher_target))
         common = {"normalize": normalize, "group": group, "workspace_mib": workspace_mib}
+        common |= {"query_mask": query_mask, "target_mask": target_mask}
         student_options = InfoNCEOptions(temperature=temperature, weight=weight, reduction=reduction, **common)
         teacher_options = InfoNCEOptions(temperature=teacher_temperature, reduction="sum", **common)
         forward = _one_direction((query, target), (teacher_query, teacher_target), student_options, teacher_options, wanted, backend)
@@ -122,6 +125,8 @@ def compute(
             return forward
         swap = {"query": "target", "target": "query"}
         wanted = frozenset(swap.get(name, name) for name in wanted)
+        masks = {"query_mask": target_mask, "target_mask": query_mask}
+        student_options, teacher_options = student_options.replace(**masks), teacher_options.replace(**masks)
         reverse = _one_direction((target, query), (teacher_target, teacher_query), student_options, teacher_options, wanted, backend)
         reverse.d_query, reverse.d_target = reverse.d_target, reverse.d_query
         return _mean(forward, reverse)
@@ -168,8 +173,9 @@ def _one_direction(student, teacher, student_options, teacher_options, wanted, b
 def _side(rows, columns, options: InfoNCEOptions, backend, rank: int, all_sum) -> Side:
     """One model's rows over the columns of all ranks."""
     anchored = len(columns) % len(rows) == 0
-    if not anchored:  # a problem wants positives; theirs are not looked at
-        options = options.replace(positives=torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+    if not anchored:  # a problem wants positives: a target that is kept, so that no row is left out for it
+        kept = rows.new_zeros((), dtype=torch.int64) if options.target_mask is None else options.target_mask.int().argmax()
+        options = options.replace(positives=kept.expand(len(rows)).contiguous())
     problem = build(rows, columns, options, backend, rank, all_sum)
     queries, targets = own_columns(problem)
     if options.group is not None:

@@ -13,7 +13,7 @@ import torch
 
 from ..core.distillation import DistillationSums, Side, finish
 from ..core.gradients import Gradients
-from ..core.softmax import fill_excluded, reduce_logits, row_factor
+from ..core.softmax import mask_logits, reduce_logits, row_factor
 from .sweep import PanelBuffers, logits_are_safe
 
 MOST = 1e30  # of a quotient that multiplies exponentials; beyond it they are scaled apart
@@ -34,7 +34,7 @@ def sweep(student: Side, teacher: Side, gradients: Gradients | None, workspace: 
         parts, reduced = [], []
         for (tile, part), (_, teacher_part) in zip(panels.fill(anchors, start, stop), other.fill(other.anchors(start, stop), start, stop)):
             gap = teacher_part - part
-            fill_excluded(gap, tile.block, rows, 0.0)  # there both are -inf
+            mask_logits(gap, tile.block, rows, None, None, tile.dead, 0.0)  # there both are -inf
             pair = [reduce_logits(x, tile.block.scale, fixed, False, False)[0] for x, fixed in zip((part, teacher_part), safe)]
             sums.add(rows, *pair, gap.mul_(teacher_part).sum(1))
             parts.append((part, teacher_part))

@@ -62,7 +62,7 @@ def _panel(models: tuple[_Model, _Model], writer: GradientWriter | None, weight:
     student, teacher = (model.side for model in models)
     cosines = [model.cosines(rows) for model in models]
     launch = dict(zip(("student", "teacher"), (model.launch(cos, rows) for model, cos in zip(models, cosines))))
-    launch["positive"] = models[0].view.positive[rows]
+    launch |= {"positive": models[0].view.positive[rows], "keep": models[0].view.keep}
     reduced = distil_reduce(*cosines, **launch)
     loss, slope, shares = _finish(reduced, student, teacher, rows)
     if writer is None:

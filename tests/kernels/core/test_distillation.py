@@ -27,6 +27,9 @@ OPTIONS = [
     {"weight": True, "symmetric": True},
     {"reduction": "none", "symmetric": True, "normalize": True},
     {"by_row": True},
+    {"masks": True},
+    {"masks": True, "symmetric": True, "normalize": True},
+    {"masks": True, "reduction": "none", "temperature": 0.015},
     {"by_row": True, "symmetric": True, "normalize": True, "temperature": 0.01},
 ]
 CASES = [
@@ -55,11 +58,18 @@ def embeddings(n, m, seed=0, dtype=torch.float64, close=1.0, widths=(WIDTH, TEAC
     return out
 
 
-def value_and_gradients(function, matrices, *, weight=False, temperature=0.05, by_row=False, **options):
+def masks_of(n, m):
+    """Every third query is left out, and the second target."""
+    return {"query_mask": torch.arange(n) % 3 != 2, "target_mask": torch.arange(m) != 1}
+
+
+def value_and_gradients(function, matrices, *, weight=False, temperature=0.05, by_row=False, masks=False, **options):
     query, target, teacher_query, teacher_target = matrices
     query, target = query.clone().requires_grad_(), target.clone().requires_grad_()
     temperature = torch.tensor(temperature, dtype=query.dtype)
     temperature = (temperature * torch.linspace(1, 3, len(query), dtype=query.dtype) if by_row else temperature).requires_grad_()
+    if masks:
+        options |= masks_of(len(query), len(target))
     if weight:
         options["weight"] = torch.linspace(0, 2, len(query), dtype=query.dtype)
     loss = function(query, target, teacher_query, teacher_target, temperature=temperature, **options)
@@ -130,6 +140,17 @@ def test_a_loss_that_saw_a_nan_is_nan(place):
     matrices[place][3, 2] = math.nan
     loss, *gradients = value_and_gradients(distillation_loss, matrices)
     assert math.isnan(loss) and all(bool(x.isnan().any()) for x in gradients)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_masked_may_hold_anything(symmetric):
+    matrices = embeddings(7, 7)
+    spoiled = [x.clone() for x in matrices]
+    spoiled[0][2], spoiled[2][5], spoiled[1][1], spoiled[3][1] = math.nan, math.inf, math.nan, math.nan
+    found = [value_and_gradients(distillation_loss, x, masks=True, symmetric=symmetric) for x in (matrices, spoiled)]
+    for clean, other in zip(*found):
+        torch.testing.assert_close(other, clean, rtol=0, atol=0)
+    assert not found[0][1][[2, 5]].any() and not found[0][2][1].any()
 
 
 def test_a_cotangent_that_is_not_finite_passes_through():

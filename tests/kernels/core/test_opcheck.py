@@ -123,7 +123,20 @@ def test_sigmoid(name, reduction):
 def test_distillation(reduction, backend):
     student = [torch.randn(N, D, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     teacher = [torch.randn(N, 3, dtype=torch.float64) for _ in range(2)]
-    rest = (torch.rand(N), 0.0, 0.5, reduction == "sum", True, reduction, None, None, backend, "012")
+    rest = (
+        torch.rand(N),
+        torch.arange(N) != 1,
+        torch.arange(N) != 2,
+        0.0,
+        0.5,
+        reduction == "sum",
+        True,
+        reduction,
+        None,
+        None,
+        backend,
+        "012",
+    )
     torch.library.opcheck(distillation_op, (*student, *teacher, number(0.3), *rest))
     if reduction == "sum":
         tensors = [x.detach() for x in (*student, *teacher, number(0.3))]

@@ -50,11 +50,20 @@ def value_and_gradients(function, matrices, *, temperature=0.05, **options):
 @pytest.mark.parametrize("rows", [100, 3], ids=["one panel", "panels"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"symmetric": True, "normalize": True}, {"temperature": 0.004, "teacher_temperature": 0.003}, {"reduction": "none"}],
+    [
+        {},
+        {"symmetric": True, "normalize": True},
+        {"temperature": 0.004, "teacher_temperature": 0.003},
+        {"masks": True, "symmetric": True},
+        {"reduction": "none"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("n, m", [(7, 7), (9, 4), (5, 40), (1, 1)])
 def test_value_and_gradients(n, m, options, rows, monkeypatch):
+    options = dict(options)
+    if options.pop("masks", False):
+        options |= {"query_mask": torch.arange(n, device=DEVICE) % 3 != 2, "target_mask": torch.arange(m, device=DEVICE) != 1}
     if options.get("reduction") == "none":
         options = options | {"weight": torch.linspace(0, 2, n, device=DEVICE)}
     monkeypatch.setattr(distillation, "panel_rows", lambda *a: rows)

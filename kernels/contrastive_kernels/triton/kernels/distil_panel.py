@@ -126,10 +126,10 @@ class Reduction(NamedTuple):
 
 
 @on_its_device
-def distil_reduce(student_cos, teacher_cos, *, student, teacher, positive, tile=None) -> Reduction:
+def distil_reduce(student_cos, teacher_cos, *, student, teacher, positive, keep=None, tile=None) -> Reduction:
     """First pass over both models' cosines (R, C).
 
-    Args: student, teacher: `Cosines`. positive: (R,) int64 column that is left out of a row, -1 for none.
+    Args: student, teacher: `Cosines`. positive: (R,) int64 column that is left out of a row, -1 for none. keep: (C,) bool or None.
     """
     rows, columns = student_cos.shape
     check_columns("distil_reduce", columns)
@@ -139,7 +139,7 @@ def distil_reduce(student_cos, teacher_cos, *, student, teacher, positive, tile=
     _distil_reduce_kernel[(grid,)](
         student,
         teacher,
-        Masks.of(positive),
+        Masks.of(positive, keep=keep),
         out,
         rows,
         columns,
@@ -154,7 +154,7 @@ def distil_reduce(student_cos, teacher_cos, *, student, teacher, positive, tile=
 
 
 @on_its_device
-def distil_write(student_cos, teacher_cos, *, student, teacher, positive, best, factors, out, gain=1.0, tile=None) -> None:
+def distil_write(student_cos, teacher_cos, *, student, teacher, positive, keep=None, best, factors, out, gain=1.0, tile=None) -> None:
     """Second pass: out (R, C) = gain (factors[0] exp(student - its greatest) - factors[1] exp(teacher - its greatest)).
 
     Args: as for `distil_reduce`; best, factors: (R,) of the student and of the teacher. gain: a number.
@@ -165,7 +165,7 @@ def distil_write(student_cos, teacher_cos, *, student, teacher, positive, best, 
     _distil_write_kernel[(grid,)](
         student,
         teacher,
-        Masks.of(positive),
+        Masks.of(positive, keep=keep),
         *best,
         *factors,
         out,
