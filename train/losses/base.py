@@ -63,7 +63,6 @@ class Loss:
     takes_hard_negatives: ClassVar[bool] = False
     needs_negatives: ClassVar[bool] = False  # held-out rows are scored with their hard negatives
     needs_column: ClassVar[str | None] = None  # of its sources: "scores" or "grade"
-    tells_sources: ClassVar[bool] = False  # it goes by the names of its rows' sources, of which no two may be equal
     source_names: ClassVar[tuple[str, ...]] = ()
     strict: ClassVar[bool] = False
 
@@ -79,6 +78,11 @@ class Loss:
 
     def check_rows(self, places: Sequence[tuple[int, int]]) -> None:
         """Raises ValueError where the loss needs more of these rows, (source, row), than their data holds."""
+
+    @property
+    def tells_sources(self) -> bool:
+        """Whether it goes by the names of sources, of which no two may then be equal."""
+        return False
 
     @property
     def learns(self) -> bool:

@@ -75,7 +75,6 @@ class Distillation(Loss):
     symmetric: the mean with the softmax of each target over the queries. workspace_mib, backend: of the operator.
     """
 
-    tells_sources: ClassVar[bool] = True
     untaught: ClassVar[int] = 0
 
     teacher: Teacher | None = None
@@ -87,6 +86,10 @@ class Distillation(Loss):
     backend: str = "auto"
     matryoshka: Matryoshka | None = None
     quantised: Quantised | None = None
+
+    @property
+    def tells_sources(self) -> bool:
+        return True
 
     def check(self) -> None:
         if self.teacher is None:

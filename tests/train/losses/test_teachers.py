@@ -16,6 +16,7 @@ from tests.helpers.tiny_models import qwen2_5_vl
 from tests.helpers.tiny_recipe import first_batch, gradients, write_recipe
 from train.__main__ import main
 from train.build import build_model
+from train.data.sources import SourceTable
 from train.losses import LossBatch
 from train.losses.distillation import distillation
 from train.losses.teacher import teacher_vectors
@@ -24,7 +25,7 @@ from train.plan.simulate import simulate
 from train.recipe.schema import load_recipe
 from train.run import run
 from train.step import ContrastiveStep
-from vlm2vec.commands.common import read_embeddings, write_embeddings
+from vlm2vec.commands.common import encode_named, read_embeddings, write_embeddings
 from vlm2vec.model import VLM2Vec
 
 OPTIONS = {"name": "distillation", "temperature": 0.1, "teacher_temperature": 0.2}
@@ -68,6 +69,34 @@ def test_files_hold_each_rows_vectors(root):
             item = open_source(recipe.data, recipe.data.sources[source]).row(row, None)[side]
             truth = teacher.encode(item, convert_to_tensor=True)
             torch.testing.assert_close(vectors[24 * source + row], truth, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_wrong_type_and_names_told_twice(root, tmp_path, monkeypatch, capsys):
+    """A row costs itself; two sources of one name would share their keys. Vectors wait off the GPU."""
+    right, kept = SourceTable.row, []
+
+    def row(self, index, frames):
+        query, target, negatives = right(self, index, frames)
+        return ({**query, "text": 7} if index == 3 else query), target, negatives
+
+    def encoded(*args, **options):
+        kept.append(options["keep_on"])
+        return encode_named(*args, **options)
+
+    monkeypatch.setattr(SourceTable, "row", row)
+    monkeypatch.setattr("vlm2vec.commands.common.encode_named", encoded)
+    plain = write_recipe(root, output=str(tmp_path / "plain"))
+    words = ["--teacher", str(root / "teacher"), "-o", str(tmp_path / "v"), "--device", "cpu"]
+    assert main(["teach", str(plain), *words]) == 0
+    assert "left out Texts, row 3: " in capsys.readouterr().out and kept == ["cpu", "cpu"]
+    for path in files(tmp_path / "v").values():
+        keys = read_embeddings(path)[1]
+        assert len(keys) == 46 and "Texts/3" not in keys and "Texts/4" in keys
+    recipe = yaml.safe_load(plain.read_text())
+    recipe["data"]["sources"][1] |= {"name": "Pictures", "split": "other"}
+    plain.write_text(yaml.safe_dump(recipe))
+    assert main(["teach", str(plain), *words]) == 2
+    assert "by which python -m train teach tells them, got 'Pictures' twice" in capsys.readouterr().err
 
 
 def test_a_step_is_the_divergence_from_the_teacher(root, tmp_path):
