@@ -178,6 +178,16 @@ def test_a_row_without_a_vector_is_an_unknown_one(root, tmp_path, caplog):
         recipe.objective.options(batch)
 
 
+def test_nothing_is_asked_of_the_device(root, tmp_path):
+    """Tensors without numbers stand for those of a GPU, which a question would wait for."""
+    recipe, _ = recipe_of(root, tmp_path, ({"loss": {"temperature": 0.1}}, {}), loss={"teacher": lacking(root, tmp_path, [30])})
+    numbers = torch.empty(3, dtype=torch.int64, device="meta")
+    batch = LossBatch(numbers, numbers, sources=numbers, places=[(0, 1), (1, 2), (1, 6)], counted=np.ones(3, bool))
+    options = recipe.objective.options(batch)["parts"][1]
+    assert all(options[name].is_meta for name in ("known", "teacher_query", "teacher_target"))
+    assert recipe.objective.parts[1].loss.untaught == 1
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_run_with_unreadable_rows_goes_on(tmp_path, damage, caplog):
     """Of held-out rows as of those trained on; the teacher left out what cannot be read."""
