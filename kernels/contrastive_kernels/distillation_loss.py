@@ -34,15 +34,20 @@ SCHEMA = (
 )
 
 
+def _check_values(values) -> None:
+    """What only the numbers tell."""
+    given = dict(zip(FIELDS, values))
+    if may_look(given["query"], False):
+        check_finite_weight(given["weight"])
+        if given["temperature"] is not None:
+            check_temperature_values(given["temperature"])
+
+
 def _compute(values, wanted: frozenset[str]) -> tuple[torch.Tensor, ...]:
     given = dict(zip(FIELDS, values))
     tensors = [None if given[name] is None else given[name].detach() for name in INPUTS]
     query, target, teacher_query, teacher_target, temperature, weight = tensors
     group = None if given["group"] is None else dist.distributed_c10d._resolve_process_group(given["group"])
-    if may_look(query, False):
-        check_finite_weight(weight)
-        if temperature is not None:
-            check_temperature_values(temperature)
     backend = choose(given["backend"], product_dtype(*tensors[:4]), query.device)
     out = distillation.compute(
         query,
@@ -76,6 +81,7 @@ def _fake_gradients(values, wanted: frozenset[str]) -> list[torch.Tensor]:
 
 
 def _forward(*values):
+    _check_values(values)
     none = values[FIELDS.index("reduction")] == "none"
     return _compute(values, frozenset() if none else _wanted(values))
 

@@ -2,7 +2,7 @@
 
 One call makes the loss and the gradients that are wanted; backward only scales them. reduction="none" has a gradient for every
 cotangent, so its backward computes once more. Options travel as the operator's arguments, in the order of FIELDS. Plain tensors
-outside of any tracer go around the dispatcher (core/direct.py).
+outside of any tracer go around the dispatcher (core/autograd/direct.py).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ LINES = {
     "deep": (DEEP, "line 2"),
     "a deep value": ('{"text": ' + "[" * 100_000, "line 2"),
     "a text that is a number": ('{"text": 5}', "text"),
-    "a text that is a list": ('{"text": ["a"]}', "text"),
+    "a list of texts with a number": ('{"text": ["a", 5]}', "text"),
     "an instruction that is a number": ('{"text": "a", "instruction": 5}', "instruction"),
     "no keys": ("{}", "input 1"),
     "an unknown key": ('{"txt": "a"}', "txt"),

@@ -21,6 +21,7 @@ WRITERS = {
     "train/checkpoints.py": "a checkpoint's own order of renames, which `rotate` and a resumed run rely on",
     "train/run.py": "moves a finished model out of its staging folder by checkpoints' rules",
     "train/reports/profile.py": "torch's profiler goes by the ending of the name, which a part's name has not",
+    "vlm2vec/checkpoint/merging/streams.py": "a file of weights, tensor by tensor, in a folder that `vlm2vec.files` moves",
     "vlm2vec/evaluation/encode/store.py": "sets a broken shard aside; writes nothing",
 }
 

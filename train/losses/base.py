@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from contrastive_kernels import info_nce
+from vlm2vec.inputs import MODALITIES
 
-KINDS = ("text", "image", "video")  # of one side of a pair: what it shows, if anything
+KINDS = MODALITIES  # of one side of a pair: what it shows, if anything
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from .softmax import RowSums
 from .workspace import workspace_bytes
 
 NO_COLUMN = -1
+CELL_BYTES = 12  # float32 logits of both models, and the difference of their probabilities
 
 
 @dataclasses.dataclass
@@ -146,8 +147,7 @@ def _one_direction(student, teacher, student_options, teacher_options, wanted, b
     sides = [_side(*pair, options, backend, rank, all_sum) for pair, options in ((student, student_options), (teacher, teacher_options))]
     problem, direction = sides[0].problem, sides[0].direction
     gradients = Gradients(problem, wanted) if wanted else None
-    # the teacher's panel is as large as the student's, and is bounded with it
-    loss, slope = backend.distill(*sides, gradients, workspace_bytes(student_options, rows, columns))
+    loss, slope = backend.distill(*sides, gradients, workspace_bytes(student_options, rows, columns, CELL_BYTES))
     loss = torch.where(direction.weight != 0, direction.weight * loss, 0)
     out = Computed(loss if student_options.reduction == "none" else loss.sum())
     if gradients is not None:

@@ -16,12 +16,12 @@ DEFAULT_MIB = 256
 SHARE_OF_CARD = 10  # one part in so many of a GPU's memory
 
 
-def workspace_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.Tensor) -> int:
+def workspace_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.Tensor, cell_bytes: int = 8) -> int:
     """Bound on scratch in bytes: `workspace_mib`, else 256 MiB, else on CUDA a tenth of the card's memory if that is more.
 
     What is free at the moment does not count, for panels, and with them the last bits of d_target, would follow what the process
     did before. Only a call whose one panel would not fit into what is free is bounded lower, by whole powers of two, and told once;
-    `workspace_mib` keeps it from that.
+    `workspace_mib` keeps it from that. cell_bytes: of scratch for a pair of a row and a column, at most.
     """
     if options.workspace_mib is not None:
         return int(options.workspace_mib * MIB)
@@ -30,7 +30,7 @@ def workspace_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.
         return least
     bound = max(least, card_bytes(device) // SHARE_OF_CARD)
     # a question to the driver takes longer than a small call, and is not allowed while a graph is captured
-    one_panel = whole_panel_bytes(options, query, target)
+    one_panel = whole_panel_bytes(options, query, target, cell_bytes)
     if one_panel <= least or torch.cuda.is_current_stream_capturing():
         return bound
     return lowered(bound, least, one_panel, free_cuda_bytes(device))
@@ -57,12 +57,12 @@ def _tell_once(asked: int, bound: int) -> None:
     )
 
 
-def whole_panel_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.Tensor) -> int:
+def whole_panel_bytes(options: InfoNCEOptions, query: torch.Tensor, target: torch.Tensor, cell_bytes: int = 8) -> int:
     """More scratch than any way of computing the loss uses, all rows in one panel."""
     world = 1 if options.group is None else dist.get_world_size(options.group)
     columns = len(target) + (len(query) if options.query_negatives else 0) + (len(target) if options.target_negatives else 0)
     levels = len(options.matryoshka_dims or (0,))
-    return len(query) * (world * columns * levels * 8 + 16 * query.shape[1])
+    return len(query) * (world * columns * levels * cell_bytes + 16 * query.shape[1])
 
 
 @functools.cache

@@ -52,27 +52,30 @@ def sweep(student: Side, teacher: Side, gradients: Gradients | None, workspace: 
     size = panel_rows(n, columns, problem.query.width, models[0].dtype.itemsize, workspace)
     writer = None if gradients is None else GradientWriter(problem, direction, gradients, models[0].views)
     weight = direction.weight * problem.inverse_temperature
-    losses, slopes = [], []
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        cosines = [model.cosines(rows) for model in models]
-        launch = dict(zip(("student", "teacher"), (model.launch(cos, rows) for model, cos in zip(models, cosines))))
-        reduced = distil_reduce(*cosines, positive=models[0].view.positive[rows], **launch)
-        loss, slope, shares = _finish(reduced, student, teacher, rows)
-        losses.append(loss)
-        slopes.append(slope)
-        if gradients is None:
-            continue
-        mass = torch.maximum(*shares)
-        safe = torch.where(mass > 0, mass, 1)
-        factors = [_quotient(share / safe, total) for share, total in zip(shares, (reduced.total_student, reduced.total_teacher))]
-        out = torch.empty(cosines[0].shape, dtype=models[0].dtype, device=loss.device)
-        gain = FLOAT16_GAIN if out.dtype == torch.float16 else 1.0
-        best = (reduced.best_student, reduced.best_teacher)
-        distil_write(*cosines, positive=models[0].view.positive[rows], best=best, factors=factors, out=out, gain=gain, **launch)
-        del cosines
-        _products(writer, direction, rows, out, mass * weight[rows] / gain)
+    panels = [_panel(models, writer, weight, slice(start, min(start + size, n))) for start in range(0, n, size)]
+    losses, slopes = zip(*panels)
     return torch.cat(losses), torch.cat(slopes)
+
+
+def _panel(models: tuple[_Model, _Model], writer: GradientWriter | None, weight: torch.Tensor, rows: slice):
+    """Losses and slopes (r,) of one panel, whose scratch is free when it returns; its gradients are added where there is a writer."""
+    student, teacher = (model.side for model in models)
+    cosines = [model.cosines(rows) for model in models]
+    launch = dict(zip(("student", "teacher"), (model.launch(cos, rows) for model, cos in zip(models, cosines))))
+    launch["positive"] = models[0].view.positive[rows]
+    reduced = distil_reduce(*cosines, **launch)
+    loss, slope, shares = _finish(reduced, student, teacher, rows)
+    if writer is None:
+        return loss, slope
+    mass = torch.maximum(*shares)
+    safe = torch.where(mass > 0, mass, 1)
+    factors = [_quotient(share / safe, total) for share, total in zip(shares, (reduced.total_student, reduced.total_teacher))]
+    out = torch.empty(cosines[0].shape, dtype=models[0].dtype, device=loss.device)
+    gain = FLOAT16_GAIN if out.dtype == torch.float16 else 1.0
+    distil_write(*cosines, best=(reduced.best_student, reduced.best_teacher), factors=factors, out=out, gain=gain, **launch)
+    del cosines, launch  # which holds them too
+    _products(writer, student.direction, rows, out, mass * weight[rows] / gain)
+    return loss, slope
 
 
 def _finish(reduced: Reduction, student: Side, teacher: Side, rows: slice):

@@ -44,3 +44,15 @@ class PeakBytes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         self._count(out)
         return out
+
+
+def distillation_scratch(matrices, backend, workspace: int) -> int:
+    """Most bytes alive at one time beyond inputs and gradients of `distillation_loss`. matrices: the student's two, the teacher's two."""
+    from contrastive_kernels.core import distillation
+
+    options = {"temperature": 0.1, "teacher_temperature": 0.1, "weight": None, "symmetric": False, "normalize": False, "reduction": "mean"}
+    options |= {"group": None, "workspace_mib": workspace / 2**20, "backend": backend, "wanted": frozenset(("query", "target"))}
+    with PeakBytes(matrices) as live:
+        out = distillation.compute(*matrices, **options)
+    assert bool(out.d_query.isfinite().all())
+    return live.peak - sum(x.nbytes for x in matrices) - out.d_query.nbytes - out.d_target.nbytes

@@ -1,5 +1,7 @@
 """Distillation with the kernels: value and gradients of the dense definition, in one panel and in several, 16-bit types, launched work."""
 
+import gc
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from contrastive_kernels.reference import distillation_loss_reference
 from contrastive_kernels.roofline import distillation as roofline
 from contrastive_kernels.roofline import for_arch as gpu_for_arch
 from contrastive_kernels.triton import configs, distillation, launch_log
+from contrastive_kernels.triton.backend import TRITON
 from contrastive_kernels.triton.kernels.distil_panel import Cosines, distil_reduce
+from tests.kernels.helpers.peak_bytes import distillation_scratch as scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRUTH = torch.float64 if DEVICE == "cpu" else torch.float32
@@ -93,6 +97,18 @@ def test_launched_work():
     names = [launch.name for launch in launches]
     assert [names.count(name) for name in ("gemm", "distil_reduce", "distil_write")] == [4, 1, 1]
     assert sum(launch.flops for launch in launches if launch.name == "gemm") == 2 * n * m * (3 * 12 + 20)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's allocations; a GPU counts its own")
+def test_scratch_stays_within_the_workspace(monkeypatch):
+    """Three panels; scratch of one that lived on into the next would be above the bound."""
+    real = distillation._panel
+    # the interpreter keeps a launch's arguments in cycles: they are collected before a panel is made
+    monkeypatch.setattr(distillation, "_panel", lambda *args: [gc.collect(), real(*args)][1])
+    matrices, bound = embeddings(96, 256, torch.float32), 104 * 1024
+    assert 96 // 3 <= roofline.panel_rows(96, 256, 12, 4, bound) < 96 // 2
+    got = scratch(matrices, TRITON, bound)
+    assert 0.5 * bound < got <= bound + 4 * 16 * (96 + 256)  # numbers of a row or a column: sums, shifts, weights
 
 
 def test_the_price_is_of_the_launches():

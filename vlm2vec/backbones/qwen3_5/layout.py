@@ -65,6 +65,8 @@ def delta_layout(lengths: list[int], *, key_heads: int, value_heads: int, chunk:
             in which samples end their whole chunks.
         key_rows, value_rows: (rows, back) for tensors (T, heads, width) seen as (T * heads, width): the row at each place of the
             groups, chunk by chunk and head by head, and the place of each row.
+        boundaries: (B + 1,) int64, for kernels: the same tensor in every layer, since flash-linear-attention remembers what it read of
+            a tensor, and reading waits for the device.
     """
     samples = sorted(range(len(lengths)), key=lambda i: -(lengths[i] // chunk))
     starts, total = [], 0
@@ -93,6 +95,7 @@ def delta_layout(lengths: list[int], *, key_heads: int, value_heads: int, chunk:
         chunks = chunks + [(starts[i] + lengths[i] - lengths[i] % chunk, width, lengths[i] % chunk) for i in members]
     layout = {"steps": steps, "groups": [group for group in groups if group["count"]], "key_rows": _rows(chunks, total, key_heads)}
     layout["value_rows"] = layout["key_rows"] if value_heads == key_heads else _rows(chunks, total, value_heads)
+    layout["boundaries"] = torch.tensor([*starts, total])
     return layout
 
 

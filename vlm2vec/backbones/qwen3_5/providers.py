@@ -48,7 +48,7 @@ def delta_rule(segments: Segments, query: torch.Tensor, value: torch.Tensor) -> 
         return None
     sizes = (query.shape[1], value.shape[1], query.shape[2], value.shape[2])
     function = _checked("delta_rule", value.device, value.dtype, sizes)
-    return None if function is None else lambda q, k, v, decay, beta, layout: function(q, k, v, decay, beta, segments.cu_seqlens)
+    return None if function is None else lambda q, k, v, decay, beta, layout: function(q, k, v, decay, beta, layout["boundaries"])
 
 
 def convolution(segments: Segments, x: torch.Tensor, kernel: int) -> Callable | None:
@@ -99,7 +99,7 @@ def check_in_child(kind: str, device: torch.device, dtype: torch.dtype, sizes: t
 def fla_delta_rule(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """`gated_delta_rule` by flash-linear-attention; cu_seqlens: (B + 1,) boundaries of the samples."""
+    """`gated_delta_rule` by flash-linear-attention; cu_seqlens: (B + 1,) boundaries of the samples, int64 as it takes them."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     shared = value.shape[1] // query.shape[1]
