@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _GIB = 2**30
 _SAMPLED_ROWS = 256
 _SAMPLED_ROWS_DECODED = 64  # where a family has to decode a picture to know its tokens
+_ROWS_LOOKED_UP = 10_000  # in what the loss needs of them: no data is read
 _ROWS_OF_A_SOURCE = 8  # fewer, and a damaged few could be all of them
 
 
@@ -173,9 +174,11 @@ def check_rows(recipe: Recipe, processing: Any) -> None:
             raise ValueError(f"source {name} has no rows; leave it out of the recipe")
         count = min(size, -(-most // len(dataset.sizes)))
         batch = collate([dataset[source, int(row)] for row in np.linspace(0, size - 1, count).astype(int)])
-        recipe.objective.check_rows([place for place, kept in zip(batch["rows"], batch["kept"]) if kept])
         if len(batch["errors"]) == count and count >= min(_ROWS_OF_A_SOURCE, size):
             raise ValueError(f"source {name}: {unreadable(count, str(count), batch['errors'][-1])}")
+        lost = {row for (_, row), kept in zip(batch["rows"], batch["kept"]) if not kept}
+        looked = np.linspace(0, size - 1, min(size, _ROWS_LOOKED_UP)).astype(int).tolist()
+        recipe.objective.check_rows([(source, row) for row in looked if row not in lost])
         (_, row), tokens = longest_sample(batch)
         longest = max(longest, (tokens, f"{name}, row {row}"))
     tokens, row = longest

@@ -159,8 +159,8 @@ class ContrastiveStep:
         names += ["hard_offsets", "hard_ids"] if has_hard else []
         known = {name: self._tensor(batch[name]) for name in names if name in batch and name not in changes}
         sources = torch.tensor([source for source, _ in batch["rows"]], dtype=torch.int64).to(self.device)
-        planned = batch.get("planned", False)
-        return LossBatch(**known, **changes, sources=sources, places=batch["rows"], group=group, planned=planned)
+        host = {"places": batch["rows"], "counted": batch["kept"].copy(), "planned": batch.get("planned", False)}
+        return LossBatch(**known, **changes, **host, sources=sources, group=group)
 
     def _masks(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows that could not be read are neither queries nor candidates. Every rank passes masks as soon as one has to."""

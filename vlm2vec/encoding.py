@@ -190,10 +190,12 @@ def encode(
     truncate_dim: int | None,
     urls: bool = False,
     unreadable: dict[int, str] | None = None,
+    keep_on: str | torch.device | None = None,
 ) -> np.ndarray | torch.Tensor:
     """See `VLM2Vec.encode`.
 
     Args:
+        keep_on: device on which all rows gather; None: the model's.
         unreadable: takes {position: why} of inputs that cannot be read, whose rows are zero; without it they raise.
     """
     single = is_single(inputs)
@@ -209,7 +211,7 @@ def encode(
             f"truncate_dim={truncate_dim}: expected one of {', '.join(map(str, widths))}, which config.json says it was trained for"
         )
     dim = truncate_dim or model.embedding_dim
-    out = torch.empty(len(inputs), dim, dtype=torch.float32, device=model.device)
+    out = torch.empty(len(inputs), dim, dtype=torch.float32, device=keep_on or model.device)
     with evaluating(model):
         threads = min(MAX_THREADS, os.cpu_count() or 1)  # decoding and resizing leave Python's lock
         with _progress(len(inputs), show_progress_bar) as bar, ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(threads) as pool:
@@ -234,7 +236,8 @@ def encode(
                     rows = [good[place] for place in places]
                     packed = model.pack([features[row] for row in rows]).to(model.device)
                     hidden = model(packed)[:, :dim].float()
-                    out[torch.tensor(rows, device=out.device) + start] = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
+                    hidden = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
+                    out[torch.tensor(rows, device=out.device) + start] = hidden.to(out.device)
                     bar.update(len(rows))
                 require_finite(out[start : start + len(features)], start)
     out = out[0] if single else out

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     """Embeds both sides of a recipe's rows with a teacher."""
     from vlm2vec.commands import common
 
+    from ..recipe.checks import require_own_names
     from ..recipe.schema import load_recipe
 
     parser = argparse.ArgumentParser(
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     common.add_model_arguments(parser)
     known, overrides = parser.parse_known_args(argv)
     recipe = load_recipe(known.recipe, overrides)
+    require_own_names(recipe.data.sources, f"{COMMAND} teach")
     for side in SIDES:
         common.require_own_output(os.path.join(known.folder, f"{side}.safetensors"), known.teacher)
     teach(recipe, common.load_model(known.teacher, known), known.teacher, Path(known.folder), batch_size=known.batch_size)
@@ -60,11 +62,11 @@ def teach(recipe, teacher, name: str, folder: Path, *, batch_size: int = 32) -> 
         for row in range(len(table)):
             try:
                 sides = table.row(row, frames)[:2]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                numbered = [(content_id(item), item) for item in sides]
+            except Exception as error:  # as in training, a row of a wrong shape raises whatever comes
                 print(f"left out {source.name}, row {row}: {error}")
                 continue
-            for side, item in enumerate(sides):
-                number = content_id(item)
+            for side, (number, item) in enumerate(numbered):
                 keys[side].append(f"{source.name}/{row}")
                 ids[side].append(number)
                 contents[side].setdefault(number, item)
@@ -72,12 +74,18 @@ def teach(recipe, teacher, name: str, folder: Path, *, batch_size: int = 32) -> 
     for side, about in enumerate(SIDES):
         numbers = list(contents[side])
         vectors, left = common.encode_named(
-            teacher, list(contents[side].values()), list(map(str, numbers)), skip_bad=True, what="content", batch_size=batch_size
+            teacher,
+            list(contents[side].values()),
+            list(map(str, numbers)),
+            skip_bad=True,
+            what="content",
+            batch_size=batch_size,
+            keep_on="cpu",  # rows of a whole mixture are more than a GPU holds beside a teacher
         )
         place = {int(number): at for at, number in enumerate(left)}
         rows = [(key, place[number]) for key, number in zip(keys[side], ids[side]) if number in place]
         path = folder / f"{about}.safetensors"
         told = {"model": name, "prompt": "", "as": "", "normalized": True}
-        vectors = vectors[torch.tensor([at for _, at in rows], device=vectors.device)]
+        vectors = vectors[torch.tensor([at for _, at in rows])]
         common.write_embeddings(os.fspath(path), vectors, [key for key, _ in rows], told, common.model_told(teacher))
         print(f"{path}: {len(rows)} rows, {len(left)} contents, {vectors.shape[1]} dimensions")

@@ -23,6 +23,7 @@ LOSSES: dict[str, type[Loss]] = {
     "score_distillation": ScoreDistillation,
     "distillation": Distillation,
 }
+ALIASES = {"sigmoid": "sigmoid_loss"}
 
 
 def loss_class(section: Any, where: str = "loss") -> type[Loss]:
@@ -35,6 +36,7 @@ def loss_class(section: Any, where: str = "loss") -> type[Loss]:
         ValueError: an unknown name, with the nearest known one.
     """
     name = section.get("name", DEFAULT) if isinstance(section, dict) else DEFAULT
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in LOSSES:
         near = difflib.get_close_matches(str(name)[:80] if isinstance(name, str) else "", LOSSES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,7 @@ class LossBatch:
         grades: (N,) float32, how well each pair fits; NaN where its source has none. None: no source of the batch has any.
         scores: (N, 1 + K) float32, a teacher's scores of the positive and the row's own hard negatives, -inf behind the last; NaN
             in rows whose source has none. None: no source of the batch has any.
+        counted: (N,) bool on the host: rows that can be read, as far as is known before they are decoded, and are of `rows`. None: all.
         planned: the step is a plan's, and files that hold more of its rows are not at hand.
     """
 
@@ -44,6 +46,7 @@ class LossBatch:
     places: Sequence[tuple[int, int]] = ()
     grades: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    counted: np.ndarray | None = None
     planned: bool = False
 
 
@@ -55,13 +58,14 @@ class Loss:
         name: of the registry.
         weight: its share in a sum of sections.
         mask_duplicates: a target equal to a query's positive, or the positive of an equal query, is no negative of it.
-        source_names: of the recipe, whose rows the loss may tell apart; not an option.
+        source_names: of the recipe, whose rows the loss may tell apart; not an option. strict: `data.strict` of the recipe; no option.
     """
 
     takes_hard_negatives: ClassVar[bool] = False
     needs_negatives: ClassVar[bool] = False  # held-out rows are scored with their hard negatives
     needs_column: ClassVar[str | None] = None  # of its sources: "scores" or "grade"
     source_names: ClassVar[tuple[str, ...]] = ()
+    strict: ClassVar[bool] = False
 
     name: str = ""
     weight: float = 1.0
@@ -75,6 +79,11 @@ class Loss:
 
     def check_rows(self, places: Sequence[tuple[int, int]]) -> None:
         """Raises ValueError where the loss needs more of these rows, (source, row), than their data holds."""
+
+    @property
+    def tells_sources(self) -> bool:
+        """Whether it goes by the names of sources, of which no two may then be equal."""
+        return False
 
     @property
     def learns(self) -> bool:

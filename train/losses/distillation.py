@@ -3,25 +3,30 @@
     KL(softmax(teacher_i / teacher_temperature) || softmax(student_i / temperature)) over the batch's targets, mean over rows, in nats
 
 The teacher's vectors are read by row from files of embeddings (`train.losses.teacher`): they may have another width, and the teacher is
-not in memory. Targets whose vectors are unknown (rows of sources that are not distilled, or that cannot be read) are zero vectors on
-both sides, whose logit is 0 to student and teacher alike.
+not in memory. Targets whose vectors are unknown (rows of sources that are not distilled, that cannot be read, or that the files lack) are
+zero vectors on both sides, whose logit is 0 to student and teacher alike.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from contrastive_kernels import distillation_loss
 
+from ..command import COMMAND
 from .base import Loss, LossBatch
 from .copies import Matryoshka, Quantised, check_copies, check_copies_width, with_copies
 from .teacher import TeacherVectors, teacher_vectors
+
+logger = logging.getLogger(__name__)
 
 _PLANNED_WIDTH = 1024  # of a teacher whose files a plan has not at hand
 
@@ -66,8 +71,11 @@ def distillation(
 class Distillation(Loss):
     """Rows of the recipe, or of a source, have a teacher's vectors in the files of `teacher`.
 
+    A row that a file lacks does not count; the first is told in the log, and `untaught` counts them. With `data.strict` it raises.
     symmetric: the mean with the softmax of each target over the queries. workspace_mib, backend: of the operator.
     """
+
+    untaught: ClassVar[int] = 0
 
     teacher: Teacher | None = None
     name: str = "distillation"
@@ -78,6 +86,10 @@ class Distillation(Loss):
     backend: str = "auto"
     matryoshka: Matryoshka | None = None
     quantised: Quantised | None = None
+
+    @property
+    def tells_sources(self) -> bool:
+        return True
 
     def check(self) -> None:
         if self.teacher is None:
@@ -93,20 +105,32 @@ class Distillation(Loss):
         check_copies_width(self, width, model)
 
     def check_rows(self, places: Sequence[tuple[int, int]]) -> None:
-        for vectors in self._vectors():
-            vectors.of(places, [False] * len(places))
+        lacking: dict[int, list[int]] = {source: [] for source, _ in places}
+        for place, found in zip(places, self._found(places)[1], strict=True):
+            if not found:
+                lacking[place[0]].append(place[1])
+        for source, rows in lacking.items():
+            count = sum(place[0] == source for place in places)
+            if 2 * len(rows) > count or (self.strict and rows):
+                raise ValueError(
+                    f"{self._lacking(source, rows[0])}, as for {len(rows)} of {count} rows; make the files anew with "
+                    f"{COMMAND} teach RECIPE --teacher MODEL -o FOLDER"
+                )
 
     def function(self) -> Callable:
         return with_copies(distillation, self.matryoshka, self.quantised)
 
     def options(self, batch: LossBatch) -> dict[str, Any]:
+        device = batch.query_ids.device
         known = torch.ones_like(batch.query_ids, dtype=torch.bool) if batch.rows is None else batch.rows
-        options = {"known": known, "temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
         if batch.planned:
-            both = [torch.zeros(len(known), _PLANNED_WIDTH, device=known.device)] * 2
+            both = [torch.zeros(len(known), _PLANNED_WIDTH, device=device)] * 2
         else:
-            absent = (~known | (batch.query_ids < 0)).tolist()
-            both = [vectors.of(batch.places, absent).to(known.device) for vectors in self._vectors()]
+            at, found = self._found(batch.places)
+            self._tell(batch, found)
+            known = known & torch.from_numpy(found).to(device)
+            both = [vectors.read(np.where(found, each, -1)).to(device) for vectors, each in zip(self._vectors(), at, strict=True)]
+        options = {"known": known, "temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
         options |= {"teacher_query": both[0], "teacher_target": both[1]}
         said = {name: getattr(self, name) for name in ("symmetric", "workspace_mib", "backend")}
         options |= {name: value for name, value in said.items() if value not in (None, False, "auto")}
@@ -115,8 +139,29 @@ class Distillation(Loss):
     def _vectors(self) -> tuple[TeacherVectors, TeacherVectors]:
         return tuple(teacher_vectors(path, self.source_names) for path in (self.teacher.query, self.teacher.target))
 
+    def _found(self, places: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], np.ndarray]:
+        """([places in the query file, in the target file], (N,) bool: in both) of rows."""
+        at = [vectors.places(places) for vectors in self._vectors()]
+        return at, (at[0] >= 0) & (at[1] >= 0)
+
+    def _lacking(self, source: int, row: int) -> str:
+        vectors = next(vectors for vectors in self._vectors() if vectors.places([(source, row)])[0] < 0)
+        key = vectors.key(source, row)
+        return f"{vectors.path}: expected a vector for row {row} of {self.source_names[source]} (key {key!r}), got none"
+
+    def _tell(self, batch: LossBatch, found: np.ndarray) -> None:
+        lacking = ~found if batch.counted is None else ~found & batch.counted
+        if not lacking.any():
+            return
+        words = self._lacking(*batch.places[int(lacking.argmax())])
+        if self.strict:
+            raise ValueError(f"{words}; make the files anew with {COMMAND} teach, or set data.strict to false to leave such rows out")
+        if not self.untaught:
+            logger.warning("%s; it does not count in the distillation, nor do others like it (untaught counts them)", words)
+        self.untaught += int(lacking.sum())
+
     def figures(self, function: Callable) -> dict[str, float]:
-        return {"temperature": self.temperature}
+        return {"temperature": self.temperature} | ({"untaught": float(self.untaught)} if self.untaught else {})
 
     def words(self) -> str:
         return f"by distillation from embeddings of {self.teacher.query} at temperature {self.temperature:g}"

@@ -44,6 +44,11 @@ class _InfoNCE(Loss):
             self.temperature.check()
             if self.learnable_temperature:
                 raise ValueError("loss.learnable_temperature: true is loss.temperature.learn: global; expected one of them, leave it out")
+            if self.learn in ("source", "modality") and self.hardness:
+                raise ValueError(
+                    f"loss.hardness: expected 0 beside temperature.learn: {self.learn}, which gives rows temperatures of their own, got "
+                    f"{self.hardness:g}; leave one out, or learn: global"
+                )
         try:
             InfoNCEOptions.make(self._said(), held=True)
             if self.learn == "global":
@@ -68,6 +73,10 @@ class _InfoNCE(Loss):
         if isinstance(self.temperature, Temperature):
             return self.temperature.learn
         return "global" if self.learnable_temperature else "none"
+
+    @property
+    def tells_sources(self) -> bool:
+        return self.learn == "source"
 
     @property
     def learns(self) -> bool:

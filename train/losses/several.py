@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -38,14 +39,14 @@ class PartFigures:
     stats: list[tuple[Any, torch.Tensor]]
 
 
-def whole_loss(sections: Loss | list[Loss], names: Sequence[str], own: Sequence[Loss | list[Loss] | None]) -> Loss:
-    """The loss of a recipe's `loss:` and of its sources' (`own`, one entry for each of `names`)."""
+def whole_loss(sections: Loss | list[Loss], names: Sequence[str], own: Sequence[Loss | list[Loss] | None], *, strict: bool = False) -> Loss:
+    """The loss of a recipe's `loss:` and of its sources' (`own`, one entry for each of `names`); `strict`: its `data.strict`."""
     general = sections if isinstance(sections, list) else [sections]
     chosen = [general if one is None else one if isinstance(one, list) else [one] for one in own]
     used = [loss for source in chosen for loss in source] or general
     distinct = [loss for at, loss in enumerate(used) if loss not in used[:at]]
     for loss in [*general, *used]:
-        loss.source_names = tuple(names)
+        loss.source_names, loss.strict = tuple(names), strict
     if len(distinct) == 1 and distinct[0].weight == 1 and all(len(source) == 1 for source in chosen):
         return distinct[0]
     parts = []
@@ -99,7 +100,10 @@ class Several(Loss):
 
     def options(self, batch: LossBatch) -> dict[str, Any]:
         rows = [self._rows(part, batch) for part in self.parts]
-        changed = [batch if counted is None else replace(batch, rows=counted) for counted in rows]
+        changed = [
+            batch if of_part is None else replace(batch, rows=of_part, counted=self._counted(part, batch))
+            for part, of_part in zip(self.parts, rows, strict=True)
+        ]
         return {
             "parts": [part.loss.options(one) for part, one in zip(self.parts, changed, strict=True)],
             "rows": rows,
@@ -114,6 +118,12 @@ class Several(Loss):
         for source in part.sources:
             counted |= batch.sources == source
         return counted
+
+    @staticmethod
+    def _counted(part: Part, batch: LossBatch) -> np.ndarray:
+        """`_rows` that can be read, on the host."""
+        own = np.isin([source for source, _ in batch.places], part.sources)
+        return own if batch.counted is None else own & batch.counted
 
     def figures(self, function: Callable) -> dict[str, float]:
         return {

@@ -44,6 +44,9 @@ class Sigmoid(Loss):
     matryoshka: Matryoshka | None = None
     quantised: Quantised | None = None
 
+    def __post_init__(self) -> None:
+        self.name = Sigmoid.name  # also where a recipe says "sigmoid"
+
     def check(self) -> None:
         if not 0 < self.scale < math.inf:
             raise ValueError(f"loss.scale must be above 0, got {self.scale}; it multiplies the similarities (SigLIP starts at 10)")

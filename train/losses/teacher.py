@@ -6,10 +6,10 @@ gives to the lines of a JSONL.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from vlm2vec.commands.common import read_embeddings
@@ -18,7 +18,7 @@ from ..command import COMMAND
 
 
 class TeacherVectors:
-    """A file's vectors, found by the rows of a recipe.
+    """A file's vectors, found by the rows of a recipe. They stay in the file, of which rows are read as they are asked for.
 
     Args:
         path: of the file. sources: names of the recipe's sources, in their order.
@@ -29,38 +29,38 @@ class TeacherVectors:
 
     def __init__(self, path: str, sources: Sequence[str]):
         self.path, self.sources = path, sources
-        embeddings, keys, _ = read_embeddings(path)
-        self.embeddings = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+        self._embeddings, keys, _ = read_embeddings(path)  # mapped by safetensors: what is not asked for takes no memory
         self._place = {key: place for place, key in enumerate(keys)}
 
-    def of(self, rows: Sequence[tuple[int, int]], absent: Sequence[bool]) -> torch.Tensor:
-        """(len(rows), D) float32 of length 1; zeros where a row is `absent`.
+    def places(self, rows: Sequence[tuple[int, int]]) -> np.ndarray:
+        """(len(rows),) int64, where in the file each (source, row) is; -1 where it is not."""
+        return np.array([self._find(*row) for row in rows], dtype=np.int64)
 
-        Raises:
-            ValueError: a row that has no vector; names it and the mend.
-        """
-        found = [-1 if gone else self._find(*row) for row, gone in zip(rows, absent, strict=True)]
-        places = torch.tensor(found, dtype=torch.int64)
-        return torch.where((places >= 0)[:, None], self.embeddings[places.clamp(min=0)], 0.0)
+    def read(self, places: np.ndarray) -> torch.Tensor:
+        """(len(places), D) float32 of length 1; zeros where a place is -1."""
+        absent = torch.from_numpy(places < 0)[:, None]
+        if absent.all():
+            return torch.zeros(len(places), self._embeddings.shape[1])
+        vectors = self._embeddings[torch.from_numpy(places.clip(min=0))].float()
+        return torch.nn.functional.normalize(vectors, dim=-1).masked_fill(absent, 0.0)
+
+    def key(self, source: int, row: int) -> str:
+        """The key under which `train teach` writes a row."""
+        return f"{self.sources[source]}/{row}"
 
     def _find(self, source: int, row: int) -> int:
-        keys = [f"{self.sources[source]}/{row}", *([str(row)] if len(self.sources) == 1 else [])]
-        place = next((self._place[key] for key in keys if key in self._place), None)
-        if place is None:
-            raise ValueError(
-                f"{self.path}: expected a vector for row {row} of {self.sources[source]} (key {keys[0]!r}), got none; make the file anew "
-                f"with {COMMAND} teach RECIPE --teacher MODEL -o FOLDER"
-            )
-        return place
+        place = self._place.get(self.key(source, row), -1)
+        return self._place.get(str(row), -1) if place < 0 and len(self.sources) == 1 else place
 
 
-@functools.lru_cache(maxsize=8)
-def _opened(path: str, changed: int, sources: tuple[str, ...]) -> TeacherVectors:
-    return TeacherVectors(path, sources)
+_OPEN: dict[tuple[str, tuple[str, ...]], tuple[int, TeacherVectors]] = {}  # each with the time at which its file was written
 
 
 def teacher_vectors(path: str, sources: Sequence[str]) -> TeacherVectors:
-    """The vectors of a file, read once while it stays as it is."""
+    """The vectors of a file, opened once while it stays as it is."""
     if not os.path.isfile(path):
         raise ValueError(f"teacher: {path}: no such file; {COMMAND} teach RECIPE --teacher MODEL -o FOLDER writes query and target files")
-    return _opened(path, os.stat(path).st_mtime_ns, tuple(sources))
+    key, written = (path, tuple(sources)), os.stat(path).st_mtime_ns
+    if key not in _OPEN or _OPEN[key][0] != written:
+        _OPEN[key] = written, TeacherVectors(path, sources)
+    return _OPEN[key][1]

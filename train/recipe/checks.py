@@ -139,8 +139,22 @@ def _check_loss(recipe: RecipeKeys) -> None:
     for at, source in enumerate(sources):
         if source.loss is not None:
             _check_sections(f"data.sources[{at}].loss", source.loss, [source], recipe)
+    for where, loss in _sections(recipe):
+        if loss.tells_sources:
+            require_own_names(sources, f"{where} ({loss.name})")
     if recipe.data.hard_negatives and not any(loss.takes_hard_negatives for _, loss in _sections(recipe)):
         raise ValueError(f"data.hard_negatives: {general[0].name} has no place for them; leave the key out, or choose loss.name: info_nce")
+
+
+def require_own_names(sources: list[Source], who: str) -> None:
+    """ValueError where two sources share a name, by which `who` tells them."""
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"data.sources: expected a name of its own for each, by which {who} tells them, got {shown(twice)} twice; rename one and its "
+            "folder, or give its `file`"
+        )
 
 
 def _sections(recipe: RecipeKeys) -> list[tuple[str, Loss]]:

@@ -39,7 +39,8 @@ class Recipe(RecipeKeys):
     @functools.cached_property
     def objective(self) -> Loss:
         """The whole loss: the recipe's sections and its sources' own."""
-        return whole_loss(self.loss, [source.name for source in self.data.sources], [source.loss for source in self.data.sources])
+        sources, strict = self.data.sources, self.data.strict
+        return whole_loss(self.loss, [source.name for source in sources], [source.loss for source in sources], strict=strict)
 
     @property
     def whole_words(self) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlm2vec.model import VLM2Vec
 
 
+_FINITE_BLOCK = 65_536  # rows that are looked at together
 MOST_NAMED = 20  # inputs left out that are named one by one
 
 
@@ -205,6 +206,7 @@ def read_embeddings(path: str) -> tuple[torch.Tensor, list[str], dict[str, str]]
     Raises:
         ValueError: no such file, rows without a key or keys without a row, numbers that are not finite or not as written.
     """
+    import torch
     from safetensors import safe_open
 
     if not os.path.isfile(path):
@@ -221,7 +223,8 @@ def read_embeddings(path: str) -> tuple[torch.Tensor, list[str], dict[str, str]]
         raise ValueError(f"{path}: {count} keys for embeddings of shape {shape}, expected one a row; embed again")
     if "checksum" in about and about["checksum"] != _checksum(embeddings):
         raise ValueError(f"{path} is damaged (its numbers are not those that were written); embed again")
-    broken = (~embeddings.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    finite = torch.cat([block.isfinite().all(dim=1) for block in embeddings.split(_FINITE_BLOCK)])  # the whole at once is a copy of it
+    broken = (~finite).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(f"{path}: row {broken[0]} ({keys[broken[0]]}) of {rows} is not finite; embed again, with --dtype float32")
     return embeddings, [str(key) for key in keys], about

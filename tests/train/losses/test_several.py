@@ -13,6 +13,7 @@ from train.build import build_model
 from train.data.rows import PairDataset
 from train.losses.several import Several
 from train.plan.batch import first_batch as planned_batch
+from train.plan.fake.gradcache import loss_of_ranks
 from train.plan.simulate import simulate
 from train.recipe.schema import load_recipe
 from train.run import run
@@ -207,3 +208,14 @@ def test_labels_that_do_not_fit_cost_their_row(root, tmp_path):
     with pytest.raises(ValueError, match="source Pictures: scores names column 'techer', the data has qry"):
         recipe.data.sources[0].scores = "techer"
         PairDataset(recipe.data, None)
+
+
+def test_a_plan_over_ranks_leaves_the_options_of_a_sum_as_they_are():
+    """They are a step's, which a plan takes more than once."""
+    ids, seen = torch.arange(3), []
+    parts = [{"target_ids": ids}, {"positives": ids}]
+    loss = loss_of_ranks(lambda query, target, **options: seen.append((len(target), options["parts"])), 2)
+    for _ in range(2):
+        loss(torch.ones(3, 2), torch.ones(3, 2), parts=parts)
+    assert parts == [{"target_ids": ids}, {"positives": ids}] and parts[0]["target_ids"] is ids
+    assert [(count, given[0]["target_ids"].tolist()) for count, given in seen] == [(6, [0, 1, 2, 0, 1, 2])] * 2

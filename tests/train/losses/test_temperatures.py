@@ -142,6 +142,8 @@ def test_global_is_the_alias_of_learnable_temperature(root, tmp_path):
         ({"temperature": {"start": -1.0}}, "loss.temperature: expected"),
         ({"temperature": {"strat": 0.1}}, "unknown recipe key loss.temperature.strat; did you mean loss.temperature.start"),
         ({"temperature": {"learn": "global"}, "learnable_temperature": True}, "is loss.temperature.learn: global"),
+        ({"temperature": {"learn": "source"}, "hardness": 5.0}, "loss.hardness: expected 0 beside temperature.learn: source"),
+        ({"temperature": {"learn": "modality"}, "hardness": 5.0}, "loss.hardness: expected 0 beside temperature.learn: modality"),
         ({"name": "cosent", "temperature": {"learn": "global"}}, "loss.temperature must be of type float"),
     ],
     ids=str,

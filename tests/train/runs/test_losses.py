@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from contrastive_kernels import InfoNCEOptions, sigmoid_loss
@@ -68,6 +69,28 @@ def test_options_that_were_said_reach_the_loss(root, tmp_path):
 def test_what_a_loss_does_not_know_is_refused(root, tmp_path, loss, words):
     with pytest.raises(ValueError, match=words):
         load_recipe(write_recipe(root, output=str(tmp_path / "o"), loss=loss))
+
+
+def test_sigmoid_is_another_name_of_the_sigmoid_loss(root, tmp_path):
+    short, whole = (
+        load_recipe(write_recipe(root, output=str(tmp_path / "o"), loss={"name": n, "scale": 5.0})) for n in ("sigmoid", "sigmoid_loss")
+    )
+    assert short.loss == whole.loss and type(short.loss) is LOSSES["sigmoid_loss"] and short.objective.words() == whole.objective.words()
+    assert load_recipe(write_recipe(root, output=str(tmp_path / "o")), ["--loss.name", "sigmoid"]).loss.name == "sigmoid_loss"
+
+
+@pytest.mark.parametrize(
+    "loss", [{"temperature": {"learn": "source"}}, {"name": "distillation", "teacher": {"query": "q", "target": "t"}}], ids=str
+)
+def test_sources_of_one_name_are_refused_where_a_loss_tells_them(root, tmp_path, loss):
+    data = yaml.safe_load((root / "data.yaml").read_text())
+    data["sources"][1] |= {"name": "Pictures", "root": str(root / "train"), "split": "other"}
+    changes = {"data": data, "output": str(tmp_path / "o")}
+    load_recipe(write_recipe(root, **changes))
+    with pytest.raises(
+        ValueError, match=r"data.sources: expected a name of its own for each, by which loss \(\w+\) tells them, got .*Pictures"
+    ):
+        load_recipe(write_recipe(root, loss=loss, **changes))
 
 
 def test_a_loss_without_hard_negatives_gets_none(root, tmp_path):

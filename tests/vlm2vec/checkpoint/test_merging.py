@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -169,6 +170,20 @@ def test_dora_adapters_give_a_full_model_of_their_mean(place):
     for name in base:
         torch.testing.assert_close(got[name], (a[name] + b[name]) / 2, rtol=1e-5, atol=1e-6, msg=name)
     assert sum((got[name] != base[name]).any() for name in base) == 4
+
+
+def test_one_base_is_in_memory_at_a_time(place, monkeypatch):
+    load, models, alive = VLM2Vec.from_pretrained, [], []
+
+    def watched(*args, **options):
+        alive.append(sum(model() is not None for model in models))
+        model = load(*args, **options)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(VLM2Vec, "from_pretrained", watched)
+    assert merge(place, "dora_a", "dora_b") == 0
+    assert alive == [0, 0]
 
 
 def test_ties_of_adapters_is_of_their_changes(place):

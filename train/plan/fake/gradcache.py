@@ -281,7 +281,9 @@ def loss_of_ranks(loss: Callable, ranks: int) -> Callable:
     """Another loss of this rank's rows against everyone's columns; every rank has the same rows."""
 
     def of_one_rank(query: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
-        for said in options.get("parts") or [options]:  # of a sum each section has its own
+        if "parts" in options:  # of a sum each section has its own; the caller's stay as they are
+            options["parts"] = [dict(said) for said in options["parts"]]
+        for said in options.get("parts") or [options]:
             for name in ("target_ids", "target_query_ids", "teacher_target"):
                 if name in said:
                     said[name] = torch.cat([said[name]] * ranks)

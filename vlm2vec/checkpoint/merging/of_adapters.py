@@ -118,6 +118,7 @@ def _full(
         )
     with tempfile.TemporaryDirectory(prefix=".merging-", dir=folder.parent) as work:
         for at in reversed(range(len(models))):  # the first one's model stays, with its words and options
+            model = layers = None  # before the next one is loaded
             model = load(models[at], base=described[at].weights, device="cpu")
             layers = adapters.lora_layers(model)
             save_file(
