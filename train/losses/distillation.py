@@ -3,8 +3,8 @@
     KL(softmax(teacher_i / teacher_temperature) || softmax(student_i / temperature)) over the batch's targets, mean over rows, in nats
 
 The teacher's vectors are read by row from files of embeddings (`train.losses.teacher`): they may have another width, and the teacher is
-not in memory. Targets whose vectors are unknown (rows of sources that are not distilled, that cannot be read, or that the files lack) are
-zero vectors on both sides, whose logit is 0 to student and teacher alike.
+not in memory. Rows whose vectors are unknown (of sources that are not distilled, that cannot be read, or that the files lack) are left out,
+and their targets are nobody's candidates.
 """
 
 from __future__ import annotations
@@ -59,12 +59,10 @@ def distillation(
     """
     rows = known if query_mask is None else known & query_mask & target_mask
     columns = rows if positives is None else rows.repeat(len(target) // len(rows))  # a plan's targets of all ranks
-    student, teacher = torch.where(columns[:, None], target, 0), torch.where(columns[:, None], teacher_target, 0)
-    if len(target) == len(query):
-        options["weight"] = rows.to(torch.promote_types(query.dtype, torch.float32))
     if group is not None:
         options["group"] = group
-    return distillation_loss(torch.where(rows[:, None], query, 0), student, teacher_query, teacher, normalize=True, **options)
+    masks = {"query_mask": rows, "target_mask": columns}
+    return distillation_loss(query, target, teacher_query, teacher_target, normalize=True, **masks, **options)
 
 
 @dataclass
