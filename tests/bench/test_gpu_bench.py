@@ -53,13 +53,14 @@ def test_errors_are_known_of_every_case(shape, names):
 def test_a_lost_factor_of_ten_is_above_what_is_allowed_anywhere():
     for at, known in errors.known().items():
         for name, error in known.items():
-            scalar = (
-                name == "loss" or name == "d_temperature" and not at.startswith("row")
-            )  # by luck nearly exact: judged by units of float32
+            # a temperature's gradient is one number but for a temperature a row; by luck nearly exact: judged by units of float32
+            scalar = name == "loss" or name == "d_temperature" and not at.startswith("row")
             bound = 2 * error + errors.UNITS * 2**-23
             assert 10 * max(error, 5e-8 if scalar else 0.0) > bound, (at, name)
-            # far below the 2^-7 of bfloat16; a gradient of the temperature is a sum that nearly cancels
-            assert bound < (2**-8 if not scalar else 1e-6 if name == "loss" else 1e-4), (at, name)
+            # below the 2^-7 of two roundings to bfloat16, far below where a row is not its one slope, as it is when cold; a gradient of
+            # the temperature is a sum that nearly cancels
+            most = 2**-7.5 if at.startswith("cold") else 2**-8
+            assert bound < (most if not scalar else 1e-6 if name == "loss" else 1e-4), (at, name)
 
 
 def test_gate_sees_a_lost_factor_of_ten(monkeypatch):
