@@ -9,7 +9,6 @@ import torch
 
 from contrastive_kernels import (
     InfoNCELoss,
-    distillation_loss,
     info_nce,
     info_nce_value_and_grad,
     last_token_pool,
@@ -303,34 +302,6 @@ def test_sigmoid(name):
     given, message = SIGMOID[name]
     with refused(message):
         sigmoid_loss(**{**GOOD, "scale": 10.0, "bias": -10.0, **given})
-
-
-TEACHER = {"teacher_query": torch.randn(N, 3), "teacher_target": torch.randn(M, 3)}
-DISTILLATION = {
-    "the teacher's widths": ({"teacher_target": torch.randn(M, 4)}, "teacher_query D=3 and teacher_target D=4"),
-    "the teacher's rows": ({"teacher_query": torch.randn(N + 1, 3)}, f"teacher_query: expected {N} rows.*got {N + 1}"),
-    "the teacher's kind": ({"teacher_target": torch.ones(M, 3).long()}, "teacher_target: expected a floating-point tensor"),
-    "temperature": ({"temperature": 0.0}, "temperature: expected a number above 0"),
-    "temperatures": ({"temperature": torch.ones(N + 1)}, "temperature: expected"),
-    "the teacher's temperature": ({"teacher_temperature": -1.0}, "teacher_temperature: expected a number above 0"),
-    "its temperature as a tensor": ({"teacher_temperature": torch.tensor(1.0)}, "teacher_temperature: expected a number, got a tensor"),
-    "pairs": ({"symmetric": True, "reduction": "none"}, f"symmetric: expected as many targets as queries.*got {M} targets and {N} queries"),
-    "weighted pairs": ({"symmetric": True, "weight": torch.ones(N)}, "symmetric: expected as many targets as queries"),
-    "reduction": ({"reduction": "median"}, "reduction"),
-    "weight with a gradient": ({"weight": torch.ones(N, requires_grad=True)}, "weight: expected a tensor without gradient"),
-    "a number of weights": ({"weight": torch.ones(N + 1)}, "weight: expected shape"),
-    "NaN weights": ({"weight": NAN}, "weight: expected finite"),
-    "scratch": ({"workspace_mib": 0}, "workspace_mib: expected MiB above 0"),
-    "scratch for a row": ({"workspace_mib": 1e-5}, "workspace_mib: expected room for one row"),
-    "backend": ({"backend": "cuda"}, "backend"),
-}
-
-
-@pytest.mark.parametrize("name", DISTILLATION)
-def test_distillation(name):
-    given, message = DISTILLATION[name]
-    with refused(message):
-        distillation_loss(**{**GOOD, **TEACHER, **given})
 
 
 LOOKED_AT = {

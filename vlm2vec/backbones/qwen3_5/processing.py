@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vec.backbones.base import Visual
 from vlm2vec.backbones.qwen2_vl import Qwen2VLProcessing
+from vlm2vec.backbones.qwen3_vl import Qwen3VLProcessing
 from vlm2vec.inputs import Item
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-FACTOR = 32  # pixels of a token's side
 START, END = "<|vision_start|>", "<|vision_end|>"
 PLACE = "\ue000"  # a letter of nobody's, in no template
 
@@ -27,17 +27,7 @@ class Qwen35Processing(Qwen2VLProcessing):
     """
 
     reference_edges = False
-    defaults = {
-        **Qwen2VLProcessing.defaults,
-        "min_pixels": 64 * FACTOR**2,
-        "max_pixels": 16384 * FACTOR**2,
-        "positions": "mrope",
-        "chat_template": False,
-        "video_min_pixels": 4 * FACTOR**2,
-        "video_max_pixels": 768 * FACTOR**2,
-        "video_total_pixels": 7680 * FACTOR**2,
-        "video_fps": 2.0,
-    }
+    defaults = Qwen3VLProcessing.defaults
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
