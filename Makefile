@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS :=
+EXTRAS := dev
 TRITON :=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -35,7 +36,7 @@ define install
 endef
 
 $(STAMP): pyproject.toml $(CONSTRAINTS) | $(PY)
-	$(call install,dev)
+	$(call install,$(EXTRAS))
 	@touch $(STAMP) $(STAMP)-quickstart
 
 $(STAMP)-quickstart: pyproject.toml | $(PY)
@@ -57,7 +58,7 @@ test: $(STAMP)  ## Run the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-old:  ## The same on the oldest versions that pyproject.toml allows (tests/oldest.txt), in .venv-old; Python 3.11 or 3.12
-	@$(MAKE) --no-print-directory test VENV=.venv-old CONSTRAINTS=tests/oldest.txt
+	@$(MAKE) --no-print-directory test VENV=.venv-old CONSTRAINTS=tests/oldest.txt EXTRAS=dev,clients
 
 # another triton lies in a folder of its own before the installed one; torch on a CPU does not mind which it is
 .triton/%/.installed: | $(STAMP)
