@@ -55,6 +55,52 @@ def test_all_time_between_two_marks_belongs_to_the_first(monkeypatch):
     assert times.drain() == {}, "no step, no figures"
 
 
+def test_on_a_gpu_marks_are_events_and_only_the_log_line_waits(monkeypatch):
+    """Events of a stream that stands still until somebody waits for it; each mark is one second of the GPU's time."""
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.at = None
+
+        def record(self, stream):
+            assert stream == "the stream in use"
+            self.at = len(told)
+            told.append("record")
+
+        def synchronize(self):
+            told.append("wait")
+
+        def elapsed_time(self, end):
+            assert "wait" in told, "an event that the GPU has not come to has no time"
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream in use")
+    times = PhaseTimes(torch.device("cuda"))
+    times.enter(DATA)
+    with times.observe(Phase("first pass")):
+        pass
+    with times.observe(Phase("loss")):
+        pass
+    times.enter(OPTIMIZER)
+    times.step_ended()
+    assert told == ["record"] * 7, "nothing in a step waits"
+    figures = times.drain()
+    assert told == ["record"] * 8 + ["wait"]
+    assert figures == {
+        "data_ms": 1000.0,
+        "first_pass_ms": 1000.0,
+        "loss_ms": 1000.0,
+        "second_pass_ms": 0.0,
+        "sync_ms": 0.0,
+        "optimizer_ms": 1000.0,
+        "other_ms": 3000.0,
+        "step_ms": 7000.0,
+    }
+
+
 def test_phases_of_a_run_add_up_to_the_wall_clock(root, tmp_path, monkeypatch):
     """Slow data and a slow optimizer show where they are; a step's phases are its time between two log lines."""
     stamps, batch, norm, log = ([], ContrastiveTrainer.get_batch_samples, ContrastiveTrainer._get_grad_norm, ContrastiveTrainer.log)

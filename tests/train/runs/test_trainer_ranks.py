@@ -3,6 +3,8 @@
 All cases share one pair of processes: starting them costs more than the cases do.
 """
 
+import gzip
+import json
 import shutil
 import traceback
 
@@ -111,8 +113,11 @@ def whole_run(root, rank):
     from train.run import run
 
     recipe = load_recipe(root / "fsdp.yaml")
-    assert run([str(root / "fsdp.yaml")]) == 0
+    assert run([str(root / "fsdp.yaml"), "--profile", "2"]) == 0
     first = files(root / "fsdp")
+    if rank == 0:
+        for trace in (root / "fsdp").glob("profile-*"):
+            trace.rename(root / trace.name)
     torch.distributed.barrier()
     if rank == 0:
         for path in (root / "fsdp").iterdir():
@@ -164,6 +169,17 @@ def test_gradients_are_those_of_one_process(root, results, name):
         for parameter, gradient in expected.items():
             got = torch.from_numpy(found[parameter])
             torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-10, msg=f"rank {rank}: {parameter}")
+
+
+def test_each_rank_writes_its_own_trace(root, results):
+    assert results["run", 0] and results["run", 1]
+    assert sorted(path.name for path in root.glob("profile-*")) == [f"profile-step-2-rank-{rank}.json.gz" for rank in range(2)]
+    for rank in range(2):
+        with gzip.open(root / f"profile-step-2-rank-{rank}.json.gz", "rt", encoding="utf-8") as file:
+            trace = json.load(file)
+        names = {str(event["name"]) for event in trace["traceEvents"] if event.get("ph") == "X"}
+        assert {f"step: {phase}" for phase in ("waiting for data", "first pass", "loss", "second pass", "optimizer")} <= names
+        assert trace["distributedInfo"]["rank"] == rank
 
 
 def test_an_fsdp_run_saves_whole_weights_and_goes_on_from_its_checkpoint(root, results):
