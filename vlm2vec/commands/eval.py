@@ -27,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE.yaml",
         help="data sets, groups, meta-tasks or modalities to run, and YAML files with tasks of your own",
     )
-    parser.add_argument("--list", action="store_true", help="show the 78 published tasks with metric and published scores, and stop")
-    parser.add_argument("--protocol", choices=("v1", "v2"), default="v1", help="candidate keys and files of MMEB (v1) or MMEB-V2 (v2)")
+    parser.add_argument(
+        "--list", action="store_true", help="show the published tasks of the protocol (78, or V3's 190) with metric and scores, and stop"
+    )
+    parser.add_argument("--protocol", choices=("v1", "v2", "v3"), default="v1", help="MMEB (v1), MMEB-V2 (v2) or MMEB-V3 (v3)")
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.report.listing import list_tasks
 
     if args.list:
-        print("\n".join(list_tasks()))
+        print("\n".join(list_tasks(args.protocol)))
         return 0
     _need(args)
     tasks = _tasks(args)

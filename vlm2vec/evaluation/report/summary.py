@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.score.aggregate import aggregate
-from vlm2vec.evaluation.tasks import GROUPS, load_tasks, published
+from vlm2vec.evaluation.tasks import V2_GROUPS, known_tasks, published
 from vlm2vec.files import AnyPath, write_json, write_lines
 
 V1_TABLE = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
-V2_TABLE = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
+V2_TABLE = (*V2_GROUPS[:4], "image", *V2_GROUPS[4:8], "video", *V2_GROUPS[8:], "visdoc", "all")
 
 
 def percent(value: float | None) -> str:
@@ -33,7 +33,7 @@ def own_row(means: dict[str, Any]) -> dict[str, float]:
 
 def not_as_published(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each task that bears a published name and has another number of queries or candidates than was published."""
-    lines, table = [], load_tasks()
+    lines, table = [], known_tasks()
     for row in rows:
         task = table.get(row["task"])
         if task is not None and task.queries and row["num_queries"] != task.queries:
