@@ -22,7 +22,7 @@ class NormOfRows(nn.Module):
 class LayerOfRows(nn.Module):
     """The last decoder layer, whose MLP sees the rows (B,) alone: (1, T, D) -> (1, B, D).
 
-    Attention needs the keys and values of all tokens; the MLP, two thirds of a layer's weights and more, needs no row that is not asked for.
+    Attention needs the keys and values of all tokens; the MLP, two thirds of a layer's weights and more, no row that is not asked for.
     """
 
     def __init__(self, layer: nn.Module, index: torch.Tensor):
