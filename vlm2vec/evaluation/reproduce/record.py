@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "Pill
 EXAMPLE = 160  # characters of a first input
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str | None]:
     """{library: version} of what a vector may depend on; None for what is not installed."""
     found: dict[str, str | None] = {"vlm2vec": __version__}
