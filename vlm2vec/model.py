@@ -194,8 +194,9 @@ class VLM2Vec(Trainable, nn.Module):
         """
         return self.processing.hf_processor()
 
-    def reading(self, *, orientation: str, background: str) -> VLM2Vec:
-        """A view of this model, same weights, that reads pictures otherwise (`vlm2vec.media.images`); `self` stays as it is.
+    def reading(self, **media: Any) -> VLM2Vec:
+        """A view of this model, same weights, that reads pictures (`vlm2vec.media.images`: orientation, background) and films (frames,
+        fps, max_frames) otherwise; `self` stays as it is.
 
         Example:
             >>> model.reading(orientation="stored", background="hidden").options["orientation"], model.options["orientation"]
@@ -203,7 +204,7 @@ class VLM2Vec(Trainable, nn.Module):
         """
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view.processing = self.processing.reading(orientation=orientation, background=background)
+        view.processing = self.processing.reading(**media)
         return view
 
     # -- running --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+READING = ("orientation", "background", "frames", "fps", "max_frames")  # options that change what is read, not how it is fed
+
+
 class Processing:
     """Tokenizer, image processor and the family's rules. Families override the hooks; `__call__` is the same for all.
 
@@ -35,6 +38,7 @@ class Processing:
         defaults: the family's options and their default values; other option names are an error.
         image_limit: the option that bounds the tokens of a picture.
         feeding: "raw" (the text as it is) or "authors" (as a published embedder is fed); one `Processing` does one of them.
+        film_frames: which frames of a film the family's own evaluation takes (`vlm2vec.media.sampling.FrameRule`).
         takes_settings: reads what an input says of one picture or film alone (`Item.settings`); without it such inputs are refused.
 
     Options that every family has:
@@ -58,6 +62,7 @@ class Processing:
     image_limit = "max_image_pixels"
     feeding = "raw"
     takes_settings = False
+    film_frames = str(FRAMES)
     shared_defaults = {
         "feeding": "raw",
         "max_length": None,
@@ -272,10 +277,15 @@ class Processing:
         visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
         return self.assemble(self.tokenize(text), visuals), opened
 
-    def reading(self, *, orientation: str, background: str) -> Processing:
-        """The same processing with pictures read otherwise; `self` stays as it is."""
+    def reading(self, **media: Any) -> Processing:
+        """The same processing with pictures and films read otherwise (options of `READING`); `self` stays as it is."""
         twin = copy.copy(self)
-        twin.options = {**self.options, "orientation": orientation, "background": background}
+        other = sorted(set(media) - set(READING))
+        if other:
+            raise ValueError(f"reading otherwise: expected {', '.join(READING)}, got {', '.join(other)}; load the model with it")
+        for name, value in media.items():
+            check_option(name, value, self.shared_defaults[name])
+        twin.options = {**self.options, **media}
         twin._check_names()
         return twin
 

@@ -223,6 +223,12 @@ class Qwen2VL(Backbone):
     def position_argument(self, packed: PackedBatch) -> torch.Tensor:
         return packed.position_ids.expand(3, -1)[:, None]
 
+    def shares_prefixes(self, model: nn.Module) -> bool:
+        return "sliding_attention" not in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+    def plain_last_layer(self, text: nn.Module, further: dict) -> bool:
+        return len(further.get("deepstack_visual_embeds") or ()) < len(text.layers)  # Qwen3-VL's are added behind the first layers
+
     def prepare_vision(self, vision: dict, provider: str) -> dict:
         grids = vision["grid_thw"].tolist()
         frames = [h * w for t, h, w in grids for _ in range(t)]

@@ -11,6 +11,7 @@ from vlm2vec.commands import common
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
+from vlm2vec.media.sampling import FrameRule
 
 MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="threads that decode and preprocess (default: cores, at most 8)")
     parser.add_argument("--prompt", help="text put in front of every input (the data usually holds its own)")
     parser.add_argument("--top", type=int, default=100, help="candidates kept per query in the prediction files (default 100)")
+    parser.add_argument(
+        "--frames",
+        metavar="N|fps:F,max:M",
+        help="frames of every film (default: those of the protocol, or of the model's family; docs/evaluation.md)",
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a task with unreadable files or rows without an answer")
     parser.add_argument("--faiss", action="store_true", help="write the candidates of each task as a FAISS index (needs faiss-cpu)")
     parser.add_argument("--name", help="name of the model in reports (default: the last part of MODEL)")
@@ -135,6 +141,7 @@ def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barr
         faiss=args.faiss,
         device=str(model.device),
         workers=args.workers,
+        frames=None if args.frames is None else FrameRule.parse(args.frames),
         pictures={name: value for name, value in common.parse_options(args.option).items() if name in REFERENCE},
     )
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.backbones.processing import READING
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
+from vlm2vec.evaluation.frames import frame_rule, has_films, with_rule
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
@@ -25,6 +27,7 @@ from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
+from vlm2vec.media.sampling import FrameRule
 
 if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks import Task
@@ -54,6 +57,7 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
+    frames: FrameRule | None = None  # of every film; None: as `frames.frame_rule` says
     pictures: dict = field(default_factory=dict)  # orientation and background that hold for all tasks; see `reading`
     broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
 
@@ -228,17 +232,18 @@ def _other_metric(ranked, labels, grades, metric):
     return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
 
 
-def reading(model: Any, task: Task, asked: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    """How a task's pictures are read, as options of `VLM2Vec.reading`: published tasks' as the reference reads them, others' as the
-    model says; () for a model that reads in one way only.
+def reading(model: Any, task: Task, asked: dict[str, str], rule: FrameRule | None = None) -> tuple[tuple[str, Any], ...]:
+    """How a task's pictures and films are read, as options of `VLM2Vec.reading`: published tasks' pictures as the reference reads them,
+    others' as the model says, films by `rule`; () for a model that reads in one way only.
 
     Args:
         asked: orientation and background that were asked for by name, which hold for all tasks.
     """
     if not hasattr(model, "reading"):
         return ()
-    own = {name: model.options[name] for name in REFERENCE}
-    return tuple({**own, **(REFERENCE if task.name in load_tasks() else {}), **asked}.items())
+    own = {name: model.options[name] for name in READING}
+    films = rule.options if rule is not None and has_films(task) else {}
+    return tuple({**own, **(REFERENCE if task.name in load_tasks() else {}), **films, **asked}.items())
 
 
 def run_tasks(
@@ -263,9 +268,9 @@ def run_tasks(
         evaluation writes into `output`.
     """
     options = options or Options()
-    parts = {}
+    parts, rule = {}, frame_rule(model, asked=options.frames, protocol=options.protocol, feeding=getattr(options, "feeding", "official"))
     for task in tasks:
-        parts.setdefault(reading(model, task, options.pictures), []).append(task)
+        parts.setdefault(reading(model, task, options.pictures, rule), []).append(with_rule(task, rule) if has_films(task) else task)
     rows = {}
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
         for pictures, part in parts.items():
