@@ -61,11 +61,8 @@ def grade_of(row: dict[str, Any], where: str) -> float:
     return grade
 
 
-def read_judgements(table: Rows, *, keep: str = "last") -> dict[str, dict[str, float]]:
-    """{query id: {candidate id: grade}} of a table of judgements; grades of 0 and below are left out.
-
-    Args:
-        keep: of a pair that stands twice, the "last" row's grade or the "highest".
+def read_judgements(table: Rows) -> dict[str, dict[str, float]]:
+    """{query id: {candidate id: grade}} of a table of judgements: grades above 0, of a pair that stands twice the last row's.
 
     Raises: ValueError naming file and row: no id, or a grade that is no number.
     """
@@ -74,8 +71,6 @@ def read_judgements(table: Rows, *, keep: str = "last") -> dict[str, dict[str, f
         where = table.where(at)
         query, candidate = row_id(row, QRELS_QUERY, where), row_id(row, QRELS_CANDIDATE, where)
         grade, known = grade_of(row, where), out.setdefault(query, {})
-        if keep == "highest":
-            grade = max(grade, known.get(candidate, 0.0))
         if grade > 0:
             known[candidate] = grade
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from vlm2vec.files import AnyPath
 from vlm2vec.files.documents import kind, parse_json, read_text, require_regular
 
 IN_MEMORY_BYTES = 256 * 2**20
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 BATCH = 256  # rows that are made at a time when a table is read through
 
 
@@ -202,6 +201,3 @@ def require_columns(rows: Rows, *names: str) -> None:
     for name in names:
         if name not in rows.columns:
             raise ValueError(f"{rows.source}: no column {name!r}; it has {', '.join(rows.columns)}")
-
-
-Maker = Callable[[dict[str, Any]], dict[str, Any]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm2vec.data.json_lines import read_json_rows
+from vlm2vec.evaluation.loaders.rows import IN_MEMORY_BYTES, find_files, read_rows
 from vlm2vec.evaluation.tasks.task import Task
 from vlm2vec.files import AnyPath
 from vlm2vec.files.documents import require_rows
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".jsonl")
 SINGLE = (".jsonl", ".json")  # of a table that is one file, named for itself
-IN_MEMORY_BYTES = 256 * 2**20
 
 
 FIXED = "-fixed"  # ends the names of data sets whose labels were mended
@@ -41,6 +41,12 @@ def _bases(root, task):
 def _folders(root, task, config=None):
     for base in _bases(root, task):
         yield from (base / config, base / config / "data") if config else (base, base / "data")
+
+
+def has_config(root: AnyPath, task: Task, config: str) -> bool:
+    """Whether a task's folder holds a sub-table, as a folder or as a file of its own."""
+    files = [base / f"{config}{ending}" for base in _bases(root, task) for ending in SINGLE]
+    return any(path.is_file() for path in files) or any(folder.is_dir() for folder in _folders(root, task, config))
 
 
 def unmended(root: AnyPath | None, task: Task) -> str | None:
@@ -82,8 +88,6 @@ PATHS = ("queries", "corpus", "qrels", "table", "instructions")  # options that 
 
 def holds_tables(root: AnyPath, task: Task) -> bool:
     """True when the folder has this task's annotation files."""
-    from vlm2vec.evaluation.loaders.rows import find_files
-
     named = [task.options[key] for key in PATHS if key in task.options]
     if named or "folder" in task.options:
         folder = task.options.get("folder", "").partition("{")[0]
@@ -108,8 +112,6 @@ def _read_files(files):
     from datasets import Dataset, concatenate_datasets
 
     if files[0].suffix == ".json":
-        from vlm2vec.evaluation.loaders.rows import read_rows
-
         return concatenate_datasets([Dataset.from_list(list(read_rows([f]))) for f in files])
     if files[0].suffix == ".jsonl":
         for file in files:
