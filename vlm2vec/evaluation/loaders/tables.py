@@ -90,7 +90,8 @@ def holds_tables(root: AnyPath, task: Task) -> bool:
     """True when the folder has this task's annotation files."""
     named = [task.options[key] for key in PATHS if key in task.options]
     if named or "folder" in task.options:
-        folder = task.options.get("folder", "").partition("{")[0]
+        folder, brace, _ = task.options.get("folder", "").partition("{")
+        folder = str(Path(folder).parent) if brace else folder  # columns fill the rest in
         return all(find_files(root, patterns) for patterns in named) and (Path(root) / folder).is_dir()
     if task.loader == "documents" and languages_of(root, task):
         return True
