@@ -12,6 +12,7 @@ from vlm2vec import encoding
 from vlm2vec.attention import choose_provider, register
 from vlm2vec.checkpoint import saving, sentence_transformers_files
 from vlm2vec.checkpoint.trainable import Trainable
+from vlm2vec.inputs import MODALITIES
 from vlm2vec.packing import Features, PackedBatch
 
 if TYPE_CHECKING:
@@ -193,6 +194,17 @@ class VLM2Vec(Trainable, nn.Module):
             'Qwen2VLProcessor'
         """
         return self.processing.hf_processor()
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What an input may hold: "text", and "image", "video" and "audio" as far as the family takes them.
+
+        Example:
+            >>> model.modalities
+            ('text', 'image', 'video')
+        """
+        marks = (self.processing.image_marker, self.processing.video_marker, self.processing.audio_marker)
+        return ("text", *(kind for kind, marker in zip((*MODALITIES[1:], "audio"), marks) if marker is not None))
 
     def reading(self, **media: Any) -> VLM2Vec:
         """A view of this model, same weights, that reads pictures (`vlm2vec.media.images`: orientation, background) and films (frames,

@@ -98,7 +98,7 @@ class GenericProcessing(Processing):
                 value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept_positions]
             vision[key] = value
         patches = sum(v.shape[:-3].numel() for k, v in vision.items() if k.startswith("pixel_values") and v.dim() > 3)
-        return Features(ids[kept_positions], vision, None, None, patches)
+        return Features(ids[kept_positions], vision, None, None, patches, cut=len(kept_positions) < len(ids))
 
     def _kept(self, ids: list[int]) -> list[int]:
         """Positions that stay when the text is cut to max_length."""

@@ -33,6 +33,7 @@ class Processing:
 
     Class attributes of a family:
         image_marker, video_marker: the text that stands for a visual in this family's vocabulary (None: not supported).
+        audio_marker: the text that stands for a sound, likewise.
         from_headers: `process_image` and `process_video` also take `vlm2vec.media.images.Undecoded`, and the four methods are there
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
@@ -57,6 +58,7 @@ class Processing:
 
     image_marker: str | None = None
     video_marker: str | None = None
+    audio_marker: str | None = None
     from_headers = False
     defaults: dict = {}
     image_limit = "max_image_pixels"
@@ -215,6 +217,10 @@ class Processing:
     def item(self, x: Any) -> Item:
         """An input in one form. ValueError also for one that asks of a picture or film what only another feeding reads."""
         item = as_item(x, self.markers)
+        if item.sounds and self.audio_marker is None:
+            raise ValueError(
+                f"{type(self).__name__} takes no audio; a model that hears is one that transformers knows with an audio encoder"
+            )
         if item.settings and not self.takes_settings:
             said = next(name for each in item.settings.values() for settings in each for name in settings)
             raise ValueError(
@@ -320,7 +326,7 @@ class Processing:
                 pieces.append(token)
         if queue:
             raise ValueError(f"the tokenizer lost {len(queue)} image markers; is {self.image_marker!r} a token of its vocabulary?")
-        pieces = self._truncate(pieces)
+        given, pieces = pieces, self._truncate(pieces)
         out, spans, index = [], [], []
         for piece in pieces:
             if not isinstance(piece, Visual):
@@ -343,6 +349,7 @@ class Processing:
             torch.tensor(index, dtype=torch.long) if index else None,
             self.positions(input_ids, spans),
             sum(v.patches for v in visuals),
+            cut=pieces is not given,
         )
 
     def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:

@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=("v1", "v2", "v3"), default=reproduce.Default("v1"), help="MMEB (v1), MMEB-V2 (v2) or MMEB-V3 (v3)"
     )
+    parser.add_argument(
+        "--feeding",
+        choices=("official", "wemm"),
+        default=reproduce.Default("official"),
+        help="which published evaluation of MMEB-V3 to follow: words, pools, judgements (needs --protocol v3; docs/evaluation.md)",
+    )
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -63,6 +69,8 @@ def _need(args):
             raise ValueError(f"vlm2vec eval needs {'a MODEL' if name == 'model' else '--' + name}; or --list to see the tasks")
     if not args.data and not args.hub:
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
+    if args.feeding != "official" and args.protocol != "v3":
+        raise ValueError(f"--feeding {args.feeding} is an evaluation of MMEB-V3; add --protocol v3")
     if args.top < 1 or args.batch_size < 1:
         raise ValueError(f"--top and --batch-size are at least 1, got {args.top} and {args.batch_size}")
     if args.top > MOST_SHOWN:
@@ -71,49 +79,16 @@ def _need(args):
         raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
-def _tasks(args):
-    from vlm2vec.evaluation.tasks import find_tasks, load_tasks, read_task_file
-
-    extra, names = {}, []
-    for word in args.tasks:
-        if word.endswith((".yaml", ".yml")):
-            file_tasks = read_task_file(word)
-            extra |= file_tasks
-            names += list(file_tasks)
-        else:
-            names.append(word)
-    if args.data:
-        return find_tasks(args.data, names or None, extra) if not args.hub else _with_hub(args, names, extra)
-    table = {**load_tasks(), **extra}
-    return _chosen(table, names)
-
-
-def _chosen(table, names):
-    tasks = [t for t in table.values() if not names or any(n in (t.name, t.group, t.meta_task, t.modality) for n in names)]
-    if not tasks:
-        raise ValueError(f"no task, group or modality named {', '.join(names)}; see vlm2vec eval --list")
-    return tasks
-
-
-def _with_hub(args, names, extra):
-    from vlm2vec.evaluation.tasks import find_tasks, load_tasks
-
-    try:
-        local = {t.name: t for t in find_tasks(args.data, None, extra)}
-    except ValueError:
-        local = {}
-    return _chosen({**load_tasks(), **extra, **local}, names)
-
-
 def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.report.listing import list_tasks
+    from vlm2vec.evaluation.tasks.choose import chosen_tasks
 
     if args.list:
         print("\n".join(list_tasks(args.protocol)))
         return 0
-    _need(args)
     row = reproduce.apply_row(args)
-    tasks = _tasks(args)
+    _need(args)
+    tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
     if args.check:
         return reproduce.check(args, tasks, _options(args))
     if row is not None:
@@ -139,6 +114,7 @@ def _options(args: argparse.Namespace, **more: Any) -> Options:
 
     return Options(
         protocol=str(args.protocol),
+        feeding=str(args.feeding),
         hub=args.hub,
         strict=args.strict,
         batch_size=args.batch_size,
@@ -158,17 +134,20 @@ def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barr
     from vlm2vec.evaluation.report.html import write_report
     from vlm2vec.evaluation.report.summary import terminal, write_summary
     from vlm2vec.evaluation.runner import run_tasks
+    from vlm2vec.evaluation.score.details import v3_facts
+    from vlm2vec.evaluation.support import with_unheard
     from vlm2vec.evaluation.tasks import load_tasks
 
     model = reproduce.options_model(args)
+    tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, args.protocol)
     options = _options(args, rank=rank, world=world, barrier=barrier, device=str(model.device))
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
         name = args.name or Path(args.model).name or args.model
-        summary = write_summary(args.output, rows, name, {"protocol": str(args.protocol)}, options.broken_shards)
+        summary = write_summary(args.output, rows, name, {"protocol": str(args.protocol), **v3_facts(options)}, options.broken_shards)
         print("\n".join(terminal(rows, summary["means"])))
         print(f"summary: {Path(args.output) / 'summary.md'}")
-        if any(r["task"] in load_tasks() for r in rows):
+        if any(r["task"] in load_tasks(args.protocol) for r in rows):
             print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
         if not args.no_report:
             print(f"report: {write_report(args.output, rows, name)}")

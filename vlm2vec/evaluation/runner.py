@@ -21,10 +21,12 @@ from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
 from vlm2vec.evaluation.reproduce.record import run_record
-from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
+from vlm2vec.evaluation.score.details import chance, cut_texts, other_metric, parts_and_exclusions, v3_facts
+from vlm2vec.evaluation.score.metrics import KS, METRICS, mean_of, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
 from vlm2vec.evaluation.score.ties import WARN_ABOVE, ties
-from vlm2vec.evaluation.tasks import load_tasks
+from vlm2vec.evaluation.support import audio_tasks, unsupported_row
+from vlm2vec.evaluation.tasks import known_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -44,7 +46,6 @@ class Options:
     """How tasks are run; every field has the command line's default."""
 
     protocol: str = "v1"
-    feeding: str = "official"  # of MMEB-V3: "official" or "wemm"
     hub: bool = False
     strict: bool = False
     batch_size: int = 32
@@ -59,6 +60,7 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
+    feeding: str = "official"  # which published evaluation of MMEB-V3 words, pools and judgements follow; see `Task.fed`
     frames: FrameRule | None = None  # of every film; None: as `frames.frame_rule` says
     pictures: dict = field(default_factory=dict)  # orientation and background that hold for all tasks; see `reading`
     broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
@@ -87,11 +89,12 @@ def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) ->
 
     prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
     read = [i for i in data.queries + data.candidates if not i.get("row")]
-    visual = [i for i in read if i.get("image") or i.get("video") or i.get("unreadable")]
+    visual = [i for i in read if i.get("image") or i.get("video") or i.get("audio") is not None or i.get("unreadable")]
     bad = [i for i in visual if id(i) in reasons]
     if bad and len(bad) > MISSING_SHARE * len(visual):
+        kinds = "sounds" if data.task.modality == "audio" else "images or videos"
         raise ValueError(
-            f"task {data.task.name}: {len(bad)} of {len(visual)} images or videos cannot be read, the first {reasons[id(bad[0])]}; "
+            f"task {data.task.name}: {len(bad)} of {len(visual)} {kinds} cannot be read, the first {reasons[id(bad[0])]}; "
             "is the image folder (--images) right?"
         )
     return prepared
@@ -152,6 +155,7 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
         if not bad:
             query_row.setdefault(key, len(query_row))
     depth, count, target = max(min(options.top, len(data.candidates)), max(KS)), len(data.queries), None
+    depth += max(map(len, data.excluded), default=0) if data.excluded else 0  # so many may leave the ranking
     scores, indices = torch.full((count, depth), float("-inf")), torch.full((count, depth), -1)
     if rows and query_row:
         target = store.get(list(rows)).to(options.device or "cpu")
@@ -176,7 +180,7 @@ def score_task(
     ranking = rank_task(prepared, store, unreadable, options)
     ranked = ranking.lists
     table = per_query_metrics(ranked, ranking.labels, data.grades)
-    metrics = {f"{m}@{k}": float(table[f"{m}@{k}"].mean()) for m in METRICS for k in KS}
+    metrics = {f"{m}@{k}": mean_of(table[f"{m}@{k}"], data.parts) for m in METRICS for k in KS}
     ranks = [
         next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, ranking.labels)
     ]
@@ -184,7 +188,8 @@ def score_task(
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
         write_v1(output, data, ranking.indices, table["hit@1"] > 0, run)
-    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1, run=run)
+    more = parts_and_exclusions(data, ranked, ranking.labels, table) | cut_texts(prepared, store)
+    write_v2(output, data, ranking.indices[:, : options.top], {**metrics, **v3_facts(options)}, info=not v1, run=run)
     lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
     write_lines(output / f"{task.name}_top.jsonl", lines, durable=False)
     write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
@@ -199,18 +204,22 @@ def score_task(
         "meta_task": task.meta_task,
         "split": task.split,
         "metric": task.metric,
-        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, ranking.labels, data.grades, task.metric),
+        "score": metrics[task.metric]
+        if task.metric in metrics
+        else other_metric(ranked, ranking.labels, data.grades, task.metric, data.parts),
         "ties": {
             "queries": sum(tied),
             "share": sum(tied) / max(1, len(tied)),
-            "score_ties_lost": _other_metric(lost, ranking.labels, data.grades, task.metric),
+            "score_ties_lost": other_metric(lost, ranking.labels, data.grades, task.metric, data.parts),
         },
         "metrics": metrics,
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),
         "candidates_per_query": sum(sizes) / max(1, len(sizes)),
-        "chance": _chance(data),
+        "chance": chance(data),
         "problems": data.problems.summary(),
+        **more,
+        **v3_facts(options),
         **({"run": run} if run else {}),
     }
     write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
@@ -228,18 +237,6 @@ def _tell_ties(row: dict[str, Any]) -> None:
         )
 
 
-def _chance(data):
-    """hit@1 of a random order: the share of right candidates, averaged over queries."""
-    sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)] * len(data.labels)
-    right = [len({c for c in row if c >= 0}) for row in data.labels]
-    return sum(r / s for r, s in zip(right, sizes) if s) / max(1, len(sizes))
-
-
-def _other_metric(ranked, labels, grades, metric):
-    k = int(metric.partition("@")[2])
-    return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
-
-
 def reading(model: Any, task: Task, asked: dict[str, str], rule: FrameRule | None = None) -> tuple[tuple[str, Any], ...]:
     """How a task's pictures and films are read, as options of `VLM2Vec.reading`: published tasks' pictures as the reference reads them,
     others' as the model says, films by `rule`; () for a model that reads in one way only.
@@ -251,7 +248,7 @@ def reading(model: Any, task: Task, asked: dict[str, str], rule: FrameRule | Non
         return ()
     own = {name: model.options[name] for name in READING}
     films = rule.options if rule is not None and has_films(task) else {}
-    return tuple({**own, **(REFERENCE if task.name in load_tasks() else {}), **films, **asked}.items())
+    return tuple({**own, **(REFERENCE if task.name in known_tasks() else {}), **films, **asked}.items())
 
 
 def run_tasks(
@@ -276,9 +273,11 @@ def run_tasks(
         evaluation writes into `output`.
     """
     options = options or Options()
-    rows = {}
+    deaf = audio_tasks(model, tasks)
+    rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
+    tasks_heard = [task for task in tasks if task.name not in deaf]
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
-        for reader, part in readers(model, tasks, options):
+        for reader, part in readers(model, tasks_heard, options):
             rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
     return [rows[task.name] for task in tasks]
 
@@ -299,7 +298,7 @@ def read_tasks(
     """The tasks' data with keys; `cache` takes the frames and pages that have to be unpacked."""
     prepared = []
     for task in tasks:
-        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, cache=cache)
+        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, feeding=options.feeding, cache=cache)
         loaded.media = str(media)
         prepared.append(prepare(loaded, hashes, options.prompt))
     return prepared

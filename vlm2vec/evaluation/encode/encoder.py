@@ -16,6 +16,7 @@ import torch
 from contrastive_kernels.gradcache.chunking import token_budget_chunks
 from vlm2vec.encoding import MAX_CHUNK_TOKENS, chunks, with_prompt
 from vlm2vec.evaluation.encode.prefixes import families, family_chunks, pack_families
+from vlm2vec.evaluation.tasks.task_data import whole
 from vlm2vec.inputs import SETTING_KEYS
 from vlm2vec.packing import Features, PackedBatch
 
@@ -61,13 +62,14 @@ class Encoder:
         self.model, self.batch_size, self.prompt = model, batch_size, prompt
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.staged = hasattr(model, "processing") and hasattr(model, "pack")
+        self.cut: list[int] = []  # rows of the shard that was yielded last whose texts were cut to the model's limit
 
     def run(
         self, shards: list[list[dict[str, Any]]], groups: list[list[bytes]]
     ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
         if not self.staged:
             for inputs in shards:
-                yield _encode(self.model, inputs, self.batch_size, self.prompt)
+                yield _encode(self.model, [whole(x) for x in inputs], self.batch_size, self.prompt)
             return
         with ThreadPoolExecutor(self.workers) as pool:
             coming = self._submit(pool, shards[0], groups[0]) if shards else []
@@ -83,6 +85,7 @@ class Encoder:
 
     def _submit(self, pool: ThreadPoolExecutor, inputs: list[dict], groups: list[bytes]) -> list[tuple[list[int], Future]]:
         """[(rows, their features to come)]: the inputs of one picture are read together, texts in blocks."""
+        inputs = [whole(x) for x in inputs]
         together: dict[bytes, list[int]] = {}
         for row, group in enumerate(groups):
             together.setdefault(group, []).append(row)
@@ -129,6 +132,7 @@ class Encoder:
     def _forward(self, made: dict[int, Made], groups: list[bytes]) -> tuple[list[int], torch.Tensor, dict[int, str]]:
         failures = {row: reason for row, reason in made.items() if isinstance(reason, str)}
         good = sorted(row for row in made if row not in failures)
+        self.cut = [row for row in good if made[row].cut]
         features, keys = [made[row] for row in good], [groups[row] for row in good]
         kind = self.model.device.type
         seen = self._towers(features, keys)

@@ -18,7 +18,7 @@ import torch
 from vlm2vec.evaluation.encode.encoder import Encoder
 from vlm2vec.evaluation.encode.keys import ContentHashes
 from vlm2vec.files import AnyPath, write_json
-from vlm2vec.inputs import SETTING_KEYS, VISUAL_KEYS
+from vlm2vec.inputs import MEDIA_KEYS, SETTING_KEYS
 from vlm2vec.media.sampling import FRAMES
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 te
 
 
 def visuals_of(item: dict[str, Any]) -> tuple[int, int]:
-    """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it."""
+    """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it, and a sound as
+    an image."""
     images, videos = item.get("image") or [], item.get("video") or []
-    images = images if isinstance(images, (list, tuple)) else [images]
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    images += [item["audio"]] if item.get("audio") is not None else []
     frames = len(videos) if isinstance(videos, (list, tuple)) else FRAMES
     return len(images), frames
 
@@ -45,8 +47,9 @@ def cost_of(item: dict[str, Any]) -> int:
 def visual_key(item: dict[str, Any], hashes: ContentHashes) -> bytes:
     """Content of an input's media and what it says of them, b"" without any; inputs that share it share reading and the vision tower."""
     parts = []
-    for name in VISUAL_KEYS:
-        value = item.get(name) or []
+    for name in MEDIA_KEYS:
+        value = item.get(name)
+        value = [] if value is None or value == "" else value
         for visual in value if isinstance(value, (list, tuple)) else [value]:
             frames = visual if isinstance(visual, (list, tuple)) else [visual]
             parts += [f"{name} {len(frames)} ".encode(), *(hashes.of(frame) for frame in frames)]
@@ -127,6 +130,7 @@ def fill_store(
             if not bool(finite.all()):
                 worst = items[keys[good[int((~finite).nonzero()[0])]]]
                 raise ValueError(f"{short_name(worst)}: {NOT_FINITE}")
+            store.note_cut([keys[row] for row in encoder.cut])
             if good:
                 store.add([keys[i] for i in good], vectors)
             bar.update(len(keys))

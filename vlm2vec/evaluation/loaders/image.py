@@ -111,7 +111,7 @@ def load_mmeb(
 
     Args:
         task: the Task; `form` tells how V2 strings are put together, the prompts of an own task wrap
-            the rows' texts.
+            the rows' texts; the option `query_text` is every query's text.
         root: folder of annotation folders. images: folder the image paths are relative to.
         protocol: "v1" keys candidates by (text, path); "v2" by name (text, path, or "path:text"), the first one wins.
 
@@ -130,7 +130,9 @@ def load_mmeb(
             continue
         qry_text, qry_image = row["qry_text"] or "", _path(row["qry_img_path"])
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
-        if parts:
+        if "query_text" in task.options:
+            query = task.options["query_text"]
+        elif parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
         elif prompted.query_prompt:
             query = prompted.query_prompt.replace("{text}", qry_text)

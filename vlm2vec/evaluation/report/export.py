@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm2vec.evaluation.tasks import TASK_MODALITIES, load_tasks
+from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, replacing, write_json, write_lines, write_table
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def leaderboard(rows: list[dict[str, Any]], model_name: str, **metadata: Any) ->
 
     Args: rows, per-task summaries; metadata: model_backbone, model_size, url, ... as far as known.
     Returns: {"metadata": .., "metrics": {"image": {dataset: score object}, "video": .., "visdoc": ..}}; a published task
-        that was not run is the string FILE_N/A, a modality without any DIR_N/A. Own tasks are left out.
+        that was not run is the string FILE_N/A, a modality without any DIR_N/A. Own tasks are left out. Rows of MMEB-V3 give all of
+        its modalities.
     """
     known = {
         "model_name": model_name,
@@ -107,20 +108,19 @@ def leaderboard(rows: list[dict[str, Any]], model_name: str, **metadata: Any) ->
         "url": None,
         "report_generated_date": date.today().isoformat(),
     }
-    done = {row["task"]: row for row in rows}
+    done = {row["task"]: row for row in rows if row["score"] is not None}
+    table = load_tasks("v3" if any(row.get("protocol") == "v3" for row in rows) else "v2")
     metrics = {}
-    for modality in TASK_MODALITIES:
+    for modality in dict.fromkeys(task.modality for task in table.values()):
         part = {}
-        for task in load_tasks().values():
+        for task in table.values():
             if task.modality != modality:
                 continue
             row = done.get(task.name)
             part[task.report_name] = (
                 {**row["metrics"], "num_pred": row["num_queries"], "num_data": row["num_queries"]} if row else "FILE_N/A"
             )
-        metrics[modality] = (
-            part if any(name in done for name in (t.name for t in load_tasks().values() if t.modality == modality)) else "DIR_N/A"
-        )
+        metrics[modality] = part if any(name in done for name in (t.name for t in table.values() if t.modality == modality)) else "DIR_N/A"
     return {"metadata": {**known, **metadata}, "metrics": metrics}
 
 

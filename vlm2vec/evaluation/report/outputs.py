@@ -5,6 +5,8 @@ OUTPUT/
   {dataset}_pred.txt              V1: the chosen candidate of each query, one (text, path) pair a line
   {dataset}_top.jsonl             ours: query, label and the best candidates with scores, for reports
   {image|video|visdoc}/{dataset}_score.json, _pred.jsonl, _info.jsonl      V2 (image tasks: _info under --protocol v2)
+  {text|tool|gui|memory|audio}/{dataset}_...                               V3, by whole names: text/text/BRIGHT/aops_score.json, and the
+                                  scores again as text/aops_score.json, where the reference's report looks for them
 
 The reference's `_qry` and `_tgt` files are pickles: neither written nor read. The vectors are in the embedding store.
 The reference skips a data set whose `_score.json` is there, so its tools run on this folder without the pickles.
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
     from vlm2vec.evaluation.tasks.task_data import TaskData
+
+
+FACTS = ("protocol", "feeding")  # of a score file, behind its numbers
 
 
 def _side(item):
@@ -114,6 +119,10 @@ def write_v2(
     write_lines(folder / f"{name}_pred.jsonl", predictions(), durable=False)
     if info:
         write_lines(folder / f"{name}_info.jsonl", infos(), durable=False)
-    score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries), **({"run": run} if run else {})}
+    facts = {key: metrics[key] for key in FACTS if key in metrics}
+    scores = {key: value for key, value in metrics.items() if key not in facts}
+    score = {**scores, "num_pred": len(data.queries), "num_data": len(data.queries), **facts, **({"run": run} if run else {})}
     write_json(folder / f"{name}_score.json", score, durable=False)
+    if "/" in name:  # the reference's report looks for its own name of the task
+        write_json(folder / f"{data.task.report_name}_score.json", score, durable=False)
     return score

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.checkpoint.release import __version__
+from vlm2vec.evaluation.tasks.task_data import Lazy, whole
 from vlm2vec.files import AnyPath
 from vlm2vec.media.sampling import FrameRule
 
@@ -73,8 +74,8 @@ def data_record(prepared: Prepared, hashes: ContentHashes) -> dict[str, Any]:
     return {
         "queries": len(data.queries),
         "candidates": len(data.candidates),
-        "query_texts": digest(_said(q) for q in data.queries),
-        "candidate_texts": digest(_said(c) for c in data.candidates),
+        "query_texts": digest(map(_said, data.queries, prepared.query_keys)),
+        "candidate_texts": digest(map(_said, data.candidates, prepared.candidate_keys)),
         "media": digest(_shown(item, hashes) for side in (data.queries, data.candidates) for item in side),
         "answers": digest([data.label_names, data.grades, *([] if data.local is None else data.local)]),
         "first_query": _example(data.queries),
@@ -83,13 +84,16 @@ def data_record(prepared: Prepared, hashes: ContentHashes) -> dict[str, Any]:
     }
 
 
-def _said(item: dict[str, Any]) -> list[Any]:
-    return [item.get("text"), item.get("instruction")]
+def _said(item: dict[str, Any], key: bytes | None) -> list[Any]:
+    """An input's words; for one that is read on demand its key, which holds them: nothing is read twice."""
+    return [(key or b"").hex()] if isinstance(item, Lazy) else [item.get("text"), item.get("instruction")]
 
 
 def _shown(item: dict[str, Any], hashes: ContentHashes) -> bytes:
     from vlm2vec.evaluation.encode.missing import visual_key
 
+    if isinstance(item, Lazy):
+        return b""
     if item.get("unreadable"):
         return b"unreadable"
     try:
@@ -99,7 +103,7 @@ def _shown(item: dict[str, Any], hashes: ContentHashes) -> bytes:
 
 
 def _example(items: list[dict[str, Any]]) -> str:
-    return (items[0].get("text") or "")[:EXAMPLE] if items else ""
+    return (whole(items[0]).get("text") or "")[:EXAMPLE] if items else ""
 
 
 def _place(folder: AnyPath | None) -> str | None:

@@ -127,6 +127,8 @@ def read_scores(path: AnyPath) -> Row:
     scores = {}
     for row in rows:
         value = row.get("score")
+        if value is None and row.get("unsupported"):
+            continue
         if not isinstance(row.get("task"), str) or isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{path}: expected a task and its score from 0 to 1, got {shown(row.get('task'))}, {shown(value)}")
         run = row.get("run") if isinstance(row.get("run"), dict) else None

@@ -72,7 +72,7 @@ def differing(row: Row, score: Score, mine: dict[str, Any]) -> tuple[Difference,
 
 def compare_with(row: Row, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     """Verdicts on the tasks that the row and this run share, in the run's order."""
-    return [verdict_of(row, r["task"], row.scores[r["task"]], r) for r in rows if r["task"] in row.scores]
+    return [verdict_of(row, r["task"], row.scores[r["task"]], r) for r in rows if r["task"] in row.scores and r["score"] is not None]
 
 
 def lines(row: Row, verdicts: Sequence[Verdict], *, missing: int = 0, causes: int = MOST_WORDS) -> list[str]:

@@ -161,13 +161,14 @@ def custom_task(name: str, hint: dict[str, Any] | None = None, documents: bool =
     return make_task({"name": name, **like, **_usable(hint or {})}, f"dataset {name!r}")
 
 
-def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[str, Task] | None = None) -> list[Task]:
+def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[str, Task] | None = None, protocol: str = "v2") -> list[Task]:
     """The tasks a data folder holds.
 
     Args:
         root: folder with one sub-folder per dataset (tests: test-*.parquet; documents: queries/corpus/qrels).
         names: task, group, meta-task or modality names to keep, or None for all that are there.
         extra: {name: Task} of one's own, which win over the published table.
+        protocol: "v3" looks for MMEB-V3's tasks in its folder's layout, others for MMEB's and MMEB-V2's; ViDoRe V3's are found by any.
 
     Returns: list of Tasks in the table's order, own tasks last. Raises ValueError for a name that matches nothing.
     """
@@ -176,13 +177,15 @@ def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[st
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"no data folder {root}; expected a folder with one sub-folder per dataset")
-    table, hints = {**load_tasks(), **(extra or {})}, read_hints(root)
+    table = {**load_tasks(protocol), **{name: task for name, task in known_tasks().items() if task.group == "vidore_v3"}, **(extra or {})}
+    hints = read_hints(root)
     tasks = []
     for task in table.values():
         if holds_tables(root, task):
             hint = _usable(hints.get(task.name, {}))
             tasks.append(replace(task, **hint) if hint else task)
     taken = {task.path or task.name for task in tasks} | {task.name for task in tasks}
+    taken |= {task.hub["dataset"].rsplit("/", 1)[-1] for task in tasks if task.hub.get("dataset")}
     order = {name: i for i, name in enumerate(hints)}
     folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
     for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
@@ -191,8 +194,8 @@ def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[st
             tasks.append(task)
     if names:
         wanted, all_tasks = list(names), tasks
-        tasks = [t for t in tasks if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
-        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in all_tasks)]
+        tasks = [t for t in tasks if any(t.is_called(n) for n in wanted)]
+        missing = [n for n in wanted if not any(t.is_called(n) for t in all_tasks)]
         if missing:
             all_names = ", ".join(t.name for t in all_tasks) or "nothing"
             raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {all_names}")

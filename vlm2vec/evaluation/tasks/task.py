@@ -101,6 +101,11 @@ class Task:
         """Key of the task in a leaderboard file."""
         return self.report_as or self.name
 
+    def is_called(self, word: str) -> bool:
+        """Whether a word of `--tasks` means this task: its name, group, kind or modality, its report's name, a set that its name holds."""
+        known = (self.name, self.report_as, self.group, self.meta_task, self.modality, *self.name.split("/")[:-1])
+        return word in known or (word == "agent" and self.modality in ("tool", "gui", "memory"))
+
     def fed(self, feeding: str) -> Task:
         """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead."""
         if feeding not in FEEDINGS:
