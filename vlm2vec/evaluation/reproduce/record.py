@@ -20,7 +20,6 @@ from vlm2vec.media.sampling import FrameRule
 
 if TYPE_CHECKING:
     from vlm2vec.evaluation.encode.keys import ContentHashes
-    from vlm2vec.evaluation.runner import Options, Prepared
 
 FORMAT = 1
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "Pillow", "numpy", "av", "qwen-vl-utils")
@@ -68,7 +67,7 @@ def model_record(model: Any, identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_record(prepared: Prepared, hashes: ContentHashes) -> dict[str, Any]:
+def data_record(prepared: Any, hashes: ContentHashes) -> dict[str, Any]:
     """A task's data in short: how much there is, and fingerprints of texts, media and answers apart, to say what differs."""
     data = prepared.data
     return {
@@ -111,17 +110,12 @@ def _place(folder: AnyPath | None) -> str | None:
 
 
 def run_record(
-    model: Any,
-    identity: dict[str, Any],
-    prepared: Prepared,
-    hashes: ContentHashes,
-    options: Options,
-    folders: tuple[AnyPath | None, AnyPath],
+    model: Any, identity: dict[str, Any], prepared: Any, hashes: ContentHashes, options: Any, folders: tuple[AnyPath | None, AnyPath]
 ) -> dict[str, Any]:
     """All of a task's run, JSON-able.
 
     Args:
-        identity: of the model as it reads this task's media. folders: of annotations and of media, as they were given.
+        identity: of the model as it reads this task's media. prepared, options: a `runner.Prepared` and `runner.Options`. folders: of annotations and of media, as they were given.
     """
     task = prepared.data.task
     rule = task.options.get("frame_rule") or FrameRule()
