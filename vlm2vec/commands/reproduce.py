@@ -92,6 +92,7 @@ def _same_name(theirs: str, ours: str) -> bool:
 
 def check(args: argparse.Namespace, tasks: list[Task], options: Options) -> int:
     """Print what differs here from what the score file says; 1 where something does that may move a score, else 0."""
+    from vlm2vec.evaluation.reproduce.causes import touches
     from vlm2vec.evaluation.reproduce.compare import HARMLESS, differences
     from vlm2vec.evaluation.reproduce.rows import read_scores
 
@@ -106,12 +107,12 @@ def check(args: argparse.Namespace, tasks: list[Task], options: Options) -> int:
         if name not in mine:
             print(f"{name}: not in {args.data}", file=sys.stderr)
             continue
-        found = differences(run, mine[name])
-        counted = [d for d in found if d.kind not in HARMLESS]
+        found, modality = differences(run, mine[name]), mine[name]["task"]["modality"]
+        counted = [d for d in found if d.kind not in HARMLESS and touches(d, modality)]
         moved += bool(counted)
         print(f"{name}: {'nothing differs' if not found else 'nothing that moves its score differs' if not counted else 'differs'}")
         for difference in found:
-            print(f"  {difference.kind + ':':<11}{difference}")
+            print(f"  {difference.kind + ':':<11}{difference}{'' if difference in counted else ' (moves no score of this task)'}")
     return int(bool(moved))
 
 

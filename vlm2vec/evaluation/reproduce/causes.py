@@ -51,7 +51,7 @@ def fitting_causes(
         model: of the row. here_minus_there: points. known: what is known to differ (`compare.differences`).
         settings_told: the row says all that it was made with. A cause that shows in settings, and does not, then is none.
     """
-    known = [difference for difference in known if difference.kind not in HARMLESS and _touches(difference, modality)]
+    known = [difference for difference in known if difference.kind not in HARMLESS and touches(difference, modality)]
     kinds = {difference.kind for difference in known}
     words = [str(difference) for difference in known]
     for cause in known_causes():
@@ -64,7 +64,7 @@ def fitting_causes(
     return words
 
 
-def _touches(difference: Difference, modality: str) -> bool:
+def touches(difference: Difference, modality: str) -> bool:
     """Whether a setting has a say in tasks of a modality: frames move films alone, sizes of pictures no texts."""
     if difference.kind == "frames":
         return modality in ("video", "audio")

@@ -115,7 +115,8 @@ def run_record(
     """All of a task's run, JSON-able.
 
     Args:
-        identity: of the model as it reads this task's media. prepared, options: a `runner.Prepared` and `runner.Options`. folders: of annotations and of media, as they were given.
+        identity: of the model as it reads this task's media. prepared, options: a `runner.Prepared` and `runner.Options`.
+        folders: of annotations and of media, as they were given.
     """
     task = prepared.data.task
     rule = task.options.get("frame_rule") or FrameRule()
@@ -133,6 +134,7 @@ def run_record(
     }
     told = {
         "name": task.name,
+        "modality": task.modality,
         "loader": task.loader,
         "metric": task.metric,
         "candidates": task.candidates,
