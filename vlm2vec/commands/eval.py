@@ -123,7 +123,7 @@ def _options(args: argparse.Namespace, **more: Any) -> Options:
         faiss=args.faiss,
         workers=args.workers,
         frames=reproduce.frames_of(args),
-        pictures={name: value for name, value in common.parse_options(args.option).items() if name in REFERENCE},
+        pictures={name: value for name, value in reproduce.options_of(args).items() if name in REFERENCE},
         **more,
     )
 

@@ -48,8 +48,13 @@ def apply_row(args: argparse.Namespace) -> Row | None:
         args.prompt = row.prompt
     if args.dtype == "auto" and row.dtype:
         args.dtype = row.dtype
-    args.row_options = {name: value for name, value in row.options.items() if name not in common.parse_options(args.option)}
+    args.row_options = row.options
     return row
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Family options: the row's, and those of --option, which win."""
+    return {**getattr(args, "row_options", {}), **common.parse_options(args.option)}
 
 
 def frames_of(args: argparse.Namespace) -> FrameRule | None:
@@ -142,9 +147,9 @@ def options_model(args: argparse.Namespace) -> Any:
         return common.load_model(args.model, args)
     from vlm2vec import VLM2Vec
 
-    options = {**row_options, **common.parse_options(args.option)}
+    loading = {name: getattr(args, name) for name in ("base", "dtype", "device", "attn")}
     try:
-        model = VLM2Vec.from_pretrained(args.model, base=args.base, dtype=args.dtype, device=args.device, attn=args.attn, **options)
+        model = VLM2Vec.from_pretrained(args.model, **loading, **options_of(args))
     except ValueError as error:
         if "unknown options" not in str(error):
             raise
