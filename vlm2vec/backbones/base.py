@@ -240,7 +240,14 @@ def unpickled(cls: type, methods: tuple[tuple[str, Callable], ...]) -> torch.nn.
 def patches_as_linear(self, patches: torch.Tensor) -> torch.Tensor:
     """`forward` of a patch embedding, a convolution whose stride is its kernel, as the matrix product that it is.
 
-    On a CPU the convolution's backward is several times slower than the product.
+    On a CPU the convolution's backward is several times slower than the product. Patches may come without their time steps,
+    (P, C * patch**2): a picture is shown through all of them, and the steps' weights add up. 16-bit weights would lose digits by it.
     """
-    weight = self.proj.weight.flatten(1)
+    weight = self.proj.weight
+    if patches.dim() == 2 and patches.shape[1] * weight.shape[2] == weight[0].numel() and weight.shape[2] > 1:
+        if weight.dtype in (torch.float32, torch.float64):
+            weight = weight.sum(2)
+        else:
+            patches = patches.unflatten(1, (weight.shape[1], 1, -1)).expand(-1, -1, weight.shape[2], -1).flatten(1)
+    weight = weight.flatten(1)
     return torch.nn.functional.linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)

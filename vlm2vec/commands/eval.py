@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm2vec.commands import common
+from vlm2vec.commands import common, reproduce
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
-from vlm2vec.media.sampling import FrameRule
+
+if TYPE_CHECKING:
+    from vlm2vec.evaluation.runner import Options
+
 
 MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
@@ -31,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", action="store_true", help="show the published tasks of the protocol (78, or V3's 190) with metric and scores, and stop"
     )
-    parser.add_argument("--protocol", choices=("v1", "v2", "v3"), default="v1", help="MMEB (v1), MMEB-V2 (v2) or MMEB-V3 (v3)")
+    parser.add_argument(
+        "--protocol", choices=("v1", "v2", "v3"), default=reproduce.Default("v1"), help="MMEB (v1), MMEB-V2 (v2) or MMEB-V3 (v3)"
+    )
     parser.add_argument(
         "--feeding",
         choices=("official", "wemm"),
-        default="official",
+        default=reproduce.Default("official"),
         help="which published evaluation of MMEB-V3 to follow: words, pools, judgements (needs --protocol v3; docs/evaluation.md)",
     )
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
@@ -52,12 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse a task with unreadable files or rows without an answer")
     parser.add_argument("--faiss", action="store_true", help="write the candidates of each task as a FAISS index (needs faiss-cpu)")
     parser.add_argument("--name", help="name of the model in reports (default: the last part of MODEL)")
+    reproduce.add_arguments(parser)
     common.add_model_arguments(parser)
     parser.add_argument("--no-report", action="store_true", help="skip report.html")
 
 
 def _need(args):
-    for name in ("model", "output"):
+    for name in ("model",) if args.check else ("model", "output"):
         if not getattr(args, name):
             raise ValueError(f"vlm2vec eval needs {'a MODEL' if name == 'model' else '--' + name}; or --list to see the tasks")
     if not args.data and not args.hub:
@@ -77,10 +84,15 @@ def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.tasks.choose import chosen_tasks
 
     if args.list:
-        print("\n".join(list_tasks(args.protocol)))
+        print("\n".join(list_tasks(str(args.protocol))))
         return 0
     _need(args)
-    tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=args.protocol)
+    row = reproduce.apply_row(args)
+    tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
+    if args.check:
+        return reproduce.check(args, tasks, _options(args))
+    if row is not None:
+        tasks = reproduce.tasks_of(row, tasks)
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
     from vlm2vec.evaluation.loaders import check_loader
 
@@ -89,47 +101,54 @@ def run(args: argparse.Namespace) -> int:
     rank, world, barrier = process_group()
     args.device = args.device or local_device()
     with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
-        _evaluate(args, tasks, rank, world, barrier)
+        rows = _evaluate(args, tasks, rank, world, barrier)
+        if row is not None and rank == 0:
+            reproduce.tell(row, rows, args)
     finish()
     return 0
 
 
-def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barrier: Callable[[], None] | None) -> None:
-    """Scores, and on the first process their summary and report."""
-    from vlm2vec.evaluation.report.export import write_leaderboard
-    from vlm2vec.evaluation.report.html import write_report
-    from vlm2vec.evaluation.report.summary import terminal, write_summary
-    from vlm2vec.evaluation.runner import Options, run_tasks
-    from vlm2vec.evaluation.score.details import v3_facts
-    from vlm2vec.evaluation.support import with_unheard
-    from vlm2vec.evaluation.tasks import load_tasks
+def _options(args: argparse.Namespace, **more: Any) -> Options:
+    """The run's options, as the command line has them."""
+    from vlm2vec.evaluation.runner import Options
 
-    model = common.load_model(args.model, args)
-    tasks = tasks if args.tasks else with_unheard(model, tasks, args.protocol)
-    options = Options(
-        protocol=args.protocol,
-        feeding=args.feeding,
+    return Options(
+        protocol=str(args.protocol),
+        feeding=str(args.feeding),
         hub=args.hub,
         strict=args.strict,
         batch_size=args.batch_size,
         prompt=args.prompt,
         top=args.top,
-        rank=rank,
-        world=world,
-        barrier=barrier,
         faiss=args.faiss,
-        device=str(model.device),
         workers=args.workers,
-        frames=None if args.frames is None else FrameRule.parse(args.frames),
+        frames=reproduce.frames_of(args),
         pictures={name: value for name, value in common.parse_options(args.option).items() if name in REFERENCE},
+        **more,
     )
+
+
+def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barrier: Callable[[], None] | None) -> list[dict[str, Any]]:
+    """Scores, and on the first process their summary and report."""
+    from vlm2vec.evaluation.report.export import write_leaderboard
+    from vlm2vec.evaluation.report.html import write_report
+    from vlm2vec.evaluation.report.summary import terminal, write_summary
+    from vlm2vec.evaluation.runner import run_tasks
+    from vlm2vec.evaluation.score.details import v3_facts
+    from vlm2vec.evaluation.support import with_unheard
+    from vlm2vec.evaluation.tasks import load_tasks
+
+    model = reproduce.options_model(args)
+    tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, str(args.protocol))
+    options = _options(args, rank=rank, world=world, barrier=barrier, device=str(model.device))
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
         name = args.name or Path(args.model).name or args.model
-        summary = write_summary(args.output, rows, name, {"protocol": args.protocol, **v3_facts(options)}, options.broken_shards)
+        summary = write_summary(args.output, rows, name, {"protocol": str(args.protocol), **v3_facts(options)}, options.broken_shards)
         print("\n".join(terminal(rows, summary["means"])))
         print(f"summary: {Path(args.output) / 'summary.md'}")
-        if any(r["task"] in load_tasks(args.protocol) for r in rows):
+        if any(r["task"] in load_tasks(str(args.protocol)) for r in rows):
             print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
         if not args.no_report:
             print(f"report: {write_report(args.output, rows, name)}")
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from vlm2vec.evaluation.frames import frame_rule, has_films, with_rule
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
+from vlm2vec.evaluation.reproduce.record import run_record
 from vlm2vec.evaluation.score.details import chance, cut_texts, other_metric, parts_and_exclusions, v3_facts
 from vlm2vec.evaluation.score.metrics import KS, METRICS, mean_of, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
@@ -29,11 +30,11 @@ from vlm2vec.evaluation.tasks import known_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
-from vlm2vec.media.sampling import FrameRule
 
 if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks import Task
     from vlm2vec.evaluation.tasks.task_data import TaskData
+    from vlm2vec.media.sampling import FrameRule
 
 
 TOP = 100
@@ -45,6 +46,7 @@ class Options:
     """How tasks are run; every field has the command line's default."""
 
     protocol: str = "v1"
+    feeding: str = "official"  # of MMEB-V3: "official" or "wemm"
     hub: bool = False
     strict: bool = False
     batch_size: int = 32
@@ -59,7 +61,6 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
-    feeding: str = "official"  # which published evaluation of MMEB-V3 words, pools and judgements follow; see `Task.fed`
     frames: FrameRule | None = None  # of every film; None: as `frames.frame_rule` says
     pictures: dict = field(default_factory=dict)  # orientation and background that hold for all tasks; see `reading`
     broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
@@ -167,9 +168,14 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
 
 
 def score_task(
-    prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes, str], options: Options, output: AnyPath
+    prepared: Prepared,
+    store: EmbeddingStore,
+    unreadable: dict[bytes, str],
+    options: Options,
+    output: AnyPath,
+    run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Rank one task and write its files. Returns its summary row."""
+    """Rank one task and write its files. Returns its summary row; `run` says what it was made with (`reproduce.record`)."""
     data, task, output = prepared.data, prepared.data.task, Path(output)
     ranking = rank_task(prepared, store, unreadable, options)
     ranked = ranking.lists
@@ -181,9 +187,8 @@ def score_task(
     tied, lost = ties(ranking.scores, ranked, ranking.labels)
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
-        write_v1(output, data, ranking.indices, table["hit@1"] > 0)
-    more = parts_and_exclusions(data, ranked, ranking.labels, table) | cut_texts(prepared, store)
-    write_v2(output, data, ranking.indices[:, : options.top], {**metrics, **v3_facts(options)}, info=not v1)
+        write_v1(output, data, ranking.indices, table["hit@1"] > 0, run)
+    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1, run=run)
     lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
     write_lines(output / f"{task.name}_top.jsonl", lines, durable=False)
     write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
@@ -212,8 +217,10 @@ def score_task(
         "candidates_per_query": sum(sizes) / max(1, len(sizes)),
         "chance": chance(data),
         "problems": data.problems.summary(),
-        **more,
+        **parts_and_exclusions(data, ranked, ranking.labels, table),
+        **cut_texts(prepared, store),
         **v3_facts(options),
+        **({"run": run} if run else {}),
     }
     write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
     return summary
@@ -266,36 +273,50 @@ def run_tasks(
         evaluation writes into `output`.
     """
     options = options or Options()
-    parts, rule = {}, frame_rule(model, asked=options.frames, protocol=options.protocol, feeding=options.feeding)
     deaf = audio_tasks(model, tasks)
-    for task in tasks:
-        if task.name in deaf:
-            continue
-        parts.setdefault(reading(model, task, options.pictures, rule), []).append(with_rule(task, rule) if has_films(task) else task)
-    rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
+    heard = [task for task in tasks if task.name not in deaf]
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
-        for pictures, part in parts.items():
-            reader = model.reading(**dict(pictures)) if pictures else model
+        rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
+        for reader, part in readers(model, heard, options):
             rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
     return [rows[task.name] for task in tasks]
+
+
+def readers(model: Any, tasks: Sequence[Task], options: Options) -> Iterator[tuple[Any, list[Task]]]:
+    """(the model as it reads their media, tasks that are read alike)."""
+    parts: dict[tuple, list[Task]] = {}
+    rule = frame_rule(model, asked=options.frames, protocol=options.protocol, feeding=options.feeding)
+    for task in tasks:
+        parts.setdefault(reading(model, task, options.pictures, rule), []).append(with_rule(task, rule))
+    for media, part in parts.items():
+        yield (model.reading(**dict(media)) if media else model), part
+
+
+def read_tasks(
+    tasks: Sequence[Task], data: AnyPath | None, media: AnyPath, cache: AnyPath, hashes: ContentHashes, options: Options
+) -> list[Prepared]:
+    """The tasks' data with keys; `cache` takes the frames and pages that have to be unpacked."""
+    prepared = []
+    for task in tasks:
+        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, feeding=options.feeding, cache=cache)
+        loaded.media = str(media)
+        prepared.append(prepare(loaded, hashes, options.prompt))
+    return prepared
 
 
 def _run_tasks(model, tasks, data, media, output: Path, store, options: Options) -> list[dict[str, Any]]:
     """`run_tasks` for tasks whose pictures are read alike, while the output is this run's alone."""
     say = print if options.progress and options.rank == 0 else (lambda *a, **k: None)
     hashes = ContentHashes()
-    prepared = []
-    for task in tasks:
-        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, feeding=options.feeding, cache=output / "media")
-        loaded.media = str(media)
-        prepared.append(prepare(loaded, hashes, options.prompt))
+    prepared = read_tasks(tasks, data, media, output / "media", hashes, options)
     items = {}
     for p in prepared:
         for item, key in zip(p.data.queries + p.data.candidates, p.query_keys + p.candidate_keys):
             if key is not None:
                 items.setdefault(key, item)
     asked = sum(len(p.query_keys) + len(p.candidate_keys) for p in prepared)
-    store = EmbeddingStore(store or output / "embeddings", model_identity(model))
+    identity = model_identity(model)
+    store = EmbeddingStore(store or output / "embeddings", identity)
     store.verify(items)
     options.broken_shards += store.broken
     for line in store.broken:
@@ -321,7 +342,8 @@ def _run_tasks(model, tasks, data, media, output: Path, store, options: Options)
     store.refresh()
     summaries = {}
     for p in prepared[options.rank :: options.world]:
-        summaries[p.data.task.name] = score_task(p, store, unreadable, options, output)
+        run = run_record(model, identity, p, hashes, options, (data, media))
+        summaries[p.data.task.name] = score_task(p, store, unreadable, options, output, run)
         if p.data.problems:
             print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)
         _tell_ties(summaries[p.data.task.name])

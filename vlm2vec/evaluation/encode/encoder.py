@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from contrastive_kernels.gradcache.chunking import token_budget_chunks
 from vlm2vec.encoding import MAX_CHUNK_TOKENS, chunks, with_prompt
 from vlm2vec.evaluation.encode.prefixes import families, family_chunks, pack_families
 from vlm2vec.evaluation.tasks.task_data import whole
@@ -20,7 +21,13 @@ from vlm2vec.inputs import SETTING_KEYS
 from vlm2vec.packing import Features, PackedBatch
 
 BLOCK = 32  # texts that a thread prepares in one go
+# Tokens of a chunk, on a CPU below `MAX_CHUNK_TOKENS`: what layers hand on stays in its caches, and is not asked of the system anew.
+TOWER_TOKENS, DECODER_TOKENS = {**MAX_CHUNK_TOKENS, "cpu": 1024}, {**MAX_CHUNK_TOKENS, "cpu": 2048}
 Made = Features | str  # an input's features, or why it has none
+
+
+def _budget(tokens: dict[str, int], kind: str) -> int:
+    return tokens.get(kind, tokens["cuda"])
 
 
 def _encode(model, inputs, batch_size, prompt):
@@ -143,13 +150,12 @@ class Encoder:
             return
         bare = [replace(f, vision={}) if f.vision else f for f in features]
         if bare and model.backbone.shares_prefixes(model.model) and model.pack(bare[:1]).segments.provider == "sdpa":
-            budget = MAX_CHUNK_TOKENS.get(kind, MAX_CHUNK_TOKENS["cuda"])
-            for chunk in family_chunks(families(bare, keys), budget, self.batch_size):
+            for chunk in family_chunks(families(bare, keys), _budget(DECODER_TOKENS, kind), self.batch_size):
                 packed, rows = pack_families(chunk, bare, model.pack)
                 visuals = [seen[keys[family.rows[0]]] for family in chunk if features[family.rows[0]].vision]
                 yield rows, packed.to(model.device), torch.cat(visuals) if visuals else None
             return
-        for rows in chunks([f.length for f in bare], self.batch_size, kind):
+        for rows in token_budget_chunks([f.length for f in bare], _budget(DECODER_TOKENS, kind), max_rows=self.batch_size):
             visuals = [seen[keys[row]] for row in rows if features[row].vision]
             yield rows, model.pack([bare[row] for row in rows]).to(model.device), torch.cat(visuals) if visuals else None
 
@@ -160,7 +166,8 @@ class Encoder:
             if f.vision and (key not in distinct or "pixel_values" not in distinct[key].vision):
                 distinct[key] = f
         names, out = list(distinct), {}
-        for rows in chunks([distinct[name].length for name in names], self.batch_size, self.model.device.type):
+        budget = _budget(TOWER_TOKENS, self.model.device.type)
+        for rows in token_budget_chunks([distinct[name].length for name in names], budget, max_rows=self.batch_size):
             chunk = [distinct[names[row]] for row in rows]
             made = self.model.vision(self._on_device(chunk))
             if made is None:
@@ -179,9 +186,14 @@ class Encoder:
         if kinds != {torch.uint8}:
             return packed
         pixels = packed.vision["pixel_values"]
-        parts = pixels if isinstance(pixels, list) else [pixels]  # films beside pictures differ in the width of a patch
-        floats = [self.model.processing.normalised(part, packed.vision) for part in parts]
-        return replace(packed, vision={**packed.vision, "pixel_values": torch.cat(floats) if len(floats) > 1 else floats[0]})
+        processing = self.model.processing
+        if isinstance(pixels, torch.Tensor) and hasattr(processing, "normalised_once"):
+            floats = processing.normalised_once(pixels)
+        else:  # films beside pictures differ in the width of a patch
+            parts = pixels if isinstance(pixels, list) else [pixels]
+            floats = [processing.normalised(part, packed.vision) for part in parts]
+            floats = torch.cat(floats) if len(floats) > 1 else floats[0]
+        return replace(packed, vision={**packed.vision, "pixel_values": floats})
 
     def _floats(self, features: Features) -> Features:
         pixels = features.vision.get("pixel_values")

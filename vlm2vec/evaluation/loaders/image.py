@@ -146,13 +146,15 @@ def load_mmeb(
                 data.problems.add("absent_positive" if j == 0 else "unreadable_candidate", i, f"row {i}, candidate {j} is empty")
                 mine.append(-1)
                 continue
-            name = candidate_name(task.form, text, path)
-            key = (text, path) if protocol == "v1" else name
-            if parts:
-                full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
-            else:
-                full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text
-            mine.append(pool.add(key, lambda f=full, p=path: item(f, p, images), name))
+            key = (text, path) if protocol == "v1" else candidate_name(task.form, text, path)
+            where = pool.index.get(key)
+            if where is None:  # most rows of a task have the candidates of the rows before
+                if parts:
+                    full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
+                else:
+                    full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text
+                where = pool.add(key, item(full, path, images), candidate_name(task.form, text, path))
+            mine.append(where)
         real = [c for c in mine if c >= 0]
         if not real:
             data.problems.add("empty_candidates", i, f"row {i}")

@@ -7,6 +7,7 @@ and a folder may hold {config}.json or .jsonl (MMEB-V3's videos).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +121,9 @@ def _read_files(files):
         return concatenate_datasets([Dataset.from_dict(read_json_rows(f)) for f in files])
     if sum(f.stat().st_size for f in files) > IN_MEMORY_BYTES:
         return Dataset.from_parquet([str(f) for f in files])
-    return concatenate_datasets([Dataset(pyarrow.parquet.read_table(f)) for f in files])
+    # named by its file: the library would pickle the table's description to find it a name
+    parts = [Dataset(pyarrow.parquet.read_table(f), fingerprint=hashlib.blake2b(str(f).encode(), digest_size=8).hexdigest()) for f in files]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, columns: Sequence[str] = (), hub: bool = False) -> Dataset:

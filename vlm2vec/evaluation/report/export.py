@@ -42,26 +42,26 @@ def write_predictions(
         "rank": pa.int64(),
         "hit": pa.bool_(),
     }
-    rows = []
+    candidate_texts, candidate_images = [c.get("text") or "" for c in data.candidates], [_path(c) for c in data.candidates]
+    found = {name: [] for name in columns}
     for i, query in enumerate(data.queries):
         best = [c for c in indices[i, :depth].tolist() if c >= 0]
-        items = [data.candidates[c] for c in best]
-        rows.append(
-            {
-                "task": data.task.name,
-                "row": i,
-                "query_text": query.get("text") or "",
-                "query_image": _path(query),
-                "labels": data.label_names[i],
-                "predictions": [data.names[c] for c in best],
-                "prediction_texts": [x.get("text") or "" for x in items],
-                "prediction_images": [_path(x) for x in items],
-                "scores": scores[i, : len(best)].tolist(),
-                "rank": ranks[i],
-                "hit": ranks[i] == 1,
-            }
-        )
-    write_table(path, pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), durable=False)
+        row = {
+            "task": data.task.name,
+            "row": i,
+            "query_text": query.get("text") or "",
+            "query_image": _path(query),
+            "labels": data.label_names[i],
+            "predictions": [data.names[c] for c in best],
+            "prediction_texts": [candidate_texts[c] for c in best],
+            "prediction_images": [candidate_images[c] for c in best],
+            "scores": scores[i, : len(best)].tolist(),
+            "rank": ranks[i],
+            "hit": ranks[i] == 1,
+        }
+        for name, value in row.items():
+            found[name].append(value)
+    write_table(path, pa.table(found, schema=pa.schema(list(columns.items()))), durable=False)
 
 
 def _path(item):

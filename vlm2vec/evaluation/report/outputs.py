@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
-FACTS = ("protocol", "feeding")  # of a score file, behind its numbers
-
-
 def _side(item):
     video = item.get("video")
     frames = {"video": [str(f) for f in video] if isinstance(video, (list, tuple)) else str(video)} if video else {}
@@ -59,8 +56,14 @@ def top_rows(
         yield {"row": i, "query": _side(query), "labels": labels, "rank": ranks[i], "top": top}
 
 
-def write_v1(folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Sequence[bool]) -> dict[str, Any]:
-    """`{dataset}_score.json` and `{dataset}_pred.txt` as V1 writes them. Returns the score object."""
+def write_v1(
+    folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Sequence[bool], run: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`{dataset}_score.json` and `{dataset}_pred.txt` as V1 writes them. Returns the score object.
+
+    Args:
+        run: what the score was made with (`reproduce.record`), which stands beside it under "run".
+    """
     name = data.task.name
     lines = []
     for best in indices[:, 0].tolist():
@@ -68,7 +71,12 @@ def write_v1(folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Se
         lines.append(repr((item.get("text") or "", _relative(item.get("image"), data))))
     write_lines(Path(folder) / f"{name}_pred.txt", lines, durable=False)
     count = int(sum(correct))
-    score = {"acc": count / len(correct) if len(correct) else 0.0, "num_correct": count, "num_pred": len(correct)}
+    score = {
+        "acc": count / len(correct) if len(correct) else 0.0,
+        "num_correct": count,
+        "num_pred": len(correct),
+        **({"run": run} if run else {}),
+    }
     write_json(Path(folder) / f"{name}_score.json", score, durable=False)
     return score
 
@@ -77,10 +85,14 @@ def _relative(path, data):
     return os.path.relpath(path, data.media) if path and data.media else path or ""
 
 
-def write_v2(folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: dict[str, float], info: bool = True) -> dict[str, Any]:
+def write_v2(
+    folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: dict[str, float], info: bool = True, run: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """`_score.json`, `_pred.jsonl`, `_info.jsonl` in OUTPUT/{modality} as V2 writes them; predictions cut at our depth.
 
-    `info=False` leaves `_info.jsonl` out: with a thousand local candidates a query it is the largest file by far.
+    Args:
+        info: False leaves `_info.jsonl` out: with a thousand local candidates a query it is the largest file by far.
+        run: as for `write_v1`.
     """
     folder, name = Path(folder) / data.task.modality, data.task.name
 
@@ -104,9 +116,7 @@ def write_v2(folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: di
     write_lines(folder / f"{name}_pred.jsonl", predictions(), durable=False)
     if info:
         write_lines(folder / f"{name}_info.jsonl", infos(), durable=False)
-    facts = {key: metrics[key] for key in FACTS if key in metrics}
-    scores = {key: value for key, value in metrics.items() if key not in facts}
-    score = {**scores, "num_pred": len(data.queries), "num_data": len(data.queries), **facts}
+    score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries), **({"run": run} if run else {})}
     write_json(folder / f"{name}_score.json", score, durable=False)
     if "/" in name:  # the reference's report looks for its own name of the task
         write_json(folder / f"{data.task.report_name}_score.json", score, durable=False)
