@@ -84,10 +84,15 @@ def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.tasks.choose import chosen_tasks
 
     if args.list:
-        print("\n".join(list_tasks(args.protocol)))
+        print("\n".join(list_tasks(str(args.protocol))))
         return 0
+<<<<<<< HEAD
     row = reproduce.apply_row(args)
     _need(args)
+=======
+    _need(args)
+    row = reproduce.apply_row(args)
+>>>>>>> h16a
     tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
     if args.check:
         return reproduce.check(args, tasks, _options(args))
@@ -139,7 +144,11 @@ def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barr
     from vlm2vec.evaluation.tasks import load_tasks
 
     model = reproduce.options_model(args)
+<<<<<<< HEAD
     tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, args.protocol)
+=======
+    tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, str(args.protocol))
+>>>>>>> h16a
     options = _options(args, rank=rank, world=world, barrier=barrier, device=str(model.device))
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
@@ -147,7 +156,7 @@ def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barr
         summary = write_summary(args.output, rows, name, {"protocol": str(args.protocol), **v3_facts(options)}, options.broken_shards)
         print("\n".join(terminal(rows, summary["means"])))
         print(f"summary: {Path(args.output) / 'summary.md'}")
-        if any(r["task"] in load_tasks(args.protocol) for r in rows):
+        if any(r["task"] in load_tasks(str(args.protocol)) for r in rows):
             print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
         if not args.no_report:
             print(f"report: {write_report(args.output, rows, name)}")

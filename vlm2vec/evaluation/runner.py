@@ -60,7 +60,6 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
-    feeding: str = "official"  # which published evaluation of MMEB-V3 words, pools and judgements follow; see `Task.fed`
     frames: FrameRule | None = None  # of every film; None: as `frames.frame_rule` says
     pictures: dict = field(default_factory=dict)  # orientation and background that hold for all tasks; see `reading`
     broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
@@ -188,8 +187,7 @@ def score_task(
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
         write_v1(output, data, ranking.indices, table["hit@1"] > 0, run)
-    more = parts_and_exclusions(data, ranked, ranking.labels, table) | cut_texts(prepared, store)
-    write_v2(output, data, ranking.indices[:, : options.top], {**metrics, **v3_facts(options)}, info=not v1, run=run)
+    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1, run=run)
     lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
     write_lines(output / f"{task.name}_top.jsonl", lines, durable=False)
     write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
@@ -218,7 +216,8 @@ def score_task(
         "candidates_per_query": sum(sizes) / max(1, len(sizes)),
         "chance": chance(data),
         "problems": data.problems.summary(),
-        **more,
+        **parts_and_exclusions(data, ranked, ranking.labels, table),
+        **cut_texts(prepared, store),
         **v3_facts(options),
         **({"run": run} if run else {}),
     }
@@ -274,10 +273,10 @@ def run_tasks(
     """
     options = options or Options()
     deaf = audio_tasks(model, tasks)
-    rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
-    tasks_heard = [task for task in tasks if task.name not in deaf]
+    heard = [task for task in tasks if task.name not in deaf]
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
-        for reader, part in readers(model, tasks_heard, options):
+        rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
+        for reader, part in readers(model, heard, options):
             rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
     return [rows[task.name] for task in tasks]
 

@@ -45,7 +45,8 @@ def test_scores_are_those_told_by_hand(place, tmp_path, feeding):
         modality, report = rows[name]["modality"], load_tasks("v3")[name].report_name
         for file in {f"{name}_score.json", f"{report if '/' in name else name}_score.json"}:
             told = json.loads((tmp_path / "out" / modality / file).read_text())
-            assert (told["protocol"], told["feeding"]) == ("v3", feeding) and told["hit@1"] == rows[name]["metrics"]["hit@1"]
+            settings = told["run"]["settings"]
+            assert (settings["protocol"], settings["feeding"]) == ("v3", feeding) and told["hit@1"] == rows[name]["metrics"]["hit@1"]
 
 
 def texts(items):
