@@ -86,13 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(list_tasks(str(args.protocol))))
         return 0
-<<<<<<< HEAD
     row = reproduce.apply_row(args)
     _need(args)
-=======
-    _need(args)
-    row = reproduce.apply_row(args)
->>>>>>> h16a
     tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
     if args.check:
         return reproduce.check(args, tasks, _options(args))
@@ -144,11 +139,7 @@ def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barr
     from vlm2vec.evaluation.tasks import load_tasks
 
     model = reproduce.options_model(args)
-<<<<<<< HEAD
-    tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, args.protocol)
-=======
     tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, str(args.protocol))
->>>>>>> h16a
     options = _options(args, rank=rank, world=world, barrier=barrier, device=str(model.device))
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:

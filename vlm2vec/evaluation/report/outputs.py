@@ -116,13 +116,7 @@ def write_v2(
     write_lines(folder / f"{name}_pred.jsonl", predictions(), durable=False)
     if info:
         write_lines(folder / f"{name}_info.jsonl", infos(), durable=False)
-<<<<<<< HEAD
-    facts = {key: metrics[key] for key in FACTS if key in metrics}
-    scores = {key: value for key, value in metrics.items() if key not in facts}
-    score = {**scores, "num_pred": len(data.queries), "num_data": len(data.queries), **facts, **({"run": run} if run else {})}
-=======
     score = {**metrics, "num_pred": len(data.queries), "num_data": len(data.queries), **({"run": run} if run else {})}
->>>>>>> h16a
     write_json(folder / f"{name}_score.json", score, durable=False)
     if "/" in name:  # the reference's report looks for its own name of the task
         write_json(folder / f"{data.task.report_name}_score.json", score, durable=False)
