@@ -109,7 +109,7 @@ def test_large_tables_are_read_from_their_files(tmp_path, monkeypatch):
     lines(tmp_path / "t.jsonl", *({"id": i, "text": "é" * i} for i in range(300)))
     task = load_tasks("v3")["text/BRIGHT/aops"]
     held = open_rows(tmp_path, task, "t.parquet", "rows")
-    monkeypatch.setattr(module, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(module, "HELD_BYTES", 10)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     mapped, placed = open_rows(tmp_path, task, "t.parquet", "rows"), open_rows(tmp_path, task, "t.jsonl", "rows")
     assert list(mapped) == list(held) == [mapped[i] for i in range(300)]

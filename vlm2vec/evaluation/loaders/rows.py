@@ -1,6 +1,6 @@
 """Tables of a task by their paths, row by row: a corpus of any size is read as it is needed and never held.
 
-parquet            in memory up to `IN_MEMORY_BYTES`, beyond that through the library's memory-mapped cache (as much disk again)
+parquet            in memory up to `HELD_BYTES`, beyond that through the library's memory-mapped cache (as much disk again)
 jsonl, json        where each line begins is kept, and a row is read from its place in the file; a JSON list is held
 csv, tsv, txt      held
 """
@@ -19,7 +19,8 @@ from vlm2vec.evaluation.tasks.task import Task
 from vlm2vec.files import AnyPath
 from vlm2vec.files.documents import kind, parse_json, read_text, require_regular
 
-IN_MEMORY_BYTES = 256 * 2**20
+IN_MEMORY_BYTES = 256 * 2**20  # of tables of pictures' names and short texts, which are read whole
+HELD_BYTES = 64 * 2**20  # of files of a corpus, whose texts take several times as much when they are unpacked
 BATCH = 256  # rows that are made at a time when a table is read through
 
 
@@ -66,7 +67,8 @@ class Lines(Rows):
 
     def __init__(self, files: Sequence[Path]):
         self.source = str(files[0])
-        self.files, self.places, self.columns = list(files), [], []
+        self.files, self.columns, self._open = list(files), [], {}
+        self.places: list[tuple[int, int, int]] = []  # file, first byte, bytes of each line
         for number, file in enumerate(files):
             require_regular(file)
             with open(file, "rb") as lines:
@@ -84,9 +86,9 @@ class Lines(Rows):
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         number, start, length = self.places[at]
-        with open(self.files[number], "rb") as file:
-            file.seek(start)
-            return self._row(at, file.read(length))
+        if number not in self._open:
+            self._open[number] = open(self.files[number], "rb")
+        return self._row(at, os.pread(self._open[number].fileno(), length, start))  # threads share no place in the file
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         at = 0
@@ -117,7 +119,7 @@ class Table(Rows):
 
         self.source = str(files[0])
         try:
-            if sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES:
+            if sum(file.stat().st_size for file in files) > HELD_BYTES:
                 from datasets import Dataset
 
                 self.table = Dataset.from_parquet([str(file) for file in files]).data.table

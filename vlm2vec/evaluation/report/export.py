@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm2vec.evaluation.report.outputs import shown_text
 from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, replacing, write_json, write_lines, write_table
 
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
+QUERIES_AT_ONCE = 2048  # of a prediction file's rows: each holds a hundred texts
+
+
 def write_predictions(
     path: AnyPath, data: TaskData, scores: torch.Tensor, indices: torch.Tensor, ranks: Sequence[int | None], depth: int
 ) -> None:
     """One parquet file of one task, the same columns for every task: load_dataset("parquet", data_files="OUT/predictions/*").
 
     Columns: task, row, query_text, query_image, labels [text], predictions [text], prediction_texts [text],
-    prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1).
+    prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1). Long texts are cut.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     text, texts = pa.string(), pa.list_(pa.string())
     columns = {
@@ -42,26 +47,42 @@ def write_predictions(
         "rank": pa.int64(),
         "hit": pa.bool_(),
     }
-    candidate_texts, candidate_images = [c.get("text") or "" for c in data.candidates], [_path(c) for c in data.candidates]
-    found = {name: [] for name in columns}
-    for i, query in enumerate(data.queries):
-        best = [c for c in indices[i, :depth].tolist() if c >= 0]
-        row = {
-            "task": data.task.name,
-            "row": i,
-            "query_text": query.get("text") or "",
-            "query_image": _path(query),
-            "labels": data.label_names[i],
-            "predictions": [data.names[c] for c in best],
-            "prediction_texts": [candidate_texts[c] for c in best],
-            "prediction_images": [candidate_images[c] for c in best],
-            "scores": scores[i, : len(best)].tolist(),
-            "rank": ranks[i],
-            "hit": ranks[i] == 1,
-        }
-        for name, value in row.items():
-            found[name].append(value)
-    write_table(path, pa.table(found, schema=pa.schema(list(columns.items()))), durable=False)
+    schema = pa.schema(list(columns.items()))
+    known: dict[int, tuple[str, str]] = {}  # what candidates show, each made once; most are found by no query
+
+    def side(c):
+        if c not in known:
+            known[c] = (shown_text(data.candidates[c]), _path(data.candidates[c]))
+        return known[c]
+
+    def table(first, last):
+        found = {name: [] for name in columns}
+        for i in range(first, last):
+            best = [c for c in indices[i, :depth].tolist() if c >= 0]
+            row = {
+                "task": data.task.name,
+                "row": i,
+                "query_text": shown_text(data.queries[i]),
+                "query_image": _path(data.queries[i]),
+                "labels": data.label_names[i],
+                "predictions": [data.names[c] for c in best],
+                "prediction_texts": [side(c)[0] for c in best],
+                "prediction_images": [side(c)[1] for c in best],
+                "scores": scores[i, : len(best)].tolist(),
+                "rank": ranks[i],
+                "hit": ranks[i] == 1,
+            }
+            for name, value in row.items():
+                found[name].append(value)
+        return pa.table(found, schema=schema)
+
+    count = len(data.queries)
+    if count <= QUERIES_AT_ONCE:
+        write_table(path, table(0, count), durable=False)
+        return
+    with replacing(path, durable=False) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
+        for first in range(0, count, QUERIES_AT_ONCE):
+            writer.write_table(table(first, min(first + QUERIES_AT_ONCE, count)))
 
 
 def _path(item):

@@ -28,11 +28,20 @@ if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
+MOST_TEXT = 2000  # characters of a text in files for people: passages of a million would be written for every query that finds them
+
+
+def shown_text(item: dict[str, Any]) -> str:
+    """An input's text as files for people have it, cut where it is long."""
+    text = item.get("text") or ""
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}..."
+
+
 def _side(item):
     video = item.get("video")
     frames = {"video": [str(f) for f in video] if isinstance(video, (list, tuple)) else str(video)} if video else {}
     image = item.get("image")
-    return {"text": item.get("text") or "", "image": str(image) if isinstance(image, (str, os.PathLike)) else "", **frames}
+    return {"text": shown_text(item), "image": str(image) if isinstance(image, (str, os.PathLike)) else "", **frames}
 
 
 def top_rows(
@@ -42,16 +51,22 @@ def top_rows(
 
     `rank` is the 1-based rank of the best label among those looked at, None when it is not there.
     """
+    known: dict[int, dict[str, Any]] = {}  # a candidate may be of use to many queries, and is read from its file once
+
+    def side(c):
+        if c not in known:
+            known[c] = _side(data.candidates[c])
+        return known[c]
+
     for i, query in enumerate(data.queries):
         right = set(data.labels[i]) - {-1}
         top = []
         for score, c in zip(scores[i, :depth].tolist(), indices[i, :depth].tolist()):
             if c >= 0:
                 name = data.names[c]
-                top.append({**_side(data.candidates[c]), "name": name, "score": round(score, 6), "correct": c in right})
+                top.append({**side(c), "name": name, "score": round(score, 6), "correct": c in right})
         labels = [
-            {**(_side(data.candidates[c]) if c >= 0 else {"text": "", "image": ""}), "name": name}
-            for c, name in zip(data.labels[i], data.label_names[i])
+            {**(side(c) if c >= 0 else {"text": "", "image": ""}), "name": name} for c, name in zip(data.labels[i], data.label_names[i])
         ]
         yield {"row": i, "query": _side(query), "labels": labels, "rank": ranks[i], "top": top}
 
