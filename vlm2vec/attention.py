@@ -51,8 +51,8 @@ class Segments:
         cu_seqlens: (B+1,) int32.
         causal: whether a token sees only its own past.
         groups: what the SDPA provider batches together.
-        rows, inverse: packed token of each grouped row, and grouped row of each packed token; None when all segments are of
-            one length and the packed order serves as it is.
+        rows, inverse: packed token of each grouped row, and grouped row of each packed token; None when the packed order serves as it
+            is: segments of one length, or groups that follow one another and are not padded.
         provider: one of `PROVIDERS`, or a function with `sdpa_packed`'s arguments that does it in their place.
     """
 
@@ -118,7 +118,10 @@ def _group(lengths: list[int], cu: torch.Tensor, causal: bool) -> tuple[list[Gro
         groups.append(Group(len(bucket), top, mask))
         all_rows.append(rows.flatten())
         base += len(bucket) * top
-    return groups, torch.cat(all_rows), inverse
+    order = torch.cat(all_rows)
+    if base == len(inverse) and torch.equal(order, torch.arange(base)):
+        return groups, None, None
+    return groups, order, inverse
 
 
 class _Rows(torch.autograd.Function):
@@ -164,9 +167,12 @@ def sdpa_packed(
     window: int | None = None,
 ) -> torch.Tensor:
     """Packed attention through SDPA. q (T, Hq, D), k and v (T, Hk, D), Hk divides Hq -> (T, Hq, D)."""
-    if segments.inverse is None:
+    if segments.inverse is None and len(segments.groups) == 1:
         return _sdpa_group(q, k, v, segments.groups[0], segments.causal, scale, dropout, window)
     sizes = [g.count * g.length for g in segments.groups]
+    if segments.inverse is None:
+        parts = zip(*(x.split(sizes) for x in (q, k, v)))
+        return torch.cat([_sdpa_group(*part, g, segments.causal, scale, dropout, window) for part, g in zip(parts, segments.groups)])
     parts = zip(*(_Rows.apply(x, segments.rows, segments.inverse).split(sizes) for x in (q, k, v)))
     outs = [_sdpa_group(*part, g, segments.causal, scale, dropout, window) for part, g in zip(parts, segments.groups)]
     return _Rows.apply(outs[0] if len(outs) == 1 else torch.cat(outs), segments.inverse, None)

@@ -8,6 +8,8 @@ which is joined. Beside a picture or film may stand what holds for it alone (`SE
 Text holds MMEB's markers `<|image_1|>`, `<|image_2|>`, ... where the visuals stand, by their numbers; a visual without a marker
 comes first, followed by a newline when text follows. Videos are marked `<|video_1|>`, ... The model's own tokens (`<image>`,
 `<|image_pad|>`) stand for the visuals where a text begins with as many as there are; anywhere else they are text like any other.
+"audio" takes a sound in any form of `vlm2vec.media.sounds`, or a list of them; sounds come first and have no markers. Models that
+hear nothing refuse them.
 
 Halves of surrogate pairs, which JSON allows and UTF-8 does not, become U+FFFD.
 """
@@ -28,7 +30,8 @@ AROUND_NATIVE = r"\s|<\|vision_start\|>|<\|vision_end\|>"  # what may stand arou
 MODALITIES = ("text", "image", "video")
 IMAGE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 VISUAL_KEYS = IMAGE_KEYS + VIDEO_KEYS
-ITEM_KEYS = ("text", *VISUAL_KEYS, "instruction")
+MEDIA_KEYS = (*VISUAL_KEYS, "audio")
+ITEM_KEYS = ("text", *MEDIA_KEYS, "instruction")
 # What may stand beside one picture or film, under the names of Qwen's own tools; `Processing.takes_settings` says who reads them.
 SETTINGS = {
     "image": ("min_pixels", "max_pixels"),
@@ -56,6 +59,7 @@ class Item:
         nothing: neither text nor visual was given, which is not the same as an empty text to every embedder.
         system: the instruction is the system message of a chat.
         turns: messages of a chat besides the system's.
+        sounds: paths, bytes or waveforms (`vlm2vec.media.sounds`), not opened yet.
         settings: {"image": [...], "video": [...]}: for each picture and each film what the caller says of it (`SETTINGS`); {} for none.
     """
 
@@ -68,6 +72,7 @@ class Item:
     nothing: bool = False
     system: bool = False
     turns: int = 1
+    sounds: list = field(default_factory=list)
     settings: dict[str, list[dict]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,6 +147,8 @@ def _from_dict(x: dict, native: Mapping[str, str]) -> Item:
             raise ValueError(f"{key!r} must be a str, got {type(given).__name__}")
     images = [image for key in IMAGE_KEYS for image in _listed(x.get(key))]
     videos = [video for key in VIDEO_KEYS for video in _videos(x.get(key))]
+    sounds = x.get("audio")
+    sounds = [] if sounds is None or (isinstance(sounds, str) and not sounds) else sounds if isinstance(sounds, list) else [sounds]
     named = [k for k in VISUAL_KEYS if k in x]
     settings = {"image": [settings_of(x, "image")] * len(images), "video": [settings_of(x, "video")] * len(videos)}
     item = Item(
@@ -150,7 +157,8 @@ def _from_dict(x: dict, native: Mapping[str, str]) -> Item:
         videos,
         x.get("instruction"),
         markers_are_text=bool(named) and not images and not videos,
-        nothing=text is None and not images and not videos,
+        nothing=text is None and not images and not videos and not sounds,
+        sounds=list(sounds),
         settings=settings if any(settings["image"] + settings["video"]) else {},
     )
     return with_markers(item, native)

@@ -12,6 +12,7 @@ from vlm2vec import encoding
 from vlm2vec.attention import choose_provider, register
 from vlm2vec.checkpoint import saving, sentence_transformers_files
 from vlm2vec.checkpoint.trainable import Trainable
+from vlm2vec.inputs import MODALITIES
 from vlm2vec.packing import Features, PackedBatch
 
 if TYPE_CHECKING:
@@ -194,8 +195,20 @@ class VLM2Vec(Trainable, nn.Module):
         """
         return self.processing.hf_processor()
 
-    def reading(self, *, orientation: str, background: str) -> VLM2Vec:
-        """A view of this model, same weights, that reads pictures otherwise (`vlm2vec.media.images`); `self` stays as it is.
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What an input may hold: "text", and "image", "video" and "audio" as far as the family takes them.
+
+        Example:
+            >>> model.modalities
+            ('text', 'image', 'video')
+        """
+        marks = (self.processing.image_marker, self.processing.video_marker, self.processing.audio_marker)
+        return ("text", *(kind for kind, marker in zip((*MODALITIES[1:], "audio"), marks) if marker is not None))
+
+    def reading(self, **media: Any) -> VLM2Vec:
+        """A view of this model, same weights, that reads pictures (`vlm2vec.media.images`: orientation, background) and films (frames,
+        fps, max_frames) otherwise; `self` stays as it is.
 
         Example:
             >>> model.reading(orientation="stored", background="hidden").options["orientation"], model.options["orientation"]
@@ -203,7 +216,7 @@ class VLM2Vec(Trainable, nn.Module):
         """
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view.processing = self.processing.reading(orientation=orientation, background=background)
+        view.processing = self.processing.reading(**media)
         return view
 
     # -- running --------------------------------------------------------------------------------------------------------

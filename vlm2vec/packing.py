@@ -19,6 +19,7 @@ class Features:
         vision_patches: cost of the vision tower in patches.
         pending: the frames (paths or bytes) of each visual that is measured and not decoded; `Processing.decode` turns them
             into the rest of `vision`.
+        cut: the text was longer than the model's limit, and its end was left out.
     """
 
     input_ids: torch.Tensor
@@ -27,6 +28,7 @@ class Features:
     position_ids: torch.Tensor | None = None
     vision_patches: int = 0
     pending: list[list] = field(default_factory=list)
+    cut: bool = False
 
     @property
     def length(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vlm2vec import attention
+from vlm2vec.backbones.last_rows import ending_at_rows
 from vlm2vec.backbones.processing import Processing, Visual
 from vlm2vec.packing import Features, PackedBatch, pack
 
@@ -179,19 +180,28 @@ class Backbone:
 
     def last_hidden(self, model: nn.Module, packed: PackedBatch, features: torch.Tensor | None) -> torch.Tensor:
         """Hidden state of each sample's last token after the final norm, (B, D)."""
-        text = self.text_model(model)
+        text, further = self.text_model(model), self.text_kwargs(model, packed, features)
         embeds = self.embed(model, packed, features)
-        out = with_norm_of_rows(text, packed.last_index)(
+        out = ending_at_rows(text, packed.last_index, plain_last_layer=self.plain_last_layer(text, further))(
             inputs_embeds=embeds[None],
             position_ids=self.position_argument(packed),
             attention_mask=self.no_mask(text),
             use_cache=False,
             segments=packed.segments,
-            **self.text_kwargs(model, packed, features),
+            **further,
         )
         hidden = out.last_hidden_state[0]
         # A decoder whose forward is bound to itself (compiled in place, wrapped by accelerate) ran its own norm, on all tokens.
         return hidden if len(hidden) == len(packed) else hidden.index_select(0, packed.last_index)
+
+    def shares_prefixes(self, model: nn.Module) -> bool:
+        """Whether samples that begin alike may be computed together (`vlm2vec.evaluation.encode.prefixes`): a packed token's output follows
+        from its position and from the keys and values of all tokens before it in its sample, and from nothing else."""
+        return False
+
+    def plain_last_layer(self, text: nn.Module, further: dict) -> bool:
+        """Whether the decoder ends as `last_rows.ending_at_rows` says, given the keyword arguments of `text_kwargs`."""
+        return False
 
     def position_argument(self, packed: PackedBatch) -> torch.Tensor:
         """Position ids as the decoder takes them: (1, T), or (3, 1, T)."""
@@ -200,26 +210,6 @@ class Backbone:
     def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         """Packed attention needs no mask; a dictionary tells transformers that masks are already made."""
         return {kind: None for kind in ("full_attention", "sliding_attention")}
-
-
-class NormOfRows(nn.Module):
-    """A decoder's final norm on the rows (B,) it is asked for: (1, T, D) -> (1, B, D)."""
-
-    def __init__(self, norm: nn.Module, index: torch.Tensor):
-        super().__init__()
-        self.norm, self.index = norm, index
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden.index_select(1, self.index))
-
-
-def with_norm_of_rows(text: nn.Module, index: torch.Tensor) -> nn.Module:
-    """The decoder with `NormOfRows` for its norm: a view of the same layers for one call. The decoder itself, which other threads may
-    be using, stays as it is; a hook on its norm would reach into their calls."""
-    view = object.__new__(type(text))
-    modules = {**text._modules, "norm": NormOfRows(text.norm, index)}
-    view.__dict__.update(text.__dict__, _modules=modules)
-    return view
 
 
 def override(module: torch.nn.Module, **methods: Callable) -> None:
@@ -250,7 +240,14 @@ def unpickled(cls: type, methods: tuple[tuple[str, Callable], ...]) -> torch.nn.
 def patches_as_linear(self, patches: torch.Tensor) -> torch.Tensor:
     """`forward` of a patch embedding, a convolution whose stride is its kernel, as the matrix product that it is.
 
-    On a CPU the convolution's backward is several times slower than the product.
+    On a CPU the convolution's backward is several times slower than the product. Patches may come without their time steps,
+    (P, C * patch**2): a picture is shown through all of them, and the steps' weights add up. 16-bit weights would lose digits by it.
     """
-    weight = self.proj.weight.flatten(1)
+    weight = self.proj.weight
+    if patches.dim() == 2 and patches.shape[1] * weight.shape[2] == weight[0].numel() and weight.shape[2] > 1:
+        if weight.dtype in (torch.float32, torch.float64):
+            weight = weight.sum(2)
+        else:
+            patches = patches.unflatten(1, (weight.shape[1], 1, -1)).expand(-1, -1, weight.shape[2], -1).flatten(1)
+    weight = weight.flatten(1)
     return torch.nn.functional.linear(patches.view(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)

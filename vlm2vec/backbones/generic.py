@@ -4,6 +4,9 @@ Nothing is assumed about the family's layers, so samples are not packed: layers 
 see images in both directions (Gemma 3), where packed samples would leak into each other. Inside `last_hidden` samples are padded
 on the right, so that nothing stands before a real token, and only samples with vision inputs of the same shapes share a forward
 pass. Positions, image limits and pixels are the family's own. The vision tower runs inside the forward pass.
+
+A model with an audio encoder hears: sounds stand before the text, each as the processor's own marker (with its opening and closing
+tokens where it names them), 16 kHz mono and cut to `audio_max_seconds`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import nn
 from vlm2vec.backbones.base import Backbone, Processing, Visual
 from vlm2vec.backbones.literals import WithLiterals
 from vlm2vec.inputs import Item
+from vlm2vec.media.sounds import MAX_SECONDS, read_sound
 from vlm2vec.packing import Features, PackedBatch, pack
 
 if TYPE_CHECKING:
@@ -24,15 +28,17 @@ if TYPE_CHECKING:
 
 
 TEXT_KEYS = ("input_ids", "attention_mask")
+SOUND_KEYS = ("input_features", "feature_attention_mask")  # beginnings of the names of what a feature extractor gives
 
 
 class GenericProcessing(Processing):
     """Options: the shared ones and
 
     chat_template: True feeds the model's own chat template with the instruction, where given, as the system message.
+    audio_max_seconds: what a sound holds beyond it is cut off.
     """
 
-    defaults = {"chat_template": False}
+    defaults = {"chat_template": False, "audio_max_seconds": MAX_SECONDS}
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):
         super().__init__(tokenizer, image_processor, config, options)
@@ -48,7 +54,9 @@ class GenericProcessing(Processing):
         # Gemma 3's processor wants the token that opens an image and writes the image tokens itself.
         processing.image_marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
         processing.video_marker = getattr(processor, "video_token", None)
-        ids = (getattr(config, "image_token_id", None), getattr(config, "image_token_index", None), getattr(config, "video_token_id", None))
+        processing.audio_marker = audio_marker(processor)
+        names = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+        ids = [getattr(config, name, None) for name in names]
         processing.kept_ids = frozenset(i for i in (*ids, *processor.tokenizer.all_special_ids) if i is not None)
         return processing
 
@@ -69,20 +77,20 @@ class GenericProcessing(Processing):
     def __call__(self, x: Any) -> Features:
         item = self.item(x)
         text, kinds = self.native_text(item)
-        if item.markers_are_text or not kinds:
+        if item.sounds:
+            text = self._with_sounds(item, text)
+        if (item.markers_are_text or not kinds) and not item.sounds:
             features = self.assemble(self.tokenize(text), [])
             if "token_type_ids" in self.hf.model_input_names:  # Gemma 3 wants them in training, zero for text
                 features.vision = {"token_type_ids": features.input_ids.new_zeros(1, features.length)}
             return features
         if isinstance(text, WithLiterals):
-            literal = text[slice(*text.literals[0])]
-            raise ValueError(
-                f"the text beside a visual holds {literal!r}, which {type(self.hf).__name__} takes for a visual's place; take it out"
-            )
+            raise self._taken(text[slice(*text.literals[0])])
         inputs = self.hf(
             text=[text],
             images=[[self.open(i) for i in item.images]] if item.images else None,
             **({"videos": [[self.frames(v) for v in item.videos]]} if item.videos else {}),
+            **({"audio": [read_sound(s, max_seconds=self.options["audio_max_seconds"]) for s in item.sounds]} if item.sounds else {}),
             return_tensors="pt",
         )
         ids = inputs["input_ids"][0]
@@ -93,18 +101,41 @@ class GenericProcessing(Processing):
         for key, value in inputs.items():
             if key in TEXT_KEYS:
                 continue
-            if isinstance(value, torch.Tensor) and value.shape == inputs["input_ids"].shape:
+            if per_token(key, value, inputs["input_ids"].shape[1]):
                 # one number per token (token types): cut as the text is
                 value = torch.cat([value, value.new_zeros(1, len(ids) - value.shape[1])], dim=1)[:, kept_positions]
             vision[key] = value
         patches = sum(v.shape[:-3].numel() for k, v in vision.items() if k.startswith("pixel_values") and v.dim() > 3)
-        return Features(ids[kept_positions], vision, None, None, patches)
+        return Features(ids[kept_positions], vision, None, None, patches, cut=len(kept_positions) < len(ids))
+
+    def _taken(self, literal: str) -> ValueError:
+        return ValueError(
+            f"the text beside media holds {literal!r}, which {type(self.hf).__name__} takes for the place of one; take it out"
+        )
+
+    def _with_sounds(self, item: Item, text: str) -> str:
+        """The text behind the markers of its sounds. ValueError for one that holds a marker of its own."""
+        if isinstance(text, WithLiterals):
+            raise self._taken(text[slice(*text.literals[0])])
+        if self.hf.audio_token in text:
+            raise self._taken(self.hf.audio_token)
+        marks = [self.audio_marker] * len(item.sounds)
+        return "\n".join([*marks, text] if text else marks)
 
     def _kept(self, ids: list[int]) -> list[int]:
         """Positions that stay when the text is cut to max_length."""
         marked = [Visual(1, {}, token_id=at) if token in self.kept_ids else at for at, token in enumerate(ids)]
         pieces = self._truncate(marked, kept_ids=frozenset())  # positions here, not ids
         return [piece.token_id if isinstance(piece, Visual) else piece for piece in pieces]
+
+
+def audio_marker(processor: Any) -> str | None:
+    """What stands for a sound in a text of this processor's; None for one without audio."""
+    marker = getattr(processor, "audio_token", None)
+    if marker is None or getattr(processor, "feature_extractor", None) is None:
+        return None
+    around = [getattr(processor, f"audio_{end}_token", None) or "" for end in ("bos", "eos")]
+    return marker.join(around)
 
 
 class Generic(Backbone):
@@ -164,7 +195,7 @@ class Generic(Backbone):
         more = {}
         for key in samples[0]:
             values = [s[key] for s in samples]
-            if per_token(values[0], len(rows[0])):
+            if per_token(key, values[0], len(rows[0])):
                 more[key] = torch.nn.utils.rnn.pad_sequence([v[0] for v in values], batch_first=True)
             elif isinstance(values[0], torch.Tensor):
                 value = torch.cat(values)
@@ -173,14 +204,21 @@ class Generic(Backbone):
         return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
 
 
-def per_token(value: Any, length: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape == (1, length) and not value.is_floating_point()
+def per_token(key: str, value: Any, length: int) -> bool:
+    """Whether a model input is one number per token; a mask of a sound's frames is not, however many there are."""
+    return (
+        not key.startswith(SOUND_KEYS)
+        and isinstance(value, torch.Tensor)
+        and value.dim() == 2
+        and value.shape == (1, length)
+        and not value.is_floating_point()
+    )
 
 
 def signature(sample: dict, length: int) -> tuple:
     """Samples of one signature can share a forward pass: the same keys, the same shapes behind the first dimension."""
     parts = []
     for key, value in sorted(sample.items()):
-        shape = ("per token",) if per_token(value, length) else tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
+        shape = ("per token",) if per_token(key, value, length) else tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
         parts.append((key, shape))
     return tuple(parts)

@@ -243,6 +243,9 @@ class LlavaNext(Backbone):
         features, _ = model.pack_image_features(tiles, v["image_sizes"], config.vision_feature_select_strategy, newline)
         return torch.cat(features)
 
+    def plain_last_layer(self, text: nn.Module, further: dict) -> bool:
+        return type(text).__name__ in ("LlamaModel", "MistralModel")
+
     def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         # Llama's and Mistral's mask makers hand a ready 4-D mask on; packed attention never reads it. Without one they would
         # search the positions for sample boundaries, which waits for the device.

@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+READING = ("orientation", "background", "frames", "fps", "max_frames")  # options that change what is read, not how it is fed
+
+
 class Processing:
     """Tokenizer, image processor and the family's rules. Families override the hooks; `__call__` is the same for all.
 
     Class attributes of a family:
         image_marker, video_marker: the text that stands for a visual in this family's vocabulary (None: not supported).
+        audio_marker: the text that stands for a sound, likewise.
         from_headers: `process_image` and `process_video` also take `vlm2vec.media.images.Undecoded`, and the four methods are there
             by which media are streamed: `decode`, `decoded_shape`, `normalised`, `normalised_shape`.
         defaults: the family's options and their default values; other option names are an error.
         image_limit: the option that bounds the tokens of a picture.
         feeding: "raw" (the text as it is) or "authors" (as a published embedder is fed); one `Processing` does one of them.
+        film_frames: which frames of a film the family's own evaluation takes (`vlm2vec.media.sampling.FrameRule`).
         takes_settings: reads what an input says of one picture or film alone (`Item.settings`); without it such inputs are refused.
 
     Options that every family has:
@@ -53,11 +58,13 @@ class Processing:
 
     image_marker: str | None = None
     video_marker: str | None = None
+    audio_marker: str | None = None
     from_headers = False
     defaults: dict = {}
     image_limit = "max_image_pixels"
     feeding = "raw"
     takes_settings = False
+    film_frames = str(FRAMES)
     shared_defaults = {
         "feeding": "raw",
         "max_length": None,
@@ -210,6 +217,10 @@ class Processing:
     def item(self, x: Any) -> Item:
         """An input in one form. ValueError also for one that asks of a picture or film what only another feeding reads."""
         item = as_item(x, self.markers)
+        if item.sounds and self.audio_marker is None:
+            raise ValueError(
+                f"{type(self).__name__} takes no audio; a model that hears is one that transformers knows with an audio encoder"
+            )
         if item.settings and not self.takes_settings:
             said = next(name for each in item.settings.values() for settings in each for name in settings)
             raise ValueError(
@@ -272,10 +283,15 @@ class Processing:
         visuals = [self.process_image(f[0]) if kind == "image" else self.process_video(f) for kind, f in zip(kinds, opened)]
         return self.assemble(self.tokenize(text), visuals), opened
 
-    def reading(self, *, orientation: str, background: str) -> Processing:
-        """The same processing with pictures read otherwise; `self` stays as it is."""
+    def reading(self, **media: Any) -> Processing:
+        """The same processing with pictures and films read otherwise (options of `READING`); `self` stays as it is."""
         twin = copy.copy(self)
-        twin.options = {**self.options, "orientation": orientation, "background": background}
+        other = sorted(set(media) - set(READING))
+        if other:
+            raise ValueError(f"reading otherwise: expected {', '.join(READING)}, got {', '.join(other)}; load the model with it")
+        for name, value in media.items():
+            check_option(name, value, self.shared_defaults[name])
+        twin.options = {**self.options, **media}
         twin._check_names()
         return twin
 
@@ -310,7 +326,7 @@ class Processing:
                 pieces.append(token)
         if queue:
             raise ValueError(f"the tokenizer lost {len(queue)} image markers; is {self.image_marker!r} a token of its vocabulary?")
-        pieces = self._truncate(pieces)
+        given, pieces = pieces, self._truncate(pieces)
         out, spans, index = [], [], []
         for piece in pieces:
             if not isinstance(piece, Visual):
@@ -333,6 +349,7 @@ class Processing:
             torch.tensor(index, dtype=torch.long) if index else None,
             self.positions(input_ids, spans),
             sum(v.patches for v in visuals),
+            cut=pieces is not given,
         )
 
     def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:

@@ -121,10 +121,16 @@ class Qwen2VLProcessing(Processing):
 
     def normalised(self, pixels: torch.Tensor, vision: dict) -> torch.Tensor:
         """(P, 3 * patch**2), a frame shown through the time step, or (P, 3 * temporal * patch**2) -> (P, 3 * temporal * patch**2)."""
-        table = self.pixel_table()
+        return self._values(pixels, self.temporal)  # one frame is broadcast to all places of its time step
+
+    def normalised_once(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As `normalised`, but a picture's patches come without time steps, (P, 3 * patch**2), which `patches_as_linear` takes."""
+        return self._values(pixels, pixels.shape[1] // (3 * self.patch**2))
+
+    def _values(self, pixels: torch.Tensor, steps: int) -> torch.Tensor:
         channels = pixels.view(len(pixels), 3, -1, self.patch**2)
-        values = torch.empty(len(pixels), 3, self.temporal, self.patch**2, dtype=torch.float32, device=pixels.device)
-        return look_up(channels, table, values).view(len(pixels), -1)  # one frame is broadcast to all places of its time step
+        values = torch.empty(len(pixels), 3, steps, self.patch**2, dtype=torch.float32, device=pixels.device)
+        return look_up(channels, self.pixel_table(), values).view(len(pixels), -1)
 
     def pixel_table(self) -> torch.Tensor:
         """(256, 3) float32: the normalised value of each 8-bit value and channel."""
@@ -222,6 +228,12 @@ class Qwen2VL(Backbone):
 
     def position_argument(self, packed: PackedBatch) -> torch.Tensor:
         return packed.position_ids.expand(3, -1)[:, None]
+
+    def shares_prefixes(self, model: nn.Module) -> bool:
+        return "sliding_attention" not in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+
+    def plain_last_layer(self, text: nn.Module, further: dict) -> bool:
+        return len(further.get("deepstack_visual_embeds") or ()) < len(text.layers)  # Qwen3-VL's are added behind the first layers
 
     def prepare_vision(self, vision: dict, provider: str) -> dict:
         grids = vision["grid_thw"].tolist()

@@ -6,11 +6,16 @@ import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm2vec.commands import common
+from vlm2vec.commands import common, reproduce
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
+
+if TYPE_CHECKING:
+    from vlm2vec.evaluation.runner import Options
+
 
 MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
@@ -27,27 +32,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE.yaml",
         help="data sets, groups, meta-tasks or modalities to run, and YAML files with tasks of your own",
     )
-    parser.add_argument("--list", action="store_true", help="show the 78 published tasks with metric and published scores, and stop")
-    parser.add_argument("--protocol", choices=("v1", "v2"), default="v1", help="candidate keys and files of MMEB (v1) or MMEB-V2 (v2)")
+    parser.add_argument(
+        "--list", action="store_true", help="show the published tasks of the protocol (78, or V3's 190) with metric and scores, and stop"
+    )
+    parser.add_argument(
+        "--protocol", choices=("v1", "v2", "v3"), default=reproduce.Default("v1"), help="MMEB (v1), MMEB-V2 (v2) or MMEB-V3 (v3)"
+    )
+    parser.add_argument(
+        "--feeding",
+        choices=("official", "wemm"),
+        default=reproduce.Default("official"),
+        help="which published evaluation of MMEB-V3 to follow: words, pools, judgements (needs --protocol v3; docs/evaluation.md)",
+    )
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, help="threads that decode and preprocess (default: cores, at most 8)")
     parser.add_argument("--prompt", help="text put in front of every input (the data usually holds its own)")
     parser.add_argument("--top", type=int, default=100, help="candidates kept per query in the prediction files (default 100)")
+    parser.add_argument(
+        "--frames",
+        metavar="N|fps:F,max:M",
+        help="frames of every film (default: those of the protocol, or of the model's family; docs/evaluation.md)",
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a task with unreadable files or rows without an answer")
     parser.add_argument("--faiss", action="store_true", help="write the candidates of each task as a FAISS index (needs faiss-cpu)")
     parser.add_argument("--name", help="name of the model in reports (default: the last part of MODEL)")
+    reproduce.add_arguments(parser)
     common.add_model_arguments(parser)
     parser.add_argument("--no-report", action="store_true", help="skip report.html")
 
 
 def _need(args):
-    for name in ("model", "output"):
+    for name in ("model",) if args.check else ("model", "output"):
         if not getattr(args, name):
             raise ValueError(f"vlm2vec eval needs {'a MODEL' if name == 'model' else '--' + name}; or --list to see the tasks")
     if not args.data and not args.hub:
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
+    if args.feeding != "official" and args.protocol != "v3":
+        raise ValueError(f"--feeding {args.feeding} is an evaluation of MMEB-V3; add --protocol v3")
     if args.top < 1 or args.batch_size < 1:
         raise ValueError(f"--top and --batch-size are at least 1, got {args.top} and {args.batch_size}")
     if args.top > MOST_SHOWN:
@@ -56,48 +79,20 @@ def _need(args):
         raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
-def _tasks(args):
-    from vlm2vec.evaluation.tasks import find_tasks, load_tasks, read_task_file
-
-    extra, names = {}, []
-    for word in args.tasks:
-        if word.endswith((".yaml", ".yml")):
-            file_tasks = read_task_file(word)
-            extra |= file_tasks
-            names += list(file_tasks)
-        else:
-            names.append(word)
-    if args.data:
-        return find_tasks(args.data, names or None, extra) if not args.hub else _with_hub(args, names, extra)
-    table = {**load_tasks(), **extra}
-    return _chosen(table, names)
-
-
-def _chosen(table, names):
-    tasks = [t for t in table.values() if not names or any(n in (t.name, t.group, t.meta_task, t.modality) for n in names)]
-    if not tasks:
-        raise ValueError(f"no task, group or modality named {', '.join(names)}; see vlm2vec eval --list")
-    return tasks
-
-
-def _with_hub(args, names, extra):
-    from vlm2vec.evaluation.tasks import find_tasks, load_tasks
-
-    try:
-        local = {t.name: t for t in find_tasks(args.data, None, extra)}
-    except ValueError:
-        local = {}
-    return _chosen({**load_tasks(), **extra, **local}, names)
-
-
 def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.report.listing import list_tasks
+    from vlm2vec.evaluation.tasks.choose import chosen_tasks
 
     if args.list:
-        print("\n".join(list_tasks()))
+        print("\n".join(list_tasks(str(args.protocol))))
         return 0
+    row = reproduce.apply_row(args)
     _need(args)
-    tasks = _tasks(args)
+    tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
+    if args.check:
+        return reproduce.check(args, tasks, _options(args))
+    if row is not None:
+        tasks = reproduce.tasks_of(row, tasks)
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
     from vlm2vec.evaluation.loaders import check_loader
 
@@ -106,42 +101,54 @@ def run(args: argparse.Namespace) -> int:
     rank, world, barrier = process_group()
     args.device = args.device or local_device()
     with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
-        _evaluate(args, tasks, rank, world, barrier)
+        rows = _evaluate(args, tasks, rank, world, barrier)
+        if row is not None and rank == 0:
+            reproduce.tell(row, rows, args)
     finish()
     return 0
 
 
-def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barrier: Callable[[], None] | None) -> None:
-    """Scores, and on the first process their summary and report."""
-    from vlm2vec.evaluation.report.export import write_leaderboard
-    from vlm2vec.evaluation.report.html import write_report
-    from vlm2vec.evaluation.report.summary import terminal, write_summary
-    from vlm2vec.evaluation.runner import Options, run_tasks
-    from vlm2vec.evaluation.tasks import load_tasks
+def _options(args: argparse.Namespace, **more: Any) -> Options:
+    """The run's options, as the command line has them."""
+    from vlm2vec.evaluation.runner import Options
 
-    model = common.load_model(args.model, args)
-    options = Options(
-        protocol=args.protocol,
+    return Options(
+        protocol=str(args.protocol),
+        feeding=str(args.feeding),
         hub=args.hub,
         strict=args.strict,
         batch_size=args.batch_size,
         prompt=args.prompt,
         top=args.top,
-        rank=rank,
-        world=world,
-        barrier=barrier,
         faiss=args.faiss,
-        device=str(model.device),
         workers=args.workers,
-        pictures={name: value for name, value in common.parse_options(args.option).items() if name in REFERENCE},
+        frames=reproduce.frames_of(args),
+        pictures={name: value for name, value in reproduce.options_of(args).items() if name in REFERENCE},
+        **more,
     )
+
+
+def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barrier: Callable[[], None] | None) -> list[dict[str, Any]]:
+    """Scores, and on the first process their summary and report."""
+    from vlm2vec.evaluation.report.export import write_leaderboard
+    from vlm2vec.evaluation.report.html import write_report
+    from vlm2vec.evaluation.report.summary import terminal, write_summary
+    from vlm2vec.evaluation.runner import run_tasks
+    from vlm2vec.evaluation.score.details import v3_facts
+    from vlm2vec.evaluation.support import with_unheard
+    from vlm2vec.evaluation.tasks import load_tasks
+
+    model = reproduce.options_model(args)
+    tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, str(args.protocol))
+    options = _options(args, rank=rank, world=world, barrier=barrier, device=str(model.device))
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:
         name = args.name or Path(args.model).name or args.model
-        summary = write_summary(args.output, rows, name, {"protocol": args.protocol}, options.broken_shards)
+        summary = write_summary(args.output, rows, name, {"protocol": str(args.protocol), **v3_facts(options)}, options.broken_shards)
         print("\n".join(terminal(rows, summary["means"])))
         print(f"summary: {Path(args.output) / 'summary.md'}")
-        if any(r["task"] in load_tasks() for r in rows):
+        if any(r["task"] in load_tasks(str(args.protocol)) for r in rows):
             print(f"leaderboard file: {write_leaderboard(args.output, rows, name, embedding_dimension=model.embedding_dim)}")
         if not args.no_report:
             print(f"report: {write_report(args.output, rows, name)}")
+    return rows

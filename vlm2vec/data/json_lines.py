@@ -27,9 +27,14 @@ def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        value = parse_json(line, f"{path}, line {number}")
-        values.append((number, _whole(value) if "\\u" in line else value))
+        values.append((number, read_json_value(line, f"{path}, line {number}")))
     return values
+
+
+def read_json_value(text: str, where: str) -> Any:
+    """One JSON value, halves of surrogate pairs in its strings as U+FFFD. ValueError begins with `where`."""
+    value = parse_json(text, where)
+    return _whole(value) if "\\u" in text else value
 
 
 def read_json_rows(path: str | os.PathLike) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.backbones.processing import READING
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
+from vlm2vec.evaluation.frames import frame_rule, has_films, with_rule
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
-from vlm2vec.evaluation.score.metrics import KS, METRICS, per_query_metrics
+from vlm2vec.evaluation.reproduce.record import run_record
+from vlm2vec.evaluation.score.details import chance, cut_texts, other_metric, parts_and_exclusions, v3_facts
+from vlm2vec.evaluation.score.metrics import KS, METRICS, mean_of, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
 from vlm2vec.evaluation.score.ties import WARN_ABOVE, ties
-from vlm2vec.evaluation.tasks import load_tasks
+from vlm2vec.evaluation.support import audio_tasks, unsupported_row
+from vlm2vec.evaluation.tasks import known_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -29,6 +34,7 @@ from vlm2vec.media.images import REFERENCE
 if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks import Task
     from vlm2vec.evaluation.tasks.task_data import TaskData
+    from vlm2vec.media.sampling import FrameRule
 
 
 TOP = 100
@@ -40,6 +46,7 @@ class Options:
     """How tasks are run; every field has the command line's default."""
 
     protocol: str = "v1"
+    feeding: str = "official"  # which published evaluation of MMEB-V3 words, pools and judgements follow; see `Task.fed`
     hub: bool = False
     strict: bool = False
     batch_size: int = 32
@@ -54,6 +61,7 @@ class Options:
     shard_cost: int | None = None
     faiss: bool = False
     workers: int | None = None
+    frames: FrameRule | None = None  # of every film; None: as `frames.frame_rule` says
     pictures: dict = field(default_factory=dict)  # orientation and background that hold for all tasks; see `reading`
     broken_shards: list = field(default_factory=list)  # filled by the run: shards that did not read back and were made again
 
@@ -81,11 +89,12 @@ def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) ->
 
     prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
     read = [i for i in data.queries + data.candidates if not i.get("row")]
-    visual = [i for i in read if i.get("image") or i.get("video") or i.get("unreadable")]
+    visual = [i for i in read if i.get("image") or i.get("video") or i.get("audio") is not None or i.get("unreadable")]
     bad = [i for i in visual if id(i) in reasons]
     if bad and len(bad) > MISSING_SHARE * len(visual):
+        kinds = "sounds" if data.task.modality == "audio" else "images or videos"
         raise ValueError(
-            f"task {data.task.name}: {len(bad)} of {len(visual)} images or videos cannot be read, the first {reasons[id(bad[0])]}; "
+            f"task {data.task.name}: {len(bad)} of {len(visual)} {kinds} cannot be read, the first {reasons[id(bad[0])]}; "
             "is the image folder (--images) right?"
         )
     return prepared
@@ -146,6 +155,7 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
         if not bad:
             query_row.setdefault(key, len(query_row))
     depth, count, target = max(min(options.top, len(data.candidates)), max(KS)), len(data.queries), None
+    depth += max(map(len, data.excluded), default=0) if data.excluded else 0  # so many may leave the ranking
     scores, indices = torch.full((count, depth), float("-inf")), torch.full((count, depth), -1)
     if rows and query_row:
         target = store.get(list(rows)).to(options.device or "cpu")
@@ -158,22 +168,27 @@ def rank_task(prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes,
 
 
 def score_task(
-    prepared: Prepared, store: EmbeddingStore, unreadable: dict[bytes, str], options: Options, output: AnyPath
+    prepared: Prepared,
+    store: EmbeddingStore,
+    unreadable: dict[bytes, str],
+    options: Options,
+    output: AnyPath,
+    run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Rank one task and write its files. Returns its summary row."""
+    """Rank one task and write its files. Returns its summary row; `run` says what it was made with (`reproduce.record`)."""
     data, task, output = prepared.data, prepared.data.task, Path(output)
     ranking = rank_task(prepared, store, unreadable, options)
     ranked = ranking.lists
     table = per_query_metrics(ranked, ranking.labels, data.grades)
-    metrics = {f"{m}@{k}": float(table[f"{m}@{k}"].mean()) for m in METRICS for k in KS}
+    metrics = {f"{m}@{k}": mean_of(table[f"{m}@{k}"], data.parts) for m in METRICS for k in KS}
     ranks = [
         next((j for j, c in enumerate(row, 1) if c is not None and c in set(label)), None) for row, label in zip(ranked, ranking.labels)
     ]
     tied, lost = ties(ranking.scores, ranked, ranking.labels)
     v1 = task.modality == "image" and options.protocol == "v1"
     if v1:
-        write_v1(output, data, ranking.indices, table["hit@1"] > 0)
-    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1)
+        write_v1(output, data, ranking.indices, table["hit@1"] > 0, run)
+    write_v2(output, data, ranking.indices[:, : options.top], metrics, info=not v1, run=run)
     lines = (json.dumps(row, ensure_ascii=False) for row in top_rows(data, ranking.scores, ranking.indices, ranks, options.report_top))
     write_lines(output / f"{task.name}_top.jsonl", lines, durable=False)
     write_predictions(output / "predictions" / f"{task.name}.parquet", data, ranking.scores, ranking.indices, ranks, options.top)
@@ -188,18 +203,24 @@ def score_task(
         "meta_task": task.meta_task,
         "split": task.split,
         "metric": task.metric,
-        "score": metrics[task.metric] if task.metric in metrics else _other_metric(ranked, ranking.labels, data.grades, task.metric),
+        "score": metrics[task.metric]
+        if task.metric in metrics
+        else other_metric(ranked, ranking.labels, data.grades, task.metric, data.parts),
         "ties": {
             "queries": sum(tied),
             "share": sum(tied) / max(1, len(tied)),
-            "score_ties_lost": _other_metric(lost, ranking.labels, data.grades, task.metric),
+            "score_ties_lost": other_metric(lost, ranking.labels, data.grades, task.metric, data.parts),
         },
         "metrics": metrics,
         "num_queries": len(data.queries),
         "num_candidates": len(data.candidates),
         "candidates_per_query": sum(sizes) / max(1, len(sizes)),
-        "chance": _chance(data),
+        "chance": chance(data),
         "problems": data.problems.summary(),
+        **parts_and_exclusions(data, ranked, ranking.labels, table),
+        **cut_texts(prepared, store),
+        **v3_facts(options),
+        **({"run": run} if run else {}),
     }
     write_json(output / "tasks" / f"{task.name}.json", summary, durable=False)
     return summary
@@ -216,29 +237,18 @@ def _tell_ties(row: dict[str, Any]) -> None:
         )
 
 
-def _chance(data):
-    """hit@1 of a random order: the share of right candidates, averaged over queries."""
-    sizes = [len(c) for c in data.local] if data.local is not None else [len(data.candidates)] * len(data.labels)
-    right = [len({c for c in row if c >= 0}) for row in data.labels]
-    return sum(r / s for r, s in zip(right, sizes) if s) / max(1, len(sizes))
-
-
-def _other_metric(ranked, labels, grades, metric):
-    k = int(metric.partition("@")[2])
-    return float(per_query_metrics(ranked, labels, grades, ks=(k,))[metric].mean())
-
-
-def reading(model: Any, task: Task, asked: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    """How a task's pictures are read, as options of `VLM2Vec.reading`: published tasks' as the reference reads them, others' as the
-    model says; () for a model that reads in one way only.
+def reading(model: Any, task: Task, asked: dict[str, str], rule: FrameRule | None = None) -> tuple[tuple[str, Any], ...]:
+    """How a task's pictures and films are read, as options of `VLM2Vec.reading`: published tasks' pictures as the reference reads them,
+    others' as the model says, films by `rule`; () for a model that reads in one way only.
 
     Args:
         asked: orientation and background that were asked for by name, which hold for all tasks.
     """
     if not hasattr(model, "reading"):
         return ()
-    own = {name: model.options[name] for name in REFERENCE}
-    return tuple({**own, **(REFERENCE if task.name in load_tasks() else {}), **asked}.items())
+    own = {name: model.options[name] for name in READING}
+    films = rule.options if rule is not None and has_films(task) else {}
+    return tuple({**own, **(REFERENCE if task.name in known_tasks() else {}), **films, **asked}.items())
 
 
 def run_tasks(
@@ -263,33 +273,50 @@ def run_tasks(
         evaluation writes into `output`.
     """
     options = options or Options()
-    parts = {}
-    for task in tasks:
-        parts.setdefault(reading(model, task, options.pictures), []).append(task)
-    rows = {}
+    deaf = audio_tasks(model, tasks)
+    heard = [task for task in tasks if task.name not in deaf]
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
-        for pictures, part in parts.items():
-            reader = model.reading(**dict(pictures)) if pictures else model
+        rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
+        for reader, part in readers(model, heard, options):
             rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
     return [rows[task.name] for task in tasks]
+
+
+def readers(model: Any, tasks: Sequence[Task], options: Options) -> Iterator[tuple[Any, list[Task]]]:
+    """(the model as it reads their media, tasks that are read alike)."""
+    parts: dict[tuple, list[Task]] = {}
+    rule = frame_rule(model, asked=options.frames, protocol=options.protocol, feeding=options.feeding)
+    for task in tasks:
+        parts.setdefault(reading(model, task, options.pictures, rule), []).append(with_rule(task, rule))
+    for media, part in parts.items():
+        yield (model.reading(**dict(media)) if media else model), part
+
+
+def read_tasks(
+    tasks: Sequence[Task], data: AnyPath | None, media: AnyPath, cache: AnyPath, hashes: ContentHashes, options: Options
+) -> list[Prepared]:
+    """The tasks' data with keys; `cache` takes the frames and pages that have to be unpacked."""
+    prepared = []
+    for task in tasks:
+        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, feeding=options.feeding, cache=cache)
+        loaded.media = str(media)
+        prepared.append(prepare(loaded, hashes, options.prompt))
+    return prepared
 
 
 def _run_tasks(model, tasks, data, media, output: Path, store, options: Options) -> list[dict[str, Any]]:
     """`run_tasks` for tasks whose pictures are read alike, while the output is this run's alone."""
     say = print if options.progress and options.rank == 0 else (lambda *a, **k: None)
     hashes = ContentHashes()
-    prepared = []
-    for task in tasks:
-        loaded = load_task(task, data, media, hub=options.hub, protocol=options.protocol, cache=output / "media")
-        loaded.media = str(media)
-        prepared.append(prepare(loaded, hashes, options.prompt))
+    prepared = read_tasks(tasks, data, media, output / "media", hashes, options)
     items = {}
     for p in prepared:
         for item, key in zip(p.data.queries + p.data.candidates, p.query_keys + p.candidate_keys):
             if key is not None:
                 items.setdefault(key, item)
     asked = sum(len(p.query_keys) + len(p.candidate_keys) for p in prepared)
-    store = EmbeddingStore(store or output / "embeddings", model_identity(model))
+    identity = model_identity(model)
+    store = EmbeddingStore(store or output / "embeddings", identity)
     store.verify(items)
     options.broken_shards += store.broken
     for line in store.broken:
@@ -315,7 +342,8 @@ def _run_tasks(model, tasks, data, media, output: Path, store, options: Options)
     store.refresh()
     summaries = {}
     for p in prepared[options.rank :: options.world]:
-        summaries[p.data.task.name] = score_task(p, store, unreadable, options, output)
+        run = run_record(model, identity, p, hashes, options, (data, media))
+        summaries[p.data.task.name] = score_task(p, store, unreadable, options, output, run)
         if p.data.problems:
             print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)
         _tell_ties(summaries[p.data.task.name])

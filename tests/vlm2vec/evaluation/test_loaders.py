@@ -213,7 +213,7 @@ def test_moments(tmp_path):
         ({"name": "a", "colour": 1}, "unknown keys \\['colour'\\]"),
         ({"name": "a", "metric": "speed@1"}, "metric is one of hit"),
         ({"name": "a/b"}, "no slash"),
-        ({"name": "a", "modality": "audio"}, "modality is one of image, video, visdoc"),
+        ({"name": "a", "modality": "smell"}, "modality is one of image, video, visdoc"),
         ("a", "a mapping with at least a name"),
     ],
 )

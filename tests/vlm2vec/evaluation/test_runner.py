@@ -57,6 +57,7 @@ def test_files_as_the_reference_writes_them(mixed, tmp_path):
     out = tmp_path / "out"
     rows = {r["task"]: r for r in run(StubModel(), data, images, out)}
     v1 = json.loads((out / "ImageNet-1K_score.json").read_text())
+    assert v1.pop("run") == rows["ImageNet-1K"]["run"]
     assert v1 == {"acc": rows["ImageNet-1K"]["score"], "num_correct": round(20 * v1["acc"]), "num_pred": 20}
     lines = (out / "ImageNet-1K_pred.txt").read_text().splitlines()
     assert len(lines) == 20 and all(line.startswith("('label tag:") and line.endswith(", '')") for line in lines)

@@ -29,6 +29,7 @@ class Qwen3VLEmbeddingProcessing(AuthorsProcessing):
         "max_frames": 64,
         "max_length": 8192,
     }
+    film_frames = "fps:1,max:64"  # scripts/evaluation/mmeb_v2: whole films and clips alike
 
     @property
     def prompts(self) -> dict[str, str]:

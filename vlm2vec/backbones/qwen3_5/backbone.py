@@ -74,5 +74,11 @@ class Qwen35(Qwen2VL):
         )
         return {"interp_indices": indices, "interp_weights": weights}
 
+    def shares_prefixes(self, model: nn.Module) -> bool:
+        return False  # layers carry a state
+
+    def plain_last_layer(self, text: nn.Module, further: dict[str, Any]) -> bool:
+        return False  # `layers.end` has been given to the layer itself
+
     def no_mask(self, text: nn.Module) -> dict[str, None] | None:
         return dict.fromkeys(("full_attention", "linear_attention"))

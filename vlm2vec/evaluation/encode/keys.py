@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 
 from vlm2vec.checkpoint.release import __version__
+from vlm2vec.evaluation.tasks.task_data import whole
 from vlm2vec.files.documents import require_regular
-from vlm2vec.inputs import SETTING_KEYS, VISUAL_KEYS
+from vlm2vec.inputs import MEDIA_KEYS, SETTING_KEYS
+from vlm2vec.media.sounds import Sound
 
 DIGEST = 16
 READ_BYTES = 1 << 20
@@ -39,6 +41,9 @@ class ContentHashes:
                 self._known[path] = self._file(path)
             return self._known[path]
         digest = _hash()
+        if isinstance(visual, Sound):
+            digest.update(f"sound {visual.start} {visual.end}".encode())
+            visual = self.of(visual.source)
         if isinstance(visual, (bytes, bytearray)):
             digest.update(b"file")
             digest.update(visual)
@@ -72,11 +77,12 @@ def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = N
 
     Raises: ValueError naming the file that cannot be read.
     """
+    item = whole(item)
     if item.get("unreadable"):
         raise ValueError(item["unreadable"])
     digest = _hash()
     text = item.get("text") or ""
-    given = [name for name in VISUAL_KEYS if name in item]
+    given = [name for name in MEDIA_KEYS if name in item]
     # a side that says "no image" feeds a marker in its text as an ordinary token; without a marker that changes nothing
     marker_is_text = "<|" in text and bool(given) and not any(item[name] for name in given)
     digest.update(json.dumps([prompt, text, item.get("instruction"), marker_is_text]).encode())
@@ -85,7 +91,7 @@ def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = N
         said["nothing"] = True  # an embedder may feed an empty text otherwise than none
     if said:
         digest.update(json.dumps(said, sort_keys=True).encode())
-    for name in VISUAL_KEYS:
+    for name in MEDIA_KEYS:
         value = item.get(name)
         if value is None or value == "":
             continue

@@ -10,17 +10,15 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm2vec.evaluation.encode.encoder import Encoder
 from vlm2vec.evaluation.encode.keys import ContentHashes
 from vlm2vec.files import AnyPath, write_json
-from vlm2vec.inputs import VISUAL_KEYS
+from vlm2vec.inputs import MEDIA_KEYS, SETTING_KEYS
 from vlm2vec.media.sampling import FRAMES
 
 if TYPE_CHECKING:
@@ -31,9 +29,11 @@ SHARD_COST = 2048  # a text costs 4, an image 32, a video frame 32: about 500 te
 
 
 def visuals_of(item: dict[str, Any]) -> tuple[int, int]:
-    """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it."""
+    """(images, video frames) of an input; a video file that is not split yet counts as the frames that are taken of it, and a sound as
+    an image."""
     images, videos = item.get("image") or [], item.get("video") or []
-    images = images if isinstance(images, (list, tuple)) else [images]
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    images += [item["audio"]] if item.get("audio") is not None else []
     frames = len(videos) if isinstance(videos, (list, tuple)) else FRAMES
     return len(images), frames
 
@@ -45,13 +45,16 @@ def cost_of(item: dict[str, Any]) -> int:
 
 
 def visual_key(item: dict[str, Any], hashes: ContentHashes) -> bytes:
-    """Content of an input's visuals, b"" without any; inputs that share it share the vision tower's work."""
-    digests = []
-    for name in VISUAL_KEYS:
-        value = item.get(name) or []
+    """Content of an input's media and what it says of them, b"" without any; inputs that share it share reading and the vision tower."""
+    parts = []
+    for name in MEDIA_KEYS:
+        value = item.get(name)
+        value = [] if value is None or value == "" else value
         for visual in value if isinstance(value, (list, tuple)) else [value]:
-            digests += [hashes.of(frame) for frame in (visual if isinstance(visual, (list, tuple)) else [visual])]
-    return b"".join(digests)
+            frames = visual if isinstance(visual, (list, tuple)) else [visual]
+            parts += [f"{name} {len(frames)} ".encode(), *(hashes.of(frame) for frame in frames)]
+    said = {name: item[name] for name in SETTING_KEYS if item.get(name) is not None} if parts else {}
+    return b"".join([*parts, json.dumps(said, sort_keys=True).encode()] if said else parts)
 
 
 def plan_shards(items: dict[bytes, dict[str, Any]], shard_cost: int = SHARD_COST, hashes: ContentHashes | None = None) -> list[list[bytes]]:
@@ -74,99 +77,6 @@ def plan_shards(items: dict[bytes, dict[str, Any]], shard_cost: int = SHARD_COST
         shards[-1].append(key)
         cost += item_cost
     return shards
-
-
-def _encode(model, inputs, batch_size, prompt):
-    """`model.encode` for models that are not VLM2Vec; what cannot be decoded is found one by one."""
-    options = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
-    if prompt is not None:
-        options["prompt"] = prompt
-    try:
-        return list(range(len(inputs))), torch.as_tensor(model.encode(inputs, **options)), {}
-    except (ValueError, OSError) as error:
-        failures = {}
-        for i, item in enumerate(inputs):
-            try:
-                model.preprocess([item])
-            except (ValueError, OSError) as reason:
-                failures[i] = str(reason)
-        if not failures:
-            raise error
-    good = [i for i in range(len(inputs)) if i not in failures]
-    vectors = torch.as_tensor(model.encode([inputs[i] for i in good], **options)) if good else torch.empty(0, 0)
-    return good, vectors, failures
-
-
-class Encoder:
-    """Shard after shard: while the model runs on one, threads decode and preprocess the next.
-
-    The vision tower runs once per distinct picture of a shard, however many instructions go with it. `run` takes the shards
-    and, beside each input, the content key of its visuals.
-
-    Yields of `run`: (good, vectors, failures) per shard: indices that were encoded, their (n, D) vectors, {index: reason} of
-    inputs that cannot be decoded. An error that no single input explains is raised as it came.
-    """
-
-    def __init__(self, model: Any, batch_size: int = 32, prompt: str | None = None, workers: int | None = None):
-        self.model, self.batch_size, self.prompt = model, batch_size, prompt
-        self.workers = workers or min(8, os.cpu_count() or 1)
-        self.staged = hasattr(model, "processing") and hasattr(model, "pack")
-
-    def _features(self, item):
-        try:
-            return self.model.processing(item)
-        except (ValueError, OSError) as reason:
-            return str(reason)
-
-    def run(
-        self, shards: list[list[dict[str, Any]]], groups: list[list[bytes]]
-    ) -> Iterator[tuple[list[int], torch.Tensor, dict[int, str]]]:
-        if not self.staged:
-            for inputs in shards:
-                yield _encode(self.model, inputs, self.batch_size, self.prompt)
-            return
-        from vlm2vec.encoding import with_prompt
-
-        with ThreadPoolExecutor(self.workers) as pool:
-
-            def submit(inputs):
-                return [pool.submit(self._features, item) for item in with_prompt(self.model, inputs, self.prompt)]
-
-            coming = submit(shards[0]) if shards else []
-            for i in range(len(shards)):
-                features = [future.result() for future in coming]
-                coming = submit(shards[i + 1]) if i + 1 < len(shards) else []
-                yield self._forward(features, groups[i])
-
-    def _forward(self, features, groups):
-        from vlm2vec.encoding import chunks
-
-        failures = {i: f for i, f in enumerate(features) if isinstance(f, str)}
-        good = [i for i in range(len(features)) if i not in failures]
-        kind = self.model.device.type
-        vision_features = self._towers({groups[i]: features[i] for i in reversed(good) if features[i].vision}, kind)
-        vectors = torch.empty(len(good), self.model.embedding_dim)
-        for rows in chunks([features[i].length for i in good], self.batch_size, kind):
-            chunk, visuals = [features[good[r]] for r in rows], None
-            if vision_features:
-                visuals = [vision_features[groups[good[r]]] for r in rows if features[good[r]].vision]
-                chunk, visuals = [replace(f, vision={}) for f in chunk], torch.cat(visuals) if visuals else None
-            packed = self.model.pack(chunk).to(self.model.device)
-            vectors[rows] = torch.nn.functional.normalize(self.model(packed, vision_features=visuals).float(), dim=-1).cpu()
-        return good, vectors, failures
-
-    def _towers(self, distinct, kind):
-        """{group: vision features}, each picture once; {} for families whose tower is part of the model's forward."""
-        from vlm2vec.encoding import chunks
-
-        names, out = list(distinct), {}
-        for rows in chunks([distinct[n].length for n in names], self.batch_size, kind):
-            chunk = [distinct[names[r]] for r in rows]
-            features = self.model.vision(self.model.pack(chunk).to(self.model.device))
-            if features is None:
-                return {}
-            out.update(zip((names[r] for r in rows), features.split([len(f.visual_index) for f in chunk])))
-        return out
 
 
 def fill_store(
@@ -220,6 +130,7 @@ def fill_store(
             if not bool(finite.all()):
                 worst = items[keys[good[int((~finite).nonzero()[0])]]]
                 raise ValueError(f"{short_name(worst)}: {NOT_FINITE}")
+            store.note_cut([keys[row] for row in encoder.cut])
             if good:
                 store.add([keys[i] for i in good], vectors)
             bar.update(len(keys))

@@ -2,6 +2,7 @@
 
     STORE/{model digest}/identity.json                what the vectors depend on, for people
     STORE/{model digest}/shard-{digest}.safetensors   "embeddings" (n, D) float32, "keys" (n, 16) uint8, metadata "checksum"
+    STORE/{model digest}/cut-{digest}.json            keys of inputs whose texts were cut to the model's limit
 
 The keys in the shards are the index; it is rebuilt by reading them when the store is opened. Shards are written to a temporary
 name and renamed, so a shard exists whole or not at all; one that does not read back (cut short by a full disk, say), whose content
@@ -22,6 +23,7 @@ import torch
 
 from vlm2vec.evaluation.encode.keys import DIGEST, identity_digest
 from vlm2vec.files import AnyPath, replacing, write_json
+from vlm2vec.files.documents import parse_json, read_text
 
 
 def checksum(embeddings: torch.Tensor, keys: torch.Tensor) -> str:
@@ -50,6 +52,7 @@ class EmbeddingStore:
         self.broken = []
         self._seen = set()
         self._verified = set()
+        self.cut: set[bytes] = set()
         self.dim = None
         self.refresh()
 
@@ -58,6 +61,10 @@ class EmbeddingStore:
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             if path.name not in self._seen:
                 self._open(path)
+        for path in sorted(self.folder.glob("cut-*.json")):
+            if path.name not in self._seen:
+                self._seen.add(path.name)
+                self.cut.update(bytes.fromhex(key) for key in parse_json(read_text(path), str(path)))
 
     def _open(self, path):
         from safetensors import SafetensorError, safe_open
@@ -139,6 +146,13 @@ class EmbeddingStore:
         with replacing(self.folder / name) as part:
             save_file({"embeddings": embeddings, "keys": table}, part, metadata={"checksum": checksum(embeddings, table)})
         self._open(self.folder / name)
+
+    def note_cut(self, keys: list[bytes]) -> None:
+        """Keep that the texts of these inputs were cut; before their vectors are added, so that a killed run's are counted too."""
+        if keys:
+            name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
+            write_json(self.folder / f"cut-{name}.json", [key.hex() for key in keys])
+            self.cut.update(keys)
 
     def get(self, keys: list[bytes]) -> torch.Tensor:
         """(len(keys), D) float32 vectors, in the order of `keys`; KeyError for one that is not stored.

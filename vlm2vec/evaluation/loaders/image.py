@@ -111,7 +111,7 @@ def load_mmeb(
 
     Args:
         task: the Task; `form` tells how V2 strings are put together, the prompts of an own task wrap
-            the rows' texts.
+            the rows' texts; the option `query_text` is every query's text.
         root: folder of annotation folders. images: folder the image paths are relative to.
         protocol: "v1" keys candidates by (text, path); "v2" by name (text, path, or "path:text"), the first one wins.
 
@@ -130,7 +130,9 @@ def load_mmeb(
             continue
         qry_text, qry_image = row["qry_text"] or "", _path(row["qry_img_path"])
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
-        if parts:
+        if "query_text" in task.options:
+            query = task.options["query_text"]
+        elif parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
         elif prompted.query_prompt:
             query = prompted.query_prompt.replace("{text}", qry_text)
@@ -144,13 +146,15 @@ def load_mmeb(
                 data.problems.add("absent_positive" if j == 0 else "unreadable_candidate", i, f"row {i}, candidate {j} is empty")
                 mine.append(-1)
                 continue
-            name = candidate_name(task.form, text, path)
-            key = (text, path) if protocol == "v1" else name
-            if parts:
-                full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
-            else:
-                full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text
-            mine.append(pool.add(key, lambda f=full, p=path: item(f, p, images), name))
+            key = (text, path) if protocol == "v1" else candidate_name(task.form, text, path)
+            where = pool.index.get(key)
+            if where is None:  # most rows of a task have the candidates of the rows before
+                if parts:
+                    full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
+                else:
+                    full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text
+                where = pool.add(key, item(full, path, images), candidate_name(task.form, text, path))
+            mine.append(where)
         real = [c for c in mine if c >= 0]
         if not real:
             data.problems.add("empty_candidates", i, f"row {i}")

@@ -30,7 +30,7 @@ def load_moments(
         clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural_order) if folder else []
         mine, right, names = [], [], []
         for clip in clips:
-            where = pool.add(str(clip), lambda name=f"{video}/{clip.name}": videos.item(task.target_prompt, name))
+            where = pool.add(str(clip), lambda name=f"{video}/{clip.name}": videos.item(task.target_prompt, name, clip=True))
             mine.append(where)
             if clip.name.startswith("positive"):
                 right.append(where)
@@ -49,7 +49,8 @@ def load_momentseeker(
 ) -> TaskData:
     """MomentSeeker: text, image or video queries against the positive and negative clips of the row.
 
-    All stored frames of a clip are used. Frames: FRAMES/video_frames/{path with _ for /}; query images: FRAMES/query_{name}.
+    All stored frames of a clip are used, unless --frames says otherwise. Frames: FRAMES/video_frames/{path with _ for /}; query images:
+    FRAMES/query_{name}.
     """
     columns = [task.options["text"], "positive_frames", "negative_frames", "input_frames"]
     table = read_table(root, task, columns=columns, hub=hub)
@@ -61,14 +62,14 @@ def load_momentseeker(
 
     def clip(path):
         name = flat(path)
-        return pool.add(name, lambda: videos.item(task.target_prompt, name, None), name)
+        return pool.add(name, lambda: videos.item(task.target_prompt, name, clip=True, whole=True), name)
 
     for i, row in enumerate(table):
         given, text = row["input_frames"] or "", row[task.options["text"]] or ""
         kind = "video" if given.endswith(".mp4") else "image" if given.endswith(".jpg") else "text"
         prompt = task.query_prompt[kind].replace("{text}", text)
         if kind == "video":
-            data.queries.append(videos.item(prompt, flat(given), None))
+            data.queries.append(videos.item(prompt, flat(given), whole=True))
         elif kind == "image":
             base = videos.roots[0] if videos.roots else Path(media)
             data.queries.append({"text": prompt, "image": str(base / f"query_{given}")})

@@ -129,7 +129,8 @@ def load_choice(
             shown = _shown(o.get("shown"), row[o["question"]] or "", choices)
             name = f"{subset}/{folder}" if subset and isinstance(task.hub.get("config"), list) else folder
             fault = None if row[o["question"]] else f"row {i}: no {o['question']}"
-            data.queries.append(unreadable(fault) if fault else videos.item(_prompt(task.query_prompt, shown), name))
+            asked_text = _prompt(task.query_prompt.replace("{question}", row[o["question"]] or ""), shown)
+            data.queries.append(unreadable(fault) if fault else videos.item(asked_text, name))
             targets = {
                 "lettered": [f"({letter}) {c}" for letter, c in zip(_letters(len(choices)), choices)],
                 "bare": [_bare(c) for c in choices],
@@ -148,9 +149,9 @@ def _parts(task, root, columns, hub):
     configs = configs_of(task)
     if len(configs) == 1:
         return [(None, read_table(root, task, configs[0], columns=columns, hub=hub))]
-    from vlm2vec.evaluation.loaders.tables import _folders
+    from vlm2vec.evaluation.loaders.tables import has_config
 
-    if root is None or any(f.is_dir() for c in configs for f in _folders(root, task, c)):
+    if root is None or any(has_config(root, task, config) for config in configs):
         return [(c, read_table(root, task, c, columns=columns, hub=hub)) for c in configs]
     return [(None, read_table(root, task, columns=columns, hub=hub))]
 
@@ -158,7 +159,7 @@ def _parts(task, root, columns, hub):
 def load_retrieval(
     task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
 ) -> TaskData:
-    """Caption -> video, all videos of the data set as candidates."""
+    """Caption -> video, all videos of the data set as candidates; `skip_missing` leaves rows without a film out (MMEB-V3)."""
     o = task.options
     table = read_table(root, task, columns=[o["video"], o["text"]], hub=hub)
     videos, pool = VideoRoot(task, media, cache), Pool()
@@ -167,6 +168,9 @@ def load_retrieval(
         name = str(row[o["video"]])
         if o.get("stem"):
             name = PurePosixPath(name).stem
+        if o.get("skip_missing") and "unreadable" in (film := videos.item("", name)):
+            data.problems.add("dropped_queries", i, film["unreadable"])
+            continue
         data.queries.append(asked(task.query_prompt, _first(row[o["text"]]), i, o["text"]))
         where = pool.add(name, lambda n=name: videos.item(task.target_prompt, n))
         data.labels.append([where])

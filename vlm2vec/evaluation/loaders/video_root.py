@@ -9,7 +9,7 @@ from typing import Any
 from vlm2vec.evaluation.tasks import Task
 from vlm2vec.media.endings import ANIMATED_PICTURES, FILMS
 from vlm2vec.media.films import unpack
-from vlm2vec.media.sampling import FRAMES, frame_files, sample
+from vlm2vec.media.sampling import FrameRule, frame_files
 
 ENDINGS = FILMS + ANIMATED_PICTURES
 
@@ -30,6 +30,7 @@ class VideoRoot:
         self.film_roots = [media / n for n in dict.fromkeys(film_folders) if n and (media / n).is_dir()]
         self.looked = [str(media / n) for n in dict.fromkeys(names) if n]
         self.cache = Path(cache) / task.name
+        self.rule: FrameRule = task.options.get("frame_rule") or FrameRule()
 
     def all_frames(self, name: str) -> list[str]:
         """Paths of all stored frames of a video, or of those of its file. ValueError naming the video when there are none."""
@@ -46,9 +47,15 @@ class VideoRoot:
                     return unpack(path, self.cache / stem.replace("/", "_"))
         raise ValueError(f"video {name!r}: no frames and no file in {', '.join(self.looked)}")
 
-    def item(self, text: str, name: str, count: int | None = FRAMES) -> dict[str, Any]:
-        """Model input with the sampled frames, or with "unreadable": reason in place of them."""
+    def item(self, text: str, name: str, *, clip: bool = False, whole: bool = False) -> dict[str, Any]:
+        """Model input with the frames that the task's `frame_rule` takes, or with "unreadable": reason in place of them.
+
+        Args:
+            clip: the film is a candidate of moment retrieval, of which a rule may take fewer.
+            whole: the task takes all stored frames, unless the rule says that it holds here too.
+        """
         try:
-            return {"text": text, "video": sample(self.all_frames(name), count)}
+            stored = self.all_frames(name)
         except ValueError as error:
             return {"text": text, "video": None, "unreadable": str(error)}
+        return {"text": text, "video": stored if whole and not self.rule.whole_too else self.rule.take(stored, clip=clip)}

@@ -9,7 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm2vec.evaluation.tasks import TASK_MODALITIES, load_tasks
+from vlm2vec.evaluation.report.outputs import shown_text
+from vlm2vec.evaluation.tasks import load_tasks
 from vlm2vec.files import AnyPath, replacing, write_json, write_lines, write_table
 
 if TYPE_CHECKING:
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     from vlm2vec.evaluation.tasks.task_data import TaskData
 
 
+QUERIES_AT_ONCE = 2048  # of a prediction file's rows: each holds a hundred texts
+
+
 def write_predictions(
     path: AnyPath, data: TaskData, scores: torch.Tensor, indices: torch.Tensor, ranks: Sequence[int | None], depth: int
 ) -> None:
     """One parquet file of one task, the same columns for every task: load_dataset("parquet", data_files="OUT/predictions/*").
 
     Columns: task, row, query_text, query_image, labels [text], predictions [text], prediction_texts [text],
-    prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1).
+    prediction_images [text], scores [float32], rank (1-based, null when no label was ranked), hit (bool: rank 1). Long texts are cut.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     text, texts = pa.string(), pa.list_(pa.string())
     columns = {
@@ -42,26 +47,42 @@ def write_predictions(
         "rank": pa.int64(),
         "hit": pa.bool_(),
     }
-    rows = []
-    for i, query in enumerate(data.queries):
-        best = [c for c in indices[i, :depth].tolist() if c >= 0]
-        items = [data.candidates[c] for c in best]
-        rows.append(
-            {
+    schema = pa.schema(list(columns.items()))
+    known: dict[int, tuple[str, str]] = {}  # what candidates show, each made once; most are found by no query
+
+    def side(c):
+        if c not in known:
+            known[c] = (shown_text(data.candidates[c]), _path(data.candidates[c]))
+        return known[c]
+
+    def table(first, last):
+        found = {name: [] for name in columns}
+        for i in range(first, last):
+            best = [c for c in indices[i, :depth].tolist() if c >= 0]
+            row = {
                 "task": data.task.name,
                 "row": i,
-                "query_text": query.get("text") or "",
-                "query_image": _path(query),
+                "query_text": shown_text(data.queries[i]),
+                "query_image": _path(data.queries[i]),
                 "labels": data.label_names[i],
                 "predictions": [data.names[c] for c in best],
-                "prediction_texts": [x.get("text") or "" for x in items],
-                "prediction_images": [_path(x) for x in items],
+                "prediction_texts": [side(c)[0] for c in best],
+                "prediction_images": [side(c)[1] for c in best],
                 "scores": scores[i, : len(best)].tolist(),
                 "rank": ranks[i],
                 "hit": ranks[i] == 1,
             }
-        )
-    write_table(path, pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items()))), durable=False)
+            for name, value in row.items():
+                found[name].append(value)
+        return pa.table(found, schema=schema)
+
+    count = len(data.queries)
+    if count <= QUERIES_AT_ONCE:
+        write_table(path, table(0, count), durable=False)
+        return
+    with replacing(path, durable=False) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
+        for first in range(0, count, QUERIES_AT_ONCE):
+            writer.write_table(table(first, min(first + QUERIES_AT_ONCE, count)))
 
 
 def _path(item):
@@ -94,7 +115,8 @@ def leaderboard(rows: list[dict[str, Any]], model_name: str, **metadata: Any) ->
 
     Args: rows, per-task summaries; metadata: model_backbone, model_size, url, ... as far as known.
     Returns: {"metadata": .., "metrics": {"image": {dataset: score object}, "video": .., "visdoc": ..}}; a published task
-        that was not run is the string FILE_N/A, a modality without any DIR_N/A. Own tasks are left out.
+        that was not run is the string FILE_N/A, a modality without any DIR_N/A. Own tasks are left out. Rows of MMEB-V3 give all of
+        its modalities.
     """
     known = {
         "model_name": model_name,
@@ -107,20 +129,19 @@ def leaderboard(rows: list[dict[str, Any]], model_name: str, **metadata: Any) ->
         "url": None,
         "report_generated_date": date.today().isoformat(),
     }
-    done = {row["task"]: row for row in rows}
+    done = {row["task"]: row for row in rows if row["score"] is not None}
+    table = load_tasks("v3" if any(row.get("protocol") == "v3" for row in rows) else "v2")
     metrics = {}
-    for modality in TASK_MODALITIES:
+    for modality in dict.fromkeys(task.modality for task in table.values()):
         part = {}
-        for task in load_tasks().values():
+        for task in table.values():
             if task.modality != modality:
                 continue
             row = done.get(task.name)
             part[task.report_name] = (
                 {**row["metrics"], "num_pred": row["num_queries"], "num_data": row["num_queries"]} if row else "FILE_N/A"
             )
-        metrics[modality] = (
-            part if any(name in done for name in (t.name for t in load_tasks().values() if t.modality == modality)) else "DIR_N/A"
-        )
+        metrics[modality] = part if any(name in done for name in (t.name for t in table.values() if t.modality == modality)) else "DIR_N/A"
     return {"metadata": {**known, **metadata}, "metrics": metrics}
 
 

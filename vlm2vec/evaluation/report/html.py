@@ -80,7 +80,7 @@ def _score_table(rows):
         out.append(
             f"<tr><td>{html.escape(r['task'])}</td><td>{html.escape(r['meta_task'])}</td><td>{r['metric']}</td>"
             f'<td class="n"><b>{percent(r["score"])}</b></td>'
-            f'<td><div class="bar"><i style="width:{100 * r["score"]:.1f}%"></i>{mark}</div></td>'
+            f'<td><div class="bar"><i style="width:{100 * (r["score"] or 0):.1f}%"></i>{mark}</div></td>'
             f'<td class="n">{percent(chance)}</td>{theirs}</tr>'
         )
     return "".join(out) + "</table></div>"

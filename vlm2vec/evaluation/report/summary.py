@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.score.aggregate import aggregate
-from vlm2vec.evaluation.tasks import GROUPS, load_tasks, published
+from vlm2vec.evaluation.tasks import V2_GROUPS, known_tasks, published
 from vlm2vec.files import AnyPath, write_json, write_lines
 
 V1_TABLE = ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
-V2_TABLE = (*GROUPS[:4], "image", *GROUPS[4:8], "video", *GROUPS[8:], "visdoc", "all")
+V2_TABLE = (*V2_GROUPS[:4], "image", *V2_GROUPS[4:8], "video", *V2_GROUPS[8:], "visdoc", "all")
 
 
 def percent(value: float | None) -> str:
@@ -33,14 +33,48 @@ def own_row(means: dict[str, Any]) -> dict[str, float]:
 
 def not_as_published(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each task that bears a published name and has another number of queries or candidates than was published."""
-    lines, table = [], load_tasks()
+    lines, table = [], known_tasks()
     for row in rows:
         task = table.get(row["task"])
-        if task is not None and task.queries and row["num_queries"] != task.queries:
+        if task is not None and task.queries and row["score"] is not None and row["num_queries"] != task.queries:
             lines.append(
                 f"{row['task']} has {row['num_queries']:,} queries here, {task.queries:,} as published: its scores cannot be compared"
             )
     return lines
+
+
+def v3_lines(means: dict[str, Any]) -> list[str]:
+    """Lines of MMEB-V3's means: what a model cannot do counted 0, and beside it the mean over what was run; [] without them."""
+    if "v3" not in means:
+        return []
+    lines = ["", "## MMEB-V3", "", "Tasks that the model cannot do count 0; *run* is the mean over those that were run.", ""]
+    lines += ["| mean over | tasks run | cannot do | of | score | run |", "|---|---|---|---|---|---|"]
+    for part in means["v3"].values():
+        for name, mean in part.items():
+            whole = mean["tasks"] + mean["unsupported"] == mean["of"]
+            score = percent(mean["score"]) if whole else "-"
+            lines.append(f"| {name} | {mean['tasks']} | {mean['unsupported']} | {mean['of']} | {score} | {percent(mean['ran'])} |")
+    return lines
+
+
+def details_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines on parts of tasks, excluded candidates, texts that were cut, and tasks that were not run."""
+    lines = []
+    for row in rows:
+        name = row["task"]
+        if row.get("unsupported"):
+            lines.append(f"* {name}: not run, {row['unsupported']}")
+        for part, told in row.get("parts", {}).items():
+            lines.append(f"* {name}, {part}: {percent(told['score'])} over {told['queries']} queries")
+        if "without_excluded" in row:
+            told = row["without_excluded"]
+            lines.append(
+                f"* {name}: {percent(told['score'])} without the candidates that {told['queries']} queries exclude (its authors' own rule)"
+            )
+        if "cut_texts" in row:
+            told = row["cut_texts"]
+            lines.append(f"* {name}: {told['queries']} queries and {told['candidates']} candidates cut to the model's limit")
+    return ["", "## Details", "", *lines] if lines else []
 
 
 def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, broken_shards: Sequence[str] = ()) -> list[str]:
@@ -73,6 +107,7 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
         lines.append(f"| **{model}** | " + " | ".join(percent(own_scores.get(c)) for c in wanted) + " |")
         for name, row in books["tables"][key].items():
             lines.append(f"| {name} | " + " | ".join(str(row.get(c, "-")) for c in wanted) + " |")
+    lines += v3_lines(means) + details_lines(rows)
     tied = [r for r in rows if r.get("ties", {}).get("queries")]
     if tied:
         lines += ["", "## Ties", "", "Queries of which a right candidate and a wrong one score the same; above, the first one wins.", ""]
@@ -125,6 +160,7 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
         mark = f"  {r['problems']['affected_rows']} rows affected" if r["problems"].get("affected_rows") else ""
         if r.get("ties", {}).get("queries"):
             mark += f"  {r['ties']['share']:.1%} tied, {percent(r['ties']['score_ties_lost'])} with ties lost"
+        mark += f"  not run: {r['unsupported']}" if r.get("unsupported") else ""
         lines.append(
             f"{r['task']:<{width}}  {r['meta_task']:<24} {r['metric']:<14} {percent(r['score']):>6}  {r['num_queries']:>7} "
             f"{r['candidates_per_query']:>6.0f}{mark}"
@@ -134,6 +170,12 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
         if len(means[field]) > 1 or field == "meta_task":
             for name, part in means[field].items():
                 lines.append(f"{'mean ' + name:<{width}}  {'':<24} {'':<14} {percent(part['score']):>6}  {part['tasks']:>7} tasks")
+    whole = means.get("v3", {}).get("groups", {}).get("V3-All")
+    if whole and whole["tasks"] + whole["unsupported"] == whole["of"]:
+        lines.append(
+            f"{'V3-All':<{width}}  {'':<24} {'':<14} {percent(whole['score']):>6}  {whole['of']:>7} tasks, {whole['unsupported']} that the "
+            "model cannot do counted 0"
+        )
     lines.append(
         f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks"
     )

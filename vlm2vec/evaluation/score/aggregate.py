@@ -10,20 +10,82 @@ from typing import Any
 
 from vlm2vec.evaluation.tasks import load_tasks
 
+V3_GROUPS = {  # of MMEB-V3, by the modalities of their tasks; image holds MCMR, as the leaderboard's does
+    "image": ("image",),
+    "video": ("video",),
+    "visdoc": ("visdoc",),
+    "text": ("text",),
+    "agent": ("tool", "gui", "memory"),
+    "tool": ("tool",),
+    "gui": ("gui",),
+    "memory": ("memory",),
+    "audio": ("audio",),
+    "new": ("text", "tool", "gui", "memory", "audio"),
+}
+PAPER_NAMES = {"text_reasoning": "RR", "text_instruction": "IF", "text_long": "LC", "text_conditions": "MC", "text_general": "GR"}
+
 
 def _mean(rows):
     return sum(r["score"] for r in rows) / len(rows)
 
 
+def v3_means(scores: dict[str, float | None]) -> dict[str, dict[str, dict[str, float | int]]]:
+    """MMEB-V3's means over per-task scores: every task weighs the same in every mean that it is part of.
+
+    Args:
+        scores: {task: score in any unit, or None where the model cannot do the task}. Tasks outside of MMEB-V3 are left out.
+
+    Returns:
+        {"groups": {name: mean}, "subgroups": {name: mean}, "sets": {name: mean}}, each mean {"score": unsupported tasks counted 0,
+        "ran": mean over what was run or None, "tasks": tasks with a score, "unsupported": tasks without, "of": tasks of the whole}.
+        Groups: those of `V3_GROUPS`, "V2" (its 78 tasks), "image36" (without MCMR), "MCMR", and "V3-All". Subgroups: the tasks'
+        groups, the text's under the paper's names (RR, IF, LC, MC, GR). Sets: those that a task's name holds (BRIGHT, web, ...).
+    """
+    table = load_tasks("v3")
+    parts = {"groups": {}, "subgroups": {}, "sets": {}}
+    for name, task in table.items():
+        groups = [group for group, modalities in V3_GROUPS.items() if task.modality in modalities]
+        groups += ["V3-All", *(["V2"] if name in load_tasks() else []), *(["MCMR"] if name == "MCMR" else [])]
+        groups += ["image36"] if task.modality == "image" and name != "MCMR" else []
+        for group in groups:
+            parts["groups"].setdefault(group, []).append(name)
+        parts["subgroups"].setdefault(PAPER_NAMES.get(task.group, task.group), []).append(name)
+        if "/" in name:
+            parts["sets"].setdefault(name.split("/")[1], []).append(name)
+
+    def mean(names):
+        ran = [scores[name] for name in names if scores.get(name) is not None]
+        without = sum(name in scores and scores[name] is None for name in names)
+        counted = len(ran) + without
+        return {
+            "score": sum(ran) / counted if counted else 0.0,
+            "ran": sum(ran) / len(ran) if ran else None,
+            "tasks": len(ran),
+            "unsupported": without,
+            "of": len(names),
+        }
+
+    found = {kind: {name: mean(names) for name, names in members.items()} for kind, members in parts.items()}
+    return {kind: {name: part for name, part in members.items() if part["tasks"] + part["unsupported"]} for kind, members in found.items()}
+
+
+def _by_first(row: dict[str, Any]) -> float | None:
+    """A task's score, of a text task hit@1, by which the leaderboard ranks them; the papers print ndcg_linear@5."""
+    by_first = row.get("metrics", {}).get("hit@1") if row["modality"] == "text" else None
+    return row["score"] if by_first is None else by_first
+
+
 def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over per-task summaries.
 
-    Args: rows, dicts with "task", "score" (fraction), "meta_task", "group", "split", "modality".
+    Args: rows, dicts with "task", "score" (fraction; None where the model cannot do the task), "meta_task", "group", "split", "modality".
 
     Returns: {"meta_task": {name: {"score", "tasks"}}, "group": .., "split": .., "modality": .., "overall": {..},
-        "complete": {"v1": bool, "v2": bool}}; parts without tasks are left out.
+        "complete": {"v1": bool, "v2": bool}}; parts without tasks are left out. With a task that only MMEB-V3 has also
+        "v3": `v3_means` with the text tasks also by hit@1, and "complete" tells of all 190.
     """
-    out = {}
+    out, all_rows = {}, rows
+    rows = [row for row in rows if row["score"] is not None]
     for field in ("meta_task", "group", "split", "modality"):
         part = {}
         for row in rows:
@@ -32,7 +94,12 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         out[field] = {name: {"score": _mean(members), "tasks": len(members)} for name, members in part.items()}
     out["overall"] = {"score": _mean(rows), "tasks": len(rows)} if rows else {"score": 0.0, "tasks": 0}
     names = {row["task"] for row in rows}
-    table = load_tasks()
+    table, v3 = load_tasks(), load_tasks("v3")
     v1 = {name for name, task in table.items() if task.modality == "image"}
     out["complete"] = {"v1": names == v1, "v2": names == set(table)}
+    if any(row["task"] in v3 and row["task"] not in table for row in all_rows):
+        out["v3"] = v3_means({row["task"]: row["score"] for row in all_rows})
+        first = v3_means({row["task"]: _by_first(row) for row in all_rows})["groups"]
+        out["v3"]["text by hit@1"] = {f"{name}, text by hit@1": first[name] for name in ("text", "V3-All") if name in first}
+        out["complete"]["v3"] = {row["task"] for row in all_rows} >= set(v3)
     return out

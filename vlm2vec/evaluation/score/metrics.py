@@ -100,6 +100,14 @@ def per_query_metrics(
     return out
 
 
+def mean_of(values: np.ndarray, parts: Sequence[str] | None = None) -> float:
+    """The mean of per-query values, or with `parts` (the part that each query belongs to) the mean over parts of their means."""
+    if parts is None:
+        return float(values.mean())
+    names = np.asarray(parts)
+    return float(np.mean([values[names == name].mean() for name in dict.fromkeys(parts)]))
+
+
 def ranking_metrics(
     ranked: Sequence[Sequence[Hashable | None]],
     labels: Sequence[Sequence[Hashable]],

@@ -51,6 +51,11 @@ def rank(
     return _rank_local(query, target, k, local, row, blocked)
 
 
+def without(ranked: Sequence[Sequence[int | None]], left_out: Sequence[Sequence[int]]) -> list[list[int | None]]:
+    """Rankings without the candidates that a query leaves out; what stands behind moves up."""
+    return [[c for c in row if c is None or c not in gone] for row, gone in zip(ranked, map(set, left_out))]
+
+
 def _best(query, target, k):
     """(scores float32, vector numbers) of the best min(k, U) vectors, on the CPU."""
     from contrastive_kernels import topk_similarity

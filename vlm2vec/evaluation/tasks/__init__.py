@@ -1,4 +1,4 @@
-"""The task table: MMEB's 36 image tasks, MMEB-V2's 42 more, and tasks of your own, all as data.
+"""The task table: MMEB's 36 image tasks, MMEB-V2's 42 more, MMEB-V3's 112 more, ViDoRe V3, and tasks of your own, all as data.
 
 A task of your own is a folder in one of the known layouts, or a few lines of YAML (`--tasks FILE.yaml`):
 
@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.evaluation.tasks.task import GROUP_OF_META, GROUPS, META_OF_GROUP, TASK_MODALITIES, Task, make_task
+from vlm2vec.evaluation.tasks.task import GROUP_OF_META, GROUPS, META_OF_GROUP, TASK_MODALITIES, V2_GROUPS, Task, make_task
 from vlm2vec.files import AnyPath
 from vlm2vec.files.documents import kind, parse_json, read_text, read_yaml, shown
 
@@ -36,8 +36,10 @@ __all__ = [
     "META_OF_GROUP",
     "TASK_MODALITIES",
     "Task",
+    "V2_GROUPS",
     "custom_task",
     "find_tasks",
+    "known_tasks",
     "label_sets",
     "load_tasks",
     "make_task",
@@ -55,24 +57,51 @@ def _read_yaml(path):
 
 
 def read_task_file(path: AnyPath) -> dict[str, Task]:
-    """{name: Task} of a YAML file with a `tasks:` list."""
+    """{name: Task} of a YAML file with a `tasks:` list; keys under `defaults:` hold for those that do not say otherwise."""
     content = _read_yaml(path)
     rows = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list under the key tasks")
+    defaults = content.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise ValueError(f"{path}: defaults should be a mapping of task keys, got {kind(defaults)}")
     tasks = {}
     for row in rows:
-        task = make_task(row, str(path))
+        task = make_task({**defaults, **row} if isinstance(row, dict) else row, str(path))
         if task.name in tasks:
             raise ValueError(f"{path}: two tasks are named {task.name!r}")
         tasks[task.name] = task
     return tasks
 
 
+@lru_cache(maxsize=2)
+def load_tasks(protocol: str = "v2") -> dict[str, Task]:
+    """The published tasks of a benchmark as {name: Task}, in the order of the papers. Do not change the dict.
+
+    Args:
+        protocol: "v1" or "v2", the 78 of MMEB-V2 (of which 36 are MMEB's); "v3", the 190 of MMEB-V3, the 78 among them with their places
+            in its folder.
+    """
+    if protocol != "v3":
+        return read_task_file(HERE / "tasks.yaml")
+    content = _read_yaml(HERE / "v3" / "changes.yaml")
+    changes = {row["name"]: row for row in content["tasks"]}
+    tasks = {}
+    for name, task in load_tasks().items():
+        change = {**content.get(task.modality, {}), **changes[name]}
+        tasks[name] = replace(task, **{**change, "options": {**task.options, **change.get("options", {})}})
+        if name == "Visual7W-Pointing":  # MCMR is counted among the images, after MMEB's
+            agent = read_task_file(HERE / "v3" / "agent.yaml")
+            tasks["MCMR"] = agent.pop("MCMR")
+    for part in ("text", "tool"):
+        tasks |= read_task_file(HERE / "v3" / f"{part}.yaml")
+    return {**tasks, **agent, **read_task_file(HERE / "v3" / "audio.yaml")}
+
+
 @lru_cache(maxsize=1)
-def load_tasks() -> dict[str, Task]:
-    """The 78 published tasks as {name: Task}, in the order of the papers. Do not change the dict."""
-    return read_task_file(HERE / "tasks.yaml")
+def known_tasks() -> dict[str, Task]:
+    """Every published task: MMEB-V3's 190, which hold those of MMEB and MMEB-V2, and ViDoRe V3's ten."""
+    return {**load_tasks("v3"), **read_task_file(HERE / "v3" / "vidore.yaml")}
 
 
 @lru_cache(maxsize=1)
@@ -132,13 +161,14 @@ def custom_task(name: str, hint: dict[str, Any] | None = None, documents: bool =
     return make_task({"name": name, **like, **_usable(hint or {})}, f"dataset {name!r}")
 
 
-def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[str, Task] | None = None) -> list[Task]:
+def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[str, Task] | None = None, protocol: str = "v2") -> list[Task]:
     """The tasks a data folder holds.
 
     Args:
         root: folder with one sub-folder per dataset (tests: test-*.parquet; documents: queries/corpus/qrels).
         names: task, group, meta-task or modality names to keep, or None for all that are there.
         extra: {name: Task} of one's own, which win over the published table.
+        protocol: "v3" looks for MMEB-V3's tasks in its folder's layout, others for MMEB's and MMEB-V2's; ViDoRe V3's are found by any.
 
     Returns: list of Tasks in the table's order, own tasks last. Raises ValueError for a name that matches nothing.
     """
@@ -147,13 +177,15 @@ def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[st
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"no data folder {root}; expected a folder with one sub-folder per dataset")
-    table, hints = {**load_tasks(), **(extra or {})}, read_hints(root)
+    table = {**load_tasks(protocol), **{name: task for name, task in known_tasks().items() if task.group == "vidore_v3"}, **(extra or {})}
+    hints = read_hints(root)
     tasks = []
     for task in table.values():
         if holds_tables(root, task):
             hint = _usable(hints.get(task.name, {}))
             tasks.append(replace(task, **hint) if hint else task)
     taken = {task.path or task.name for task in tasks} | {task.name for task in tasks}
+    taken |= {task.hub["dataset"].rsplit("/", 1)[-1] for task in tasks if task.hub.get("dataset")}
     order = {name: i for i, name in enumerate(hints)}
     folders = [p for p in root.iterdir() if p.is_dir() and p.name not in taken]
     for folder in sorted(folders, key=lambda p: (order.get(p.name, len(order)), p.name)):
@@ -162,8 +194,8 @@ def find_tasks(root: AnyPath, names: Iterable[str] | None = None, extra: dict[st
             tasks.append(task)
     if names:
         wanted, all_tasks = list(names), tasks
-        tasks = [t for t in tasks if any(n in (t.name, t.group, t.meta_task, t.modality) for n in wanted)]
-        missing = [n for n in wanted if not any(n in (t.name, t.group, t.meta_task, t.modality) for t in all_tasks)]
+        tasks = [t for t in tasks if any(t.is_called(n) for n in wanted)]
+        missing = [n for n in wanted if not any(t.is_called(n) for t in all_tasks)]
         if missing:
             all_names = ", ".join(t.name for t in all_tasks) or "nothing"
             raise ValueError(f"no task, group or modality {', '.join(missing)} in {root}; it holds {all_names}")

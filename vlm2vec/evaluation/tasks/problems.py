@@ -11,6 +11,13 @@ Rules by which an imperfect row is still scored (the summary states the counts):
 | absent_positive | no label is among the candidates: the row counts as wrong, ideal DCG still counts the label |
 | empty_labels | recall 1, everything else 0 (the reference's rule) |
 | duplicate_candidates | the first of equal candidates stands for all; the score is not affected |
+| duplicate_queries | an id that stands twice: every row is scored, with the judgements of its id (the reference's rule) |
+| dropped_candidates | a candidate without any text is left out (the reference's rule) |
+| dropped_queries | a query without any text is left out (the reference's rule) |
+| added_candidates | a right candidate that the corpus lacks is ranked beside it (the reference's rule for screens) |
+| own_list_missing | a query has no list of its own, so that all queries of the task are ranked against everything (the reference's rule) |
+| no_picture | a product none of whose pictures is there is fed as its text alone (what the reference does then is not published) |
+| not_json | a tool's documentation that is not JSON is fed as it is |
 """
 
 from __future__ import annotations
@@ -18,7 +25,18 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-HARMLESS = frozenset({"duplicate_candidates"})
+HARMLESS = frozenset(
+    {
+        "duplicate_candidates",
+        "duplicate_queries",
+        "dropped_candidates",
+        "dropped_queries",
+        "added_candidates",
+        "own_list_missing",
+        "no_picture",
+        "not_json",
+    }
+)
 EXAMPLES = 5
 
 

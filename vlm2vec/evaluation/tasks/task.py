@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vlm2vec.files.documents import shown
 
-TASK_MODALITIES = ("image", "video", "visdoc")
+TASK_MODALITIES = ("image", "video", "visdoc", "text", "tool", "gui", "memory", "audio")
 META_OF_GROUP = {
     "image_cls": "classification",
     "image_qa": "vqa",
@@ -21,14 +21,43 @@ META_OF_GROUP = {
     "vidore_v2": "document retrieval",
     "visrag": "document retrieval",
     "visdoc_ood": "document retrieval",
+    "mcmr": "product retrieval",
+    "text_reasoning": "text retrieval",
+    "text_instruction": "text retrieval",
+    "text_long": "text retrieval",
+    "text_conditions": "text retrieval",
+    "text_general": "text retrieval",
+    "tool_web": "tool retrieval",
+    "tool_code": "tool retrieval",
+    "tool_customized": "tool retrieval",
+    "gui_q2t": "screen retrieval",
+    "gui_q2s": "screen retrieval",
+    "gui_s2s": "screen retrieval",
+    "gui_t2s": "screen retrieval",
+    "memory_episodic": "memory retrieval",
+    "memory_dialogue": "memory retrieval",
+    "memory_semantic": "memory retrieval",
+    "memory_procedural": "memory retrieval",
+    "audio_cls": "audio classification",
+    "audio_t2a": "audio retrieval",
+    "audio_a2v": "audio retrieval",
+    "audio_a2i": "audio retrieval",
+    "audio_gnd": "audio grounding",
+    "vidore_v3": "document retrieval",
 }
 GROUPS = tuple(META_OF_GROUP)
+V2_GROUPS = GROUPS[: GROUPS.index("mcmr")]
+FEEDINGS = ("official", "wemm")
 GROUP_OF_META = {"classification": "image_cls", "vqa": "image_qa", "retrieval": "image_ret", "grounding": "image_vg"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One line of tasks.yaml; the comments at the top of that file say what the keys mean."""
+    """One line of tasks.yaml; the comments at the top of that file say what the keys mean.
+
+    `media` is the sub-folder of the media root where the task's pictures or sounds lie, where it has one. `wemm` holds what the second
+    published evaluation of MMEB-V3 does otherwise: prompts, candidates, options.
+    """
 
     name: str
     modality: str = "image"
@@ -46,8 +75,10 @@ class Task:
     hub: dict = field(default_factory=dict)
     frames: str | None = None
     path: str | None = None
+    media: str | None = None
     report_as: str | None = None
     options: dict = field(default_factory=dict)
+    wemm: dict = field(default_factory=dict)
 
     def __post_init__(self):
         from vlm2vec.evaluation.score.metrics import METRICS
@@ -59,13 +90,29 @@ class Task:
         metric, _, k = self.metric.partition("@")
         if metric not in METRICS or not k.isdigit() or int(k) < 1:
             raise ValueError(f"task {self.name!r}: metric is one of {', '.join(METRICS)} with @k, got {self.metric!r}")
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ValueError(f"a task's name also names its files: no slash, no leading dot, got {self.name!r}")
+        parts = self.name.split("/") if self.report_as and "/" not in self.report_as else [self.name]
+        if not all(parts) or any("/" in part or part.startswith(".") for part in parts):
+            raise ValueError(f"a task's name also names its files: no slash without a report_as, no leading dot, got {self.name!r}")
+        if unknown := sorted(set(self.wemm) - {"query_prompt", "target_prompt", "candidates", "options"}):
+            raise ValueError(f"task {self.name!r}: wemm holds query_prompt, target_prompt, candidates or options, got {unknown[0]!r}")
 
     @property
     def report_name(self) -> str:
         """Key of the task in a leaderboard file."""
         return self.report_as or self.name
+
+    def is_called(self, word: str) -> bool:
+        """Whether a word of `--tasks` means this task: its name, group, kind or modality, its report's name, a set that its name holds."""
+        known = (self.name, self.report_as, self.group, self.meta_task, self.modality, *self.name.split("/")[:-1])
+        return word in known or (word == "agent" and self.modality in ("tool", "gui", "memory"))
+
+    def fed(self, feeding: str) -> Task:
+        """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead."""
+        if feeding not in FEEDINGS:
+            raise ValueError(f"feeding is {' or '.join(FEEDINGS)}, got {shown(feeding)}")
+        if feeding == "official" or not self.wemm:
+            return self
+        return replace(self, **{**self.wemm, "options": {**self.options, **self.wemm.get("options", {})}})
 
 
 def _kinds(told: str) -> tuple[type, ...]:

@@ -1,0 +1,59 @@
+"""Published rows: what models scored task by task, and the means that were printed. Percent, as data of this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from vlm2vec.evaluation.tasks import published
+from vlm2vec.files.documents import read_yaml
+
+HERE = Path(__file__).resolve().parent / "scores"
+# the file of a source, and the protocol by which its rows were scored
+SOURCES = {"v3-paper": ("paper.yaml", "v3"), "v3-rerun": ("rerun.yaml", "v3"), "v2-qwen3vl": ("v2_qwen3vl8b.yaml", "v2")}
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One model's scores out of one source.
+
+    Attributes:
+        name: "MODEL@SOURCE", the name under which `score_rows` has it. model, source: its parts.
+        protocol: "v1", "v2" or "v3". feeding: how its inputs were worded, "official" or "wemm".
+        scores: {task: percent}, by the task's main metric; tasks that the source leaves out are absent.
+    """
+
+    name: str
+    model: str
+    source: str
+    protocol: str
+    feeding: str
+    scores: dict[str, float]
+
+
+@lru_cache(maxsize=1)
+def score_rows() -> dict[str, ScoreRow]:
+    """{name: ScoreRow} of all published rows that tell single tasks. Do not change the dict.
+
+    Example:
+        >>> score_rows()["Qwen3-VL-Embedding-2B@v3-paper"].scores["ESC-50"]  # doctest: +SKIP
+    """
+    rows = []
+    for source, (file, protocol) in SOURCES.items():
+        for model, groups in read_yaml(HERE / file)["models"].items():
+            scores = {task: float(score) for group in groups.values() for task, score in group.items()}
+            rows.append(ScoreRow(f"{model}@{source}", model, source, protocol, "official", scores))
+    books = published()
+    for column, model in books["columns"].items():
+        protocol = "v1" if "V1 protocol" in model else "v2"
+        model = model.split(" (")[0]
+        scores = {task: float(cells[column]) for task, cells in books["models"].items() if column in cells}
+        rows.append(ScoreRow(f"{model}@{protocol}-files", model, f"{protocol}-files", protocol, "official", scores))
+    return {row.name: row for row in rows}
+
+
+@lru_cache(maxsize=1)
+def printed_means() -> dict[str, dict]:
+    """{table: {model: {column: percent}}} of the printed means; the comments of scores/means.yaml say where each is from."""
+    return read_yaml(HERE / "means.yaml")
