@@ -46,6 +46,7 @@ class Options:
     """How tasks are run; every field has the command line's default."""
 
     protocol: str = "v1"
+    feeding: str = "official"  # of MMEB-V3: "official" or "wemm"
     hub: bool = False
     strict: bool = False
     batch_size: int = 32
