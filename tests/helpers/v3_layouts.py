@@ -101,13 +101,14 @@ def tools(root):
 def screens(root):
     """Several screenshots a side, ids that stand twice, ids that are query and candidate, sides without a picture."""
     base, shots = root / "gui-tasks" / "GAE-GUIAct", root / "gui-tasks" / "GUIAct"
-    for name, angle in (("p10", 10), ("p11", 11), ("p80", 80)):
+    for name, angle in (("p10", 10), ("p11", 11), ("p80", 80), ("p150", 150)):
         picture(shots / "guiact" / f"{name}.png", angle)
     table(
         base / "corpus" / "q2s-00000.parquet",
         {"cand_id": "c1", "cand_text": "<|image_1|> then <|image_1|>", "cand_image_path": "['guiact/p10.png', 'guiact/p11.png']"},
         {"cand_id": "c2", "cand_text": "angle:40", "cand_image_path": ""},
         {"cand_id": "c3", "cand_text": "<|image_1|> last", "cand_image_path": "guiact/p80.png"},
+        {"cand_id": "c4", "cand_text": "<|image_1|> " * 10, "cand_image_path": str(["guiact/p150.png"] * 10)},  # a trajectory
     )
 
     def query(name, text, right):

@@ -114,16 +114,45 @@ def test_words_around_pictures_and_films(place):
 def test_several_screenshots(place):
     root, _, _ = place
     screen = read(root, "GAE-GUIAct_q2s")
-    first, second, third = screen.candidates
+    first, second, third, trajectory = screen.candidates
+    assert len(trajectory["image"]) == 10 and trajectory["text"].count("<|image_1|>") == 10
     assert [path.rpartition("/")[2] for path in first["image"]] == ["p10.png", "p11.png"] and first["text"].count("<|image_1|>") == 2
     assert second["image"] is None and third["image"].endswith("p80.png")
     assert len(screen.queries) == 4 and screen.problems.summary()["duplicate_queries"]["rows"] == 2
     merged = read(root, "GAE-GUIAct_q2s", "wemm")
-    assert merged.names == ["c1", "c3"] and [q["text"] for q in merged.queries] == ["angle:12", "angle:38", "angle:40"]
+    assert merged.names == ["c1", "c3", "c4"] and [q["text"] for q in merged.queries] == ["angle:12", "angle:38", "angle:40"]
     from vlm2vec.evaluation.loaders.screens import side
 
     many = side("a <|image_1|> b <|image_1|> c <|image_1|> d", ["1", "2", "3"], root, most=2)
     assert many["text"] == "a <|image_1|> b <|image_1|> c  d" and len(many["image"]) == 2
+
+
+def test_further_tables_of_sounds(tmp_path):
+    """ESC-50's, SpeechCommands' and CREMA-D's columns and places; labels without ids are sorted by name."""
+    import csv
+
+    from tests.helpers.angles import sound
+
+    base = tmp_path / "audio-tasks"
+    heard = [{"bytes": sound(base / f"{a}.wav", a).read_bytes(), "path": None} for a in (20, 80)]
+    rows = [{"audio": clip, "target": 1 - i, "category": f"angle:{a}"} for i, (clip, a) in enumerate(zip(heard, (21, 79)))]
+    v3_layouts.table(base / "esc50" / "data" / "test-0.parquet", *rows)
+    rows = [{"audio": clip, "label_id": i, "label_name": f"angle:{a}"} for i, (clip, a) in enumerate(zip(heard, (79, 21)))]
+    v3_layouts.table(base / "speechcommand-1k" / "query_eval.parquet", *rows)
+    (base / "creamD").mkdir()
+    with open(base / "creamD" / "processed.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["path", "label", "label_name"], ["x.wav", "ANG", "angle:50"], ["y.wav", "SAD", "angle:100"]])
+    sound(base / "creamD" / "x.wav", 52)
+    sound(base / "creamD" / "y.wav", 60)
+    assert read(tmp_path, "ESC-50").names == ["angle:79", "angle:21"]
+    assert read(tmp_path, "CREMA-D").names == ["angle:100", "angle:50"]
+    rows, _ = score(tmp_path, tmp_path / "out")
+    assert {name: row["score"] for name, row in rows.items()} == {"ESC-50": 1.0, "SpeechCommands": 0.0, "CREMA-D": 0.5}
+    (base / "creamD" / "processed.csv").unlink()
+    rows = [{"audio": clip, "label": 0, "label_name": name} for clip, name in zip(heard, ("angry", "sad"))]
+    v3_layouts.table(base / "creamD" / "data" / "test-0.parquet", *rows)
+    with pytest.raises(ValueError, match="row 1: label 0 is 'sad' here and 'angry' before; one is wrong"):
+        read(tmp_path, "CREMA-D")
 
 
 def test_parts_of_recordings(place):

@@ -69,6 +69,12 @@ def v3_means(scores: dict[str, float | None]) -> dict[str, dict[str, dict[str, f
     return {kind: {name: part for name, part in members.items() if part["tasks"] + part["unsupported"]} for kind, members in found.items()}
 
 
+def _by_first(row: dict[str, Any]) -> float | None:
+    """A task's score, of a text task hit@1, by which the leaderboard ranks them; the papers print ndcg_linear@5."""
+    by_first = row.get("metrics", {}).get("hit@1") if row["modality"] == "text" else None
+    return row["score"] if by_first is None else by_first
+
+
 def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over per-task summaries.
 
@@ -76,7 +82,7 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns: {"meta_task": {name: {"score", "tasks"}}, "group": .., "split": .., "modality": .., "overall": {..},
         "complete": {"v1": bool, "v2": bool}}; parts without tasks are left out. With a task that only MMEB-V3 has also
-        "v3": `v3_means`, and "complete" tells of all 190.
+        "v3": `v3_means` with the text tasks also by hit@1, and "complete" tells of all 190.
     """
     out, all_rows = {}, rows
     rows = [row for row in rows if row["score"] is not None]
@@ -93,5 +99,7 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     out["complete"] = {"v1": names == v1, "v2": names == set(table)}
     if any(row["task"] in v3 and row["task"] not in table for row in all_rows):
         out["v3"] = v3_means({row["task"]: row["score"] for row in all_rows})
+        first = v3_means({row["task"]: _by_first(row) for row in all_rows})["groups"]
+        out["v3"]["text by hit@1"] = {f"{name}, text by hit@1": first[name] for name in ("text", "V3-All") if name in first}
         out["complete"]["v3"] = {row["task"] for row in all_rows} >= set(v3)
     return out
