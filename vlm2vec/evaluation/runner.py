@@ -46,11 +46,7 @@ class Options:
     """How tasks are run; every field has the command line's default."""
 
     protocol: str = "v1"
-<<<<<<< HEAD
-    feeding: str = "official"  # of MMEB-V3: "official" or "wemm"
-=======
     feeding: str = "official"  # which published evaluation of MMEB-V3 words, pools and judgements follow; see `Task.fed`
->>>>>>> h16a
     hub: bool = False
     strict: bool = False
     batch_size: int = 32
