@@ -1,4 +1,4 @@
-"""`vlm2vec embed | index | search | eval | mine | train | merge | info`. An expected error is one line on stderr and exit code 2."""
+"""`vlm2vec embed | index | search | eval | mine | data | train | merge | info`. An expected error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "search": "the images of a folder, an index or a file of embeddings that fit texts or images best",
     "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
     "mine": "hard negatives for training data",
+    "data": "preview the rows of a recipe as the model will see them, and what of them cannot be read",
     "train": "train a model by a recipe, plan what it will need, list the recipes",
     "merge": "several checkpoints of one base made into one, adapters or full",
     "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",

@@ -66,7 +66,10 @@ class PairDataset(torch.utils.data.Dataset):
         return sum(self.sizes)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        source, row = key[0], self.row(*key)
+        return self.sample(key[0], self.row(*key))
+
+    def sample(self, source: int, row: int) -> dict[str, Any]:
+        """Row `row` of a source's data, whatever its position."""
         name = self.data.sources[source].name
         sample: dict[str, Any] = {"source": source, "row": row, "error": None}
         ids, labels = (-1, -1, []), {}
@@ -86,7 +89,7 @@ class PairDataset(torch.utils.data.Dataset):
             if self.data.strict:
                 raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
             sample.update(query=self._blank(), target=self._blank(), negatives=[], error=message)
-            labels = {}
+            ids, labels = (-1, -1, []), {}
         sample["query_id"], sample["target_id"] = ids[:2]
         sample["negative_ids"] = ids[2] if sample["negatives"] else []
         return sample | labels

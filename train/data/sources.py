@@ -178,12 +178,7 @@ def _own(data: Data, source: Source) -> SourceTable:
             [source.query, source.target, source.negatives]
         )
         table = open_table(
-            source.path,
-            split=source.split,
-            config=source.config,
-            encoding=source.encoding,
-            delimiter=source.delimiter,
-            wanted=wanted,
+            source.path, split=source.split, config=source.config, encoding=source.encoding, delimiter=source.delimiter, wanted=wanted
         )
         if not len(table):
             raise ValueError(f"{source.path} holds no rows; write some below the names of its columns")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 def main(argv: list[str]) -> int:
     """Exit code of the trainer's own command line."""
-    return import_module(f"{_package()}.__main__").main(argv)
+    return import_module(f"{trainer()}.__main__").main(argv)
 
 
-def _package() -> str:
-    """`vlm2vec.train`; in a checkout that was never installed the folder `train` beside this package."""
+def trainer() -> str:
+    """The trainer's package: `vlm2vec.train`; in a checkout that was never installed the folder `train` beside this package."""
     if find_spec("vlm2vec.train") is not None:
         return "vlm2vec.train"
     checkout = Path(__file__).parents[2]

@@ -1,8 +1,8 @@
 """Queries, targets and negatives of a table's own columns: what a recipe says of them, and the inputs that rows become.
 
-    query: caption                                              a column of texts
-    target: {text: "Photo of {name}", image: file, video: clip} words around columns, pictures and films
-    negatives: [{image: other}]                                 or columns, or one column that holds a list
+query: caption                                              a column of texts
+target: {text: "Photo of {name}", image: file, video: clip} words around columns, pictures and films
+negatives: [{image: other}]                                 or columns, or one column that holds a list
 """
 
 from __future__ import annotations

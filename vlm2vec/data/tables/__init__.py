@@ -1,10 +1,10 @@
 """Tables of people's own: one way to open every kind, a row at a time, without bringing it into another form first.
 
-    CSV, TSV        pyarrow; cells are texts as they stand                                            csv_files
-    JSON, JSONL     by lines, or one list                                                             json_files
-    parquet, a folder that save_to_disk wrote, a data set of the hub, a folder laid out as one        arrow
-    tar             WebDataset's shards                                                               shards
-    folders         pictures with metadata.csv (.jsonl, .parquet), or in folders of their classes     folders
+CSV, TSV        pyarrow; cells are texts as they stand                                            csv_files
+JSON, JSONL     by lines, or one list                                                             json_files
+parquet, a folder that save_to_disk wrote, a data set of the hub, a folder laid out as one        arrow
+tar             WebDataset's shards                                                               shards
+folders         pictures with metadata.csv (.jsonl, .parquet), or in folders of their classes     folders
 """
 
 from __future__ import annotations
@@ -125,9 +125,7 @@ def _joined(files: list[str], tables: list[Table]) -> Table:
     return replace(first, reader=Joined([table.reader for table in tables]), media=media, left_out=left_out, repeated=repeated)
 
 
-def _folder(
-    path: str, split: str | None, config: str | None, encoding: str | None, delimiter: str | None, wanted: Sequence[str]
-) -> Table:
+def _folder(path: str, split: str | None, config: str | None, encoding: str | None, delimiter: str | None, wanted: Sequence[str]) -> Table:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")) or os.path.isfile(os.path.join(path, "dataset_info.json")):
         return open_saved(path, split)
     metadata = metadata_of(path, split)

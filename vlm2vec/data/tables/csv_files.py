@@ -180,6 +180,6 @@ def _refused(path: str, encoding: str, said: str) -> ValueError:
 
 def _not_text(path: str, encoding: str, error: UnicodeDecodeError, before: int = 0) -> ValueError:
     return ValueError(
-        f"{path}: expected text in {encoding}, got byte {before + error.start} that is none ({error.reason}); say encoding: cp1252 (or what "
-        "it was saved in), or save it as UTF-8"
+        f"{path}: expected text in {encoding}, got byte {before + error.start} that is none ({error.reason}); say "
+        "encoding: cp1252 (or what it was saved in), or save it as UTF-8"
     )

@@ -83,6 +83,7 @@ class PicturesByClass:
 
 def pictures_by_class(folder: str) -> Table | None:
     """The pictures in the folders of a folder, in natural order; None where there are none."""
-    files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES)]
-    files = sorted((file for file in files if os.path.dirname(file) != folder), key=lambda file: (os.path.dirname(file), natural_order(file)))
+    found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES)]
+    inside = [file for file in found if os.path.dirname(file) != folder]
+    files = sorted(inside, key=lambda file: (os.path.dirname(file), natural_order(file)))
     return Table(PicturesByClass(files), ["image", "label"], folder) if files else None
