@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
             return plan(argv[1:])
         if argv[0] == "preview":
-            from .data.preview import main as preview
+            from .reports.preview import main as preview
 
             return preview(argv[1:])
         if argv[0] == "teach":

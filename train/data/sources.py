@@ -222,7 +222,7 @@ def _of_format(data: Data, source: Source) -> SourceTable:
             if column not in table.column_names:
                 raise ValueError(f"source {source.name}: {key} names column {column!r}, {nearest(column, table.column_names)}")
     labels = {key: getattr(source, key) for key in LABELS}
-    return SourceTable(table, source.format, source.images or data.images, **labels)
+    return SourceTable(table, source.format, source.images or data.images or "", **labels)
 
 
 def _table(data: Data, source: Source) -> Any:

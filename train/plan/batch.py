@@ -19,7 +19,7 @@ from ..recipe.schema import Content, Recipe
 def has_data(recipe: Recipe) -> bool:
     """Whether the recipe's rows lie on this machine."""
     own = [source.path for source in recipe.data.sources if source.path is not None]
-    is_root_here = len(own) == len(recipe.data.sources) or os.path.isdir(recipe.data.root)
+    is_root_here = len(own) == len(recipe.data.sources) or os.path.isdir(recipe.data.root or "")
     return is_root_here and all(is_local(path) for path in own)
 
 

@@ -105,8 +105,8 @@ def _check_data(recipe: RecipeKeys) -> None:
     for place in ("model", "output"):
         if not getattr(recipe, place).strip() or "\0" in getattr(recipe, place):
             raise ValueError(f"{place} must be the name of a folder, got {shown(getattr(recipe, place))}")
-    if not recipe.data.root.strip() and not any(source.path for source in sources):
-        raise ValueError("data.root is empty; name the folder of the data sets, or a data set of the hub, or a path in each source")
+    if recipe.data.root is not None and not recipe.data.root.strip():
+        raise ValueError("data.root is empty; name the folder of the data sets, or a data set of the hub")
     if not sources:
         raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
     told = [(s.name, s.root, s.split, s.file, s.format, s.path, s.config, str(s.query), str(s.target)) for s in sources]

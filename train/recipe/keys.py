@@ -62,8 +62,8 @@ class Data:
     replaces it, others join it.
     """
 
-    root: str = ""
-    images: str = ""
+    root: str | None = None
+    images: str | None = None
     sources: list[Source] = field(default_factory=list)
     mixture: str | None = None
     split: str = "original"

@@ -16,8 +16,9 @@ def check_own(source: Source, data: Data) -> None:
         said = next((key for key in _OF_PATH if getattr(source, key) is not None), None)
         if said is not None:
             raise ValueError(f"{where}: expected path beside {said}, got none; say path: FILE, or leave {said} out")
-        if not data.root.strip() and source.root is None:
-            raise ValueError(f"{where}: expected where its rows are, got nothing; say path: FILE with its columns, or data.root: FOLDER")
+        lacking = [f"data.{key}" for key in ("root", "images") if getattr(data, key) is None and getattr(source, key) is None]
+        if lacking:
+            raise ValueError(f"the recipe lacks {', '.join(lacking)}, which {where} needs; say where they are, or path: FILE in the source")
         return
     if not source.path.strip() or "\0" in source.path:
         raise ValueError(f"{where}: path must be the name of a file, a folder or a data set, got {source.path[:40]!r}")

@@ -11,7 +11,7 @@ from vlm2vec.media import read_frames
 from vlm2vec.media.inline import inline_thumbnail
 from vlm2vec.report import page, section, tiles, write_page
 
-from ..data.preview import Shown, SourceShown, counts
+from ..data.shown_rows import Shown, SourceShown, counts
 from ..recipe.schema import Recipe
 
 _SIDE = 220  # pixels of a picture on the page

@@ -16,4 +16,4 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] != "preview":
         raise ValueError(f"data {argv[0]!r}: expected preview; vlm2vec data preview RECIPE shows the rows of a recipe")
-    return import_module(f"{trainer()}.data.preview").main(argv[1:])
+    return import_module(f"{trainer()}.reports.preview").main(argv[1:])
