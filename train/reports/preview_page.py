@@ -53,7 +53,7 @@ def _blocks(shown: SourceShown) -> list[str]:
 def _row(row: int, sides: list[Shown] | str) -> str:
     if isinstance(sides, str):
         return f'<div class="fed broken"><span class="rank">row {row}</span><p class="ask">{escape(sides)}</p></div>'
-    return f'<div class="fed"><span class="rank">row {row}</span>{"".join(map(_side, sides))}</div>'
+    return f'<div class="fed"><span class="rank">row {row}</span><div class="sides">{"".join(map(_side, sides))}</div></div>'
 
 
 def _side(one: Shown) -> str:

@@ -17,6 +17,7 @@ LOADERS = {
     "moments": ("moment", "load_moments"),
     "momentseeker": ("moment", "load_momentseeker"),
     "documents": ("document", "load_documents"),
+    "pairs": ("pairs", "load_pairs"),
 }
 
 
@@ -29,6 +30,7 @@ NEEDS = {
     "moments": (("query_prompt", "target_prompt"), ("video", "text")),
     "momentseeker": (("query_prompt", "target_prompt"), ("text",)),
     "documents": (("query_prompt", "target_prompt"), ()),
+    "pairs": ((), ()),
 }
 
 

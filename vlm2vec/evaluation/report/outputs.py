@@ -69,7 +69,9 @@ def write_v1(folder: AnyPath, data: TaskData, indices: torch.Tensor, correct: Se
 
 
 def _relative(path, data):
-    return os.path.relpath(path, data.media) if path and data.media else path or ""
+    if not isinstance(path, (str, os.PathLike)):  # several pictures, or none
+        return ""
+    return os.path.relpath(path, data.media) if path and data.media else path
 
 
 def write_v2(folder: AnyPath, data: TaskData, indices: torch.Tensor, metrics: dict[str, float], info: bool = True) -> dict[str, Any]:
