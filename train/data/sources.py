@@ -181,7 +181,8 @@ def _own(data: Data, source: Source) -> SourceTable:
             source.path, split=source.split, config=source.config, encoding=source.encoding, delimiter=source.delimiter, wanted=wanted
         )
         if not len(table):
-            raise ValueError(f"{source.path} holds no rows; write some below the names of its columns")
+            said = f" ({table.left_out[0]})" if table.left_out else ""
+            raise ValueError(f"{source.path} holds no rows{said}; write some below the names of its columns")
         if data.strict and table.left_out:
             raise ValueError(f"{table.left_out[0]}; mend it, or set data.strict to false to leave such lines out")
         images = source.images or data.images or None

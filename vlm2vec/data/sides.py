@@ -114,17 +114,15 @@ def columns_of(table: Table, query: Any, target: Any, negatives: Any, images: st
     Raises:
         ValueError: a column that is not there (with the nearest), one that several share, a text that is neither.
     """
-    sides = [read_side(each, table, where) for each, where in ((query, "query"), (target, "target"))]
-    against = tuple(_negative(each, sides[1], table, where) for where, each in _listed(negatives))
-    media = images or table.media
-    found = Columns(table, *sides, against, media)
-    for where, side in (("query", sides[0]), ("target", sides[1]), *((f"negatives[{at}]", side) for at, side in enumerate(against))):
+    sides = {where: read_side(each, table, where) for each, where in ((query, "query"), (target, "target"))}
+    against = {where: _negative(each, sides["target"], table, where) for where, each in _listed(negatives)}
+    for where, side in {**sides, **against}.items():
         for column in side.columns:
             try:
                 table.top(column)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-    return found
+    return Columns(table, *sides.values(), tuple(against.values()), images or table.media)
 
 
 def read_side(told: Any, table: Table | None, where: str) -> Side:

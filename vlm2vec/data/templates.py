@@ -78,10 +78,10 @@ def column_or_template(text: str, table: Table, where: str) -> Template:
     if template.literal and text.strip():
         columns = table.column_names
         near = difflib.get_close_matches(text.strip(), columns, n=1, cutoff=0.8)
-        if near or not any(c.isspace() for c in text):
-            hint = f"did you mean {near[0]!r}?" if near else f"the data has {', '.join(columns[:12])}"
+        if near or not any(c.isspace() for c in text) and text[-1].isalnum():
+            hint = f"did you mean {near[0]!r}?" if near else f"the data has {', '.join(columns[:12])}."
             raise ValueError(
-                f"{where}: {text[:60]!r} is no column, and a single word is taken for one; {hint} A word for all rows ends with a blank"
+                f"{where}: {text[:60]!r} is no column, and a single word is taken for one; {hint} One for all rows ends with a full stop"
             )
     return template
 

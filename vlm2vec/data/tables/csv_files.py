@@ -44,8 +44,7 @@ def open_csv(path: str, *, encoding: str | None = None, delimiter: str | None = 
     else:
         made = cached(path, ".arrow", ("csv", encoding, delimiter), lambda part: _lay_out(path, encoding, delimiter, header, part))
         rows = mapped(made)
-        left_out = (rows._data.schema.metadata or {}).get(b"left_out", b"").decode().split("\n") if rows._data.schema.metadata else []
-        left_out = [line for line in left_out if line]
+        left_out = _left_out(made)
     names = [name.strip() for name in header]
     unique = [name if names.index(name) == at else f"{name}\0{at}" for at, name in enumerate(names)]
     repeated = frozenset(name for name in names if names.count(name) > 1)
@@ -161,6 +160,15 @@ def _lay_out(path: str, encoding: str, delimiter: str, header: list[str], part: 
     with pa.OSFile(os.fspath(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in _batches(path, encoding, delimiter, header, []):
             writer.write_batch(batch)
+
+
+def _left_out(path: Path) -> list[str]:
+    """What a laid-out file says was left out of it."""
+    import pyarrow as pa
+
+    with pa.memory_map(os.fspath(path)) as file:
+        told = (pa.ipc.open_stream(file).schema.metadata or {}).get(b"left_out", b"").decode()
+    return told.split("\n") if told else []
 
 
 def _refused(path: str, encoding: str, said: str) -> ValueError:
