@@ -64,7 +64,8 @@ def test_films_are_files_folders_frames_and_bytes(tmp_path):
     assert len(read_frames(sides(tmp_path, row, target={"video": "folder"})[1]["video"])) == 3
     assert [Path(f).name for f in sides(tmp_path, row, target={"video": "list"})[1]["video"]] == ["0.png", "2.png"]
     table = opened(tmp_path, row)
-X
+    stored = row | {"film": {"bytes": film.read_bytes(), "path": None}}
+    stored = columns_of(table, "q", {"video": "film"}, None, None).convert(stored, "", None)
     by_bytes = read_frames(stored[1]["video"], 3)
     assert [number_of(frame) for frame in by_bytes] == [0, 2, 5] and by_bytes.seconds == read_frames(film, 3).seconds
     with pytest.raises(ValueError, match="video 9 bytes: cannot be decoded"):
@@ -113,10 +114,7 @@ def test_negatives_that_do_not_fit(tmp_path, told, said):
 
 OF_COLUMNS = {
     "a wrong column": ({"query": "titel"}, "query: no column 'titel', the data has title, .*; did you mean 'title'?"),
-    "a wrong column in words": (
-        {"query": "Find: {titel}"},
-        "query: no column 'titel', the data has title, .*; did you mean 'title'?",
-    ),
+    "a wrong column in words": ({"query": "Find: {titel}"}, "query: no column 'titel', the data has title, .*; did you mean 'title'?"),
     "a wrong column of pictures": ({"target": {"image": "fiel"}}, "target: no column 'fiel', the data has .* did you mean 'file'?"),
     "a word that is no column": ({"query": {"text": "Shoes"}}, "query.text: 'Shoes' is no column, and a single word is taken for one"),
     "words near a column": ({"query": {"text": "title "}}, "query.text: 'title ' is no column.*did you mean 'title'"),
@@ -133,10 +131,7 @@ OF_COLUMNS = {
     "a plural": ({"target": {"images": "file"}}, "target: unknown key 'images'; did you mean image"),
     "nothing to show": ({"target": {"instruction": "Say it well"}}, "target: expected a text, an image or a video among its keys"),
     "a number": ({"query": 5}, "query: expected a column, or some of text, image, video, instruction with theirs, got 5"),
-    "a place without pictures": (
-        {"query": {"text": "<|image_1|> {title}"}},
-        "query: its text says where a picture stands, and no column",
-    ),
+    "a place without pictures": ({"query": {"text": "<|image_1|> {title}"}}, "query: its text says where a picture stands, and no column"),
     "a place without a picture": (
         {"target": {"text": "<|image_1|> {title}", "image": "object.none"}},
         "column 'object.none': empty, and the text says where its picture stands",
