@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm2vec.checkpoint.pretrained import describe
-from vlm2vec.checkpoint.words import FIND_BY_TEXT, IMAGE
+from vlm2vec.checkpoint.words import FIND_BY_TEXT, IMAGE, ROLES
 from vlm2vec.media import measure_picture
 from vlm2vec.media.sources import image_name
 from vlm2vec.packing import Features
@@ -82,7 +82,8 @@ def preview(recipe: Recipe, *, rows: int = 4, every: bool = False, decode: bool 
         _look(shown, dataset, at, None if every else LOOKED_AT, decode)
         for row in range(min(rows, len(table))):
             shown.rows.append((row, _row(dataset, at, row)))
-        if source.path is not None and not any(model.settings.get("prompts", {}).get(role) for role in ("query", "document")):
+        prompts = {**model.processing.prompts, **model.settings.get("prompts", {})}
+        if source.path is not None and not any(prompts.get(role) for role in ROLES):
             shown.hint = _other_words([sides for _, sides in shown.rows if isinstance(sides, list)])
         found.append(shown)
     return found

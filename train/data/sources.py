@@ -65,6 +65,7 @@ class SourceTable:
         self.scores, self.grade, self.group, self.left_out = scores, grade, group, left_out
         columns = [column for key in ("scores", "grade") for column in _columns(getattr(self, key))]
         self._labels = table.select_columns(list(dict.fromkeys(columns))) if columns else None
+        self._grouped = table.select_columns([group]) if group is not None else None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -91,21 +92,22 @@ class SourceTable:
             return str(error)
 
     def groups(self) -> list[str | None]:
-        """The group of every row as a text, None for a row without one."""
-        named = self.table.select_columns([self.group])
-        found: list[str | None] = []
-        for row in range(len(named)):
-            try:
-                value = self._value(named[row], self.group)
-            except ValueError:  # a row that cannot be read, which is told when it is
-                value = None
-            found.append(None if value is None or str(value).strip() == "" else str(value).strip())
-        return found
+        """The group of every row as a text, None for a row without one or one that cannot be read."""
+        whole = getattr(self._grouped, "column", None)  # a table of one's own that holds its columns apart
+        values = whole(self.group) if whole is not None else None
+        if values is None and whole is None:
+            values = self._grouped[:][self.group]
+        return [_named(value) for value in values] if values is not None else [self._group_or_none(row) for row in range(len(self))]
 
     def group_of(self, index: int) -> str | None:
         """The group of one row."""
-        value = self._value(self.table.select_columns([self.group])[index], self.group)
-        return None if value is None or str(value).strip() == "" else str(value).strip()
+        return _named(self._value(self._grouped[index], self.group))
+
+    def _group_or_none(self, index: int) -> str | None:
+        try:
+            return self.group_of(index)
+        except ValueError:  # told when the row is read
+            return None
 
     def labels(self, index: int, documents: int) -> dict[str, Any]:
         """{"grade": number, "scores": [numbers]} of row `index`, what its source has of them.
@@ -133,6 +135,11 @@ class SourceTable:
     def _value(self, values: dict[str, Any], column: str) -> Any:
         own = getattr(self.table, "value", None)
         return values[column] if own is None else own(values, column)
+
+
+def _named(value: Any) -> str | None:
+    text = "" if value is None else str(value).strip()
+    return text or None
 
 
 def _columns(told: str | list[str] | None) -> list[str]:

@@ -24,7 +24,7 @@ class Source:
     A source of own data names its `path` instead, a file, a folder or a data set of the hub in any of the forms of
     `vlm2vec.data.tables`, and says which columns are the `query`, the `target` and the `negatives` (`vlm2vec.data.sides`).
     `split` and `config` choose among those of a data set; `encoding` and `delimiter` are of CSV files. Relative paths of media
-    start at `images`, by default at the table's own folder.
+    start at `images` (the source's, else the section's), by default at the table's own folder.
 
     `loss` is that of its rows, in place of the recipe's. `scores` and `grade` are columns: a teacher's scores of the positive and each
     hard negative (`score_distillation`), as a list or in columns of their own, and a number that says how well a pair fits (`cosent`).

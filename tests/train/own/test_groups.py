@@ -126,3 +126,55 @@ def test_what_joins_two_rows_may_lie_on_another_rank():
     assert targets[0] == targets[4] and targets[1] == targets[2] == targets[5], "3 and 2 are joined by a row of the other rank"
     assert np.array_equal(np.concatenate([found["ids", rank][0][0] for rank in range(2)]), targets)
     assert all(np.array_equal(found["ids", rank][0][1], hard) for rank in range(2))
+
+
+def test_a_batch_tells_the_loss_what_a_group_joins(tmp_path):
+    """Rows 0 and 1 show one item, rows 1 and 2 say the same: none of the three is a negative of another, as the loss written out has it."""
+    import types
+
+    from contrastive_kernels.reference import info_nce_reference
+    from train.data.rows import collate
+    from train.losses import InfoNCE
+    from train.step import ContrastiveStep
+
+    path = tmp_path / "rows.jsonl"
+    lines = [("q0", "t0", "a"), ("q1", "t1", "a"), ("q2", "t1", "b"), ("q3", "t3", ""), ("q4", "t4", "")]
+    path.write_text("\n".join(json.dumps({"q": q, "t": t, "item": g}) for q, t, g in lines))
+    data = Data(sources=[Source("one", path=str(path), query="q", target="t", group="item")])
+
+    class Plain:
+        options = {"frames": 8, "fps": None, "max_frames": None}
+
+        def measure(self, item):
+            from vlm2vec.packing import Features
+
+            return Features(torch.ones(1, dtype=torch.long))
+
+    dataset = PairDataset(data, Plain())
+    batch = collate([dataset[0, row] for row in range(5)])
+    step = types.SimpleNamespace(device=torch.device("cpu"), recipe=types.SimpleNamespace(data=data), _tensor=torch.from_numpy)
+    known = ContrastiveStep.loss_batch(step, batch, False)
+    loss = InfoNCE(temperature=0.5)
+    query, target = torch.randn(2, 5, 8, dtype=torch.float64).unbind()
+    got, _ = loss.function()(query, target, **loss.options(known))
+    same = np.zeros((5, 5), dtype=bool)
+    same[:3, :3] = True
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in (query, target)]
+    logits = unit[0] @ unit[1].T / 0.5
+    logits[torch.from_numpy(same & ~np.eye(5, dtype=bool))] = -torch.inf
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(logits, torch.arange(5)), rtol=1e-12, atol=0)
+    plain = info_nce_reference(*unit, temperature=0.5)
+    assert abs(float(plain if not isinstance(plain, tuple) else plain[0]) - float(got)) > 1e-3
+
+
+def test_groups_of_mmebs_layout(tmp_path):
+    from vlm2vec.data.mmeb import write_train
+
+    rows = [{"qry": f"q{i}", "qry_image_path": "", "pos_text": f"t{i}", "pos_image_path": "", "item": i // 4} for i in range(40)]
+    write_train(tmp_path, "Pairs", rows)
+    told = Source("Pairs", group="item")
+    data = Data(root=str(tmp_path), images="", sources=[told])
+    table = open_source(data, told)
+    assert table.groups()[:5] == ["0.0"] * 4 + ["1.0"] and table.group_of(39) == "9.0"
+    (part,) = split([table], ["Pairs"], 10)
+    assert part.held == 4 and [part.row(at) for at in range(36, 40)] == [36, 37, 38, 39]

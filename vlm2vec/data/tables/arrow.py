@@ -36,6 +36,11 @@ class ArrowRows:
                 values[name] = kind.int2str(values[name]) if values[name] >= 0 else None
         return values
 
+    def column(self, name: str) -> list[Any]:
+        """The values of a column in all rows."""
+        values, kind = self._rows.select_columns([name])[:][name], self._labels.get(name)
+        return values if kind is None else [kind.int2str(value) if isinstance(value, int) and value >= 0 else None for value in values]
+
 
 def undecoded(rows: Any) -> Any:
     """A `datasets.Dataset` whose pictures, films and sounds come as they are stored, in lists too."""

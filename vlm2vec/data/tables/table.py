@@ -60,6 +60,14 @@ class Table:
         """The table of which no more than these columns, dotted names too, is read."""
         return replace(self, chosen=tuple(dict.fromkeys(self.top(name) for name in names)))
 
+    def column(self, name: str) -> list[Any] | None:
+        """A column's values in all rows, where its data lie column by column; None where rows have to be read one by one."""
+        whole = getattr(self.reader, "column", None)
+        if whole is None or name not in self.column_names:
+            return None
+        values = whole(self.top(name))
+        return values if self.rows is None else [values[row] for row in self.rows]
+
     def has(self, name: str) -> bool:
         """Whether there is a column of this name, dotted or not."""
         return any(name[:end] in self.column_names for end in _ends(name))
