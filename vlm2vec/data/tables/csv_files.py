@@ -19,7 +19,7 @@ from vlm2vec.data.tables.table import Table
 from vlm2vec.files.documents import require_regular
 
 SEPARATORS = (",", ";", "\t", "|")
-IN_MEMORY = 64 << 20  # bytes of a file that is read whole; a larger one is laid out for random access once
+IN_MEMORY = 16 << 20  # bytes of a file that is read whole, in a second; a larger one is laid out for random access once
 _BLOCK = 16 << 20  # bytes: a longer line is refused
 _LOOKED_AT = 1 << 20  # bytes of a head
 
