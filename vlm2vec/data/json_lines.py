@@ -28,7 +28,7 @@ def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
         if not line.strip():
             continue
         value = parse_json(line, f"{path}, line {number}")
-        values.append((number, whole_values(value) if "\\u" in line else value))
+        values.append((number, _whole(value) if "\\u" in line else value))
     return values
 
 
@@ -46,12 +46,16 @@ def read_json_rows(path: str | os.PathLike) -> dict[str, list[Any]]:
     return {name: [row.get(name) for _, row in rows] for name in names}
 
 
-def whole_values(value: Any) -> Any:
-    """A JSON value whose strings UTF-8 can hold: halves of surrogate pairs become U+FFFD."""
+def _whole(value: Any) -> Any:
     if isinstance(value, str):
         return whole_characters(value)
     if isinstance(value, list):
-        return [whole_values(entry) for entry in value]
+        return [_whole(entry) for entry in value]
     if isinstance(value, dict):
-        return {whole_characters(name): whole_values(entry) for name, entry in value.items()}
+        return {whole_characters(name): _whole(entry) for name, entry in value.items()}
     return value
+
+
+def whole_values(value: Any) -> Any:
+    """A JSON value whose strings UTF-8 can hold: halves of surrogate pairs become U+FFFD."""
+    return _whole(value)
