@@ -17,10 +17,10 @@ from typing import Any
 from vlm2vec.data.tables import Table
 from vlm2vec.data.templates import Template, column_or_template, parse
 from vlm2vec.files.documents import shown
-from vlm2vec.inputs import MARKER, VISUAL_KEYS
+from vlm2vec.inputs import MARKER, MODALITIES, VISUAL_KEYS
 from vlm2vec.media.sources import is_data_uri, is_source_dict, is_url
 
-KEYS = ("text", "image", "video", "instruction")
+KEYS = (*MODALITIES, "instruction")
 _KINDS = {"image": "picture", "video": "film"}
 
 
@@ -142,7 +142,7 @@ def read_side(told: Any, table: Table | None, where: str) -> Side:
         several = key in ("image", "video") and isinstance(value, list) and value and all(isinstance(one, str) for one in value)
         if not several and not isinstance(value, str):
             raise ValueError(f"{where}.{key}: expected the name of a column, got {shown(value)}")
-    if not any(told.get(key) for key in ("text", "image", "video")):
+    if not any(told.get(key) for key in MODALITIES):
         raise ValueError(f"{where}: expected a text, an image or a video among its keys, got {', '.join(map(str, told))}")
     templates = {}
     for key in ("text", "instruction"):
