@@ -22,6 +22,7 @@ from vlm2vec.data.tables.folders import metadata_of, pictures_by_class, with_pic
 from vlm2vec.data.tables.json_files import open_json
 from vlm2vec.data.tables.shards import Joined, open_shards
 from vlm2vec.data.tables.table import Table, nearest
+from vlm2vec.files.documents import require_regular
 from vlm2vec.media.sampling import natural_order
 
 __all__ = ["ENDINGS", "Table", "is_local", "nearest", "open_table"]
@@ -100,6 +101,8 @@ def _one_kind(path: str, files: list[str], encoding: str | None, delimiter: str 
     if len(endings) > 1 or not endings <= set(ENDINGS):
         raise ValueError(f"{path}: expected files of one ending of {', '.join(ENDINGS)}, got {', '.join(sorted(endings)) or 'none'}")
     (ending,) = endings
+    for file in files:
+        require_regular(file)
     if ending in (".csv", ".tsv"):
         tables = [open_csv(file, encoding=encoding, delimiter=delimiter, wanted=wanted) for file in files]
     elif encoding is not None or delimiter is not None:

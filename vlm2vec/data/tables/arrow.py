@@ -112,7 +112,9 @@ def load(*names: str, **options: Any) -> Any:
 
     try:
         table = datasets.load_dataset(*names, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # of a damaged file or card it raises what its readers make of it
         files = options.get("data_files")
         if files is not None and "hf://" not in str(files):  # a local file has nothing to do with the network
             first = files if isinstance(files, str) else files[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.data.tables.arrow import chosen_split
-from vlm2vec.data.tables.table import Table
+from vlm2vec.data.tables.table import Table, nearest
 from vlm2vec.media.endings import PICTURES
 from vlm2vec.media.sampling import natural_order
 
@@ -62,7 +62,7 @@ def with_pictures(table: Table, path: str) -> Table:
                 names[name + plural] = column
                 break
     if not names:
-        raise ValueError(f"{path}: expected a column file_name with the names of the pictures; {', '.join(table.column_names)} are there")
+        raise ValueError(f"{path}: expected a column file_name with the names of the pictures, {nearest('file_name', table.column_names)}")
     names = {name: column for name, column in names.items() if name not in table.column_names}
     return replace(table, reader=Renamed(table.reader, names), column_names=[*names, *table.column_names])
 

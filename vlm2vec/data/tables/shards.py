@@ -126,6 +126,8 @@ def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
+                if member.size < 0:  # the walk would go back
+                    raise ValueError(f"{path}: damaged, {member.name[:60]!r} has a size below 0; copy it again")
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, ending = name.partition(".")
                 if member.isreg() and dot and stem and not stem.startswith("__"):

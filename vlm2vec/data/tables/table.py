@@ -99,7 +99,8 @@ class Table:
 def nearest(name: str, columns: Sequence[str]) -> str:
     """The columns that there are, and the nearest."""
     near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
-    shown = [column if len(column) <= 40 else f"{column[:37]}..." for column in columns[:MOST_LISTED]]
+    shown = [" ".join(column.split()) for column in columns[:MOST_LISTED]]  # a file without names has rows in their place
+    shown = [column if len(column) <= 40 else f"{column[:37]}..." for column in shown]
     more = f" and {len(columns) - MOST_LISTED} more" if len(columns) > MOST_LISTED else ""
     there = f"the data has {', '.join(shown) or 'no columns'}{more}"
     return f"{there}; did you mean {near[0]!r}?" if near else f"{there}; name one of these"
