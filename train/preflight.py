@@ -177,7 +177,7 @@ def check_rows(recipe: Recipe, processing: Any) -> None:
         if len(batch["errors"]) == count and count >= min(_ROWS_OF_A_SOURCE, size):
             raise ValueError(f"source {name}: {unreadable(count, str(count), batch['errors'][-1])}")
         lost = {row for (_, row), kept in zip(batch["rows"], batch["kept"]) if not kept}
-        looked = np.linspace(0, size - 1, min(size, _ROWS_LOOKED_UP)).astype(int).tolist()
+        looked = [dataset.row(source, int(at)) for at in np.linspace(0, size - 1, min(size, _ROWS_LOOKED_UP)).astype(int)]
         recipe.objective.check_rows([(source, row) for row in looked if row not in lost])
         (_, row), tokens = longest_sample(batch)
         longest = max(longest, (tokens, f"{name}, row {row}"))

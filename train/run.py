@@ -91,6 +91,10 @@ def _run(recipe: Recipe, output: Path, fresh: bool, is_main: bool) -> int:
     model = build_model(recipe, checkpoint, device="cpu" if recipe.cpu else None)
     data = PairDataset(recipe.data, model.processing, recipe.held_out_rows)
     _wait_for_everyone()
+    if is_main:
+        for source, table in zip(recipe.data.sources, data.tables):
+            if table.left_out:
+                print(f"source {source.name}: {len(table.left_out)} lines are no rows and left out, the first: {table.left_out[0]}")
     if is_main:  # only now that model and data are known to be there
         if fresh:
             _discard(output)

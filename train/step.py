@@ -17,6 +17,7 @@ from contrastive_kernels.gradcache import Observer
 from vlm2vec.model import VLM2Vec
 
 from .build import vision_is_frozen
+from .data.groups import joined_ids
 from .data.media_stream import BatchSide, Media
 from .losses import LossBatch
 from .parallel.offload import offloaded
@@ -157,6 +158,10 @@ class ContrastiveStep:
         """What the loss may know of a collated batch, on the device."""
         names = ["query_ids", "target_ids", "pairs", *(name for name in ("grades", "scores") if name in batch)]
         names += ["hard_offsets", "hard_ids"] if has_hard else []
+        if any(source.group for source in self.recipe.data.sources):  # on every rank alike
+            hard = batch["hard_ids"] if has_hard else None
+            targets, hard = joined_ids(batch["target_ids"], batch["group_ids"], hard, group, self.device)
+            batch = {**batch, "target_ids": targets, "hard_ids": hard}
         known = {name: self._tensor(batch[name]) for name in names if name in batch and name not in changes}
         sources = torch.tensor([source for source, _ in batch["rows"]], dtype=torch.int64).to(self.device)
         host = {"places": batch["rows"], "counted": batch["kept"].copy(), "planned": batch.get("planned", False)}

@@ -16,6 +16,7 @@ COMMANDS = {
     "search": "the images of a folder, an index or a file of embeddings that fit texts or images best",
     "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
     "mine": "hard negatives for training data",
+    "data": "preview the rows of a recipe as the model will see them, and what of them cannot be read",
     "train": "train a model by a recipe, plan what it will need, list the recipes",
     "merge": "several checkpoints of one base made into one, adapters or full",
     "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",

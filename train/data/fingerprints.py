@@ -25,8 +25,8 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
             digest.update(file.name.encode() + _content(file))
         digests["model"] = digest.hexdigest()
     for source in recipe.data.sources:
-        table = open_source(recipe.data, source).table
-        rows = [str(table[at]) for at in sorted({0, len(table) // 2, len(table) - 1})] if len(table) else []
+        table = open_source(recipe.data, source)
+        rows = [table.shown(at) for at in sorted({0, len(table) // 2, len(table) - 1})] if len(table) else []
         digests[f"data.{source.name}"] = hashlib.sha256(repr((len(table), rows)).encode()).hexdigest()
     return digests
 

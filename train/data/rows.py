@@ -19,6 +19,7 @@ from vlm2vec.inputs import NOTHING, whole_characters
 from vlm2vec.packing import Features
 
 from ..recipe.schema import Data
+from .groups import NO_GROUP, group_id, split
 from .sources import open_source
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,10 @@ class PairDataset(torch.utils.data.Dataset):
     Args:
         data: the recipe's data section.
         processing: the model's (`vlm2vec.backbones.processing`), picklable.
-        held_out: how many of each source's last rows to keep out of training, at most a tenth of it; see `held_out_rows`.
+        held_out: how many of each source's last rows to keep out of training, at most a tenth of it, whole groups where it has
+            groups (`train.data.groups`); see `held_out_rows`.
+
+    A source's positions count the rows that are trained on first, then those held out; without groups they are its rows.
 
     A row that cannot be read keeps its place in the batch with `error` set, and is left out of the loss by the
     trainer; with `data.strict` it raises.
@@ -42,23 +46,30 @@ class PairDataset(torch.utils.data.Dataset):
         self.tables = [open_source(data, source) for source in data.sources]
         options = processing.options  # by frames a second a folder of frames is used whole, up to its maximum
         self.frames = options["frames"] if options["fps"] is None else options["max_frames"]
-        self._held_out = [min(held_out, len(table) // 10) for table in self.tables]
+        self._splits = split(self.tables, [source.name for source in data.sources], held_out)
         self._placeholder: Features | None = None
 
     @property
     def sizes(self) -> list[int]:
         """Rows of each source that are trained on."""
-        return [len(table) - held for table, held in zip(self.tables, self._held_out, strict=True)]
+        return [part.trained for part in self._splits]
 
     def held_out_rows(self) -> list[range]:
-        """The rows of each source that are not."""
-        return [range(size, size + held) for size, held in zip(self.sizes, self._held_out, strict=True)]
+        """Positions of each source's rows that are not."""
+        return [range(part.trained, part.trained + part.held) for part in self._splits]
+
+    def row(self, source: int, position: int) -> int:
+        """The row of a source's data at a position."""
+        return self._splits[source].row(position)
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        source, row = key
+        return self.sample(key[0], self.row(*key))
+
+    def sample(self, source: int, row: int) -> dict[str, Any]:
+        """Row `row` of a source's data, whatever its position."""
         name = self.data.sources[source].name
         sample: dict[str, Any] = {"source": source, "row": row, "error": None}
         ids, labels = (-1, -1, []), {}
@@ -67,6 +78,8 @@ class PairDataset(torch.utils.data.Dataset):
             negatives = negatives if self.data.hard_negatives else []
             ids = (content_id(query), content_id(target), [content_id(negative) for negative in negatives])
             labels = self.tables[source].labels(row, 1 + len(negatives))
+            if self.tables[source].group:
+                labels["group_id"] = group_id(self.tables[source].group, self.tables[source].group_of(row))
             labels["pair"] = 3 * _kind(query) + _kind(target)
             sample["query"], sample["target"] = self.processing.measure(query), self.processing.measure(target)
             sample["negatives"] = [self.processing.measure(negative) for negative in negatives]
@@ -76,7 +89,7 @@ class PairDataset(torch.utils.data.Dataset):
             if self.data.strict:
                 raise ValueError(f"{message}; mend or remove the row, or set data.strict to false to leave it out") from error
             sample.update(query=self._blank(), target=self._blank(), negatives=[], error=message)
-            labels = {}
+            ids, labels = (-1, -1, []), {}
         sample["query_id"], sample["target_id"] = ids[:2]
         sample["negative_ids"] = ids[2] if sample["negatives"] else []
         return sample | labels
@@ -94,13 +107,18 @@ def _kind(item: dict[str, Any]) -> int:
 
 def content_id(item: dict[str, Any]) -> int:
     """The same non-negative 63-bit number for the same content, on every rank and in every run."""
-    visual = item.get("image") or item.get("video") or ""
-    parts = visual if isinstance(visual, list) else [visual]
+    visuals = [item[kind] for kind in ("image", "video") if item.get(kind)]
     digest = hashlib.blake2b(whole_characters(item["text"]).encode(), digest_size=8)
-    for part in parts:
+    if item.get("instruction"):
+        digest.update(b"\1" + whole_characters(item["instruction"]).encode())
+    for part in _flat(visuals) or [""]:
         digest.update(b"\0")
         digest.update(part if isinstance(part, bytes) else Path(part).as_posix().encode() if part else b"")
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _flat(visuals: list) -> list:
+    return [part for visual in visuals for part in (_flat(visual) if isinstance(visual, list) else [visual])]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,6 +131,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "hard_offsets": np.cumsum([0] + [len(s["negatives"]) for s in samples]),
         "query_ids": np.array([s["query_id"] for s in samples], dtype=np.int64),
         "target_ids": np.array([s["target_id"] for s in samples], dtype=np.int64),
+        "group_ids": np.array([s.get("group_id", NO_GROUP) for s in samples], dtype=np.int64),
         "hard_ids": np.array([i for s in samples for i in s["negative_ids"]], dtype=np.int64),
         "pairs": np.array([s.get("pair", 0) for s in samples], dtype=np.int64),
         **_labels(samples),

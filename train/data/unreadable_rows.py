@@ -50,4 +50,5 @@ class UnreadableRows:
 
 
 def unreadable(lost: int, seen: str, last: str | None) -> str:
-    return f"{lost} of {seen} rows cannot be read, the last one because of: {last}; look at data.root and data.images"
+    mend = "look at data.root and data.images, or at the source's path and images"
+    return f"{lost} of {seen} rows cannot be read, the last one because of: {last}; {mend}"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from vlm2vec.data.tables import is_local
 from vlm2vec.media.images import Undecoded
 from vlm2vec.packing import Features
 
@@ -17,7 +18,9 @@ from ..recipe.schema import Content, Recipe
 
 def has_data(recipe: Recipe) -> bool:
     """Whether the recipe's rows lie on this machine."""
-    return os.path.isdir(recipe.data.root)
+    own = [source.path for source in recipe.data.sources if source.path is not None]
+    is_root_here = len(own) == len(recipe.data.sources) or os.path.isdir(recipe.data.root or "")
+    return is_root_here and all(is_local(path) for path in own)
 
 
 def first_batch(recipe: Recipe, processing: Any, ranks: int, dataset: PairDataset | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vlm2vec.files.documents import shown
 
 from ..losses import Loss
 from .keys import RecipeKeys, Source
+from .own_data import check_own
 
 # Those of the library's that need nothing but the steps and the warm-up.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -104,20 +105,23 @@ def _check_data(recipe: RecipeKeys) -> None:
     for place in ("model", "output"):
         if not getattr(recipe, place).strip() or "\0" in getattr(recipe, place):
             raise ValueError(f"{place} must be the name of a folder, got {shown(getattr(recipe, place))}")
-    if not recipe.data.root.strip():
+    if recipe.data.root is not None and not recipe.data.root.strip():
         raise ValueError("data.root is empty; name the folder of the data sets, or a data set of the hub")
     if not sources:
         raise ValueError("data.sources names no data set; give at least one {name: ...}, or data.mixture: mmeb-v1")
-    told = [(source.name, source.root, source.split, source.file, source.format) for source in sources]
+    told = [(s.name, s.root, s.split, s.file, s.format, s.path, s.config, str(s.query), str(s.target)) for s in sources]
     twice = next((one[0] for one in told if told.count(one) > 1), None)
     if twice is not None:
         raise ValueError(f"data.sources names {shown(twice)} twice; give its share by weight")
-    for key, folder in (("model", recipe.model), ("data.root", recipe.data.root), ("data.images", recipe.data.images)):
+    taken = [("model", recipe.model), ("data.root", recipe.data.root), ("data.images", recipe.data.images)]
+    taken += [(f"source {s.name}'s {key}", getattr(s, key)) for s in sources for key in ("path", "images") if getattr(s, key)]
+    for key, folder in taken:
         if folder and os.path.realpath(recipe.output) == os.path.realpath(folder):
             raise ValueError(f"output and {key} are one folder, {recipe.output}, whose files would be replaced; choose another output")
     for source in sources:
         if source.format not in FORMATS:
             raise ValueError(f"source {source.name}: format {source.format!r} is none of {', '.join(FORMATS)}")
+        check_own(source, recipe.data)
         if not 0 < source.weight < math.inf:
             raise ValueError(f"source {source.name}: weight must be above 0, got {source.weight}; leave the source out instead")
         if source.rows is not None and source.rows < 1:

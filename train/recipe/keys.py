@@ -21,8 +21,14 @@ class Source:
     rows are when they are not with the others' (`data.root`): a folder or a hub data set with its split, or one file of
     it, its images, and the `format` of its rows (`train.data.sources`).
 
-    `loss` is that of its rows, in place of the recipe's. `scores` and `grade` are columns: a list of a teacher's scores, of the
-    positive and each hard negative (`score_distillation`), and a number that says how well a pair fits (`cosent`).
+    A source of own data names its `path` instead, a file, a folder or a data set of the hub in any of the forms of
+    `vlm2vec.data.tables`, and says which columns are the `query`, the `target` and the `negatives` (`vlm2vec.data.sides`).
+    `split` and `config` choose among those of a data set; `encoding` and `delimiter` are of CSV files. Relative paths of media
+    start at `images` (the source's, else the section's), by default at the table's own folder.
+
+    `loss` is that of its rows, in place of the recipe's. `scores` and `grade` are columns: a teacher's scores of the positive and each
+    hard negative (`score_distillation`), as a list or in columns of their own, and a number that says how well a pair fits (`cosent`).
+    Rows that share the value of the column `group` are held out together, and their targets are no negatives of each other.
     """
 
     name: str
@@ -35,20 +41,29 @@ class Source:
     file: str | None = None
     images: str | None = None
     loss: Loss | list[Loss] | None = None
-    scores: str | None = None
+    scores: str | list[str] | None = None
     grade: str | None = None
+    path: str | None = None
+    query: str | dict[str, Any] | None = None
+    target: str | dict[str, Any] | None = None
+    negatives: str | dict[str, Any] | list[Any] | None = None
+    group: str | None = None
+    config: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
 
 
 @dataclass
 class Data:
-    """Where the training rows are: a local folder in MMEB's layout or a hub data set, and the folder of their images.
+    """Where the training rows are: a local folder in MMEB's layout or a hub data set, and the folder of their images. Sources that name
+    their own `path` need neither.
 
     `mixture` names a file of train/recipes/mixtures/, whose sources become the recipe's; a source of that name in `sources`
     replaces it, others join it.
     """
 
-    root: str
-    images: str
+    root: str | None = None
+    images: str | None = None
     sources: list[Source] = field(default_factory=list)
     mixture: str | None = None
     split: str = "original"
@@ -93,7 +108,11 @@ class Lora:
 
 @dataclass
 class HeldOut:
-    """Rows that are kept out of training, the last `rows` of each source (at most a tenth of it), and scored every `steps` steps."""
+    """Rows that are kept out of training, the last `rows` of each source (at most a tenth of it), and scored every `steps` steps.
+
+    Of a source with a `group`, whole groups, the last that fit. Rows of a group held out in one source are trained on in no source
+    whose groups are of a column of the same name.
+    """
 
     rows: int = 128
     steps: int = 100

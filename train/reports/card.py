@@ -21,6 +21,12 @@ _FIGURES = {
 }
 
 
+def _data_words(recipe: Recipe) -> str:
+    own = [f"`{source.path}`" for source in recipe.data.sources if source.path is not None]
+    root = [f"`{recipe.data.root}`, split `{recipe.data.split}`"] if len(own) < len(recipe.data.sources) else []
+    return "; ".join([*root, ", ".join(own)] if own else root)
+
+
 def model_card(
     recipe: Recipe,
     *,
@@ -84,7 +90,7 @@ def model_card(
             "",
             "## Data",
             "",
-            f"`{recipe.data.root}`, split `{recipe.data.split}`; {recipe.interleave_batch_size:,} rows in a row come from one source.",
+            f"{_data_words(recipe)}; {recipe.interleave_batch_size:,} rows in a row come from one source.",
             "",
             "| source | share of draws | rows |",
             "|---|---|---|",

@@ -1,14 +1,17 @@
-"""`vlm2vec eval MODEL --data DIR --images DIR --output DIR`: MMEB, MMEB-V2, or any folder in their layouts."""
+"""`vlm2vec eval MODEL --data DIR --images DIR --output DIR`: MMEB, MMEB-V2, any folder in their layouts, or a recipe's held-out rows."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.commands import common, reproduce
+from vlm2vec.commands.train import trainer
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -22,7 +25,7 @@ MOST_SHOWN, MOST_WORKERS = 1_000_000, 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="checkpoint folder or hub name")
-    parser.add_argument("--data", help="folder with one sub-folder per data set")
+    parser.add_argument("--data", help="folder with one sub-folder per data set, or a recipe (.yaml), whose held-out rows are scored")
     parser.add_argument("--images", "--media", dest="media", help="folder that image and frame paths are relative to (default: DATA)")
     parser.add_argument("--output", help="folder for scores, predictions, summary and report")
     parser.add_argument(
@@ -79,6 +82,25 @@ def _need(args):
         raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
+def _is_recipe(data: str | None) -> bool:
+    return data is not None and data.endswith((".yaml", ".yml")) and not Path(data).is_dir()
+
+
+def _held_out(args: argparse.Namespace, rank: int, barrier: Callable[[], None] | None) -> list:
+    """The held-out rows of a recipe as tasks, one a source; --data is their folder from here on."""
+    from vlm2vec.evaluation.loaders.pairs import pair_tasks
+    from vlm2vec.evaluation.tasks.choose import named
+
+    folder = Path(args.output) / "held-out"
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        import_module(f"{trainer()}.data.held_out_pairs").write_held_out(args.data, folder)
+    if barrier is not None:
+        barrier()
+    args.data = str(folder)
+    return named({task.name: task for task in pair_tasks(folder)}, args.tasks)
+
+
 def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.report.listing import list_tasks
     from vlm2vec.evaluation.tasks.choose import chosen_tasks
@@ -88,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     row = reproduce.apply_row(args)
     _need(args)
-    tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
+    of_recipe = _is_recipe(args.data)
+    tasks = [] if of_recipe else chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
     if args.check:
         return reproduce.check(args, tasks, _options(args))
     if row is not None:
@@ -96,11 +119,13 @@ def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
     from vlm2vec.evaluation.loaders import check_loader
 
-    for task in tasks:
+    for task in tasks or ():
         check_loader(task)
     rank, world, barrier = process_group()
     args.device = args.device or local_device()
     with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
+        if of_recipe:
+            tasks = _held_out(args, rank, barrier)
         rows = _evaluate(args, tasks, rank, world, barrier)
         if row is not None and rank == 0:
             reproduce.tell(row, rows, args)

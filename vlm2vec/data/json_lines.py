@@ -59,3 +59,8 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {whole_characters(name): _whole(entry) for name, entry in value.items()}
     return value
+
+
+def whole_values(value: Any) -> Any:
+    """A JSON value whose strings UTF-8 can hold: halves of surrogate pairs become U+FFFD."""
+    return _whole(value)

@@ -1,4 +1,5 @@
-"""Formats of training rows, one entry each in `FORMATS`: the columns a row must have and how it becomes inputs of the model.
+"""Published formats of training rows, one entry each in `FORMATS`: the columns a row must have and how it becomes inputs of the model.
+Columns of one's own are `vlm2vec.data.sides`.
 
 The strings around texts are those of VLM2Vec-V2's training data. A new format is one function and one entry here.
 """

@@ -6,6 +6,7 @@ many come out, when each of them is shown, and how the film is to be turned.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -14,7 +15,7 @@ from typing import Any
 from vlm2vec.files import replacing_folder
 from vlm2vec.media.endings import PICTURES
 from vlm2vec.media.sampling import frame_files, frame_indices
-from vlm2vec.media.sources import is_source_dict
+from vlm2vec.media.sources import image_name, is_source_dict
 
 STORED_FRAMES = 64  # of a film, in the frame folders that MMEB-V2 publishes
 
@@ -39,7 +40,7 @@ def read_frames(
     """Frames of one film, chosen by `vlm2vec.media.sampling`.
 
     Args:
-        video: a film file, a folder of frame files in natural order, or a list of frames.
+        video: a film file or its bytes, a folder of frame files in natural order, or a list of frames.
         frames: how many to take from a file or folder, spread evenly; None takes all. A list is used as it is.
         fps: of a film file, so many frames a second instead. Folders and lists, whose rate nobody knows, are used whole.
         max_frames: at most so many, of any film.
@@ -55,8 +56,10 @@ def read_frames(
             raise ValueError("a video needs at least one frame, got an empty list")
         kept, times = frame_indices(len(video), None, max_frames=max_frames), getattr(video, "seconds", None)
         return Frames([video[i] for i in kept], None if times is None else [times[i] for i in kept])
-    if is_source_dict(video) and video.get("path") is not None:  # as `datasets` gives an undecoded film
-        video = video["path"]
+    if is_source_dict(video):  # as `datasets` gives an undecoded film
+        video = next((video[key] for key in ("bytes", "path") if video.get(key) is not None), video)
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return decode(bytes(video), lambda total, own_rate: frame_indices(total, frames, fps=fps, max_frames=max_frames, rate=own_rate))
     if not isinstance(video, (str, os.PathLike)):
         raise ValueError(f"expected a video file, a folder of frames or a list of frames, got {type(video).__name__}")
     path = os.fspath(video)
@@ -95,7 +98,7 @@ def unpack(path: str | os.PathLike, folder: str | os.PathLike, limit: int = STOR
     return frame_files(folder)
 
 
-def decode(path: str | os.PathLike, choose: Callable[[int, Fraction | None], Sequence[int]]) -> Frames:
+def decode(film: str | os.PathLike | bytes, choose: Callable[[int, Fraction | None], Sequence[int]]) -> Frames:
     """RGB PIL images of the frames of a film file whose indices `choose(number of frames, frames a second)` names, in their order.
 
     The header's number, or, where it has none, that of the packets, is a guess: the film is decoded to its end, and where another
@@ -104,17 +107,17 @@ def decode(path: str | os.PathLike, choose: Callable[[int, Fraction | None], Seq
     Raises:
         ValueError: names the film when PyAV is not installed, or when it is missing, has no pictures or cannot be decoded.
     """
-    path = os.fspath(path)
+    path = image_name(film)
     try:
         import av
     except ImportError as error:
         raise ValueError(f"video {path}: reading video files needs PyAV; pip install av, or give the frames themselves") from error
     try:
-        total, rate = _guess(path)
-        taken, times = _decoded(path, choose(total, rate))
+        total, rate = _guess(film)
+        taken, times = _decoded(film, choose(total, rate))
         if times is not None and len(times) != total:
             total, rate = len(times), _rate(times)
-            taken, times = _decoded(path, choose(total, rate))
+            taken, times = _decoded(film, choose(total, rate))
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"video {path}: cannot be decoded ({' '.join(str(error).split())[:200]})") from error
     if not taken:
@@ -122,24 +125,26 @@ def decode(path: str | os.PathLike, choose: Callable[[int, Fraction | None], Seq
     return Frames([image for image, _ in taken], [second for _, second in taken])
 
 
-def _guess(path: str) -> tuple[int, Fraction | None]:
-    """How many frames a film says it has, and how many a second."""
+def _opened(film: str | os.PathLike | bytes) -> Any:
     import av
 
-    with av.open(path) as film:
+    return av.open(io.BytesIO(film) if isinstance(film, bytes) else os.fspath(film))
+
+
+def _guess(path: str | os.PathLike | bytes) -> tuple[int, Fraction | None]:
+    """How many frames a film says it has, and how many a second."""
+    with _opened(path) as film:
         if not film.streams.video:
-            raise ValueError(f"video {path}: no video stream")
+            raise ValueError(f"video {image_name(path)}: no video stream")
         stream = film.streams.video[0]
         total = stream.frames or sum(1 for packet in film.demux(stream) if packet.pts is not None and not packet.is_discard)
         return total, stream.average_rate
 
 
-def _decoded(path: str, indices: Sequence[int]) -> tuple[list[tuple[Any, float]], list[Fraction] | None]:
+def _decoded(path: str | os.PathLike | bytes, indices: Sequence[int]) -> tuple[list[tuple[Any, float]], list[Fraction] | None]:
     """((picture, seconds) of each frame of `indices`, times of all frames); None for the times where the first frame was enough."""
-    import av
-
     wanted, taken, times = frozenset(indices), [], []
-    with av.open(path) as film:
+    with _opened(path) as film:
         stream = film.streams.video[0]
         stream.thread_type = "AUTO"
         spare = 1 / (stream.average_rate or 1)  # between frames that bear no time

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from vlm2vec.media.endings import SHOWN_BY_BROWSERS
 from vlm2vec.media.images import open_picture
@@ -26,8 +27,8 @@ def inline_image(file: str | os.PathLike) -> str:
     return _jpeg(picture, quality=85)
 
 
-def inline_thumbnail(file: str | os.PathLike, side: int) -> str | None:
-    """A data URI of a JPEG of at most `side` x `side` pixels, None when the picture cannot be read."""
+def inline_thumbnail(file: Any, side: int) -> str | None:
+    """A data URI of a JPEG of at most `side` x `side` pixels, None when the picture (in any form of `media.sources`) cannot be read."""
     try:
         picture = open_picture(file)
     except (ValueError, OSError):

@@ -27,6 +27,7 @@ LOADERS = {
     "sound_labels": ("sounds", "load_sound_labels"),
     "sound_retrieval": ("sounds", "load_sound_retrieval"),
     "sound_events": ("sound_events", "load_sound_events"),
+    "pairs": ("pairs", "load_pairs"),
 }
 AT_MARKERS = ("screens",)  # loaders whose pictures stand inside of the text, in every published evaluation
 
@@ -48,6 +49,7 @@ NEEDS = {
     "sound_labels": (("query_prompt", "target_prompt"), ("table", "audio", "label")),
     "sound_retrieval": (("query_prompt", "target_prompt"), ("layout", "queries")),
     "sound_events": (("query_prompt", "target_prompt"), ("folder", "labels")),
+    "pairs": ((), ()),
 }
 
 

@@ -97,7 +97,9 @@ def write_v1(
 
 
 def _relative(path, data):
-    return os.path.relpath(path, data.media) if path and data.media else path or ""
+    if not isinstance(path, (str, os.PathLike)):  # several pictures, or none
+        return ""
+    return os.path.relpath(path, data.media) if path and data.media else path
 
 
 def write_v2(
