@@ -121,7 +121,9 @@ def bounds(known: dict[int, float], outlines: Sequence[Outline], wanted: Sequenc
 def fitted(known: dict[int, float], outlines: Sequence[Outline], wanted: Sequence[int]) -> list[float]:
     """What the `wanted` chunks take, from what is `known` of others, as sums: within what their sizes bound it by."""
     vectors = np.array([outlines[i].vector() for i in wanted], dtype=float)
-    return interpolated(np.array([outlines[i].vector() for i in known], dtype=float), np.array([*known.values()], dtype=float), vectors).tolist()
+    return interpolated(
+        np.array([outlines[i].vector() for i in known], dtype=float), np.array([*known.values()], dtype=float), vectors
+    ).tolist()
 
 
 def interpolated(known: np.ndarray, values: np.ndarray, wanted: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -137,7 +139,9 @@ def interpolated(known: np.ndarray, values: np.ndarray, wanted: np.ndarray, weig
     weights = np.ones(len(known)) if weights is None else weights
     solution, *_ = np.linalg.lstsq(known / scale * weights[:, None], values * weights, rcond=1e-7)
     with np.errstate(invalid="ignore"):  # nothing, times a size that the known one has none of: no bound
-        most = np.nanmin([np.full(len(wanted), np.inf), *(_times(wanted, v) * value for v, value in zip(known, values, strict=True))], axis=0)
+        most = np.nanmin(
+            [np.full(len(wanted), np.inf), *(_times(wanted, v) * value for v, value in zip(known, values, strict=True))], axis=0
+        )
     least = np.max([value / _all_times(vector, wanted) for vector, value in zip(known, values, strict=True)], axis=0)
     return np.clip(wanted / scale @ solution, np.minimum(least, most), most)
 

@@ -20,12 +20,16 @@ _NEAR = 0.2  # how fast a piece of another size counts less: a factor of e in si
 
 @dataclass(frozen=True)
 class Estimated:
-    """Of a step whose last `kept` of `chunks` chunks keep their graph: bytes at most, and seconds."""
+    """Of a step whose last `kept` of `chunks` chunks keep their graph: bytes at most, and seconds.
+
+    `full`: bytes at most if all that keep theirs were filled up to the budget, as a larger batch's are.
+    """
 
     chunks: int
     kept: int
     peak: float
     seconds: float
+    full: float = 0.0
 
 
 class Estimator:
@@ -58,7 +62,6 @@ class Estimator:
         vectors = np.array([outline.vector() for outline in outlines], dtype=float)
         features = np.array([outline.image_tokens for outline in outlines]) * self.feature_width
         features[np.cumsum(features) > self.room] = 0  # as `FeatureStore` takes them, to a chunk
-        again = (vectors[:, 1] > 0) & (features == 0) & (self.feature_width > 0)
         of = {kept: self._pieces(kept, chunk_tokens) for kept in (False, True)}
 
         def every(what: str, kept: bool) -> np.ndarray:
@@ -67,7 +70,9 @@ class Estimator:
             known = np.array([piece.outline.vector() for piece in pieces], dtype=float)
             return interpolated(known, values, vectors, weights)
 
-        return Curve(self, features, again, {(what, kept): every(what, kept) for what in _QUANTITIES for kept in (False, True)})
+        return Curve(
+            self, chunk_tokens, vectors[:, 0], features, {(what, kept): every(what, kept) for what in _QUANTITIES for kept in (False, True)}
+        )
 
     def _pieces(self, kept: bool, chunk_tokens: int) -> tuple[list[Piece], np.ndarray]:
         """Pieces that do not differ in what they keep, and how much each counts for chunks of this size."""
@@ -89,12 +94,14 @@ class Curve:
     """Steps of one chunk budget.
 
     Args:
-        features: bytes of a frozen tower's output that each chunk keeps. again: chunks whose tower runs twice.
+        budget: tokens of a chunk at most. tokens: of each. features: bytes of a frozen tower's output that each keeps.
         taken: what each chunk takes, (chunks,) by quantity of a `Piece` and whether its graph is kept.
     """
 
-    def __init__(self, estimator: Estimator, features: np.ndarray, again: np.ndarray, taken: dict[tuple[str, bool], np.ndarray]):
-        self.estimator, self.features, self.again, self.taken = estimator, features, again, taken
+    def __init__(
+        self, estimator: Estimator, budget: int, tokens: np.ndarray, features: np.ndarray, taken: dict[tuple[str, bool], np.ndarray]
+    ):
+        self.estimator, self.budget, self.tokens, self.features, self.taken = estimator, budget, tokens, features, taken
         self.chunks = len(features)
 
     def at(self, kept: int) -> Estimated:
@@ -110,7 +117,10 @@ class Curve:
         peak = max(first.max(), frame.loss + left.sum(), second.max(), frame.after)
         seconds = frame.cost.seconds + self._chosen("first", keeps).sum() + self._chosen("second", keeps).sum()
         seconds += link_seconds(self.estimator.sample, self.estimator.gpu, count, kept)
-        return Estimated(count, kept, self.estimator.raised * peak, seconds)
+        filled = kept * self.budget - self.tokens[keeps].sum()
+        densest = (self.taken["graph", True] / self.tokens).max()
+        raised = self.estimator.raised
+        return Estimated(count, kept, raised * peak, seconds, raised * (peak + max(0.0, filled) * densest))
 
     def most_that_fit(self, limit: float) -> Estimated | None:
         """The fastest one of at most `limit` bytes: with as many graphs kept as fit. None: not even without any."""
@@ -133,11 +143,11 @@ def budgets(shapes: Sequence[Sequence[tuple[int, int, int]]], longest: int, own:
         shapes: of a `Simulation`. own: the recipe's, which is looked at too.
     """
     whole = max(sum(tokens for tokens, *_ in side) for side in shapes)
-    found, budget = {whole}, float(longest)
+    found, budget = {_rounded(whole), min(own or whole, _rounded(whole))}, float(longest)
     while budget < whole:
         found.add(_rounded(budget))
         budget *= 2**0.5
-    return sorted({budget for budget in found | {own or whole} if longest <= budget} | {max(longest, min(own or whole, whole))})
+    return sorted(budget for budget in found if longest <= budget)
 
 
 def _rounded(tokens: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...recipe.schema import Recipe
@@ -12,20 +11,21 @@ from ..simulate import Simulation
 from .estimate import Estimated, Estimator, budgets
 from .setting import Setting, Way, ways
 
-_ALIKE = 1.01  # settings within it of the fastest are as fast: the one that needs least memory is taken
+_ALIKE = 1.01  # settings within it of the fastest are as fast: the one that a larger batch suits best is taken
 _SIMULATED = 8  # steps that are simulated as they are, at most
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting, and what is predicted of its step. `is_simulated`: as it is, not put together from sampled chunks."""
+    """A setting, and what is predicted of its step, as `Estimated` has it. `is_simulated`: as it is, not put together of sampled chunks."""
 
     setting: Setting
     peak: float
     seconds: float
     chunks: int
     kept: int
+    full: float
     is_simulated: bool = False
 
 
@@ -132,12 +132,13 @@ class _Search:
         return made
 
     def _candidate(self, way: Way, budget: int, estimated: Estimated) -> Candidate:
-        setting = Setting(way, budget, "all" if estimated.kept == estimated.chunks else estimated.kept)
+        setting = Setting(way, budget, estimated.kept)
         known = self.simulated.get(setting)
         if known is None:
-            return Candidate(setting, estimated.peak, estimated.seconds, estimated.chunks, estimated.kept)
+            return Candidate(setting, estimated.peak, estimated.seconds, estimated.chunks, estimated.kept, estimated.full)
         seconds = known.cost.seconds + link_seconds(known, self.planner.gpu, known.chunks, known.kept)
-        return Candidate(setting, known.peak, seconds, known.chunks, known.kept, is_simulated=True)
+        full = known.peak + estimated.full - estimated.peak
+        return Candidate(setting, known.peak, seconds, known.chunks, known.kept, full, is_simulated=True)
 
     def candidates(self) -> list[Candidate]:
         return sorted((c for way in self.estimators for c in self._of_way(way)), key=lambda c: c.seconds)
@@ -148,7 +149,7 @@ class _Search:
             candidates = self.candidates()
             if not candidates:
                 return None
-            chosen = min((c for c in candidates if c.seconds <= _ALIKE * candidates[0].seconds), key=_by_memory(candidates[0]))
+            chosen = min((c for c in candidates if c.seconds <= _ALIKE * candidates[0].seconds), key=lambda c: c.full)
             if chosen.is_simulated:
                 return chosen
             simulated = self.planner.run(chosen.setting.of(self.planner.recipe))
@@ -166,8 +167,3 @@ class _Search:
         for way in self.estimators:
             kept += [c for c in every if c.setting.way == way][:1]
         return sorted({c.setting: c for c in kept}.values(), key=lambda c: c.seconds)
-
-
-def _by_memory(fastest: Candidate) -> Callable[[Candidate], tuple]:
-    """Least memory first; what was simulated before what is estimated to be about the same."""
-    return lambda c: (round(c.peak / fastest.peak, 2), not c.is_simulated, c.seconds)

@@ -29,12 +29,12 @@ class Setting:
     """A way with its chunks.
 
     Attributes:
-        chunk_tokens: budget of a chunk. retain: chunks that keep their graph, or "all".
+        chunk_tokens: budget of a chunk. retain: chunks that keep their graph; a number bounds what a larger batch takes, "all" does not.
     """
 
     way: Way
     chunk_tokens: int
-    retain: int | str
+    retain: int
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe with this choice in place of its own."""
