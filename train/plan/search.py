@@ -88,6 +88,7 @@ class Planner:
         self.efficiency = gpu.reached if efficiency is None else efficiency
         self._batch: dict[str, Any] | None = None
         self._media = (0, 0)
+        self._outer: dict[tuple[bool, str], int | None] = {}
 
     def _make_batch(self, processing: Any) -> dict[str, Any]:
         if self._batch is None:
@@ -98,10 +99,11 @@ class Planner:
 
     def run(self, changed: Recipe, most_chunks: int = 8, *, is_sample: bool = False) -> Simulation:
         """A step of `changed`, which differs from the planner's recipe in nothing that rows depend on."""
-        return simulate(
+        simulation = simulate(
             changed,
             None,
             ranks=self.ranks,
+            outer=self._outer.get((changed.gradient_checkpointing, changed.distributed), 1),
             make_batch=self._make_batch,
             most_chunks=most_chunks,
             is_sample=is_sample,
@@ -109,6 +111,8 @@ class Planner:
             byte_rate=self.gpu.tb_s * 1e12 * self.gpu.reached_bandwidth,
             dispatch=self.gpu.dispatch,
         )
+        self._outer[changed.gradient_checkpointing, changed.distributed] = simulation.outer
+        return simulation
 
     def automatic(self, recipe: Recipe) -> Recipe:
         """With a number of chunks in place of `retain: auto`."""

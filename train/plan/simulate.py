@@ -23,6 +23,8 @@ from .fake.step import PlannedStep
 from .meter import Cost, Meter
 from .pieces import Frame, Piece
 
+_ATTEMPTS = (1, 2, None)  # `outer` of `RepeatedLayers`, and all layers
+
 
 @dataclass
 class Simulation:
@@ -35,6 +37,7 @@ class Simulation:
         chunks: of the step, on this rank; `kept`: those whose graph is kept; `graphs`: bytes of each of these, in order.
         gathered: bytes of weights that one pass over the model gathers from other ranks.
         reduced: bytes that a rank sends when gradients are reduced, once a step.
+        outer: which layers were run (`RepeatedLayers`), None for all of them.
         pieces, frame: what the step was put together from (`train.plan.pieces`). shapes: (tokens, image tokens, patches) of each
             sample, by side.
     """
@@ -51,6 +54,7 @@ class Simulation:
     weights: int
     gathered: int = 0
     reduced: int = 0
+    outer: int | None = None
     pieces: list[Piece] = field(default_factory=list)
     frame: Frame | None = None
     shapes: list[list[tuple[int, int, int]]] = field(default_factory=list)
@@ -69,6 +73,7 @@ def simulate(
     most_chunks: int = 8,
     every_layer: bool = False,
     is_sample: bool = False,
+    outer: int | None = 1,
 ) -> Simulation:
     """Runs rank 0's step.
 
@@ -78,15 +83,17 @@ def simulate(
         every_layer: also run layers that are alike, of which a few tell what the others take.
         flash: attention as on a GPU; False: as the CPU does it, to compare with a run there.
         flop_rate, byte_rate, dispatch: of a `Meter`.
+        outer: `outer` of a step of this model that was simulated before: where layers turned out not alike, it is not tried again.
         is_sample: chunks of several sizes are run in place of the step's own, for what they take one by one: peak and cost are no step's.
     """
     rates = flop_rate, byte_rate, dispatch
-    for outer in () if every_layer else (1, 2):
+    attempts = (None,) if every_layer else _ATTEMPTS[_ATTEMPTS.index(outer) :]
+    for attempt in attempts[:-1]:
         try:
-            return _simulated(recipe, batch, ranks, rates, flash, make_batch, most_chunks, is_sample, outer)
+            return _simulated(recipe, batch, ranks, rates, flash, make_batch, most_chunks, is_sample, attempt)
         except repeated_layers.LayersDiffer:
             pass
-    return _simulated(recipe, batch, ranks, rates, flash, make_batch, most_chunks, is_sample, None)
+    return _simulated(recipe, batch, ranks, rates, flash, make_batch, most_chunks, is_sample, attempts[-1])
 
 
 def _simulated(
@@ -153,6 +160,7 @@ def _simulated(
         weights=counts[1],
         gathered=gathered,
         reduced=_reduced(trained, recipe, ranks, is_sharded),
+        outer=outer,
         pieces=account.pieces(),
         frame=account.frame(resident),
         shapes=account.shapes,
