@@ -51,7 +51,7 @@ def compared(planner, budgets: list[int] | None = None, quarters=QUARTERS) -> di
     found = find_best(planner)
     seconds = time.process_time() - start
     shapes = found.own.simulation.shapes
-    points = list(grid(planner, shapes, budgets or powers_of_two(shapes, planner.longest), quarters))
+    points = list(grid(planner, shapes, budgets or powers_of_two(shapes, planner.least_budget), quarters))
     recipe, best = min(points, key=lambda point: point[1].step_seconds, default=(None, None))
     row = {"cpu_ms": round(1e3 * seconds), "n": len(points), "ratio_to": "the grid's best"}
     if best is None or found.best is None:

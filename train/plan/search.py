@@ -87,7 +87,7 @@ class Planner:
         self.recipe, self.gpu, self.ranks, self.name = recipe, gpu, ranks, name
         self.efficiency = gpu.reached if efficiency is None else efficiency
         self._batch: dict[str, Any] | None = None
-        self._media = (0, 0)
+        self._media, self._possible = (0, 0), 0
         self._outer: dict[tuple[bool, str], int | None] = {}
 
     def _make_batch(self, processing: Any) -> dict[str, Any]:
@@ -95,6 +95,7 @@ class Planner:
             make = plan_batch.first_batch if self.at_hand else plan_batch.assumed_batch
             self._batch = make(self.recipe, processing, self.ranks)
             self._media = plan_batch.decoded_total(processing, self._batch)
+            self._possible = 0 if self.at_hand else plan_batch.longest_possible(self.recipe, processing)
         return self._batch
 
     def run(self, changed: Recipe, most_chunks: int = 8, *, is_sample: bool = False) -> Simulation:
@@ -124,6 +125,11 @@ class Planner:
     def longest(self) -> int:
         """Tokens of the longest sample, once a step was simulated."""
         return plan_batch.longest(self._batch)
+
+    @property
+    def least_budget(self) -> int:
+        """Tokens that a chunk has to hold: those of the longest sample, or of one whose pictures are as large as the model takes."""
+        return max(self.longest, self._possible)
 
     def require_longest_fits(self, recipe: Recipe) -> None:
         """Raises ValueError where a sample is longer than the recipe's chunk budget."""

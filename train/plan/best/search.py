@@ -107,7 +107,7 @@ class _Search:
         return any(c.kept == c.chunks for c in self._of_way(Way(False, way.distributed, way.keep_mib)))
 
     def _budgets(self, way: Way) -> list[int]:
-        return budgets(self.estimators[way].sample.shapes, self.planner.longest, self.planner.recipe.chunk_tokens)
+        return budgets(self.estimators[way].sample.shapes, self.planner.least_budget, self.planner.recipe.chunk_tokens)
 
     def _curve(self, way: Way, budget: int):
         estimator = self.estimators[way]
