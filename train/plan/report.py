@@ -155,7 +155,7 @@ def _mend(plan: Plan) -> list[str]:
         mends.append("quantization: nf4")
     if plan.ranks > 1 and r.distributed != "fsdp" and not r.quantization:
         mends.append("distributed: fsdp")
-    return [f"The recipe is NOT predicted to fit. Mends: {'; '.join(mends) or 'a larger GPU'}.", ""]
+    return [f"The recipe is NOT predicted to fit. Mends: {'; '.join(mends) or 'a larger GPU'}; `--best` looks for settings that fit.", ""]
 
 
 def _unknown(plan: Plan) -> list[str]:

@@ -139,6 +139,12 @@ class Planner:
                 "raise it, or lower the image limits in model_options"
             )
 
+    def largest_chunk(self, recipe: Recipe, simulation: Simulation) -> int | None:
+        """The largest chunk budget that fits; None where chunks are of rows, or kept graphs take what there is (`--best` weighs both)."""
+        if recipe.chunk_rows or simulation.kept:
+            return None
+        return _largest_chunk(recipe, self.gpu, simulation, self.longest, plan_batch.tokens(self._batch), self.run)
+
     def plan(self, recipe: Recipe, simulation: Simulation, largest_chunk: int | None = None) -> Plan:
         """What follows from a simulated step of `recipe`."""
         return Plan(
@@ -158,7 +164,7 @@ class Planner:
 
 
 def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None) -> Plan:
-    """Simulates a step, and another one with the largest chunk budget that should fit.
+    """Simulates a step, and another one with the largest chunk budget that should fit, where no graph is kept.
 
     Args:
         efficiency: as of a `Planner`.
@@ -170,9 +176,7 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     chosen = planner.automatic(recipe)
     result = planner.run(chosen)
     planner.require_longest_fits(recipe)
-    tokens = plan_batch.tokens(planner._batch)
-    largest = None if recipe.chunk_rows else _largest_chunk(chosen, gpu, result, planner.longest, tokens, planner.run)
-    return planner.plan(recipe, result, largest)
+    return planner.plan(recipe, result, planner.largest_chunk(chosen, result))
 
 
 def _automatic(recipe: Recipe, gpu: Gpu, without: Simulation) -> int:
