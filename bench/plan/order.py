@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import measure
-from bench.plan.run import write
+from bench.plan.recipe import write
 
 SETTINGS = {
     "every graph kept": {"retain": "all"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..command import COMMAND
-from .money import Bill
+from .best.money import Bill
 from .search import CONTEXT_GIB, FRAGMENTATION, Plan
 
 _GIB = 2**30

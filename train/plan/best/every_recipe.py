@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ...recipe.files import recipe_names
 from ...recipe.schema import load_recipe
 from ..gpus import Gpu
-from ..money import Bill
 from ..search import Plan, Planner, usable
+from .money import Bill
 from .search import find_best
 from .table import Table
 

@@ -9,9 +9,9 @@ import yaml
 
 from ...command import COMMAND
 from ...recipe.schema import Recipe
-from ..money import Bill
 from ..report import report as plan_report
 from ..search import usable
+from .money import Bill
 from .search import Found
 from .table import Table
 
