@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 _USAGE = f"""usage: {COMMAND} RECIPE [--key value ...] [--fresh] [--profile STEP]
        torchrun --nproc-per-node 8 {TORCHRUN} RECIPE [--key value ...]
-       {COMMAND} plan RECIPE --gpu h100-80 [--ranks 8] [--key value ...]
+       {COMMAND} plan RECIPE [--gpu h100-80] [--ranks 8] [--best] [--price 2.5] [--key value ...]
+       {COMMAND} plan --all [--gpu 4090] [--ranks 8] [--best] [--price 2.5]
        {COMMAND} preview RECIPE [--rows N] [--html FILE]
        {COMMAND} teach RECIPE --teacher MODEL -o FOLDER
        {COMMAND} --list
@@ -72,7 +73,8 @@ nested ones with dots: --loss.temperature 0.05.
 A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds.
 --profile STEP writes a trace of that step into the output folder, for https://ui.perfetto.dev: its operators and kernels, with
 waiting for data, first pass, loss, second pass, synchronisation and optimizer as named ranges. One file a rank.
-`plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows.
+`plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows. `--best` looks for the fastest
+settings that fit; `--all` says which recipes do.
 `preview` shows rows as the model will see them, and counts what cannot be read (also `vlm2vec data preview`).
 `teach` embeds the rows with another model, whose vectors the loss `distillation` reads."""
 

@@ -1,7 +1,8 @@
-"""Attention over packed samples: one interface, three providers.
+"""Attention over packed samples: one interface, four providers.
 
 A packed tensor holds the tokens of many samples one behind the other; no token may see another sample's. Providers:
 
+    flash_attn_4 flash_attn.cute.flash_attn_varlen_func          Hopper and newer, fp16 / bf16; wheels of the package flash-attn-4
     flash_attn   flash_attn.flash_attn_varlen_func               CUDA, fp16 / bf16
     varlen       torch.nn.attention.varlen.varlen_attn           CUDA, fp16 / bf16
     sdpa         scaled_dot_product_attention by groups of segments, every device and dtype
@@ -23,7 +24,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-PROVIDERS = ("sdpa", "flash_attn", "varlen")
+PROVIDERS = ("sdpa", "flash_attn_4", "flash_attn", "varlen")
 TEXT_ATTENTION = "vlm2vec_packed"
 VISION_ATTENTION = "vlm2vec_packed_flash"
 # Padding a group costs arithmetic, another group costs a call: below this share of padded scores one group is cheaper. A key
@@ -207,6 +208,46 @@ def flash_attn_packed(
     )
 
 
+def flash_attn_4_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Packed attention through the flash-attn-4 package; shapes as `sdpa_packed`. Head widths it does not take go through torch."""
+    if dropout:
+        raise ValueError(f"attn='flash_attn_4' has no attention dropout (got {dropout}); use attn='flash_attn' or 'sdpa'")
+    if not flash_attn_4_takes(q.shape[2], _capability(q.device)):
+        return (varlen_packed if _has_varlen() else sdpa_packed)(q, k, v, segments, scale=scale, window=window)
+    from flash_attn.cute import flash_attn_varlen_func
+
+    near = None if window is None else window - 1
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=segments.cu_seqlens,
+        cu_seqlens_k=segments.cu_seqlens,
+        max_seqlen_q=segments.max_length,
+        max_seqlen_k=segments.max_length,
+        softmax_scale=scale,
+        causal=segments.causal,
+        window_size=(near, 0 if segments.causal and near is not None else near),
+    )
+    return out[0] if isinstance(out, tuple) else out  # with the log-sum-exp, or None in its place
+
+
+def flash_attn_4_takes(width: int, capability: int) -> bool:
+    """Whether flash-attn 4 has forward and backward for heads of this width on a card of this compute capability (its major number)."""
+    if width % 8 or width < 8:
+        return False
+    return {9: width <= 256, 10: width <= 128 or width == 256, 11: width <= 128 or width == 256, 12: width <= 128}.get(capability, False)
+
+
 def varlen_packed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -244,7 +285,7 @@ def _parameters(function) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-_PROVIDER_FUNCTIONS = {"sdpa": sdpa_packed, "flash_attn": flash_attn_packed, "varlen": varlen_packed}
+_PROVIDER_FUNCTIONS = {"sdpa": sdpa_packed, "flash_attn_4": flash_attn_4_packed, "flash_attn": flash_attn_packed, "varlen": varlen_packed}
 
 
 def packed_attention(
@@ -274,9 +315,17 @@ def choose_provider(attn: str | None, device: torch.device, dtype: torch.dtype) 
     if attn in (None, "auto"):
         if device.type != "cuda" or not low:
             return "sdpa"
+        if _has_flash_attn_4() and flash_attn_4_takes(128, _capability(device)):
+            return "flash_attn_4"
         return "flash_attn" if _has_flash_attn() else "varlen" if _has_varlen() else "sdpa"
     if attn != "sdpa" and (device.type != "cuda" or not low):
         raise ValueError(f"attn={attn!r} needs CUDA and float16 or bfloat16, got {device.type} and {dtype}; use attn='sdpa'")
+    if attn == "flash_attn_4" and not _has_flash_attn_4():
+        raise ValueError("attn='flash_attn_4' needs the flash-attn-4 package; pip install --pre flash-attn-4, or use attn='varlen'")
+    if attn == "flash_attn_4" and not flash_attn_4_takes(128, _capability(device)):
+        raise ValueError(
+            f"attn='flash_attn_4' needs compute capability 9 to 12 (Hopper, Blackwell), got {_capability(device)}; use attn='auto'"
+        )
     if attn == "flash_attn" and not _has_flash_attn():
         raise ValueError("attn='flash_attn' needs the flash-attn package; pip install flash-attn, or use attn='varlen'")
     if attn == "varlen" and not _has_varlen():
@@ -285,9 +334,24 @@ def choose_provider(attn: str | None, device: torch.device, dtype: torch.dtype) 
 
 
 def _has_flash_attn() -> bool:
+    """Whether flash-attn 2 is here. flash-attn 4 alone is a folder of the same name without a file of its own."""
     from importlib.util import find_spec
 
-    return find_spec("flash_attn") is not None
+    spec = find_spec("flash_attn")
+    return spec is not None and spec.origin is not None
+
+
+@cache
+def _has_flash_attn_4() -> bool:
+    from importlib.metadata import distributions
+
+    return any(True for _ in distributions(name="flash-attn-4"))
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Major number of a card's compute capability; 0 where there is none."""
+    return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() and device.type == "cuda" else 0
 
 
 def _has_varlen() -> bool:

@@ -94,7 +94,7 @@ class VLM2Vec(Trainable, nn.Module):
             base: for an adapter, overrides the base model that its config names.
             dtype: "auto" (the checkpoint's own), a torch.dtype or its name.
             device: default CUDA when there is one, else the CPU.
-            attn: "auto", "sdpa", "flash_attn" or "varlen" (`vlm2vec.attention`).
+            attn: "auto", "sdpa", "flash_attn_4", "flash_attn" or "varlen" (`vlm2vec.attention`).
             quantize: "nf4" loads the linear layers of the language model in 4 bits (needs bitsandbytes).
             liger: apply Liger kernels (needs liger-kernel).
             family_options: options of the family's processing, e.g. positions="mrope", num_crops=4; they override those that

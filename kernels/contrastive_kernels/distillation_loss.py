@@ -15,6 +15,7 @@ from .checks import (
     may_look,
 )
 from .core import distillation
+from .core.autograd.namespace import NAMESPACE
 from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.backends import choose
 from .core.operands import compute_dtype, product_dtype
@@ -97,7 +98,7 @@ def _forward(*values):
     return _compute(values, frozenset() if none else _wanted(values))
 
 
-_op = torch.library.custom_op("contrastive_kernels::distillation_loss", _forward, mutates_args=(), schema=SCHEMA)
+_op = torch.library.custom_op(f"{NAMESPACE}::distillation_loss", _forward, mutates_args=(), schema=SCHEMA)
 
 
 @_op.register_fake
@@ -113,7 +114,7 @@ def _cotangent(*values):
 
 
 _cotangent_op = torch.library.custom_op(
-    "contrastive_kernels::distillation_loss_cotangent",
+    f"{NAMESPACE}::distillation_loss_cotangent",
     _cotangent,
     mutates_args=(),
     schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor, Tensor)"),

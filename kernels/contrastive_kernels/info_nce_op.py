@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .checks import check_values
+from .core.autograd.namespace import NAMESPACE
 from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.compute import compute
 from .core.operands import compute_dtype
@@ -84,7 +85,7 @@ def detached(options: InfoNCEOptions) -> InfoNCEOptions:
     return options.replace(**changes)
 
 
-info_nce_op = torch.library.custom_op("contrastive_kernels::info_nce", _info_nce, mutates_args=(), schema=SCHEMA)
+info_nce_op = torch.library.custom_op(f"{NAMESPACE}::info_nce", _info_nce, mutates_args=(), schema=SCHEMA)
 
 
 @info_nce_op.register_fake
@@ -107,7 +108,7 @@ def _cotangent(*values):
 
 
 _cotangent_op = torch.library.custom_op(
-    "contrastive_kernels::info_nce_cotangent", _cotangent, mutates_args=(), schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor)")
+    f"{NAMESPACE}::info_nce_cotangent", _cotangent, mutates_args=(), schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor)")
 )
 
 

@@ -16,6 +16,7 @@ from .checks import (
     may_look,
 )
 from .core import sigmoid
+from .core.autograd.namespace import NAMESPACE
 from .core.autograd.scaled import refuse_second_derivative, scaled
 from .core.distributed import check_equal_shards
 from .core.operands import compute_dtype
@@ -59,7 +60,7 @@ def _sigmoid(*values):
     return loss, *(loss.new_empty(0) if g is None else g for g in gradients)
 
 
-_op = torch.library.custom_op("contrastive_kernels::sigmoid_loss", _sigmoid, mutates_args=(), schema=SCHEMA)
+_op = torch.library.custom_op(f"{NAMESPACE}::sigmoid_loss", _sigmoid, mutates_args=(), schema=SCHEMA)
 
 
 @_op.register_fake
@@ -78,10 +79,7 @@ def _cotangent(*values):
 
 
 _cotangent_op = torch.library.custom_op(
-    "contrastive_kernels::sigmoid_loss_cotangent",
-    _cotangent,
-    mutates_args=(),
-    schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor, Tensor)"),
+    f"{NAMESPACE}::sigmoid_loss_cotangent", _cotangent, mutates_args=(), schema=SCHEMA.replace("Tensor, Tensor, Tensor)", "Tensor, Tensor)")
 )
 
 

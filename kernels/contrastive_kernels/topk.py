@@ -7,6 +7,7 @@ import math
 import torch
 
 from .checks import check_matrices, check_tensor, may_look
+from .core.autograd.namespace import NAMESPACE
 from .core.backend import log_once
 from .core.backends import choose
 from .core.operands import Operand, compute_dtype, product_dtype
@@ -147,7 +148,7 @@ def _check_exclude(exclude, target) -> None:
             raise ValueError(f"exclude: expected indices from 0 to {len(target) - 1} or -1, got {wrong}; -1 pads")
 
 
-@torch.library.custom_op("contrastive_kernels::topk_similarity", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::topk_similarity", mutates_args=())
 def _topk(
     query: torch.Tensor, target: torch.Tensor, k: int, exclude: torch.Tensor | None, workspace: int, backend: str, validate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,12 @@
 """Packed attention against dense attention with a block mask; the providers' signatures; chunking and packing."""
 
+import ast
+import importlib
 import inspect
 import random
-from importlib.util import find_spec
+import sys
+import types
+from importlib import metadata
 
 import pytest
 import torch
@@ -123,10 +127,7 @@ class Recorder:
     ("causal", "window", "flash_window"), [(True, None, (-1, 0)), (False, None, (-1, -1)), (True, 5, (4, 0)), (False, 5, (4, 4))]
 )
 def test_flash_attn_is_called_by_its_signature(monkeypatch, causal, window, flash_window):
-    import sys
-    import types
-
-    if find_spec("flash_attn") is not None:
+    if attention._has_flash_attn():
         from flash_attn import flash_attn_varlen_func
 
         assert set(FLASH_ATTN[:11]) <= set(inspect.signature(flash_attn_varlen_func).parameters)
@@ -140,6 +141,90 @@ def test_flash_attn_is_called_by_its_signature(monkeypatch, causal, window, flas
     got = record.arguments
     assert got["cu_seqlens_q"].dtype == torch.int32 and got["cu_seqlens_q"].tolist() == [0, 3, 8]
     assert (got["max_seqlen_q"], got["softmax_scale"], got["causal"], got["window_size"]) == (5, 0.5, causal, flash_window)
+
+
+# flash_attn.cute.flash_attn_varlen_func of flash-attn-4 4.0.0b36, as far as packed attention calls it, in its order
+FLASH_ATTN_4 = (
+    *("q", "k", "v", "qv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "min_seqlen_k", "seqused_q", "seqused_k"),
+    *("gather_kv_indices", "page_table", "softmax_scale", "causal", "window_size"),
+)
+
+
+def installed_flash_attn_4() -> list[str] | None:
+    """Names of the arguments in the installed package, read without importing it: that needs a GPU's compiler."""
+    if not attention._has_flash_attn_4():
+        return None
+    file = next(f for f in metadata.files("flash-attn-4") if f.parts[-2:] == ("cute", "interface.py"))
+    tree = ast.parse(file.locate().read_text(encoding="utf-8"))
+    (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "flash_attn_varlen_func")
+    return [a.arg for a in function.args.args]
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "flash_window"), [(True, None, (None, None)), (False, None, (None, None)), (True, 5, (4, 0)), (False, 5, (4, 4))]
+)
+def test_flash_attn_4_is_called_by_its_signature(monkeypatch, causal, window, flash_window):
+    names = installed_flash_attn_4() or FLASH_ATTN_4
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    record = Recorder(inspect.Signature([inspect.Parameter(n, kind, default=None) for n in names]))
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
+    monkeypatch.setitem(
+        sys.modules, "flash_attn.cute", types.SimpleNamespace(flash_attn_varlen_func=lambda *a, **k: (record(*a, **k), None))
+    )
+    monkeypatch.setattr(attention, "_capability", lambda device: 9)
+    segments = Segments.from_lengths([3, 5], causal=causal, provider="flash_attn_4")
+    q = torch.randn(8, 2, 16)
+    assert attention.packed_attention(q, q, q, segments, scale=0.5, window=window) is q, "the output, without the log-sum-exp"
+    got = record.arguments
+    assert got["cu_seqlens_q"].dtype == torch.int32 and got["cu_seqlens_q"].tolist() == got["cu_seqlens_k"].tolist() == [0, 3, 8]
+    assert (got["max_seqlen_q"], got["max_seqlen_k"], got["softmax_scale"], got["causal"]) == (5, 5, 0.5, causal)
+    assert got["window_size"] == flash_window
+    with pytest.raises(ValueError, match="dropout"):
+        attention.flash_attn_4_packed(q, q, q, segments, dropout=0.1)
+
+
+def test_heads_that_flash_attn_4_does_not_take_go_through_torch(monkeypatch):
+    monkeypatch.setattr(attention, "_has_varlen", lambda: False)
+    for width, capability in ((12, 9), (16, 8), (264, 9), (192, 10)):
+        monkeypatch.setattr(attention, "_capability", lambda device, capability=capability: capability)
+        q = torch.randn(8, 2, width)
+        plain, segments = (Segments.from_lengths([3, 5], causal=True, provider=name) for name in ("sdpa", "flash_attn_4"))
+        assert torch.equal(attention.packed_attention(q, q, q, segments), attention.packed_attention(q, q, q, plain))
+    for width, capability in ((64, 9), (80, 10), (128, 12), (256, 9), (256, 10)):
+        assert attention.flash_attn_4_takes(width, capability)
+
+
+def test_flash_attn_4_is_chosen_where_it_is_installed_and_the_card_takes_it(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
+    for installed, capability, chosen in (
+        (True, 9, "flash_attn_4"),
+        (True, 10, "flash_attn_4"),
+        (True, 8, "flash_attn"),
+        (False, 9, "flash_attn"),
+    ):
+        monkeypatch.setattr(attention, "_has_flash_attn_4", lambda installed=installed: installed)
+        monkeypatch.setattr(attention, "_capability", lambda device, capability=capability: capability)
+        assert choose_provider("auto", cuda, torch.bfloat16) == chosen
+        if chosen == "flash_attn_4":
+            assert choose_provider("flash_attn_4", cuda, torch.float16) == chosen
+        else:
+            with pytest.raises(ValueError, match="pip install" if not installed else "capability 9 to 12"):
+                choose_provider("flash_attn_4", cuda, torch.bfloat16)
+    with pytest.raises(ValueError, match="needs CUDA"):
+        choose_provider("flash_attn_4", torch.device("cpu"), torch.bfloat16)
+
+
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn(monkeypatch, tmp_path):
+    """Its package is a part of `flash_attn`, whose own file comes with flash-attn 2 alone."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert not attention._has_flash_attn()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert attention._has_flash_attn()
 
 
 def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
@@ -187,6 +272,7 @@ def test_a_varlen_without_a_window_is_not_chosen(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_2_10)
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    monkeypatch.setattr(attention, "_has_flash_attn_4", lambda: False)
     cuda = torch.device("cuda")
     assert choose_provider("auto", cuda, torch.bfloat16) == "sdpa"
     with pytest.raises(ValueError, match="torch 2.11 or newer"):
@@ -196,7 +282,7 @@ def test_a_varlen_without_a_window_is_not_chosen(monkeypatch):
 def test_choice_of_provider():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_provider(None, cpu, torch.float32) == choose_provider("auto", cuda, torch.float32) == "sdpa"
-    assert choose_provider("auto", cuda, torch.bfloat16) == ("flash_attn" if find_spec("flash_attn") else "varlen")
+    assert choose_provider("auto", cuda, torch.bfloat16) == ("flash_attn" if attention._has_flash_attn() else "varlen")
     for attn, said in (("eager", "expected 'auto'"), ("flash_attn", "needs CUDA"), ("varlen", "needs CUDA")):
         with pytest.raises(ValueError, match=said):
             choose_provider(attn, cpu, torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from vlm2vec.data.tables import is_local
@@ -14,6 +15,8 @@ from vlm2vec.packing import Features
 from ..data.rows import PairDataset, collate
 from ..data.sampler import BlockSampler
 from ..recipe.schema import Content, Recipe
+
+_LARGE = 4096  # pixels; every family has a limit below it
 
 
 def has_data(recipe: Recipe) -> bool:
@@ -97,6 +100,21 @@ def _picture(processing: Any, size: list[int]) -> Any:
 def longest(batch: dict[str, Any]) -> int:
     """Tokens of the longest sample."""
     return max(len(sample["input_ids"]) for name in ("query", "target", "negatives") for sample in batch[name])
+
+
+def longest_possible(recipe: Recipe, processing: Any) -> int:
+    """Tokens of the longest sample that real rows may hold where assumed ones stand for them: its pictures as large as the model takes,
+    its text four times as long."""
+    if recipe.plan is None or not processing.from_headers:
+        return 0
+    contents = [content for kind in recipe.plan.rows for content in (kind.query, kind.target)]
+    pictured = [
+        replace(content, image=[_LARGE, _LARGE * sixteenth // 16], text=4 * content.text)
+        for content in contents
+        if content.image is not None
+        for sixteenth in range(4, 17)
+    ]
+    return max((len(_features(processing, content).input_ids) for content in pictured), default=0)
 
 
 def tokens(batch: dict[str, Any]) -> int:

@@ -91,6 +91,13 @@ def _times(vectors: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.maximum(shares.max(axis=1), 1)
 
 
+def _all_times(vector: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many times each of `others` one vector is in the respect in which it is most; at least once."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(vector > 0, vector / others, 0)
+    return np.maximum(shares.max(axis=1), 1)
+
+
 def _scaled(vectors: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
     matrix = np.array(vectors, dtype=float)
     scale = np.maximum(np.abs(matrix).max(axis=0), 1)
@@ -109,6 +116,34 @@ def bounds(known: dict[int, float], outlines: Sequence[Outline], wanted: Sequenc
     vectors = np.array([outlines[i].vector() for i in wanted], dtype=float)
     bounds = [_times(vectors, np.array(outlines[i].vector(), dtype=float)) * value for i, value in known.items()]
     return np.min(bounds, axis=0).tolist()
+
+
+def fitted(known: dict[int, float], outlines: Sequence[Outline], wanted: Sequence[int]) -> list[float]:
+    """What the `wanted` chunks take, from what is `known` of others, as sums: within what their sizes bound it by."""
+    vectors = np.array([outlines[i].vector() for i in wanted], dtype=float)
+    return interpolated(
+        np.array([outlines[i].vector() for i in known], dtype=float), np.array([*known.values()], dtype=float), vectors
+    ).tolist()
+
+
+def interpolated(known: np.ndarray, values: np.ndarray, wanted: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """(W,) what chunks take, by a sum over their sizes that goes through what is known of others.
+
+    Args:
+        known: (K, sizes) of `Outline.vector`. values: (K,) what they take. wanted: (W, sizes).
+        weights: (K,) how much each of the known counts where no sum goes through all.
+    """
+    if len(wanted) == 0:
+        return np.zeros(0)
+    scale = np.maximum(np.abs(known).max(axis=0), 1)
+    weights = np.ones(len(known)) if weights is None else weights
+    solution, *_ = np.linalg.lstsq(known / scale * weights[:, None], values * weights, rcond=1e-7)
+    with np.errstate(invalid="ignore"):  # nothing, times a size that the known one has none of: no bound
+        most = np.nanmin(
+            [np.full(len(wanted), np.inf), *(_times(wanted, v) * value for v, value in zip(known, values, strict=True))], axis=0
+        )
+    least = np.max([value / _all_times(vector, wanted) for vector, value in zip(known, values, strict=True)], axis=0)
+    return np.clip(wanted / scale @ solution, np.minimum(least, most), most)
 
 
 def nearest(outlines: Sequence[Outline], index: int, among: Sequence[int]) -> int:

@@ -53,10 +53,11 @@ class Meter(LiveBytes):
 
     Args:
         flop_rate, byte_rate: FLOP/s and bytes/s that are reached; an operator takes the longer of its two times.
+        dispatch: seconds that an operator takes at least.
     """
 
-    def __init__(self, tensors, flop_rate: float, byte_rate: float):
-        self.flop_rate, self.byte_rate = flop_rate, byte_rate
+    def __init__(self, tensors, flop_rate: float, byte_rate: float, dispatch: float = 0.0):
+        self.flop_rate, self.byte_rate, self.dispatch = flop_rate, byte_rate, dispatch
         self.costs: dict[Any, Cost] = {}
         self._book = self._cost_of(None)
         self._spans: list[tuple[Span, Cost]] = []  # open ones, and where their work goes in the end
@@ -69,7 +70,7 @@ class Meter(LiveBytes):
     def count_flops(self, flops: float) -> None:
         """Products of a kernel that is no operator here."""
         self._book.flops += flops
-        self._book.seconds += flops / self.flop_rate
+        self._book.seconds += max(flops / self.flop_rate, self.dispatch)
 
     @contextlib.contextmanager
     def booking(self, key: Any) -> Iterator[None]:
@@ -151,7 +152,7 @@ class Meter(LiveBytes):
             moved = sum(t.numel() * t.element_size() for t in tensors_in((args, tuple(kwargs.values()), out)))
             self._book.flops += flops
             self._book.moved += moved
-            self._book.seconds += max(flops / self.flop_rate, moved / self.byte_rate)
+            self._book.seconds += max(flops / self.flop_rate, moved / self.byte_rate, self.dispatch)
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..command import COMMAND
+from .best.money import Bill
 from .search import CONTEXT_GIB, FRAGMENTATION, Plan
 
 _GIB = 2**30
@@ -30,9 +31,10 @@ _WORDS = {
 }
 
 
-def report(plan: Plan, overrides: list[str] = ()) -> str:
-    """Markdown that says what is predicted and what cannot be."""
+def report(plan: Plan, overrides: list[str] = (), *, price: float | None = None) -> str:
+    """Markdown that says what is predicted and what cannot be. `price`: of one GPU for an hour."""
     r, s = plan.recipe, plan.simulation
+    bill = Bill(plan.step_seconds * r.steps / 3600, plan.ranks, price)
     lines = [
         f"# Plan of {os.path.basename(plan.name)}",
         "",
@@ -68,17 +70,19 @@ def report(plan: Plan, overrides: list[str] = ()) -> str:
         f"| seconds | {_seconds(plan.step_seconds)} |",
         *(
             [f"| of them collectives, at {plan.gpu.link_gb_s:g} GB/s and not hidden | {_seconds(plan.link_seconds)} |"]
-            if s.gathered
+            if plan.ranks > 1
             else []
         ),
         f"| pairs a second, all ranks | {r.global_batch / plan.step_seconds:,.1f} |",
-        f"| hours of {r.steps:,} steps | {plan.step_seconds * r.steps / 3600:,.1f} |",
+        f"| hours of {r.steps:,} steps | {bill.hours:,.1f}{f' ({bill.in_words()})' if bill.hours >= 48 else ''} |",
+        *([f"| money at {price:g} for an hour of a GPU | {bill.money_in_words()} |"] if price is not None else []),
         *_media(plan),
         "",
         f"Seconds: matrix products at {plan.efficiency:.0%} of {plan.gpu.tflops:g} TFLOP/s, everything else at "
         f"{plan.gpu.reached_bandwidth:.0%} of {plan.gpu.tb_s:g} TB/s, whichever takes an operator longer; "
-        "attention counted as full squares.",
+        f"attention counted as full squares, no operator faster than {1e6 * plan.gpu.dispatch:g} us.",
         "",
+        *([bill.warning(), ""] if bill.takes_weeks else []),
         f"What dominates: {_dominates(plan)}.",
         "",
         *_mend(plan),
@@ -151,7 +155,7 @@ def _mend(plan: Plan) -> list[str]:
         mends.append("quantization: nf4")
     if plan.ranks > 1 and r.distributed != "fsdp" and not r.quantization:
         mends.append("distributed: fsdp")
-    return [f"The recipe is NOT predicted to fit. Mends: {'; '.join(mends) or 'a larger GPU'}.", ""]
+    return [f"The recipe is NOT predicted to fit. Mends: {'; '.join(mends) or 'a larger GPU'}; `--best` looks for settings that fit.", ""]
 
 
 def _unknown(plan: Plan) -> list[str]:

@@ -50,10 +50,7 @@ class Plan:
 
     @property
     def link_seconds(self) -> float:
-        """Collectives of a step where weights are sharded: gathers of each pass over a chunk, one reduction; not hidden."""
-        s = self.simulation
-        passes = 3 * s.chunks - s.kept
-        return (passes * s.gathered + 2 * s.gathered) / (self.gpu.link_gb_s * 1e9)
+        return link_seconds(self.simulation, self.gpu, self.simulation.chunks, self.simulation.kept)
 
     @property
     def step_seconds(self) -> float:
@@ -64,60 +61,121 @@ def usable(gpu: Gpu) -> int:
     return int((gpu.gib - CONTEXT_GIB) * (1 - FRAGMENTATION) * _GIB)
 
 
-def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None) -> Plan:
-    """Simulates a step, and another one with the largest chunk budget that should fit.
+def link_seconds(simulation: Simulation, gpu: Gpu, chunks: int, kept: int) -> float:
+    """Collectives of a step of so many chunks, `kept` of which keep their graph: gathers of sharded weights in each pass over a chunk, and
+    one reduction of the gradients; not hidden."""
+    return ((3 * chunks - kept) * simulation.gathered + simulation.reduced) / (gpu.link_gb_s * 1e9)
+
+
+class Planner:
+    """Simulates steps of a recipe, and of others that spend memory in other ways, over one batch.
 
     Args:
         efficiency: share of the GPU's data sheet that matrix products reach; None: what its large products are known to reach.
 
     Raises:
+        ValueError: the recipe contradicts itself, or has no rows to plan with.
+    """
+
+    def __init__(self, recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None):
+        recipe.check_ranks(ranks)
+        self.at_hand = plan_batch.has_data(recipe)
+        if not self.at_hand and recipe.plan is None:
+            place = recipe.data.root or recipe.data.sources[0].path
+            raise ValueError(f"the data ({place}) is not here; say in `plan.rows` what a batch looks like, or copy the data")
+        self.recipe, self.gpu, self.ranks, self.name = recipe, gpu, ranks, name
+        self.efficiency = gpu.reached if efficiency is None else efficiency
+        self._batch: dict[str, Any] | None = None
+        self._media, self._possible = (0, 0), 0
+        self._outer: dict[tuple[bool, str], int | None] = {}
+
+    def _make_batch(self, processing: Any) -> dict[str, Any]:
+        if self._batch is None:
+            make = plan_batch.first_batch if self.at_hand else plan_batch.assumed_batch
+            self._batch = make(self.recipe, processing, self.ranks)
+            self._media = plan_batch.decoded_total(processing, self._batch)
+            self._possible = 0 if self.at_hand else plan_batch.longest_possible(self.recipe, processing)
+        return self._batch
+
+    def run(self, changed: Recipe, most_chunks: int = 8, *, is_sample: bool = False) -> Simulation:
+        """A step of `changed`, which differs from the planner's recipe in nothing that rows depend on."""
+        simulation = simulate(
+            changed,
+            None,
+            ranks=self.ranks,
+            outer=self._outer.get((changed.gradient_checkpointing, changed.distributed), 1),
+            make_batch=self._make_batch,
+            most_chunks=most_chunks,
+            is_sample=is_sample,
+            flop_rate=self.gpu.tflops * 1e12 * self.efficiency,
+            byte_rate=self.gpu.tb_s * 1e12 * self.gpu.reached_bandwidth,
+            dispatch=self.gpu.dispatch,
+        )
+        self._outer[changed.gradient_checkpointing, changed.distributed] = simulation.outer
+        return simulation
+
+    def automatic(self, recipe: Recipe) -> Recipe:
+        """With a number of chunks in place of `retain: auto`."""
+        if recipe.retain != "auto":
+            return recipe
+        return replace(recipe, retain=_automatic(recipe, self.gpu, self.run(replace(recipe, retain=0))))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, once a step was simulated."""
+        return plan_batch.longest(self._batch)
+
+    @property
+    def least_budget(self) -> int:
+        """Tokens that a chunk has to hold: those of the longest sample, or of one whose pictures are as large as the model takes."""
+        return max(self.longest, self._possible)
+
+    def require_longest_fits(self, recipe: Recipe) -> None:
+        """Raises ValueError where a sample is longer than the recipe's chunk budget."""
+        if recipe.chunk_rows is None and recipe.chunk_tokens < self.longest:
+            raise ValueError(
+                f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({self.longest} tokens); "
+                "raise it, or lower the image limits in model_options"
+            )
+
+    def largest_chunk(self, recipe: Recipe, simulation: Simulation) -> int | None:
+        """The largest chunk budget that fits; None where chunks are of rows, or kept graphs take what there is (`--best` weighs both)."""
+        if recipe.chunk_rows or simulation.kept:
+            return None
+        return _largest_chunk(recipe, self.gpu, simulation, self.longest, plan_batch.tokens(self._batch), self.run)
+
+    def plan(self, recipe: Recipe, simulation: Simulation, largest_chunk: int | None = None) -> Plan:
+        """What follows from a simulated step of `recipe`."""
+        return Plan(
+            recipe,
+            self.name,
+            self.gpu,
+            self.ranks,
+            self.efficiency,
+            simulation,
+            largest_chunk,
+            self.at_hand,
+            plan_batch.tokens(self._batch),
+            self.longest,
+            self._media,
+            plan_batch.is_measured(self._batch),
+        )
+
+
+def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None) -> Plan:
+    """Simulates a step, and another one with the largest chunk budget that should fit, where no graph is kept.
+
+    Args:
+        efficiency: as of a `Planner`.
+
+    Raises:
         ValueError: the recipe contradicts itself, has no rows to plan with, or a sample is longer than its chunk budget.
     """
-    recipe.check_ranks(ranks)
-    at_hand = plan_batch.has_data(recipe)
-    if not at_hand and recipe.plan is None:
-        place = recipe.data.root or recipe.data.sources[0].path
-        raise ValueError(f"the data ({place}) is not here; say in `plan.rows` what a batch looks like, or copy the data")
-    made: dict[str, Any] = {}
-
-    def batch(processing: Any) -> dict[str, Any]:
-        if "batch" not in made:
-            make = plan_batch.first_batch if at_hand else plan_batch.assumed_batch
-            made["batch"] = make(recipe, processing, ranks)
-            made["media"] = plan_batch.decoded_total(processing, made["batch"])
-        return made["batch"]
-
-    efficiency = gpu.reached if efficiency is None else efficiency
-    rates = {"flop_rate": gpu.tflops * 1e12 * efficiency, "byte_rate": gpu.tb_s * 1e12 * gpu.reached_bandwidth}
-
-    def run(changed: Recipe, most_chunks: int) -> Simulation:
-        return simulate(changed, None, ranks=ranks, make_batch=batch, most_chunks=most_chunks, **rates)
-
-    chosen = recipe
-    if recipe.retain == "auto":
-        chosen = replace(recipe, retain=_automatic(recipe, gpu, run(replace(recipe, retain=0), 8)))
-    result = run(chosen, 8)
-    longest = plan_batch.longest(made["batch"])
-    if recipe.chunk_rows is None and recipe.chunk_tokens < longest:
-        raise ValueError(
-            f"chunk_tokens ({recipe.chunk_tokens}) is below the longest sample ({longest} tokens); "
-            "raise it, or lower the image limits in model_options"
-        )
-    largest = None if recipe.chunk_rows else _largest_chunk(chosen, gpu, result, longest, plan_batch.tokens(made["batch"]), run)
-    return Plan(
-        recipe,
-        name,
-        gpu,
-        ranks,
-        efficiency,
-        result,
-        largest,
-        at_hand,
-        plan_batch.tokens(made["batch"]),
-        longest,
-        made["media"],
-        plan_batch.is_measured(made["batch"]),
-    )
+    planner = Planner(recipe, gpu, ranks, name=name, efficiency=efficiency)
+    chosen = planner.automatic(recipe)
+    result = planner.run(chosen)
+    planner.require_longest_fits(recipe)
+    return planner.plan(recipe, result, planner.largest_chunk(chosen, result))
 
 
 def _automatic(recipe: Recipe, gpu: Gpu, without: Simulation) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from . import repeated_layers
 from .fake import model as fake_model
 from .fake.step import PlannedStep
 from .meter import Cost, Meter
+from .pieces import Frame, Piece
+
+_ATTEMPTS = (1, 2, None)  # `outer` of `RepeatedLayers`, and all layers
 
 
 @dataclass
@@ -33,6 +36,10 @@ class Simulation:
         largest: (bytes, tokens) of the chunk that needs most beyond what stood before it.
         chunks: of the step, on this rank; `kept`: those whose graph is kept; `graphs`: bytes of each of these, in order.
         gathered: bytes of weights that one pass over the model gathers from other ranks.
+        reduced: bytes that a rank sends when gradients are reduced, once a step.
+        outer: which layers were run (`RepeatedLayers`), None for all of them.
+        pieces, frame: what the step was put together from (`train.plan.pieces`). shapes: (tokens, image tokens, patches) of each
+            sample, by side.
     """
 
     peak: int
@@ -46,6 +53,11 @@ class Simulation:
     trained: int
     weights: int
     gathered: int = 0
+    reduced: int = 0
+    outer: int | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    frame: Frame | None = None
+    shapes: list[list[tuple[int, int, int]]] = field(default_factory=list)
 
 
 def simulate(
@@ -55,10 +67,13 @@ def simulate(
     ranks: int = 1,
     flop_rate: float = 1e14,
     byte_rate: float = 1e12,
+    dispatch: float = 0.0,
     flash: bool = True,
     make_batch=None,
     most_chunks: int = 8,
     every_layer: bool = False,
+    is_sample: bool = False,
+    outer: int | None = 1,
 ) -> Simulation:
     """Runs rank 0's step.
 
@@ -67,17 +82,22 @@ def simulate(
         most_chunks: how many are run one by one; beyond it some stand for their neighbours.
         every_layer: also run layers that are alike, of which a few tell what the others take.
         flash: attention as on a GPU; False: as the CPU does it, to compare with a run there.
+        flop_rate, byte_rate, dispatch: of a `Meter`.
+        outer: `outer` of a step of this model that was simulated before: where layers turned out not alike, it is not tried again.
+        is_sample: chunks of several sizes are run in place of the step's own, for what they take one by one: peak and cost are no step's.
     """
-    for outer in () if every_layer else (1, 2):
+    rates = flop_rate, byte_rate, dispatch
+    attempts = (None,) if every_layer else _ATTEMPTS[_ATTEMPTS.index(outer) :]
+    for attempt in attempts[:-1]:
         try:
-            return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, outer)
+            return _simulated(recipe, batch, ranks, rates, flash, make_batch, most_chunks, is_sample, attempt)
         except repeated_layers.LayersDiffer:
             pass
-    return _simulated(recipe, batch, ranks, (flop_rate, byte_rate), flash, make_batch, most_chunks, None)
+    return _simulated(recipe, batch, ranks, rates, flash, make_batch, most_chunks, is_sample, attempts[-1])
 
 
 def _simulated(
-    recipe, batch, ranks: int, rates: tuple[float, float], flash: bool, make_batch, most_chunks: int, outer: int | None
+    recipe, batch, ranks: int, rates: tuple[float, ...], flash: bool, make_batch, most_chunks: int, is_sample: bool, outer: int | None
 ) -> Simulation:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model.fake_model(recipe, mode).train()
@@ -113,17 +133,19 @@ def _simulated(
                 is_sharded=is_sharded,
                 flash=flash,
                 most_chunks=most_chunks,
+                is_sample=is_sample,
                 after_chunk=(lambda: _label_gradients(model, repeated, meter)) if is_sharded else (lambda: None),
             )
             with meter.booking(None):
                 step(batch)
-                meter.relabel([p.grad for p in trained], "gradients")
-                if recipe.max_grad_norm and not is_sharded:
-                    torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-                if is_sharded:
-                    _hand_over_gradients(trained, plain, repeated, mode)
-                with meter.counting_as("optimizer"):
-                    optimizer.step()
+                with step.account.ending():
+                    meter.relabel([p.grad for p in trained], "gradients")
+                    if recipe.max_grad_norm and not is_sharded:
+                        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+                    if is_sharded:
+                        _hand_over_gradients(trained, plain, repeated, mode)
+                    with meter.counting_as("optimizer"):
+                        optimizer.step()
     account = step.account
     return Simulation(
         peak=meter.peak,
@@ -137,12 +159,23 @@ def _simulated(
         trained=counts[0],
         weights=counts[1],
         gathered=gathered,
+        reduced=_reduced(trained, recipe, ranks, is_sharded),
+        outer=outer,
+        pieces=account.pieces(),
+        frame=account.frame(resident),
+        shapes=account.shapes,
     )
 
 
 def _gathered(model, recipe: Recipe, ranks: int) -> int:
     size = getattr(torch, recipe.autocast or recipe.dtype).itemsize
     return sum(p.numel() for p in model.parameters() if hasattr(p, "_local_tensor")) * size * (ranks - 1) // ranks
+
+
+def _reduced(trained: list, recipe: Recipe, ranks: int, is_sharded: bool) -> int:
+    """A reduction sends a rank's gradients once where each keeps its share, twice where all keep all."""
+    size = sum(p.numel() * (4 if is_sharded and recipe.autocast else p.element_size()) for p in trained)
+    return size * (ranks - 1) // ranks * (1 if is_sharded else 2)
 
 
 def _label_gradients(model, repeated: repeated_layers.RepeatedLayers | None, meter: Meter) -> None:

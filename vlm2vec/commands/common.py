@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="base model of a PEFT adapter, when its config names another")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
-    parser.add_argument("--attn", default=None, help="auto, sdpa, flash_attn or varlen")
+    parser.add_argument("--attn", default=None, help="auto, sdpa, flash_attn_4, flash_attn or varlen")
     parser.add_argument(
         "--option",
         action="append",

@@ -13,7 +13,7 @@ import torch
 from bench.gpu import stateful
 from bench.gpu.check import Check
 from bench.gpu.clock import percentiles
-from vlm2vec.attention import PROVIDERS, Segments, _has_flash_attn, _has_varlen, packed_attention
+from vlm2vec.attention import PROVIDERS, Segments, choose_provider, packed_attention
 
 # (query heads, key heads, head width, causal, window): Qwen2-VL-2B's and -7B's decoders, its tower, Mistral's window
 SHAPES = [(12, 2, 128, True, None), (28, 4, 128, True, None), (16, 16, 80, False, None), (32, 8, 128, True, 1024)]
@@ -30,8 +30,14 @@ def checks(machine):
 
 
 def available() -> list[str]:
-    have = {"sdpa": True, "flash_attn": _has_flash_attn(), "varlen": _has_varlen() and torch.cuda.is_available()}
-    return [p for p in PROVIDERS if have[p]]
+    """Providers that `attn=` takes on this machine."""
+    found = []
+    for provider in PROVIDERS:
+        try:
+            found.append(choose_provider(provider, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16))
+        except ValueError:  # not installed, or not for this card
+            continue
+    return found
 
 
 def gradients(q, k, v, segments, cotangent, window):

@@ -10,6 +10,7 @@ from bench.gpu.check import Check
 from bench.gpu.clock import median
 from contrastive_kernels import roofline
 from contrastive_kernels.triton import configs
+from vlm2vec.attention import _has_flash_attn, _has_flash_attn_4
 
 PACKAGES = (
     "transformers",
@@ -17,6 +18,7 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "flash_attn",
+    "flash_attn_4",
     "fla",
     "causal_conv1d",
     "bitsandbytes",
@@ -47,7 +49,9 @@ def device(machine) -> str:
 
 
 def packages() -> str:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    # two packages share the folder flash_attn
+    attention = {"flash_attn": _has_flash_attn, "flash_attn_4": _has_flash_attn_4}
+    missing = [name for name in PACKAGES if not (attention[name]() if name in attention else importlib.util.find_spec(name))]
     return f"not here: {', '.join(missing)}" if missing else "all here"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import check_tensor, may_look
+from ..core.autograd.namespace import NAMESPACE
 from ..core.autograd.scaled import refuse_second_derivative
 from ..core.backends import choose
 from ..core.option_checks import check_switches, is_finite
@@ -56,7 +57,7 @@ def last_token_rows(
     return _rows(attention_mask, cu_seqlens, hidden.shape[0], chosen, validate, name)
 
 
-@torch.library.custom_op("contrastive_kernels::last_token_rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::last_token_rows", mutates_args=())
 def _rows(
     attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, tokens: int, backend: str, validate: bool, name: str
 ) -> torch.Tensor:
@@ -102,7 +103,7 @@ def _(attention_mask, cu_seqlens, tokens, backend, validate, name):
     return given.new_empty(count, dtype=torch.int64)
 
 
-@torch.library.custom_op("contrastive_kernels::last_token_pool", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::last_token_pool", mutates_args=())
 def _pool(hidden: torch.Tensor, index: torch.Tensor, normalize: bool, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, D) pooled rows of (..., D) hidden states, and (B,) what they were multiplied by, 0 for a row without direction."""
     if backend == "triton":
@@ -131,7 +132,7 @@ def _(hidden, index, normalize, eps, backend):
     return hidden.new_empty(index.shape[0], hidden.shape[-1]), hidden.new_empty(index.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("contrastive_kernels::last_token_pool_rows_gradient", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::last_token_pool_rows_gradient", mutates_args=())
 def _pool_backward(
     grad: torch.Tensor, hidden: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, normalize: bool, backend: str
 ) -> torch.Tensor:

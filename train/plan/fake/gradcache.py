@@ -25,6 +25,7 @@ from contrastive_kernels.gradcache.retention import retained_chunks
 from .. import chunks as plan_chunks
 from ..chunks import Outline, nearest, picked
 from ..meter import Cost, Meter, Span
+from ..pieces import Frame, Piece, sampled
 
 _MIB = 2**20
 _LOSS_WORKSPACE = 256 * _MIB  # `workspace_mib` of the loss
@@ -39,6 +40,7 @@ class Settings:
         feature_width: bytes of a frozen tower's output per image token; 0 where no tower is frozen.
         ranks: of the run. is_sharded: whether FSDP2 holds the weights.
         most_chunks: chunks that are all run; of more than that, those that say what the others take.
+        is_sample: chunks of several sizes are run instead of the step's, every other one with its graph kept: `pieces` is what is wanted.
     """
 
     retain: int | str
@@ -47,6 +49,7 @@ class Settings:
     ranks: int = 1
     is_sharded: bool = False
     most_chunks: int = 8
+    is_sample: bool = False
 
 
 class StepAccount:
@@ -72,8 +75,13 @@ class StepAccount:
 
     def select(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of a step that are run, with what each is to keep."""
+        if self.settings.is_sample:
+            lengths = [[tokens for tokens, *_ in side] for side in self.shapes]
+            chunks = sampled(chunks, lengths, max(map(max, filter(None, lengths))))
         self.count = len(chunks)
         retained = retained_chunks(self.settings.retain, self.count)
+        if self.settings.is_sample:
+            retained = frozenset(range(0, self.count, 2))
         self.kept = len(retained)
         turns = [*sorted(retained), *(i for i in range(self.count) if i not in retained)]
         turn = {index: position for position, index in enumerate(turns)}
@@ -89,12 +97,14 @@ class StepAccount:
         # reduces them where weights are sharded.
         pictured = [i for i in turns if self.outlines[i].image_tokens]
         self._apart = {turns[0], *pictured[:1], *(turns[-1:] if self.settings.is_sharded else ())}
-        self._run_ones = picked(self.outlines, self.settings.most_chunks, self._apart)
+        most = self.count if self.settings.is_sample else self.settings.most_chunks
+        self._run_ones = picked(self.outlines, most, self._apart)
         for side in {chunk.side for chunk in chunks} - {chunks[i].side for i in self._run_ones}:  # the loss wants each side's embeddings
             largest = max((i for i in range(self.count) if chunks[i].side == side), key=lambda i: self.outlines[i].tokens)
             self._run_ones = sorted([*self._run_ones, largest])
         self._others = [i for i in range(self.count) if i not in set(self._run_ones)]
         self._forward: dict[int, Span] = {}
+        self._ends: list[Span] = []
         self._left: dict[int, list[torch.Tensor]] = {}
         for index in self._run_ones:
             chunks[index].retains_graph, recomputes = self.outlines[index].kind
@@ -146,13 +156,14 @@ class StepAccount:
             parts["kept graphs"] = parts.get("kept graphs", 0) - (graphs[index] if outline.kind[0] else 0)
             parts["frozen features"] = parts.get("frozen features", 0) - outline.features
 
-    def _every(self, how: Callable, known: dict[int, int]) -> dict[int, int]:
-        """What each chunk takes, from what those that were run took; one of `plan_chunks` says how."""
+    def _every(self, how: Callable, known: dict[int, float], *, whole: bool = True) -> dict[int, float]:
+        """What each chunk takes, from what those that were run took; one of `plan_chunks` says how. `whole`: in whole bytes."""
         sizes = dict(known)
         for kind in {self.outlines[i].kind for i in self._others}:
             wanted = [i for i in self._others if self.outlines[i].kind == kind]
             like = {i: size for i, size in known.items() if self.outlines[i].kind == kind and i not in self._apart}
-            sizes.update(zip(wanted, map(math.ceil, how(like, self.outlines, wanted)), strict=True))
+            taken = how(like, self.outlines, wanted)
+            sizes.update(zip(wanted, map(math.ceil, taken) if whole else taken, strict=True))
         return sizes
 
     # The loss
@@ -164,8 +175,11 @@ class StepAccount:
         with self.meter.counting_as("loss scratch"):
             # One operator, whose scratch no meter sees: exponentials of all pairs within the bound, as `dispatch.py` lays them.
             rows, columns = len(phase.tensors[0]), self.settings.ranks * len(phase.tensors[1])
+            self._loss_span = self.meter.begin()
             scratch = torch.empty(min(rows * columns * 4, _LOSS_WORKSPACE), dtype=torch.uint8)  # noqa: F841  held until the loss is there
             yield
+            self.meter.end(self._loss_span)
+        self._embeddings = sum(x.nbytes for x in phase.tensors)
 
     # The second pass
 
@@ -194,8 +208,18 @@ class StepAccount:
         self._backward[index] = span
         self.after_chunk()
 
-    def _synchronisation(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
-        return self.meter.counting_as("all-reduce buckets")
+    @contextlib.contextmanager
+    def _synchronisation(self, phase: Phase) -> Iterator[None]:
+        with self.meter.counting_as("all-reduce buckets"), self.ending():
+            yield
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """What comes after the passes happens within it."""
+        span = self.meter.begin()
+        yield
+        self.meter.end(span)
+        self._ends.append(span)
 
     def _go_on_to(self, turn: int) -> None:
         """Lets the turns of chunks that are not run pass: each finds what is there, and what it left behind goes."""
@@ -207,14 +231,37 @@ class StepAccount:
 
     def total(self) -> Cost:
         """Cost of the whole step."""
-        weights: dict = dict.fromkeys(self._run_ones, 1.0) | {None: 1.0}
-        for index in self._others:
-            like = nearest(self.outlines, index, self._run_ones)
-            weights[like] += self.outlines[index].tokens / self.outlines[like].tokens
+        known = {index: Cost() for index in self._run_ones}
+        for index, cost in known.items():
+            cost.add(self.meter.costs[index])
         step = Cost()
-        for key, cost in self.meter.costs.items():
-            step.add(cost, weights[key])
+        for cost in (self.meter.costs[None], *known.values()):
+            step.add(cost)
+        for what in ("flops", "moved", "seconds"):
+            every = self._every(plan_chunks.fitted, {i: getattr(cost, what) for i, cost in known.items()}, whole=False)
+            setattr(step, what, getattr(step, what) + sum(every[i] for i in self._others))
         return step
+
+    def pieces(self) -> list[Piece]:
+        """What each chunk that was run took."""
+        made = []
+        for index, after in self._backward.items():
+            before = self._forward[index]
+            rise = before.high - sum(before.left.values())
+            graph = before.left.get("kept graphs", 0) if self.outlines[index].kind[0] else 0
+            made.append(Piece(self.outlines[index], before.cost, after.cost, graph, rise, after.high, index in self._apart))
+        return made
+
+    def frame(self, resident: int) -> Frame:
+        """What the step takes around its chunks. `resident`: bytes before it."""
+        usual = [span for i, span in self._backward.items() if i not in self._apart] or [*self._backward.values()]
+        return Frame(
+            first=resident + self._embeddings,
+            loss=_without_chunks(self._loss_span) + self._loss_span.high,
+            second=max(map(_without_chunks, usual)),
+            after=max(span.start + span.high for span in self._ends),
+            cost=self.meter.costs[None],
+        )
 
     _phases: dict[str, Callable[..., contextlib.AbstractContextManager[None]]] = {
         CHUNK_FORWARD: _chunk_forward,
@@ -224,6 +271,11 @@ class StepAccount:
         CHUNK_BACKWARD: _chunk_backward,
         SYNCHRONISATION: _synchronisation,
     }
+
+
+def _without_chunks(span: Span) -> int:
+    """Bytes at the start of a span, less graphs and features that chunks keep between the passes."""
+    return span.start - span.start_parts.get("kept graphs", 0) - span.start_parts.get("frozen features", 0)
 
 
 class PlannedSync(GradientSync):

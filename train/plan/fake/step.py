@@ -29,7 +29,7 @@ class PlannedStep:
         trained: the trained weights; stand-ins of repeated layers have none.
         ranks: of the run. is_sharded: whether FSDP2 holds the weights.
         flash: attention as the GPU's kernels do it, which never hold the scores; False: the CPU's own.
-        most_chunks: chunks that are all run; of more than that, some stand for their neighbours.
+        most_chunks: chunks that are all run; of more than that, some stand for their neighbours. is_sample: as `Settings` has it.
         after_chunk: called when a chunk's gradients are there.
 
     Attributes:
@@ -48,6 +48,7 @@ class PlannedStep:
         is_sharded: bool,
         flash: bool,
         most_chunks: int,
+        is_sample: bool,
         after_chunk: Callable[[], None],
     ):
         dtype = getattr(torch, recipe.autocast) if recipe.autocast else None
@@ -60,7 +61,7 @@ class PlannedStep:
             make_placeholder = media.on_host()(model.placeholder)
             model.placeholder = lambda: map_tensors(make_placeholder(), media.fake)
         width = _feature_width(model) if vision_is_frozen(model) else 0
-        settings = Settings(recipe.retain, recipe.keep_mib, width, ranks, is_sharded, most_chunks)
+        settings = Settings(recipe.retain, recipe.keep_mib, width, ranks, is_sharded, most_chunks, is_sample)
         self.account = StepAccount(meter, settings, after_chunk)
         sync = PlannedSync(model, trained, torch.distributed.group.WORLD if ranks > 1 and not is_sharded else None)
 

@@ -1,6 +1,8 @@
 """`python -m train plan` against runs: predicted peak of live tensors next to the measured one, and next to resident memory.
 
     python -m bench plan [--size tiny 100m] [--kind full lora qlora] [--retain 0 all] [--csv FILE]
+    python -m bench plan --order [--size 100m] [--repeat 3]     settings by predicted and by measured time (`bench/plan/order.py`)
+    python -m bench plan --grid [RECIPE:GPU[:RANKS] ...]        `plan --best` next to a full grid (`bench/plan/grid.py`); an hour
 
 The measured peak is of the second step of the real run (`train.step`, the recipe's optimizer with its state there already)
 under `train.plan.live_bytes`, which sees what bitsandbytes dequantises for a product as it sees any tensor. Resident is how much
@@ -18,48 +20,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import measure, models, tables
+from bench import measure, tables
 from bench.measure import resident, restart_resident_peak
+from bench.plan.recipe import PAIRS, write
 
 _MADV_DONTNEED = 4
-PAIRS = {"tiny": 32, "100m": 6}
-BUDGET = {"tiny": 1024, "100m": 512}
 KINDS = {
     "full": {},
     "lora": {"lora": {"r": 16, "alpha": 64, "dropout": 0.1, "dora": False}},
     "qlora": {"lora": {"r": 16, "alpha": 64, "dropout": 0.1, "dora": False}, "quantization": "nf4", "optimizer": "paged_adamw_8bit"},
 }
-
-
-def write(folder: Path, size: str) -> dict:
-    """Model and rows of the encode benchmark's mix below `folder`; a recipe's values but for how it trains."""
-    from vlm2vec.data.mmeb import write_train
-
-    models.write(size, str(folder / "model"))
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    items = models.inputs(size, 2 * PAIRS[size])
-    sides = []
-    for number, item in enumerate(items):
-        text = item if isinstance(item, str) else item.get("text", "") if isinstance(item, dict) else ""
-        image = None if isinstance(item, str) else item["image"] if isinstance(item, dict) else item
-        if image is not None:
-            image.save(folder / "images" / f"{number}.png")
-        sides.append((text if image is None else f"<|image_1|>\n{text}", "" if image is None else f"{number}.png"))
-    rows = [
-        {"qry": q[0], "qry_image_path": q[1], "pos_text": t[0], "pos_image_path": t[1]}
-        for q, t in zip(sides[: PAIRS[size]], sides[PAIRS[size] :], strict=True)
-    ]
-    write_train(folder / "train", "Mix", rows)
-    data = {"root": str(folder / "train"), "images": str(folder / "images"), "sources": [{"name": "Mix"}]}
-    return {
-        "model": str(folder / "model"),
-        "output": str(folder / "output"),
-        "data": data,
-        "steps": 2,
-        "global_batch": PAIRS[size],
-        "chunk_tokens": BUDGET[size],
-        "cpu": True,
-    }
 
 
 def _settle(model) -> None:
@@ -141,7 +111,7 @@ CHILDREN = {"last of": last_of}
 
 def in_child(what: str, *values: dict) -> dict:
     """`last_of` in a process of its own, whose resident peak tells of tensors."""
-    return measure.in_child("bench.plan", "last of", what, *values, **measure.BLOCKS_GIVEN_BACK)
+    return measure.in_child("bench.plan.run", "last of", what, *values, **measure.BLOCKS_GIVEN_BACK)
 
 
 def compared(size: str, values: dict, warm: dict, kind: str, retain: str) -> dict:
@@ -176,12 +146,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--retain", nargs="+", choices=("0", "all"), default=["0", "all"])
+    parser.add_argument("--order", action="store_true", help="order of settings by predicted and by measured time")
+    parser.add_argument("--grid", nargs="*", metavar="RECIPE:GPU[:RANKS]", help="plan --best next to a full grid; default five recipes")
+    parser.add_argument("--repeat", type=int, default=3, help="measured steps of --order")
+
+
+def of_times(args: argparse.Namespace) -> int:
+    """The tables of predicted times."""
+    from bench.plan import grid, order
+
+    made, missed = [], []
+    if args.order:
+        sizes = [size for size in args.size if size != "tiny" or args.size == ["tiny"]]
+        tables_of = [order.rows(size, args.repeat) for size in sizes]
+    else:
+        tables_of = (([row], lacks) for row, lacks in grid.rows(args.grid or [*grid.RECIPES]))
+    for rows, lacks in tables_of:
+        made += [{"part": "plan", **row} for row in rows]
+        missed += lacks
+        for row in rows:
+            print("  ".join(f"{name} {cell}" for name, cell in row.items()), flush=True)
+    return tables.conclude(made, missed, args.csv)
 
 
 def main(argv=None) -> int:
     parser = tables.parser("plan", __doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.order or args.grid is not None:
+        return of_times(args)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         warm = write(Path(folder, "warm"), "tiny")
