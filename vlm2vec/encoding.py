@@ -203,13 +203,7 @@ def encode(
     hint_at_paths(inputs)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
-        raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
-    widths = getattr(getattr(model, "config", None), "matryoshka_dimensions", None)
-    if truncate_dim is not None and widths and truncate_dim not in widths:
-        raise ValueError(
-            f"truncate_dim={truncate_dim}: expected one of {', '.join(map(str, widths))}, which config.json says it was trained for"
-        )
+    require_width(model, truncate_dim)
     dim = truncate_dim or model.embedding_dim
     out = torch.empty(len(inputs), dim, dtype=torch.float32, device=keep_on or model.device)
     with evaluating(model):
@@ -242,6 +236,17 @@ def encode(
                 require_finite(out[start : start + len(features)], start)
     out = out[0] if single else out
     return out if convert_to_tensor else out.cpu().numpy()
+
+
+def require_width(model: nn.Module, truncate_dim: int | None) -> None:
+    """ValueError for a number of dimensions that the model's vectors cannot be cut to; None is all of them."""
+    if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
+        raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
+    widths = getattr(getattr(model, "config", None), "matryoshka_dimensions", None)
+    if truncate_dim is not None and widths and truncate_dim not in widths:
+        raise ValueError(
+            f"truncate_dim={truncate_dim}: expected one of {', '.join(map(str, widths))}, which config.json says it was trained for"
+        )
 
 
 NOT_FINITE = "the model's vector for it is not finite; load it with dtype bfloat16 or float32 (float16 overflows), and look at its weights"
