@@ -18,6 +18,7 @@ TABLES = {
     "gpu": "eight minutes on a machine with CUDA: is everything right there, how fast, and what do predictions miss",
     "encode": "embedding mixed texts and images: packed, next to padded ways and sentence-transformers",
     "eval": "an evaluation from disk to score files, and ranking alone, next to the reference's way",
+    "serve": "the server under load next to encode of the same inputs, and the index of 100,000 vectors",
     "step": "one GradCache training step next to other ways to the same gradients",
     "plan": "the planned peak of memory next to runs: bytes of live tensors, and resident memory",
 }

@@ -39,12 +39,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM or SIGINT."""
+        self.force_exit = self.should_exit
         self.service.drain()
         if not self.should_exit:
             end = threading.Timer(self.service.limits.drain_seconds, self.service.batcher.close)
             end.daemon = True
             end.start()
-        super().handle_exit(sig, frame)
+        self.should_exit = True
 
 
 def run(app: FastAPI, service: Service, listening: socket.socket) -> None:
