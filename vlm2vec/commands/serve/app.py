@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 INLINE_BYTES = 32 << 10  # a body that is read without leaving the thread of the event loop
+THROWN_AWAY = 1 << 30  # bytes of a refused body that are read before its connection is closed
 COUNTED = ("/v1/embeddings", "/search", "/thumbnail")
 
 
@@ -52,19 +53,29 @@ class Service:
         self.batcher.drain()
 
     async def body(self, request: Request) -> bytes:
-        """A request's body. BadRequest (413) beyond the limit, Refused where the queue is full: before it is read where it says its size."""
-        most = self.limits.body_mib << 20
+        """A request's body. BadRequest (413) beyond the limit, Refused where the queue is full.
+
+        What is refused is read to its end and thrown away, since clients that are still writing would see a broken connection and no answer.
+        """
+        most, parts, size = self.limits.body_mib << 20, [], 0
         told = request.headers.get("content-length", "")
-        size = int(told) if told.isdecimal() and len(told) < 20 else 0
-        if size > most:
-            raise BadRequest(f"a body of {size} bytes: expected at most {most}", status=413)
-        self.batcher.admit(size)
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise BadRequest(f"a body of more than {most} bytes: expected at most that", status=413)
-            parts.append(part)
+        told_size = int(told) if told.isdecimal() and len(told) < 20 else 0
+        try:
+            if told_size > most:
+                raise BadRequest(f"a body of {told_size} bytes: expected at most {most}", status=413)
+            self.batcher.admit(told_size)
+            async for part in request.stream():
+                size += len(part)
+                parts.append(part)
+                if size > most:
+                    raise BadRequest(f"a body of more than {most} bytes: expected at most that", status=413)
+        except (BadRequest, Refused):
+            parts.clear()
+            async for part in request.stream():
+                size += len(part)
+                if size > THROWN_AWAY:
+                    break
+            raise
         return b"".join(parts)
 
     async def embed(self, request: Request, inputs: list[Any], role: str | None, weight: int) -> Embedded:
