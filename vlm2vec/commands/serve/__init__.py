@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
-    from vlm2vec.commands.serve.server import bound
+    from vlm2vec.commands.serve.server import BACKLOG, bound
     from vlm2vec.commands.serve.server import run as serve
 
     listening = bound(args.host, args.port)
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     page = f"; {where}/ searches {len(service.index)} entries" if service.index is not None else ""
+    listening.listen(BACKLOG)  # who reads the next line may connect
     print(f"{service.name} at {where}/v1/embeddings{page}", flush=True)
     serve(app, service, listening)
     print("stopped", file=sys.stderr)
