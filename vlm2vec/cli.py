@@ -1,4 +1,4 @@
-"""`vlm2vec embed | index | search | serve | eval | mine | train | merge | info`. An expected error is one line on stderr and exit code 2."""
+"""`vlm2vec embed | index | search | serve | eval | mine | train | merge | info`. An expected error is one line and exit code 2."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,9 @@ def one_width(rows: int, width: int) -> list[dict]:
         index = step("open", lambda: Index.open(Path(place) / "index"))
         queries = model.table[:16] + 0.3 * np.random.default_rng(1).standard_normal((16, width), dtype=np.float32) / width**0.5
         step("first query", lambda: index.search_vectors(queries[:1], 10))
-        for count in (1, 16):
-            for turn in range(5):
-                found, wall, cpu = clocked(lambda: index.search_vectors(queries[:count], 10))
-                steps.append((f"search, {count} queries" if count > 1 else "search, one query", wall, cpu))
+        for name, some in (("search, one query", queries[:1]), ("search, 16 queries", queries)):
+            for _ in range(5):
+                found = step(name, partial(index.search_vectors, some, 10))
         opened = resident("VmRSS") - before
         scores = queries.astype(np.float64) @ model.table.T.astype(np.float64)
         scores[:, 5] = -np.inf

@@ -10,13 +10,13 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vlm2vec.data.bulk.inputs import rooted
 from vlm2vec.data.index import identity
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.files import replacing
 from vlm2vec.files.documents import shown
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
-from vlm2vec.media.sources import is_data_uri, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
         for kind in VISUAL_KEYS:
             if row.get(kind):
                 try:
-                    row[kind] = _below(root, row[kind])
+                    row[kind] = rooted(root, row[kind])
                 except TypeError:
                     raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {shown(row[kind])}") from None
         keys.append(str(number - 1) if key is None else str(key))
@@ -147,15 +147,6 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
     if not inputs:
         raise ValueError(f"{path}: no rows")
     return keys, inputs
-
-
-def _below(root: str, value):
-    """Paths of a row taken from `root`; URLs, data: URIs and base64 as they are."""
-    if isinstance(value, list):
-        return [_below(root, v) for v in value]
-    if isinstance(value, dict):
-        return value | {"path": os.path.join(root, value["path"])} if value.get("path") else value
-    return value if is_url(value) or is_data_uri(value) else os.path.join(root, value)
 
 
 def require_own_output(path: str, model: str) -> None:
@@ -237,9 +228,7 @@ def require_same_model(path: str, about: dict[str, str], model: VLM2Vec, name: s
     if "model_identity" not in about:
         print(f"{path} does not say which model made it; it should be {name}, or scores mean nothing", file=sys.stderr)
         return
-    wrong = identity.mismatch(
-        json.loads(about["model_identity"]), model_told(model), path, about.get("model"), name, "embed again"
-    )
+    wrong = identity.mismatch(json.loads(about["model_identity"]), model_told(model), path, about.get("model"), name, "embed again")
     if wrong:
         raise ValueError(wrong)
 

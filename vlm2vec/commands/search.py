@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vec.checkpoint.words import said_as
 from vlm2vec.commands import common
+from vlm2vec.data.index import identity
 from vlm2vec.media.endings import FILMS, PICTURES
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the model, instead of naming it in front of the queries")
     parser.add_argument("--images", help="folder of images to search")
     parser.add_argument("--index", help="instead of --images: what vlm2vec index wrote, a folder or a file")
-    parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed --as document wrote with the same model")
+    parser.add_argument(
+        "--embeddings", help="instead of --images: what vlm2vec embed --as document wrote with the same model, a file or a folder of shards"
+    )
     parser.add_argument("-k", type=int, default=5, help="how many to show for each query (default 5)")
     parser.add_argument(
         "--prompt", help="prompt of the queries: a name or the text itself (default: the model's for queries, else MMEB's words)"
@@ -82,6 +85,8 @@ def _in_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     paths = common.images_below(args.images) if args.images is not None else None
     file = args.index or args.embeddings
+    if args.embeddings is not None and os.path.isdir(args.embeddings):
+        return _in_shards(args)
     stored = common.read_embeddings(file) if file else None
     name, queries = model_and_queries(args, (stored[2].get("model") if args.index else None) if stored else None)
     model = common.load_model(name, args)
@@ -98,6 +103,25 @@ def _in_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {"query": query, "results": [{"rank": rank, "score": score, "key": keys[i]} for rank, (score, i) in enumerate(zip(*row), 1)]}
         for query, row in zip(queries, zip(scores.tolist(), index.tolist()))
+    ]
+
+
+def _in_shards(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a folder of shards holds for each query."""
+    from vlm2vec.data.bulk.shards import read_shards
+    from vlm2vec.data.index.nearest import nearest
+
+    shards, about = read_shards(args.embeddings)
+    name, queries = model_and_queries(args, about["model"])
+    model = common.load_model(name, args)
+    compared = json.dumps(identity.compared(about["model_identity"]))
+    common.require_same_model(args.embeddings, {"model": about["model"], "model_identity": compared}, model, name)
+    vectors, _ = _vectors_of(model, queries, args)
+    keys = [key for shard in shards for key in shard.keys]
+    scores, places = nearest(vectors.cpu(), [shard.embeddings for shard in shards if shard.keys], args.k)
+    return [
+        {"query": query, "results": [{"rank": rank, "score": score, "key": keys[i]} for rank, (score, i) in enumerate(zip(*row), 1)]}
+        for query, row in zip(queries, zip(scores.tolist(), places.tolist()))
     ]
 
 

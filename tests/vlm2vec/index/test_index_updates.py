@@ -120,7 +120,9 @@ def test_search_is_exact_through_many_segments(tmp_path, few_rows):
             assert [hit.score for hit in hits] == pytest.approx(row[order].tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("queries", "k", "said"), [(torch.zeros(1, 5), 1, "expected (Q, 12)"), (torch.zeros(1, WIDTH), 0, "k=0: expected")])
+@pytest.mark.parametrize(
+    ("queries", "k", "said"), [(torch.zeros(1, 5), 1, "expected (Q, 12)"), (torch.zeros(1, WIDTH), 0, "k=0: expected")]
+)
 def test_what_cannot_be_searched(folder, tmp_path, queries, k, said):
     index = Index(tmp_path / "i", model=StubModel())
     with pytest.raises(ValueError, match="nothing is indexed yet"):

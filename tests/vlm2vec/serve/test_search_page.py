@@ -94,7 +94,9 @@ def test_words_in_the_browser(site, tmp_path):
     seen = in_browser(address + "/hand/words", tmp_path)
     hits = index.search("a fox", 24)
     assert seen["keys"] == [hit.key for hit in hits] and "more/owl <b>.png" in seen["keys"]
-    assert seen["shown"] == [60 if hit.kind == "image" else "a note on <i>foxes</i>" for hit in hits], "pictures are loaded, texts are shown"
+    assert seen["shown"] == [60 if hit.kind == "image" else "a note on <i>foxes</i>" for hit in hits], (
+        "pictures are loaded, texts are shown"
+    )
     assert re.fullmatch(r"4 found in \d+ ms", seen["told"]) and seen["bold"] == 0, "names are text, never markup"
     assert seen["outside"] == 0, "the page asks no other server"
 

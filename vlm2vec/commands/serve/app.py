@@ -55,7 +55,7 @@ class Service:
     async def body(self, request: Request) -> bytes:
         """A request's body. BadRequest (413) beyond the limit, Refused where the queue is full.
 
-        What is refused is read to its end and thrown away, since clients that are still writing would see a broken connection and no answer.
+        What is refused is read to its end and thrown away: clients that are still writing would see a broken connection and no answer.
         """
         most, parts, size = self.limits.body_mib << 20, [], 0
         told = request.headers.get("content-length", "")
@@ -200,4 +200,10 @@ def failure(error: Exception) -> Response:
 
 
 def _model(service: Service) -> dict:
-    return {"id": service.name, "object": "model", "created": service.started, "owned_by": "vlm2vec", "dimensions": service.model.embedding_dim}
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "vlm2vec",
+        "dimensions": service.model.embedding_dim,
+    }

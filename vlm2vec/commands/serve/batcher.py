@@ -2,8 +2,9 @@
 
     submit -> waiting -> (threads: processing) -> ready -> (one thread: the model) -> the request's future
 
-Requests that wait give one input each in turn, so that a short one is not kept by a long one before it. What is ready is bounded by inputs and tokens, so that memory is that of a few passes, however much waits. A pass begins when enough is
-ready, when nothing else is on its way, or when the first input has waited `wait_ms`.
+Requests that wait give one input each in turn, so that a short one is not kept by a long one before it. What is ready is bounded by
+inputs and tokens, so that memory is that of a few passes, however much waits. A pass begins when enough is ready, when nothing else is
+on its way, or when the first input has waited `wait_ms`.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ class Index:
         index = cls(path, model=model, load=load)
         if model is not None:
             index.require_model(model)
+        index.search_vectors(torch.zeros(1, index.dimensions), 1)  # what is imported by a first search is imported now
         return index
 
     @classmethod
