@@ -107,8 +107,9 @@ def test_a_large_body_is_refused_before_it_is_read(server):
     assert status == 413 and "expected at most 4194304" in answer["error"]["message"]
 
 
-def test_an_input_that_the_model_cannot_take_is_named(server):
-    picture = {"type": "image_url", "image_url": pixels(4000, 10)}  # an aspect that Qwen's processor refuses
+def test_an_input_that_the_model_cannot_take_is_named(server, place):
+    cut = base64.b64encode((place / "pictures/fox.png").read_bytes()[:3000]).decode()  # its header is whole
+    picture = {"type": "image_url", "image_url": f"data:image/png;base64,{cut}"}
     status, answer, _ = server.ask("/v1/embeddings", {"input": ["fine", [picture]]})
     assert status == 400 and answer["error"]["message"].startswith("input 1: ") and answer["error"]["param"] == "input"
 
