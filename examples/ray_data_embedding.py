@@ -18,16 +18,14 @@ from vlm2vec.ray import Embedder
 def embed(rows: str, output: str, model: str, *, workers: int, gpus: float, batch_size: int, embedder=Embedder, **options) -> None:
     """Write the rows with their vectors as parquet files into `output`; `options` are the embedder's."""
     dataset = (ray.data.read_parquet if rows.endswith(".parquet") else ray.data.read_json)(rows)
-    embedded = dataset.map_batches(
+    # a worker's task is a block: by blocks of a batch each, a worker that dies costs its batch, and all workers have something to do
+    embedded = dataset.repartition(target_num_rows_per_block=batch_size).map_batches(
         embedder,
         fn_constructor_args=(model,),
         fn_constructor_kwargs=options,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=gpus,
         batch_size=batch_size,
-        # a worker that dies (out of memory, a lost machine) is started again, and what it was at is run again
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     embedded.write_parquet(output)
 

@@ -1,8 +1,9 @@
 """`Embedder`: a model as a worker of Ray Data, for embedding on many machines.
 
-    dataset.map_batches(Embedder, fn_constructor_kwargs={"model": MODEL}, concurrency=8, num_gpus=1, batch_size=256)
+    rows.repartition(target_num_rows_per_block=256).map_batches(
+        Embedder, fn_constructor_args=(MODEL,), compute=ray.data.ActorPoolStrategy(size=8), num_gpus=1, batch_size=256)
 
-Ray streams the data, starts the workers, and starts one again where it dies, with the batch it had. This module needs no Ray itself.
+Ray streams the rows, starts the workers, and starts one again where it dies, with the block of rows that it had. This module needs no Ray.
 """
 
 from __future__ import annotations
