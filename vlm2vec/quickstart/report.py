@@ -12,8 +12,6 @@ from pathlib import Path
 
 from vlm2vec.files import AnyPath
 from vlm2vec.inputs import IMAGE_MARKER
-from vlm2vec.quickstart.build import read_summary
-from vlm2vec.quickstart.tasks import META_TASKS
 from vlm2vec.media.report import (
     Answer,
     Card,
@@ -33,6 +31,8 @@ from vlm2vec.media.report import (
     write_page,
 )
 from vlm2vec.media.report.table import percent
+from vlm2vec.quickstart.build import read_summary
+from vlm2vec.quickstart.tasks import META_TASKS
 
 SHOWN = 4  # queries a task, spread over its rows
 TITLES = {"classification": "Classification", "vqa": "Question answering", "retrieval": "Retrieval", "grounding": "Grounding"}

@@ -15,6 +15,7 @@ import torch
 
 from vlm2vec.commands.serve.errors import BadRequest
 from vlm2vec.files.documents import kind, parse_json, shown
+from vlm2vec.media.images import measure_picture
 from vlm2vec.media.sources import is_data_uri, loadable
 
 FIELDS = ("input", "messages", "model", "dimensions", "encoding_format", "input_type", "user")
@@ -165,22 +166,15 @@ def _part(part: Any, where: str, pixels: int) -> dict:
 
 def picture(url: Any, where: str, pixels: int) -> bytes:
     """The bytes of a data URI, whose header says that it is a picture of at most so many pixels."""
-    import io
-
-    from PIL import Image
-
     field = where.partition("[")[0].partition(".")[0]
     if not is_data_uri(url):
         told = f"{kind(url)}" if not isinstance(url, str) else repr(url[:40])
         raise BadRequest(f"{where}: expected a data URI, data:image/png;base64,..., got {told}; addresses and files are not read", field)
     try:
         content = loadable(url)
-        with Image.open(io.BytesIO(content)) as picture:
-            width, height = picture.size
-    except (ValueError, OSError, Image.DecompressionBombError) as e:
-        raise BadRequest(f"{where}: not an image that can be read ({' '.join(str(e).split())[:160]})", field) from None
-    if width * height > pixels:
-        raise BadRequest(f"{where}: {width} x {height} pixels, expected at most {pixels} in all; send it smaller", field)
+        measure_picture(content, max_pixels=pixels)
+    except ValueError as e:
+        raise BadRequest(f"{where}: {e}", field) from None
     return content
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vlm2vec.data.bulk.shards import COMPLETE, SETTINGS, Shard, numbers, shard_name, told_inputs, write_shard
-from vlm2vec.files import write_json
+from vlm2vec.files import PART, write_json
 from vlm2vec.files.documents import read_object
 
 Encode = Callable[[Iterable[Any]], Iterator[tuple[torch.Tensor, dict[int, str]]]]  # as `encoding.encode_stream`
@@ -92,7 +92,7 @@ def settle(folder: Path, settings: dict[str, Any]) -> None:
         if other:
             raise ValueError(f"{folder} was made with other {', '.join(other)}; give the same, or name another folder")
         return
-    if folder.is_dir() and any(not name.startswith(".lock") and not name.endswith(".part") for name in os.listdir(folder)):
+    if folder.is_dir() and any(not name.startswith(".lock") and not name.endswith(PART) for name in os.listdir(folder)):
         raise ValueError(f"{folder} holds other files and no {SETTINGS}; name a new folder")
     write_json(path, settings)
 

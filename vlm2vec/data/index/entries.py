@@ -16,12 +16,12 @@ from typing import Any
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key
 from vlm2vec.files.documents import read_text, shown
-from vlm2vec.inputs import VISUAL_KEYS
+from vlm2vec.inputs import MODALITIES, VISUAL_KEYS
 from vlm2vec.media.endings import FILMS, PICTURES
 from vlm2vec.media.sources import is_data_uri, is_url
 
 TEXTS = (".txt", ".md")
-KINDS = {"image": PICTURES, "video": FILMS, "text": TEXTS}
+KINDS = dict(zip(MODALITIES, (TEXTS, PICTURES, FILMS), strict=True))
 ROW = "row"  # the kind of a JSONL's rows
 SNIPPET = 300  # characters of a text that the index keeps to be shown
 SETTLED_NS = 2_000_000_000  # a file that changed this short a time ago may change again within one tick of its clock

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.data.index.segments import PREFIX, SUFFIX, Segment, open_segment
-from vlm2vec.files import sync_to_disk, write_json, write_table
+from vlm2vec.files import PART, write_bytes, write_json
 from vlm2vec.files.documents import kind, read_object
 
 MANIFEST = "index.json"
@@ -112,13 +112,14 @@ def read_state(folder: Path, verify: bool = True) -> State:
 def write_state(folder: Path, about: dict[str, Any], rows: list[Row], segments: list[str]) -> None:
     """Make this the index. The segments are on disk by now; `index.json` comes last, and what it does not name goes after it."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     table = pa.table({name: [getattr(row, name) for row in rows] for name in COLUMNS}, schema=_schema())
-    part = folder / "rows.new"
-    write_table(part, table)
-    name = f"rows-{_digest(part)}.parquet"
-    os.replace(part, folder / name)
-    sync_to_disk(folder)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    name = f"rows-{_digest(content)}.parquet"
+    write_bytes(folder / name, content)
     write_json(folder / MANIFEST, {**about, "format": FORMAT, "count": len(rows), "rows": name, "segments": segments})
     for path in unnamed(folder, {name, *segments}):
         with contextlib.suppress(FileNotFoundError):
@@ -127,8 +128,7 @@ def write_state(folder: Path, about: dict[str, Any], rows: list[Row], segments: 
 
 def unnamed(folder: Path, named: set[str]) -> list[Path]:
     """Files of an index that are none of `named`: what an update replaced, or one that was killed left."""
-    ours = [*folder.glob(f"{PREFIX}*{SUFFIX}"), *folder.glob("rows-*.parquet"), *folder.glob(f"{PREFIX}*.part")]
-    ours += [*folder.glob("rows*.part"), *folder.glob("rows.new"), *folder.glob(f"{MANIFEST}.*.part")]
+    ours = [*folder.glob(f"{PREFIX}*{SUFFIX}"), *folder.glob("rows-*.parquet"), *folder.glob(f"*{PART}")]
     return sorted(path for path in ours if path.name not in named)
 
 
@@ -138,15 +138,15 @@ def _schema() -> Any:
     return pa.schema([(name, pa.binary() if name == "content" else pa.string()) for name in COLUMNS])
 
 
-def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def _read_rows(path: Path, name: str) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if name != f"rows-{_digest(path)}.parquet":
+    if name != f"rows-{_digest(path.read_bytes())}.parquet":
         raise ValueError(f"{path} is damaged (its content is not what was written); remove the index and make it again")
     try:
         table = pq.read_table(path, schema=_schema())
