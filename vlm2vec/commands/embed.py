@@ -80,7 +80,7 @@ def collect(args: argparse.Namespace) -> tuple[list[str], list]:
 
 def run(args: argparse.Namespace) -> int:
     if (args.output is None) == (args.shards is None):
-        raise ValueError("the following arguments are required: --output/-o; or --shards DIR, one of them; vlm2vec embed --help says more")
+        raise ValueError("--shards DIR, or else --output FILE, one of them, is required: --output/-o; vlm2vec embed --help says more")
     if args.shards is not None:
         return _shards(args)
     if not args.output.endswith(".safetensors"):
