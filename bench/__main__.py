@@ -19,6 +19,7 @@ TABLES = {
     "encode": "embedding mixed texts and images: packed, next to padded ways and sentence-transformers",
     "eval": "an evaluation from disk to score files, and ranking alone, next to the reference's way",
     "wide": "memory of an evaluation of wide pools and long texts, next to holding all inputs",
+    "serve": "the server under load next to encode of the same inputs, and the index of 100,000 vectors",
     "step": "one GradCache training step next to other ways to the same gradients",
     "plan": "the planned peak of memory next to runs: bytes of live tensors, and resident memory",
 }

@@ -1,4 +1,4 @@
-"""`vlm2vec embed | index | search | eval | mine | train | merge | info`. An expected error is one line on stderr and exit code 2."""
+"""`vlm2vec embed | index | search | serve | eval | mine | train | merge | info`. An expected error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from vlm2vec.commands.notices import keep_back
 
 COMMANDS = {
     "embed": "embeddings of files or of a JSONL, written to a safetensors file",
-    "index": "the images of a folder, embedded once, for search",
+    "index": "the images, films and texts of a folder, embedded once and kept up to date, for search",
     "search": "the images of a folder, an index or a file of embeddings that fit texts or images best",
+    "serve": "embeddings over HTTP as OpenAI's clients ask for them, and a page to search an index",
     "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
     "mine": "hard negatives for training data",
     "data": "preview the rows of a recipe as the model will see them, and what of them cannot be read",

@@ -8,9 +8,10 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -203,13 +204,7 @@ def encode(
     hint_at_paths(inputs)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
-        raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
-    widths = getattr(getattr(model, "config", None), "matryoshka_dimensions", None)
-    if truncate_dim is not None and widths and truncate_dim not in widths:
-        raise ValueError(
-            f"truncate_dim={truncate_dim}: expected one of {', '.join(map(str, widths))}, which config.json says it was trained for"
-        )
+    require_width(model, truncate_dim)
     dim = truncate_dim or model.embedding_dim
     out = torch.empty(len(inputs), dim, dtype=torch.float32, device=keep_on or model.device)
     with evaluating(model):
@@ -230,18 +225,97 @@ def encode(
                 features = coming.result()
                 if start + starts.step < len(inputs):
                     coming = worker.submit(prepare, start + starts.step)
-                good = [row for row, made in enumerate(features) if made is not None]
-                out[start : start + len(features)] = 0
-                for places in chunks([features[row].length for row in good], batch_size, model.device.type):
-                    rows = [good[place] for place in places]
-                    packed = model.pack([features[row] for row in rows]).to(model.device)
-                    hidden = model(packed)[:, :dim].float()
-                    hidden = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
-                    out[torch.tensor(rows, device=out.device) + start] = hidden.to(out.device)
-                    bar.update(len(rows))
-                require_finite(out[start : start + len(features)], start)
+                window = out[start : start + len(features)]
+                for rows in _embed(model, features, window, batch_size, normalize_embeddings):
+                    bar.update(rows)
+                require_finite(window, start)
     out = out[0] if single else out
     return out if convert_to_tensor else out.cpu().numpy()
+
+
+def _embed(
+    model: nn.Module, features: list[Features | None], out: torch.Tensor, batch_size: int, normalize_embeddings: bool = True
+) -> Iterator[int]:
+    """Fill (n, D) `out` with the vectors of n features, on its own device as they are made; rows without features are zero.
+
+    Yields how many rows each pass of the model has made.
+    """
+    out.zero_()
+    good = [row for row, made in enumerate(features) if made is not None]
+    for places in chunks([features[row].length for row in good], batch_size, model.device.type):
+        rows = [good[place] for place in places]
+        packed = model.pack([features[row] for row in rows]).to(model.device)
+        hidden = model(packed)[:, : out.shape[1]].float()
+        hidden = F.normalize(hidden, dim=-1) if normalize_embeddings else hidden
+        out[torch.tensor(rows, device=out.device)] = hidden.to(out.device)
+        yield len(rows)
+
+
+@torch.no_grad()
+def encode_stream(
+    model: nn.Module,
+    inputs: Iterable[Any],
+    *,
+    prompt: str | None = None,
+    batch_size: int = 32,
+    truncate_dim: int | None = None,
+    urls: bool = False,
+    skip_bad: bool = False,
+) -> Iterator[tuple[torch.Tensor, dict[int, str]]]:
+    """Embed inputs without end: as `encode` does, and of equal vectors, but two windows of inputs in memory at most.
+
+    Args:
+        inputs: read by another thread, a window ahead.
+        skip_bad: inputs that cannot be read are told and not raised.
+
+    Yields:
+        ((n, D) float32 vectors of length 1 on the CPU, {row of these: why it cannot be read}) of the next n inputs, in their order.
+
+    Raises:
+        ValueError: names an input by its number.
+
+    Example:
+        >>> from vlm2vec.encoding import encode_stream
+        >>> sum(len(vectors) for vectors, bad in encode_stream(model, ("a fox" for _ in range(3))))
+        3
+    """
+    require_width(model, truncate_dim)
+    coming, first = iter(inputs), 0
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+
+    def one(x: Any) -> Features:
+        x = with_prompt(model, [x], prompt)[0]
+        return model.processing(with_fetched(x, model) if urls else x)
+
+    def prepare(start: int) -> tuple[list[Features | None], dict[int, str]]:
+        bad: dict[int, str] = {}
+        window = list(islice(coming, batch_size * WINDOW_CHUNKS))
+        return preprocess(one, window, start, pool, bad if skip_bad else None), bad
+
+    with evaluating(model), ThreadPoolExecutor(1) as worker, ThreadPoolExecutor(threads) as pool:
+        ahead = worker.submit(prepare, 0)
+        while True:
+            features, bad = ahead.result()
+            if not features:
+                return
+            ahead = worker.submit(prepare, first + len(features))
+            vectors = torch.empty(len(features), truncate_dim or model.embedding_dim)
+            for _ in _embed(model, features, vectors, batch_size):
+                pass
+            require_finite(vectors, first)
+            yield vectors, {row - first: why for row, why in bad.items()}
+            first += len(features)
+
+
+def require_width(model: nn.Module, truncate_dim: int | None) -> None:
+    """ValueError for a number of dimensions that the model's vectors cannot be cut to; None is all of them."""
+    if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
+        raise ValueError(f"truncate_dim={truncate_dim}: expected 1 to {model.embedding_dim}")
+    widths = getattr(getattr(model, "config", None), "matryoshka_dimensions", None)
+    if truncate_dim is not None and widths and truncate_dim not in widths:
+        raise ValueError(
+            f"truncate_dim={truncate_dim}: expected one of {', '.join(map(str, widths))}, which config.json says it was trained for"
+        )
 
 
 NOT_FINITE = "the model's vector for it is not finite; load it with dtype bfloat16 or float32 (float16 overflows), and look at its weights"

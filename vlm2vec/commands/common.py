@@ -10,12 +10,13 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vlm2vec.data.bulk.inputs import rooted
+from vlm2vec.data.index import identity
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.files import replacing
 from vlm2vec.files.documents import shown
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
-from vlm2vec.media.sources import is_data_uri, is_url
 
 if TYPE_CHECKING:
     import torch
@@ -90,14 +91,18 @@ def encode_named(
     worst = min(bad)
     if len(bad) == len(inputs):
         raise ValueError(f"none of the {len(inputs)} {what}s can be read, {keys[worst]} because of: {bad[worst]}")
-    print(f"left out {len(bad)} of {len(inputs)} {what}s that cannot be read:", file=sys.stderr)
-    for place in sorted(bad)[:MOST_NAMED]:
-        reason = bad[place]
-        print(f"  {reason if f'{keys[place]}:' in reason else f'{keys[place]}: {reason}'}"[:500], file=sys.stderr)
-    if len(bad) > MOST_NAMED:
-        print(f"  and {len(bad) - MOST_NAMED} more", file=sys.stderr)
+    tell_left_out({keys[place]: bad[place] for place in sorted(bad)}, len(inputs), what)
     good = [place for place in range(len(inputs)) if place not in bad]
     return rows[good], [keys[place] for place in good]
+
+
+def tell_left_out(bad: dict[str, str], total: int, what: str) -> None:
+    """On stderr: how many of `total` were left out, and the first of them with why, {key: why}."""
+    print(f"left out {len(bad)} of {total} {what}s that cannot be read:", file=sys.stderr)
+    for key, reason in list(bad.items())[:MOST_NAMED]:
+        print(f"  {reason if f'{key}:' in reason else f'{key}: {reason}'}"[:500], file=sys.stderr)
+    if len(bad) > MOST_NAMED:
+        print(f"  and {len(bad) - MOST_NAMED} more", file=sys.stderr)
 
 
 def _named(message: str, keys: list[str]) -> str:
@@ -134,7 +139,7 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
         for kind in VISUAL_KEYS:
             if row.get(kind):
                 try:
-                    row[kind] = _below(root, row[kind])
+                    row[kind] = rooted(root, row[kind])
                 except TypeError:
                     raise ValueError(f"{path}, line {number}: {kind} should be a path or a list of paths, got {shown(row[kind])}") from None
         keys.append(str(number - 1) if key is None else str(key))
@@ -142,15 +147,6 @@ def read_jsonl(path: str, root: str | None = None) -> tuple[list[str], list[dict
     if not inputs:
         raise ValueError(f"{path}: no rows")
     return keys, inputs
-
-
-def _below(root: str, value):
-    """Paths of a row taken from `root`; URLs, data: URIs and base64 as they are."""
-    if isinstance(value, list):
-        return [_below(root, v) for v in value]
-    if isinstance(value, dict):
-        return value | {"path": os.path.join(root, value["path"])} if value.get("path") else value
-    return value if is_url(value) or is_data_uri(value) else os.path.join(root, value)
 
 
 def require_own_output(path: str, model: str) -> None:
@@ -178,10 +174,7 @@ def _is_embeddings(path: str) -> bool:
 def model_told(model: VLM2Vec) -> dict:
     """What tells whether two sets of embeddings can be compared, JSON-able: weights, precision and tokenizer, not limits of images or
     prompts, which one side may have otherwise."""
-    from vlm2vec.evaluation.encode.keys import model_identity
-
-    identity = model_identity(model)
-    return {name: identity[name] for name in ("family", "weights", "dtype", "config", "adapter", "tokenizer") if name in identity}
+    return identity.compared(identity.whole(model))
 
 
 def write_embeddings(path: str, embeddings: torch.Tensor, keys: list[str], about: dict, told: dict | None = None) -> None:
@@ -235,15 +228,9 @@ def require_same_model(path: str, about: dict[str, str], model: VLM2Vec, name: s
     if "model_identity" not in about:
         print(f"{path} does not say which model made it; it should be {name}, or scores mean nothing", file=sys.stderr)
         return
-    made, now = json.loads(about["model_identity"]), model_told(model)
-    other = [part for part in now if made.get(part) != now[part]]
-    if other == ["dtype"] or (set(other) <= {"dtype", "weights"} and "dtype" in other):
-        made_in, loaded = (said["dtype"].removeprefix("torch.") for said in (made, now))
-        raise ValueError(f"{path} was embedded in {made_in}, {name} is loaded in {loaded}; give --dtype {made_in}, or embed again")
-    if other:
-        raise ValueError(
-            f"{path} was made by another model ({about.get('model')}) than {name}: other {', '.join(other)}; embed with it again"
-        )
+    wrong = identity.mismatch(json.loads(about["model_identity"]), model_told(model), path, about.get("model"), name, "embed again")
+    if wrong:
+        raise ValueError(wrong)
 
 
 def _checksum(embeddings: torch.Tensor) -> str:

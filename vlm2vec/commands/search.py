@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vec.checkpoint.words import said_as
 from vlm2vec.commands import common
+from vlm2vec.data.index import identity
 from vlm2vec.media.endings import FILMS, PICTURES
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="the model, instead of naming it in front of the queries")
     parser.add_argument("--images", help="folder of images to search")
-    parser.add_argument("--index", help="instead of --images: a file that vlm2vec index wrote")
-    parser.add_argument("--embeddings", help="instead of --images: a file that vlm2vec embed --as document wrote with the same model")
+    parser.add_argument("--index", help="instead of --images: what vlm2vec index wrote, a folder or a file")
+    parser.add_argument(
+        "--embeddings", help="instead of --images: what vlm2vec embed --as document wrote with the same model, a file or a folder of shards"
+    )
     parser.add_argument("-k", type=int, default=5, help="how many to show for each query (default 5)")
     parser.add_argument(
         "--prompt", help="prompt of the queries: a name or the text itself (default: the model's for queries, else MMEB's words)"
@@ -48,22 +51,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from contrastive_kernels import topk_similarity
-
     given = [name for name in ("images", "index", "embeddings") if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError("give --images DIR or --embeddings FILE or --index FILE, one of them")
     if args.k < 1:
         raise ValueError(f"-k must be at least 1, got {args.k}")
+    if args.index is not None and os.path.isdir(args.index):
+        found = _in_index(args)
+    else:
+        found = _in_memory(args)
+    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found)))
+    return 0
+
+
+def _in_index(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What an index, a folder, holds for each query."""
+    from vlm2vec.data.index import Index
+
+    index = Index.open(args.index)
+    name, queries = model_and_queries(args, index.about.get("model"))
+    model = common.load_model(name, args)
+    index.require_model(model)
+    vectors, _ = _vectors_of(model, queries, args)
+    return [
+        {"query": query, "results": [{"rank": rank, "score": hit.score, "key": hit.key} for rank, hit in enumerate(hits, 1)]}
+        for query, hits in zip(queries, index.search_vectors(vectors, args.k))
+    ]
+
+
+def _in_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a folder of images, embedded now, or a file of embeddings holds for each query."""
+    from contrastive_kernels import topk_similarity
+
     paths = common.images_below(args.images) if args.images is not None else None
     file = args.index or args.embeddings
+    if args.embeddings is not None and os.path.isdir(args.embeddings):
+        return _in_shards(args)
     stored = common.read_embeddings(file) if file else None
     name, queries = model_and_queries(args, (stored[2].get("model") if args.index else None) if stored else None)
-    if not all(query.strip() for query in queries):
-        raise ValueError("a query is empty; say what to look for")
     model = common.load_model(name, args)
-    asked, prompt = _asked(model, [_query(query) for query in queries], args.prompt, "query")
-    vectors, _ = common.encode_named(model, asked, queries, what="query", prompt=prompt, batch_size=args.batch_size)
+    vectors, _ = _vectors_of(model, queries, args)
     if stored is not None:
         targets, keys = _from_file(file, stored, model, name, vectors)
     else:
@@ -73,12 +100,35 @@ def run(args: argparse.Namespace) -> int:
             model, inputs, keys, skip_bad=args.skip_bad, what="image", prompt=prompt, batch_size=args.batch_size
         )
     scores, index = topk_similarity(vectors, targets.to(vectors.device), min(args.k, len(keys)))
-    found = [
+    return [
         {"query": query, "results": [{"rank": rank, "score": score, "key": keys[i]} for rank, (score, i) in enumerate(zip(*row), 1)]}
         for query, row in zip(queries, zip(scores.tolist(), index.tolist()))
     ]
-    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found)))
-    return 0
+
+
+def _in_shards(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a folder of shards holds for each query."""
+    from vlm2vec.data.bulk.shards import read_shards
+    from vlm2vec.data.index.nearest import nearest
+
+    shards, about = read_shards(args.embeddings)
+    name, queries = model_and_queries(args, about["model"])
+    model = common.load_model(name, args)
+    compared = json.dumps(identity.compared(about["model_identity"]))
+    common.require_same_model(args.embeddings, {"model": about["model"], "model_identity": compared}, model, name)
+    vectors, _ = _vectors_of(model, queries, args)
+    keys = [key for shard in shards for key in shard.keys]
+    scores, places = nearest(vectors.cpu(), [shard.embeddings for shard in shards if shard.keys], args.k)
+    return [
+        {"query": query, "results": [{"rank": rank, "score": score, "key": keys[i]} for rank, (score, i) in enumerate(zip(*row), 1)]}
+        for query, row in zip(queries, zip(scores.tolist(), places.tolist()))
+    ]
+
+
+def _vectors_of(model: VLM2Vec, queries: list[str], args: argparse.Namespace) -> tuple[torch.Tensor, list[str]]:
+    """(vectors (Q, D), queries) as they are encoded."""
+    asked, prompt = _asked(model, [_query(query) for query in queries], args.prompt, "query")
+    return common.encode_named(model, asked, queries, what="query", prompt=prompt, batch_size=args.batch_size)
 
 
 def model_and_queries(args: argparse.Namespace, of_index: str | None = None) -> tuple[str, list[str]]:
@@ -87,6 +137,13 @@ def model_and_queries(args: argparse.Namespace, of_index: str | None = None) -> 
     Args:
         of_index: the model that made the index, which is the default.
     """
+    name, queries = _model_and_queries(args, of_index)
+    if not all(query.strip() for query in queries):
+        raise ValueError("a query is empty; say what to look for")
+    return name, queries
+
+
+def _model_and_queries(args: argparse.Namespace, of_index: str | None) -> tuple[str, list[str]]:
     words, default = list(args.words), of_index or (QUICKSTART_MODEL if os.path.isdir(QUICKSTART_MODEL) else None)
     if args.model:
         return args.model, words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from vlm2vec.files.documents import parse_json, require_regular
@@ -10,7 +11,12 @@ from vlm2vec.inputs import whole_characters
 
 
 def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
-    """(line number from 1, value) of every line that is not blank. Halves of surrogate pairs in strings become U+FFFD.
+    """`iter_json_lines`, whole."""
+    return list(iter_json_lines(path))
+
+
+def iter_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank, a line in memory at a time. Halves of surrogate pairs become U+FFFD.
 
     Raises:
         ValueError: names the file, and the line that is not JSON.
@@ -18,17 +24,13 @@ def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
     require_regular(path)
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            lines = file.read().split("\n")
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, read_json_value(line, f"{path}, line {number}")
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
-    values = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        values.append((number, read_json_value(line, f"{path}, line {number}")))
-    return values
 
 
 def read_json_value(text: str, where: str) -> Any:

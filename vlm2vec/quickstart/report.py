@@ -12,9 +12,7 @@ from pathlib import Path
 
 from vlm2vec.files import AnyPath
 from vlm2vec.inputs import IMAGE_MARKER
-from vlm2vec.quickstart.build import read_summary
-from vlm2vec.quickstart.tasks import META_TASKS
-from vlm2vec.report import (
+from vlm2vec.files.report import (
     Answer,
     Card,
     Query,
@@ -32,7 +30,9 @@ from vlm2vec.report import (
     tiles,
     write_page,
 )
-from vlm2vec.report.table import percent
+from vlm2vec.files.report.table import percent
+from vlm2vec.quickstart.build import read_summary
+from vlm2vec.quickstart.tasks import META_TASKS
 
 SHOWN = 4  # queries a task, spread over its rows
 TITLES = {"classification": "Classification", "vqa": "Question answering", "retrieval": "Retrieval", "grounding": "Grounding"}

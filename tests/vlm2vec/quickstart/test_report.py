@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from vlm2vec.files.report import Answer, Card, Query, Score, Series, curve, grid, inline_image, mean_by_meta_task, score_lines, score_table
 from vlm2vec.quickstart import build
 from vlm2vec.quickstart.__main__ import main
 from vlm2vec.quickstart.benchmark import Size
 from vlm2vec.quickstart.report import report
-from vlm2vec.report import Answer, Card, Query, Score, Series, curve, grid, inline_image, mean_by_meta_task, score_lines, score_table
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -3,10 +3,10 @@
 Plain functions that take numbers and return HTML; nothing here knows which benchmark it shows.
 """
 
-from vlm2vec.report.curve import Series, curve
-from vlm2vec.report.grids import Answer, Card, Query, grid, inline_image, picture_strip
-from vlm2vec.report.page import facts, page, section, tiles, write_page
-from vlm2vec.report.table import Score, mean_by_meta_task, score_lines, score_table
+from vlm2vec.files.report.curve import Series, curve
+from vlm2vec.files.report.grids import Answer, Card, Query, grid, inline_image, picture_strip
+from vlm2vec.files.report.page import facts, page, section, tiles, write_page
+from vlm2vec.files.report.table import Score, mean_by_meta_task, score_lines, score_table
 
 __all__ = [
     "Answer",
