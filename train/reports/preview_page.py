@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.files import AnyPath
+from vlm2vec.files.report import page, section, tiles, write_page
 from vlm2vec.media import read_frames
 from vlm2vec.media.inline import inline_thumbnail
-from vlm2vec.report import page, section, tiles, write_page
 
 from ..data.shown_rows import Shown, SourceShown, counts
 from ..recipe.schema import Recipe

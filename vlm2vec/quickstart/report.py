@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlm2vec.files import AnyPath
-from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.files.report import (
     Answer,
     Card,
@@ -31,6 +30,7 @@ from vlm2vec.files.report import (
     write_page,
 )
 from vlm2vec.files.report.table import percent
+from vlm2vec.inputs import IMAGE_MARKER
 from vlm2vec.quickstart.build import read_summary
 from vlm2vec.quickstart.tasks import META_TASKS
 
