@@ -42,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
+    from vlm2vec.commands.serve.memory import FreePages
     from vlm2vec.commands.serve.server import BACKLOG, bound
     from vlm2vec.commands.serve.server import run as serve
 
+    FreePages().share_heaps()  # before the model and its threads
     listening = bound(args.host, args.port)
     service = made(args, limits)
     from vlm2vec.commands.serve.app import create_app

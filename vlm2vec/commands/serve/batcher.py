@@ -24,6 +24,7 @@ import torch
 
 from vlm2vec import encoding
 from vlm2vec.commands.serve.limits import Limits, Refused
+from vlm2vec.commands.serve.memory import FreePages
 
 if TYPE_CHECKING:
     from vlm2vec.model import VLM2Vec
@@ -88,6 +89,7 @@ class Batcher:
     def __init__(self, model: VLM2Vec, limits: Limits, observe: Callable[[int, int, float], None] | None = None):
         self.model, self.limits, self.observe = model, limits, observe
         self._budget = encoding.MAX_CHUNK_TOKENS.get(model.device.type, encoding.MAX_CHUNK_TOKENS["cuda"])
+        self._pages = FreePages()
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._ready: list[Job] = []
@@ -255,6 +257,7 @@ class Batcher:
                         return
                     taken, self._ready = [job for job in self._ready if not job.dropped], []
                     self._changed.notify_all()
+                self._pages.give_back()
                 for rows in encoding.chunks([job.features.length for job in taken], self.limits.batch_size, self.model.device.type):
                     self._pass([taken[row] for row in rows])
 
