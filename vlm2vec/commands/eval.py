@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
@@ -89,11 +88,12 @@ def _is_recipe(data: str | None) -> bool:
 
 def _held_out(args: argparse.Namespace, rank: int, barrier: Callable[[], None] | None) -> list:
     """The held-out rows of a recipe as tasks, one a source; --data is their folder from here on."""
-    from vlm2vec.evaluation.loaders.pairs import pair_tasks
+    from vlm2vec.evaluation.loaders.pairs import FILE, pair_tasks
 
     folder = Path(args.output) / "held-out"
     if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        for earlier in folder.glob(f"*/{FILE}"):
+            earlier.unlink()
         import_module(f"{trainer()}.data.held_out_pairs").write_held_out(args.data, folder)
     if barrier is not None:
         barrier()
