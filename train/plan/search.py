@@ -76,8 +76,7 @@ def make_plan(recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", effic
     recipe.check_ranks(ranks)
     at_hand = plan_batch.has_data(recipe)
     if not at_hand and recipe.plan is None:
-        place = recipe.data.root or recipe.data.sources[0].path
-        raise ValueError(f"the data ({place}) is not here; say in `plan.rows` what a batch looks like, or copy the data")
+        raise ValueError(f"data.root {recipe.data.root} is not a folder here; say in `plan.rows` what a batch looks like, or copy the data")
     made: dict[str, Any] = {}
 
     def batch(processing: Any) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 
 from vlm2vec.commands import common
-from vlm2vec.commands.train import trainer
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -82,25 +80,6 @@ def _chosen(table, names):
     return tasks
 
 
-def _is_recipe(data: str | None) -> bool:
-    return data is not None and data.endswith((".yaml", ".yml")) and not Path(data).is_dir()
-
-
-def _held_out(args: argparse.Namespace, rank: int, barrier: Callable[[], None] | None) -> list:
-    """The held-out rows of a recipe as tasks, one a source; --data is their folder from here on."""
-    from vlm2vec.evaluation.loaders.pairs import FILE, pair_tasks
-
-    folder = Path(args.output) / "held-out"
-    if rank == 0:
-        for earlier in folder.glob(f"*/{FILE}"):
-            earlier.unlink()
-        import_module(f"{trainer()}.data.held_out_pairs").write_held_out(args.data, folder)
-    if barrier is not None:
-        barrier()
-    args.data = str(folder)
-    return _chosen({task.name: task for task in pair_tasks(folder)}, args.tasks)
-
-
 def _with_hub(args, names, extra):
     from vlm2vec.evaluation.tasks import find_tasks, load_tasks
 
@@ -112,23 +91,26 @@ def _with_hub(args, names, extra):
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlm2vec.commands import held_out
+
+    if held_out.is_recipe(args.data) and not args.list:
+        _need(args)
+        return held_out.run(args, _evaluate)
     from vlm2vec.evaluation.report.listing import list_tasks
 
     if args.list:
         print("\n".join(list_tasks()))
         return 0
     _need(args)
-    tasks = None if _is_recipe(args.data) else _tasks(args)
+    tasks = _tasks(args)
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
     from vlm2vec.evaluation.loaders import check_loader
 
-    for task in tasks or ():
+    for task in tasks:
         check_loader(task)
     rank, world, barrier = process_group()
     args.device = args.device or local_device()
     with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
-        if tasks is None:
-            tasks = _held_out(args, rank, barrier)
         _evaluate(args, tasks, rank, world, barrier)
     finish()
     return 0

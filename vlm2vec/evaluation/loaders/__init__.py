@@ -10,6 +10,7 @@ from vlm2vec.evaluation.tasks.task_data import TaskData
 from vlm2vec.files import AnyPath
 
 LOADERS = {
+    "pairs": ("pairs", "load_pairs"),
     "mmeb": ("image", "load_mmeb"),
     "video_labels": ("video", "load_labels"),
     "video_choice": ("video", "load_choice"),
@@ -17,12 +18,12 @@ LOADERS = {
     "moments": ("moment", "load_moments"),
     "momentseeker": ("moment", "load_momentseeker"),
     "documents": ("document", "load_documents"),
-    "pairs": ("pairs", "load_pairs"),
 }
 
 
 # What a task must say for its loader to read it: keys of the task, and keys of its `options`.
 NEEDS = {
+    "pairs": ((), ()),
     "mmeb": ((), ()),
     "video_labels": (("query_prompt",), ("video", "label")),
     "video_choice": (("query_prompt",), ("video", "question", "answer")),
@@ -30,7 +31,6 @@ NEEDS = {
     "moments": (("query_prompt", "target_prompt"), ("video", "text")),
     "momentseeker": (("query_prompt", "target_prompt"), ("text",)),
     "documents": (("query_prompt", "target_prompt"), ()),
-    "pairs": ((), ()),
 }
 
 
