@@ -70,11 +70,11 @@ _USAGE = f"""usage: {COMMAND} RECIPE [--key value ...] [--fresh] [--profile STEP
 RECIPE is a YAML file, or the name of one of the project's recipes, which --list lists; --key value overrides a key of it,
 nested ones with dots: --loss.temperature 0.05.
 A run that was interrupted goes on from its last complete checkpoint; --fresh discards what the output folder holds.
+`preview` shows rows as the model will see them, and counts what cannot be read (also `vlm2vec data preview`).
 --profile STEP writes a trace of that step into the output folder, for https://ui.perfetto.dev: its operators and kernels, with
 waiting for data, first pass, loss, second pass, synchronisation and optimizer as named ranges. One file a rank.
 `plan` predicts memory, FLOPs and time without reading a weight; `plan --help` lists the GPUs it knows.
-`teach` embeds the rows with another model, whose vectors the loss `distillation` reads.
-`preview` shows rows as the model will see them, and counts what cannot be read (also `vlm2vec data preview`)."""
+`teach` embeds the rows with another model, whose vectors the loss `distillation` reads."""
 
 
 if __name__ == "__main__":
