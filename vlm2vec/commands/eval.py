@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.commands import common, reproduce
-from vlm2vec.commands.train import trainer
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -82,26 +79,12 @@ def _need(args):
         raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
-def _is_recipe(data: str | None) -> bool:
-    return data is not None and data.endswith((".yaml", ".yml")) and not Path(data).is_dir()
-
-
-def _held_out(args: argparse.Namespace, rank: int, barrier: Callable[[], None] | None) -> list:
-    """The held-out rows of a recipe as tasks, one a source; --data is their folder from here on."""
-    from vlm2vec.evaluation.loaders.pairs import pair_tasks
-    from vlm2vec.evaluation.tasks.choose import named
-
-    folder = Path(args.output) / "held-out"
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        import_module(f"{trainer()}.data.held_out_pairs").write_held_out(args.data, folder)
-    if barrier is not None:
-        barrier()
-    args.data = str(folder)
-    return named({task.name: task for task in pair_tasks(folder)}, args.tasks)
-
-
 def run(args: argparse.Namespace) -> int:
+    from vlm2vec.commands import held_out
+
+    if held_out.is_recipe(args.data) and not args.list:
+        _need(args)
+        return held_out.run(args, _evaluate)
     from vlm2vec.evaluation.report.listing import list_tasks
     from vlm2vec.evaluation.tasks.choose import chosen_tasks
 
@@ -110,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     row = reproduce.apply_row(args)
     _need(args)
-    of_recipe = _is_recipe(args.data)
-    tasks = [] if of_recipe else chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
+    tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
     if args.check:
         return reproduce.check(args, tasks, _options(args))
     if row is not None:
@@ -119,13 +101,11 @@ def run(args: argparse.Namespace) -> int:
     from vlm2vec.evaluation.encode.processes import finish, local_device, process_group
     from vlm2vec.evaluation.loaders import check_loader
 
-    for task in tasks or ():
+    for task in tasks:
         check_loader(task)
     rank, world, barrier = process_group()
     args.device = args.device or local_device()
     with locked(args.output, "an evaluation") if rank == 0 else nullcontext():
-        if of_recipe:
-            tasks = _held_out(args, rank, barrier)
         rows = _evaluate(args, tasks, rank, world, barrier)
         if row is not None and rank == 0:
             reproduce.tell(row, rows, args)

@@ -24,7 +24,9 @@ def place(tmp_path_factory):
     (root / "model").mkdir()
     BUILDERS["qwen2_vl"](root / "model")
     write_pictures(root / "pictures")
-    return root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        yield root
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def write(root, output, **changes):
     path = root / f"{output}.yaml"
     sources = json.loads((root / "sources.json").read_text())
     recipe = {"model": str(root / "model"), "output": str(root / output), "data": {"sources": sources, "hard_negatives": True}}
-    recipe |= {"steps": STEPS, "save_steps": 1, "global_batch": 8, "interleave_batch_size": 4, "chunk_tokens": 300, "workers": 1}
+    recipe |= {"steps": STEPS, "save_steps": 1, "global_batch": 8, "interleave_batch_size": 4, "chunk_tokens": 300}
     recipe |= {"learning_rate": 1e-3, "logging_steps": 1, "cpu": True, "held_out": {"rows": 2, "steps": 4}}
     path.write_text(yaml.safe_dump(recipe | changes))
     return path

@@ -51,6 +51,16 @@ class JsonLines:
             raise ValueError(f"{where} is not UTF-8 text ({error.reason} at its byte {error.start}); save it as UTF-8") from error
         return _object(parse_json(text, where), where, "\\u" in text)
 
+    def column(self, name: str) -> list[Any]:
+        """The values of a key in all rows; None where a row lacks it or is none."""
+        values = []
+        for row in range(len(self)):
+            try:
+                values.append(self.read(row, None).get(name))
+            except ValueError:  # told when the row is read
+                values.append(None)
+        return values
+
 
 class Listed:
     """Rows that were read whole."""

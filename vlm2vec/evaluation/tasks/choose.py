@@ -37,10 +37,10 @@ def chosen_tasks(words: Iterable[str], data: AnyPath | None, *, hub: bool = Fals
     published = load_tasks(protocol)
     if protocol == "v3":  # what only its archives hold cannot be had from the hub set by set
         published = {name: task for name, task in published.items() if name in load_tasks()}
-    return named({**published, **extra, **local}, names)
+    return _named({**published, **extra, **local}, names)
 
 
-def named(table: dict[str, Task], names: Sequence[str]) -> list[Task]:
+def _named(table: dict[str, Task], names: Sequence[str]) -> list[Task]:
     """Those of a table that the names mean, all of it without names. Raises: ValueError where nothing is."""
     tasks = [task for task in table.values() if not names or any(task.is_called(name) for name in names)]
     if not tasks:
