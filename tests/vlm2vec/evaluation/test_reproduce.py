@@ -69,11 +69,7 @@ def test_nothing_differs_where_nothing_changed(small, capsys, file):
         (["--option", "max_length=64"], "UCF101", ["limit:     max_length: none there, 64 here"]),
         (["--prompt", "Find: "], "OpenMoji-Object", ["prompt:    prompt: none there, 'Find: ' here"]),
         (["--protocol", "v2"], "UCF101", ["protocol:  protocol: 'v1' there, 'v2' here"]),
-        (
-            ["--option", "orientation=exif"],
-            "UCF101",
-            ["pictures:  pictures: {} there, {'orientation': 'exif'} here", "orientation: 'stored' there"],
-        ),  # fmt: skip
+        (["--option", "orientation=exif"], "UCF101", ["pictures: {} there, {'orientation': 'exif'}", "orientation: 'stored' there"]),
         (["--option", "positions=mrope"], "UCF101", ["feeding:   positions: 'sequential' there, 'mrope' here"]),
         (["--dtype", "bfloat16"], "UCF101", ["precision: model dtype: 'torch.float32' there, 'torch.bfloat16' here"]),
     ],
