@@ -9,8 +9,9 @@ time in Python: stack the candidates' vectors, cosine, argmax. Ranking alone: th
 (one row at a time, which spares it a second matrix) against `topk_similarity`. Each peer runs in its own process, so peak
 memory is its own. The model has learnt eight rows of each data set by heart, so that scores are not 0; they must agree before a time is
 shown. The reference itself maps and processes row by row, which the imitation does not: it took 3.3 times ours where the imitation
-took 2.65, and 4 to 5 times on the quickstart's data. Where data sets share nothing (--apart) both decode and see the same pictures, and the
-imitation's products and attention are 2.5 times ours in FLOPs: nothing exact can be faster than that by much. With one thread (OMP_NUM_THREADS=1) end to end is judged by the
+took 2.65, and 4 to 5 times on the quickstart's data. Where data sets share nothing (--apart) both peers decode and see the same
+pictures, and the imitation's products and attention are 2.5 times ours in FLOPs: nothing exact is faster than that by much. With one
+thread (OMP_NUM_THREADS=1) end to end is judged by the
 processor's time, which others on the machine do not change; ours decodes pictures in further threads, and their time counts.
 """
 
