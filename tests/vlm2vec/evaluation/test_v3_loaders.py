@@ -111,6 +111,28 @@ def test_words_around_pictures_and_films(place):
     assert read(root, "Clotho").queries[2]["text"].endswith("textual description.\nQuery: angle:95")
 
 
+def test_tools_are_read_once_and_by_category(tmp_path):
+    """Tasks of one category share their candidates; a corpus of several categories is ranked by the query's own."""
+    expected = v3_layouts.tools(tmp_path)
+    other = tmp_path / "tool-tasks" / "ToolDe-Queries" / "web" / "apigen" / "queries-00000-of-00001.parquet"
+    other.parent.mkdir(parents=True)
+    other.write_bytes((tmp_path / "tool-tasks/ToolDe-Queries/web/apibank/queries-00000-of-00001.parquet").read_bytes())
+    one, two = read(tmp_path, "toolde/web/apibank"), read(tmp_path, "toolde/web/apigen")
+    assert one.candidates is two.candidates and one.local is None and expected
+    assert read(tmp_path, "toolde/web/apibank", "wemm").candidates is not one.candidates
+    tools = tmp_path / "tool-tasks" / "ToolDe-Candidates" / "web" / "tools-00000-of-00001.parquet"
+    rows = [
+        {"id": f"t{i}", "documentation": f"angle:{a}", "category": c} for i, (a, c) in enumerate(((10, "web"), (33, "code"), (90, "web")))
+    ]
+    v3_layouts.table(tools, *rows)
+    loaded = read(tmp_path, "toolde/web/apibank")
+    assert loaded.local == [[0, 2], [0, 2]] and texts(loaded.candidates)[1] == "angle:33"
+    assert loaded.problems.summary()["not_json"]["rows"] == 3 and not loaded.problems
+    v3_layouts.table(tools, *(row | {"category": row["category"].replace("web", "customized")} for row in rows))
+    with pytest.raises(ValueError, match="row 0: category 'web' has no tools; the corpus has customized, code"):
+        read(tmp_path, "toolde/web/apibank")
+
+
 def test_several_screenshots(place):
     root, _, _ = place
     screen = read(root, "GAE-GUIAct_q2s")

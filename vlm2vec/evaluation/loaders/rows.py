@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class Rows:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
+    def only(self, *names: str) -> Iterator[dict[str, Any]]:
+        """As iteration, of these columns alone where a table can: ids without the pictures and sounds beside them."""
+        return iter(self)
+
     def where(self, at: int) -> str:
         """How a message names a row."""
         return f"{self.source}, row {at}"
@@ -67,7 +72,7 @@ class Lines(Rows):
 
     def __init__(self, files: Sequence[Path]):
         self.source = str(files[0])
-        self.files, self.columns, self._open = list(files), [], {}
+        self.files, self.columns, self._open, self._lock = list(files), [], {}, threading.Lock()
         self.places: list[tuple[int, int, int]] = []  # file, first byte, bytes of each line
         for number, file in enumerate(files):
             require_regular(file)
@@ -86,9 +91,16 @@ class Lines(Rows):
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         number, start, length = self.places[at]
-        if number not in self._open:
-            self._open[number] = open(self.files[number], "rb")
-        return self._row(at, os.pread(self._open[number].fileno(), length, start))  # threads share no place in the file
+        with self._lock:  # threads share the place in a file
+            if number not in self._open:
+                self._open[number] = open(self.files[number], "rb")
+            self._open[number].seek(start)
+            line = self._open[number].read(length)
+        return self._row(at, line)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_open", {}).values():
+            file.close()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         at = 0
@@ -125,6 +137,7 @@ class Table(Rows):
                 self.table = Dataset.from_parquet([str(file) for file in files]).data.table
             else:
                 self.table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
+                pa.default_memory_pool().release_unused()  # unpacking takes as much again, and is kept for a next time
         except (OSError, ValueError, pa.ArrowInvalid) as error:
             told = (str(error).splitlines() or [type(error).__name__])[0][:250]
             raise ValueError(f"{self.source} cannot be read: {told}") from error
@@ -137,7 +150,11 @@ class Table(Rows):
         return {name: self.table.column(name)[at].as_py() for name in self.columns}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.table.to_batches(max_chunksize=BATCH):
+        return self.only(*self.columns)
+
+    def only(self, *names: str) -> Iterator[dict[str, Any]]:
+        chosen = self.table.select([name for name in names if name in self.columns])
+        for batch in chosen.to_batches(max_chunksize=BATCH):
             yield from batch.to_pylist()
 
 

@@ -38,10 +38,10 @@ def heard(text: str, value: Any, folder: Path, where: str) -> dict[str, Any]:
 def _in_order(rows: Rows, label: str, label_ids: list[str]) -> list[str]:
     """Label names by their integer ids where the table tells them (an id that no row has is the text of its number), else sorted."""
     named: dict[int, str] = {}
-    for at, row in enumerate(rows):
+    for at, row in enumerate(rows.only(label, *label_ids)):
         number = pick(row, label_ids)
         if number is None or isinstance(number, str) and not number.lstrip("-").isdigit():
-            return sorted({str(row[label]) for row in rows})
+            return sorted({str(row[label]) for row in rows.only(label)})
         named.setdefault(int(number), str(row[label]))
         if named[int(number)] != str(row[label]):
             raise ValueError(
@@ -74,7 +74,7 @@ def load_sound_labels(task: Task, root: AnyPath | None, media: AnyPath, **_: Any
         folder = Path(media) / o["folder"].format(**row) if o.get("folder") else Path(media)
         return heard(text, row[audio], folder, task.name)
 
-    for at, row in enumerate(rows):
+    for at, row in enumerate(rows.only(label)):
         data.queries.append(Lazy(rows, at, make))
         data.local.append(everything)
         data.labels.append([pool.index[str(row[label])]])
@@ -106,8 +106,9 @@ def _corpus(task: Task, root: AnyPath | None, data: TaskData, pool: Pool, make: 
     """Every row of the task's corpus in the pool."""
     corpus = open_rows(root, task, task.options["corpus"], "corpus")
     data.held.append(corpus)
-    for at, row in enumerate(corpus):
-        name = row_id(row, ("corpus-id", *CANDIDATE_IDS), corpus.where(at))
+    names = ("corpus-id", *CANDIDATE_IDS)
+    for at, row in enumerate(corpus.only(*names)):
+        name = row_id(row, names, corpus.where(at))
         if name in pool.index:
             data.problems.add("duplicate_candidates", at, f"{corpus.where(at)}: {name}")
         pool.add(name, Lazy(corpus, at, make), name)
@@ -175,7 +176,7 @@ def _pictures(task, root, media, data, pool, cache) -> Found:
     def make(row):
         return heard(task.query_prompt, row["audio"], media, task.name)
 
-    for at, row in enumerate(queries):
+    for at, row in enumerate(queries.only("image_id", *QUERY_IDS)):
         where = queries.where(at)
         yield row_id(row, QUERY_IDS, where), Lazy(queries, at, make), id_text(row["image_id"], f"{where}, image_id")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 from vlm2vec.evaluation.loaders.ids import CANDIDATE_IDS, QUERY_IDS, id_text, row_id
-from vlm2vec.evaluation.loaders.rows import Rows, open_rows, require_columns
+from vlm2vec.evaluation.loaders.rows import Rows, find_files, open_rows, require_columns
 from vlm2vec.evaluation.loaders.texts import add_labels, tell_repeated, words
 from vlm2vec.evaluation.tasks import Task
 from vlm2vec.evaluation.tasks.task_data import Lazy, Pool, TaskData, unreadable
@@ -56,24 +57,43 @@ def _labels(value: Any, where: str) -> dict[str, float]:
     return {id_text(entry["id"], f"{where}, labels"): 1.0 for entry in found}
 
 
-def _pool(data: TaskData, corpus: Rows, task: Task) -> tuple[Pool, dict[str, list[int]]]:
-    """Tools as candidates, and which of them are of each category ("" where the corpus tells none)."""
-    pool, text = Pool(), as_lines if task.options.get("documentation") == "lines" else as_json
-    of_category: dict[str, list[int]] = {}
+class Tools:
+    """The tools of a corpus as candidates, and which of them are of each category ("" where the corpus tells none)."""
 
-    def make(row):
-        return {"text": words(task.target_prompt, text(row["documentation"]))}
+    def __init__(self, corpus: Rows, task: Task):
+        text = as_lines if task.options.get("documentation") == "lines" else as_json
+        self.corpus, self.pool = corpus, Pool()
+        self.of_category: dict[str, list[int]] = {}
+        self.noted: list[tuple[str, int, str]] = []  # problems, told to every task that reads these tools
 
-    for at, row in enumerate(corpus):
-        where = corpus.where(at)
-        name = row_id(row, CANDIDATE_IDS, where)
-        if isinstance(documentation(row["documentation"]), str):
-            data.problems.add("not_json", at, f"{where}: {name}")
-        if name in pool.index:
-            data.problems.add("duplicate_candidates", at, f"{where}: {name}")
-        else:
-            of_category.setdefault(str(row.get("category") or ""), []).append(pool.add(name, Lazy(corpus, at, make), name))
-    return pool, of_category
+        def make(row):
+            return {"text": words(task.target_prompt, text(row["documentation"]))}
+
+        for at, row in enumerate(corpus):
+            where = corpus.where(at)
+            name = row_id(row, CANDIDATE_IDS, where)
+            if isinstance(documentation(row["documentation"]), str):
+                self.noted.append(("not_json", at, f"{where}: {name}"))
+            if name in self.pool.index:
+                self.noted.append(("duplicate_candidates", at, f"{where}: {name}"))
+            else:
+                self.of_category.setdefault(str(row.get("category") or ""), []).append(self.pool.add(name, Lazy(corpus, at, make), name))
+
+
+_shared: weakref.WeakValueDictionary[tuple, Tools] = weakref.WeakValueDictionary()  # nineteen tasks rank the same 37,292 tools
+
+
+def read_tools(root: AnyPath | None, task: Task) -> Tools:
+    """The task's tools; while a task that reads the same files in the same words is in use, they are its own."""
+    files = [] if root is None else find_files(root, task.options["corpus"])
+    stamps = tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    key = (stamps, task.target_prompt, task.options.get("documentation"))
+    found = _shared.get(key)
+    if found is None:
+        corpus = open_rows(root, task, task.options["corpus"], "tools")
+        require_columns(corpus, "documentation")
+        found = _shared[key] = Tools(corpus, task)
+    return found
 
 
 def load_tools(task: Task, root: AnyPath | None, media: AnyPath, **_: Any) -> TaskData:
@@ -83,11 +103,12 @@ def load_tools(task: Task, root: AnyPath | None, media: AnyPath, **_: Any) -> Ta
     Options: `queries` and `corpus` are paths below the data folder; `documentation: lines` writes tools as lines instead of JSON.
     """
     o = task.options
-    queries, corpus = open_rows(root, task, o["queries"], "queries"), open_rows(root, task, o["corpus"], "tools")
+    queries, tools = open_rows(root, task, o["queries"], "queries"), read_tools(root, task)
     require_columns(queries, "query", "labels")
-    require_columns(corpus, "documentation")
-    data, ids = TaskData(task, grades=[], held=corpus), []
-    pool, of_category = _pool(data, corpus, task)
+    data, ids = TaskData(task, grades=[], held=tools), []
+    for kind_of, at, told in tools.noted:
+        data.problems.add(kind_of, at, told)
+    pool, of_category = tools.pool, tools.of_category
     data.local = [] if len(of_category) > 1 else None
     for at, row in enumerate(queries):
         where = queries.where(at)

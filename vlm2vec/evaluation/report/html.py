@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlm2vec.evaluation.report.listing import published_columns
 from vlm2vec.evaluation.report.summary import percent
 from vlm2vec.evaluation.score.aggregate import aggregate
-from vlm2vec.evaluation.tasks import published
 from vlm2vec.files import AnyPath, write_text
 from vlm2vec.inputs import MARKER
 from vlm2vec.media.inline import inline_thumbnail
@@ -66,9 +66,9 @@ def read_rows(path: AnyPath) -> list[dict[str, Any]]:
 
 
 def _score_table(rows):
-    books = published()
-    columns = [c for c in books["columns"] if any(c in books["models"].get(r["task"], {}) for r in rows)]
-    head = "".join(f'<th class="n">{html.escape(books["columns"][c])}</th>' for c in columns)
+    protocol = "v3" if any(r.get("protocol") == "v3" for r in rows) else "v2"
+    columns = [(name, scores) for name, scores in published_columns(protocol).values() if any(r["task"] in scores for r in rows)]
+    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name, _ in columns)
     out = [
         '<div class="wide"><table><tr><th>task</th><th>kind</th><th>metric</th><th class="n">score</th><th></th>'
         f'<th class="n">chance</th>{head}</tr>'
@@ -76,7 +76,7 @@ def _score_table(rows):
     for r in rows:
         chance = r["chance"] if r["metric"] == "hit@1" else None
         mark = f'<b style="left:{100 * chance:.1f}%"></b>' if chance is not None else ""
-        theirs = "".join(f'<td class="n">{books["models"].get(r["task"], {}).get(c, "-")}</td>' for c in columns)
+        theirs = "".join(f'<td class="n">{scores.get(r["task"], "-")}</td>' for _, scores in columns)
         out.append(
             f"<tr><td>{html.escape(r['task'])}</td><td>{html.escape(r['meta_task'])}</td><td>{r['metric']}</td>"
             f'<td class="n"><b>{percent(r["score"])}</b></td>'

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from vlm2vec.evaluation.tasks import load_tasks, published
-from vlm2vec.evaluation.tasks.score_rows import score_rows
-
-V3_COLUMNS = {  # shown beside MMEB-V3's tasks, by the rows' names
-    "q3_2b": "Qwen3-VL-Embedding-2B@v3-paper",
-    "q3_8b": "Qwen3-VL-Embedding-8B@v3-paper",
-    "v1_7b": "VLM2Vec-Qwen2VL-7B@v3-paper",
-    "v2_2b": "VLM2Vec-V2.0-2B@v3-paper",
-    "gme_7b": "GME-7B@v3-paper",
-    "wave": "WAVE-7B@v3-paper",
-    "omni": "Omni-Embed-Nemotron-3B@v3-paper",
-    "omni_r": "Omni-Embed-Nemotron-3B@v3-rerun",
-}
+from vlm2vec.evaluation.tasks.score_rows import score_rows, v3_columns
 
 
-def _columns(protocol: str) -> dict[str, tuple[str, dict[str, float]]]:
+def published_columns(protocol: str) -> dict[str, tuple[str, dict[str, float]]]:
     """{short name: (what it is, {task: percent})} of the published rows beside a protocol's tasks."""
     if protocol == "v3":
-        return {short: (name, score_rows()[name].scores) for short, name in V3_COLUMNS.items()}
+        return {short: (name, score_rows()[name].scores) for short, name in v3_columns().items()}
     books = published()
     return {
         short: (name, {task: cells[short] for task, cells in books["models"].items() if short in cells})
@@ -30,7 +19,7 @@ def _columns(protocol: str) -> dict[str, tuple[str, dict[str, float]]]:
 
 def list_tasks(protocol: str = "v2") -> list[str]:
     """Lines of the table, grouped, with published scores in percent. v1 and v2 have one table; v3 shows all 190 tasks."""
-    columns, tasks, lines, group = _columns(protocol), load_tasks(protocol), [], None
+    columns, tasks, lines, group = published_columns(protocol), load_tasks(protocol), [], None
     width = max(len(name) for name in tasks)
     head = f"{'task':<{width}}  {'split':<5} {'metric':<14} {'cand.':<6} {'queries':>7} {'of':>7}  " + "  ".join(f"{c:>6}" for c in columns)
     for task in tasks.values():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm2vec.evaluation.report.listing import published_columns
 from vlm2vec.evaluation.score.aggregate import aggregate
 from vlm2vec.evaluation.tasks import V2_GROUPS, known_tasks, published
 from vlm2vec.files import AnyPath, write_json, write_lines
@@ -80,16 +81,17 @@ def details_lines(rows: list[dict[str, Any]]) -> list[str]:
 def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, broken_shards: Sequence[str] = ()) -> list[str]:
     """Lines of summary.md."""
     books = published()
-    columns = list(books["columns"])
+    columns = published_columns("v3" if "v3" in means else "v2")
     known = any(r["task"] in books["models"] for r in rows)
     others = not_as_published(rows)
-    head = ["task", "group", "metric", model, *(books["columns"][c] for c in columns if known)]
+    shown = [(name, scores) for name, scores in columns.values() if any(r["task"] in scores for r in rows)] if "v3" in means else []
+    shown = shown or [column for column in columns.values() if known]
+    head = ["task", "group", "metric", model, *(name for name, _ in shown)]
     lines = [f"# {model}", "", "Scores in percent; the means are unweighted over data sets.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        theirs = books["models"].get(r["task"], {})
         cells = [r["task"], r["group"], r["metric"], f"**{percent(r['score'])}**"]
-        cells += [str(theirs.get(c, "-")) for c in columns if known]
+        cells += [str(scores.get(r["task"], "-")) for _, scores in shown]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"* {line}" for line in others)] if others else []
     lines += ["", "## Means", "", "| mean over | data sets | score |", "|---|---|---|"]
