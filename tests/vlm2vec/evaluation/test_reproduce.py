@@ -11,6 +11,7 @@ from vlm2vec.cli import main
 from vlm2vec.evaluation.reproduce.causes import fitting_causes, known_causes
 from vlm2vec.evaluation.reproduce.compare import Difference, differences
 from vlm2vec.evaluation.reproduce.expected import interval
+from vlm2vec.evaluation.reproduce.record import WORDS
 from vlm2vec.evaluation.reproduce.rows import find_row, read_scores
 from vlm2vec.evaluation.reproduce.verdict import compare_with, lines
 from vlm2vec.evaluation.tasks.score_rows import score_rows
@@ -238,6 +239,17 @@ def test_causes_that_fit():
     assert any("ViDoSeek-page-fixed" in word for word in labels)
     for cause in known_causes():
         assert cause.about and (cause.tasks or cause.modalities) and set(cause.modalities) <= set(TASK_MODALITIES)
+
+
+def test_what_a_run_cannot_follow_is_a_cause():
+    """The authors of Qwen3-VL-Embedding fed data sets' instructions otherwise than MMEB's rows hold them."""
+    row = find_row("Qwen3-VL-Embedding-8B, leaderboard@v2-qwen3vl")
+    run = {"settings": {"protocol": "v2", "feeding": "official", "frames": "fps:1,max:64", "prompt": None, "words": WORDS}}
+    run["model"] = {"options": {"feeding": "authors"}}
+    mine = {"task": "OK-VQA", "score": 0.70, "metric": "hit@1", "modality": "image", "num_queries": 1000, "run": run}
+    (verdict,) = compare_with(row, [mine])
+    assert verdict.state == "outside" and [d.what for d in verdict.differing] == ["data sets' instructions"]
+    assert any("the instruction belongs in the system message" in why for why in verdict.causes)
 
 
 def test_causes_stand_without_their_consequences():
