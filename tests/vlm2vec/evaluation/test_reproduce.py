@@ -11,9 +11,10 @@ from vlm2vec.cli import main
 from vlm2vec.evaluation.reproduce.causes import fitting_causes, known_causes
 from vlm2vec.evaluation.reproduce.compare import Difference, differences
 from vlm2vec.evaluation.reproduce.expected import interval
+from vlm2vec.evaluation.reproduce.record import WORDS
 from vlm2vec.evaluation.reproduce.rows import find_row, read_scores
 from vlm2vec.evaluation.reproduce.verdict import compare_with, lines
-from vlm2vec.evaluation.tasks.score_rows import SOURCES, score_rows
+from vlm2vec.evaluation.tasks.score_rows import score_rows
 from vlm2vec.evaluation.tasks.task import TASK_MODALITIES
 
 
@@ -199,7 +200,7 @@ def test_every_published_row_has_its_settings():
     assert find_row("Qwen3-VL-Embedding-2B@v3-paper").options["feeding"] == "raw"
     assert find_row("VLM2Vec-Qwen2VL-7B@v2-files").options["resolution"] == "high"
     assert str(find_row("VLM2Vec-V2.0-2B@v3-paper").frames) == "8"
-    assert set(SOURCES) | {"v1-files", "v2-files"} == set(yaml.safe_load(open_settings())["sources"])
+    assert {row.source for row in score_rows().values()} == set(yaml.safe_load(open_settings())["sources"])
 
 
 def open_settings():
@@ -238,6 +239,17 @@ def test_causes_that_fit():
     assert any("ViDoSeek-page-fixed" in word for word in labels)
     for cause in known_causes():
         assert cause.about and (cause.tasks or cause.modalities) and set(cause.modalities) <= set(TASK_MODALITIES)
+
+
+def test_what_a_run_cannot_follow_is_a_cause():
+    """The authors of Qwen3-VL-Embedding fed data sets' instructions otherwise than MMEB's rows hold them."""
+    row = find_row("Qwen3-VL-Embedding-8B, leaderboard@v2-qwen3vl")
+    run = {"settings": {"protocol": "v2", "feeding": "official", "frames": "fps:1,max:64", "prompt": None, "words": WORDS}}
+    run["model"] = {"options": {"feeding": "authors"}}
+    mine = {"task": "OK-VQA", "score": 0.70, "metric": "hit@1", "modality": "image", "num_queries": 1000, "run": run}
+    (verdict,) = compare_with(row, [mine])
+    assert verdict.state == "outside" and [d.what for d in verdict.differing] == ["data sets' instructions"]
+    assert any("the instruction belongs in the system message" in why for why in verdict.causes)
 
 
 def test_causes_stand_without_their_consequences():

@@ -30,6 +30,10 @@ def inputs_of(pictures):
     items = [{"text": ask, "image": str(pictures / f"{n}.png")} for n in range(3) for ask in asks]
     items += [{"text": f"Find a picture of this: {word}"} for word in ("a cat", "the dog on a mat", "x", "a cat in a hat")]
     items += [{"text": text} for text in ("cat", "Find", "Find a picture of this:")]
+    late = {"image": str(pictures / "0.png")}  # alike before a picture that is not among what is shared
+    items += [{"text": text, **late} for text in ("Represent this picture: <|image_1|>", "Represent this photo: <|image_1|> of a cat")]
+    both = {"image": [str(pictures / "0.png"), str(pictures / "1.png")]}
+    items += [{"text": f"<|image_1|> The other one is {word}: <|image_2|>", **both} for word in ("larger", "less large")]
     film = [str(pictures / f"{n}.png") for n in (0, 2, 0)]
     return items + [{"text": text, "video": film} for text in ("<|video_1|> What happens?", "<|video_1|> What happens here?")]
 
@@ -88,7 +92,7 @@ def test_a_picture_is_decoded_once(pictures, tmp_path, monkeypatch):
     model = VLM2Vec.from_pretrained(tmp_path, dtype="float32", device="cpu").eval()
     opened, open_one = [], type(model.processing).open
     monkeypatch.setattr(type(model.processing), "open", lambda self, image: opened.append(image) or open_one(self, image))
-    encoded(model, [item for item in inputs_of(pictures) if "image" in item])
+    encoded(model, [item for item in inputs_of(pictures) if isinstance(item.get("image"), str)])
     assert sorted(map(str, opened)) == [str(pictures / f"{n}.png") for n in range(3)]
 
 
@@ -111,14 +115,15 @@ def test_settings_and_kind_of_media_keep_inputs_apart(pictures):
 
 
 def test_the_last_layer_runs_whole_where_somebody_looks(tmp_path):
-    """With gradients, in training, or with a hook on the layer every token goes through it."""
+    """Outside of inference mode, or with a hook on the layer, every token goes through it."""
     tiny_models.qwen2_vl(tmp_path)
     model = VLM2Vec.from_pretrained(tmp_path, dtype="float32", device="cpu").eval()
     packed, seen = model.pack(model.preprocess(["a cat", "a longer text"])), []
     layer = model.backbone.text_model(model.model).layers[-1]
     layer.mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
-    whole = model(packed)
     with torch.no_grad():
+        whole = model(packed)
+    with torch.inference_mode():
         ends = model(packed)
         handle = layer.register_forward_hook(lambda *_: None)
         hooked = model(packed)

@@ -141,6 +141,7 @@ class Table(Rows):
             told = (str(error).splitlines() or [type(error).__name__])[0][:250]
             raise ValueError(f"{self.source} cannot be read: {told}") from error
         self.columns = self.table.column_names
+        pa.default_memory_pool().release_unused()  # unpacking takes as much again, and is kept for a next time
 
     def __len__(self) -> int:
         return self.table.num_rows

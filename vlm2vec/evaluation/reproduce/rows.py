@@ -42,6 +42,7 @@ class Row:
         name: under which it was asked for. model: whose scores they are.
         protocol, feeding, frames, prompt, options: what it was made with, None or {} where nobody said; options are family options.
         frames_everywhere: the frames hold for tasks too that take all stored ones. dtype: of the weights.
+        words: how instructions of data sets were fed, where otherwise than by MMEB's evaluation; a run cannot follow it, and tells it.
         noise: points by which two runs of it were apart on one task. about: where it is from.
     """
 
@@ -55,6 +56,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     frames_everywhere: bool = False
     dtype: str | None = None
+    words: str | None = None
     noise: float = 0.0
     about: str = ""
 
