@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.commands import common, reproduce
+from vlm2vec.evaluation.tasks.task import FEEDINGS
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--feeding",
-        choices=("official", "wemm"),
+        choices=FEEDINGS,
         default=reproduce.Default("official"),
         help="which published evaluation of MMEB-V3 to follow: words, pools, judgements (needs --protocol v3; docs/evaluation.md)",
     )
