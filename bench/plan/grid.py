@@ -19,7 +19,7 @@ RECIPES = (
 
 
 def grid(planner, shapes, budgets: list[int], limit: float, quarters=QUARTERS) -> Iterator:
-    """(recipe, plan) of every point of at most `limit` bytes: chunk budgets, shares of the chunks that keep their graph, checkpointing, sharding.
+    """(recipe, plan) of every point of at most `limit` bytes: budgets, shares of chunks that keep their graph, checkpointing, sharding.
 
     More kept graphs take more memory: beyond a point that does not fit, those with more are not simulated.
     """
