@@ -1,5 +1,7 @@
 """Cards of a plan: their names, short ones, and those that drivers give them; hours and money."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,9 +60,8 @@ def test_the_card_at_hand_is_the_default(monkeypatch):
     with pytest.raises(ValueError, match="there is no GPU here; say one of"):
         gpu_at_hand()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: type("P", (), {"name": "NVIDIA A100-SXM4-40GB", "total_memory": 42 * 2**30})
-    )
+    device = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=42 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     assert (gpu_at_hand().name, gpu_at_hand().gib) == ("a100-40", 42), "with the memory that it says it has"
     device.name = "Tesla T4"
     with pytest.raises(ValueError, match="Tesla T4 is none of .* data sheet"):
