@@ -1,4 +1,4 @@
-"""`vlm2vec embed | index | search | eval | mine | train | merge | info`. An expected error is one line on stderr and exit code 2."""
+"""`vlm2vec embed | index | search | eval | mine | train | plan | merge | info`. An expected error is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "MMEB, MMEB-V2 or data of your own in their layouts: scores, predictions, report",
     "mine": "hard negatives for training data",
     "train": "train a model by a recipe, plan what it will need, list the recipes",
+    "plan": "what training by a recipe will need and take; --best looks for the fastest settings that fit a card",
     "merge": "several checkpoints of one base made into one, adapters or full",
     "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",
 }

@@ -22,6 +22,8 @@ from train.plan.gpus import GPUS, gpu_at_hand, named, parse_gpu
         ("RTX 5090", "rtx5090-32"),
         ("a100", "a100-80"),
         ("A100-40", "a100-40"),
+        ("A100 40GB", "a100-40"),
+        ("a100-80gb", "a100-80"),
         ("6000 Ada", "rtx6000ada-48"),
         ("pro6000", "rtxpro6000-96"),
         ("l4", "l4-24"),
@@ -48,6 +50,12 @@ def test_short_names(word, name):
         ("NVIDIA L40", 44.5, None),  # not the L40S
         ("NVIDIA A10G", 22.0, None),  # not the A10
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA A100 80GB PCIe", 79.1, None),  # 1.935 TB/s and PCIe, where the SXM card has NVSwitch
+        ("NVIDIA H200 NVL", 139.8, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.5, None),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 95.0, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.6, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
         ("Tesla T4", 14.6, None),
     ],
 )
