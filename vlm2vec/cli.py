@@ -1,4 +1,4 @@
-"""`vlm2vec embed | index | search | serve | eval | mine | train | merge | info`. An expected error is one line and exit code 2."""
+"""`vlm2vec COMMAND`: embed, index, search, serve, eval, mine, data, train, plan, merge, info. An expected error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "mine": "hard negatives for training data",
     "data": "preview the rows of a recipe as the model will see them, and what of them cannot be read",
     "train": "train a model by a recipe, plan what it will need, list the recipes",
+    "plan": "what training by a recipe will need and take; --best looks for the fastest settings that fit a card",
     "merge": "several checkpoints of one base made into one, adapters or full",
     "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",
 }

@@ -18,8 +18,8 @@ RECIPES = (
 )
 
 
-def grid(planner, shapes, budgets: list[int], quarters=QUARTERS) -> Iterator:
-    """(recipe, plan) of every point that fits: chunk budgets, shares of the chunks that keep their graph, checkpointing, sharding.
+def grid(planner, shapes, budgets: list[int], limit: float, quarters=QUARTERS) -> Iterator:
+    """(recipe, plan) of every point of at most `limit` bytes: budgets, shares of chunks that keep their graph, checkpointing, sharding.
 
     More kept graphs take more memory: beyond a point that does not fit, those with more are not simulated.
     """
@@ -32,7 +32,7 @@ def grid(planner, shapes, budgets: list[int], quarters=QUARTERS) -> Iterator:
             for retain in sorted({round(quarter * count) for quarter in quarters}):
                 recipe = replace(way.of(planner.recipe), chunk_tokens=budget, chunk_rows=None, retain=retain)
                 plan = planner.plan(recipe, planner.run(recipe))
-                if not plan.fits:
+                if plan.simulation.peak > limit:
                     break
                 yield recipe, plan
 
@@ -43,15 +43,17 @@ def powers_of_two(shapes, longest: int) -> list[int]:
     return sorted({longest, whole, *(2**n for n in range(8, 24) if longest < 2**n < whole)})
 
 
-def compared(planner, budgets: list[int] | None = None, quarters=QUARTERS) -> dict:
-    """A row of the table."""
+def compared(planner, budgets: list[int] | None = None, limit: float | None = None, quarters=QUARTERS) -> dict:
+    """A row of the table. `limit`: bytes that are there, by default the card's."""
     from train.plan.best.search import find_best
+    from train.plan.search import usable
 
+    limit = usable(planner.gpu) if limit is None else limit
     start = time.process_time()
-    found = find_best(planner)
+    found = find_best(planner, limit)
     seconds = time.process_time() - start
     shapes = found.own.simulation.shapes
-    points = list(grid(planner, shapes, budgets or powers_of_two(shapes, planner.least_budget), quarters))
+    points = list(grid(planner, shapes, budgets or powers_of_two(shapes, planner.least_budget), limit, quarters))
     recipe, best = min(points, key=lambda point: point[1].step_seconds, default=(None, None))
     row = {"cpu_ms": round(1e3 * seconds), "n": len(points), "ratio_to": "the grid's best"}
     if best is None or found.best is None:

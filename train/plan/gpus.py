@@ -33,6 +33,9 @@ class Gpu:
     dispatch: float = DISPATCH
 
 
+_BOARDS = {"pcie", "nvl", "mig", "laptop", "max", "ti", "super", "d"}
+
+
 def _of_card(card: Card) -> Gpu:
     """With rates that were measured in place of assumed ones."""
     kind = roofline.GPUS.get(card.kind)
@@ -98,7 +101,9 @@ def named(device: str, gib: float) -> str | None:
         ('a100-40', 'rtx6000ada-48', None)
     """
     words = set(re.findall(r"[a-z0-9]+", device.lower()))
-    fitting = {name: len(asked) for name in GPUS if (asked := _words(name)) <= words and "laptop" not in words}
+    # Slices of a card, and boards of its name that are slower or reach others in another way.
+    others = words & (_BOARDS | {word for word in words if re.fullmatch(r"\d+g", word)})
+    fitting = {name: len(asked) for name in GPUS if (asked := _words(name)) <= words and not others - asked}
     most = max(fitting.values(), default=0)
     return min((name for name, count in fitting.items() if count == most), key=lambda name: abs(GPUS[name].gib - gib), default=None)
 
@@ -113,8 +118,8 @@ def _words(name: str) -> set[str]:
 
 
 def _plain(word: str) -> str:
-    """Small letters and digits alone."""
-    return re.sub(r"[^a-z0-9:.]", "", word.lower())
+    """Small letters and digits alone, sizes without their unit."""
+    return re.sub(r"[^a-z0-9:.]", "", re.sub(r"(?<=\d)\s*gi?b\b", "", word.lower()))
 
 
 def _without_size(name: str) -> str:

@@ -88,6 +88,7 @@ class Planner:
         self._batch: dict[str, Any] | None = None
         self._media, self._possible = (0, 0), 0
         self._outer: dict[tuple[bool, str], int | None] = {}
+        self._samples: dict[tuple[bool, str, float], Simulation] = {}
 
     def _make_batch(self, processing: Any) -> dict[str, Any]:
         if self._batch is None:
@@ -98,7 +99,13 @@ class Planner:
         return self._batch
 
     def run(self, changed: Recipe, most_chunks: int = 8, *, is_sample: bool = False) -> Simulation:
-        """A step of `changed`, which differs from the planner's recipe in nothing that rows depend on."""
+        """A step of `changed`, which differs from the planner's recipe in nothing that rows depend on.
+
+        A sampled one does not depend on the chunks of `changed`: it is run once for all that run a chunk in its way.
+        """
+        way = changed.gradient_checkpointing, changed.distributed, changed.keep_mib
+        if is_sample and way in self._samples:
+            return self._samples[way]
         simulation = simulate(
             changed,
             None,
@@ -112,6 +119,8 @@ class Planner:
             dispatch=self.gpu.dispatch,
         )
         self._outer[changed.gradient_checkpointing, changed.distributed] = simulation.outer
+        if is_sample:
+            self._samples[way] = simulation
         return simulation
 
     def automatic(self, recipe: Recipe) -> Recipe:

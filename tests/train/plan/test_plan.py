@@ -86,7 +86,7 @@ def test_a_plan_says_what_fits_and_how_to_mend_what_does_not(root):
     assert not small.fits and "NOT predicted to fit" in report(small) and "gradient_checkpointing: true" in report(small)
 
 
-@pytest.mark.parametrize("word", ["h100", "80:989", "80:x:1", "0:1:1", "48:inf:1", "nan:1:1"])
+@pytest.mark.parametrize("word", ["h1000", "80:989", "80:x:1", "0:1:1", "48:inf:1", "nan:1:1"])
 def test_an_unknown_gpu_is_refused(word):
     with pytest.raises(ValueError, match="SIZE_GiB:TFLOPS:TBs"):
         parse_gpu(word)

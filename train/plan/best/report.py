@@ -37,7 +37,7 @@ def report(found: Found, name: str, *, price: float | None = None, overrides: Se
             "",
         ]
         return "\n".join(lines)
-    changes = found.setting.changes(own.recipe)
+    changes = {key: int(value) if key == "keep_mib" else value for key, value in found.setting.changes(own.recipe).items()}
     if changes:
         lines += ["Write into the recipe:", "", "```yaml", yaml.safe_dump(changes, sort_keys=False).strip(), "```", ""]
         lines += [f"A step takes {found.best.step_seconds:.3g} s, where the recipe's own settings take {_own_seconds(found)}.", ""]
@@ -123,7 +123,8 @@ def _why(found: Found) -> list[str]:
         beside = f" and {way.distributed}" if found.own.ranks > 1 else ""
         lines.append(f"Not with {kind}{beside}: {least / _GIB:.1f} GiB at least.")
     left = (usable(found.own.gpu) - s.peak) / _GIB
-    beside = ", and a smaller `retain` frees more" if s.kept else ""
+    # the second pass begins with the kept graphs, so that the first of them costs no more than a chunk's own
+    beside = ", and a smaller `retain` frees more" if s.kept > 1 else ""
     lines.append(
         "Of settings within 1 % of the fastest the one was taken that needs least memory with its kept chunks full; "
         f"{left:.1f} GiB are left for batches larger than the one that was planned{beside}."

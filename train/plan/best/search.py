@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
+
+from ...optimizers import state_bytes
 from ...recipe.schema import Recipe
 from ..search import Plan, Planner, link_seconds, usable
 from ..simulate import Simulation
@@ -57,7 +60,7 @@ def find_best(planner: Planner, limit: int | None = None) -> Found:
     simulated = planner.run(own)
     found = Found(planner.plan(own, simulated))
     for keep_mib in (_enough(own, simulated), 0.0):
-        search = _Search(planner, limit)
+        search = _Search(planner, limit, simulated)
         search.sample(ways(own, planner.ranks, keep_mib))
         found.lacking.update(search.lacking)
         chosen = search.settle()
@@ -85,8 +88,8 @@ def _enough(recipe: Recipe, simulated: Simulation) -> float:
 
 
 class _Search:
-    def __init__(self, planner: Planner, limit: int):
-        self.planner, self.limit = planner, limit
+    def __init__(self, planner: Planner, limit: int, own: Simulation):
+        self.planner, self.limit, self.own = planner, limit, own
         self.estimators: dict[Way, Estimator] = {}
         self.simulated: dict[Setting, Simulation] = {}
         self.lacking: dict[Way, float] = {}
@@ -98,10 +101,22 @@ class _Search:
             without = self.estimators.get(Way(False, way.distributed, way.keep_mib))
             if way.checkpoints and without is not None and self._keeps_all(without, way):
                 continue
+            if self._least(way) > self.limit:
+                self.lacking[way] = self._least(way)
+                continue
             sample = self.planner.run(way.of(self.planner.recipe), is_sample=True)
             self.estimators[way] = Estimator(sample, self.planner.gpu, way.keep_mib)
             if not self._of_way(way):
                 self.lacking[way] = min(self._curve(way, budget).at(0).peak for budget in self._budgets(way))
+
+    def _least(self, way: Way) -> float:
+        """Bytes that stay for the whole run whatever the chunks, where that is known without a simulation: weights whole on every rank."""
+        recipe = self.planner.recipe
+        if way.distributed == "fsdp" or recipe.quantization:
+            return 0.0
+        item = getattr(torch, recipe.dtype).itemsize
+        state = state_bytes(recipe.optimizer, self.own.trained, item)
+        return self.own.weights * item + self.own.trained * item + state
 
     def _keeps_all(self, estimator: Estimator, way: Way) -> bool:
         return any(c.kept == c.chunks for c in self._of_way(Way(False, way.distributed, way.keep_mib)))

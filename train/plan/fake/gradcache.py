@@ -248,17 +248,24 @@ class StepAccount:
         for index, after in self._backward.items():
             before = self._forward[index]
             rise = before.high - sum(before.left.values())
-            graph = before.left.get("kept graphs", 0) if self.outlines[index].kind[0] else 0
+            graph = sum(before.left.values()) - before.left.get("frozen features", 0) if self.outlines[index].kind[0] else 0
             made.append(Piece(self.outlines[index], before.cost, after.cost, graph, rise, after.high, index in self._apart))
         return made
 
-    def frame(self, resident: int) -> Frame:
-        """What the step takes around its chunks. `resident`: bytes before it."""
-        usual = [span for i, span in self._backward.items() if i not in self._apart] or [*self._backward.values()]
+    def frame(self, resident: int) -> Frame | None:
+        """What a sampled step takes around its chunks, of which all are run; None for another one. `resident`: bytes before it."""
+        if not self.settings.is_sample:
+            return None
+
+        def without_chunks(span: Span, turn: int) -> int:
+            """Bytes at its start, less what chunks from this turn of the second pass on have kept from the first."""
+            return span.start - sum(sum(s.left.values()) for i, s in self._forward.items() if self.outlines[i].turn >= turn)
+
+        usual = [i for i in self._backward if i not in self._apart] or [*self._backward]
         return Frame(
             first=resident + self._embeddings,
-            loss=_without_chunks(self._loss_span) + self._loss_span.high,
-            second=max(map(_without_chunks, usual)),
+            loss=without_chunks(self._loss_span, 0) + self._loss_span.high,
+            second=max(without_chunks(self._backward[i], self.outlines[i].turn) for i in usual),
             after=max(span.start + span.high for span in self._ends),
             cost=self.meter.costs[None],
         )
@@ -271,11 +278,6 @@ class StepAccount:
         CHUNK_BACKWARD: _chunk_backward,
         SYNCHRONISATION: _synchronisation,
     }
-
-
-def _without_chunks(span: Span) -> int:
-    """Bytes at the start of a span, less graphs and features that chunks keep between the passes."""
-    return span.start - span.start_parts.get("kept graphs", 0) - span.start_parts.get("frozen features", 0)
 
 
 class PlannedSync(GradientSync):
