@@ -97,7 +97,9 @@ def read_state(folder: Path, verify: bool = True) -> State:
             segments = [open_segment(folder, name, verify=verify) for name in about["segments"]]
         except FileNotFoundError as e:
             if signature(folder) == now and turn > 1:
-                raise ValueError(f"{folder}: {os.path.basename(e.filename)} is gone; remove the index and make it again") from e
+                raise ValueError(
+                    f"{folder}: {os.path.basename(e.filename or 'one of its files')} is gone; remove the index and make it again"
+                ) from e
             time.sleep(0.01 * turn)
             continue
         starts = [0]
