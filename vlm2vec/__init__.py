@@ -4,7 +4,7 @@ from typing import Any
 
 from vlm2vec.checkpoint.release import __version__
 
-__all__ = ["VLM2Vec", "__version__"]
+__all__ = ["Index", "VLM2Vec", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from vlm2vec.model import VLM2Vec
 
         return VLM2Vec
+    if name == "Index":
+        from vlm2vec.data.index import Index
+
+        return Index
     raise AttributeError(f"module 'vlm2vec' has no attribute {name!r}")

@@ -24,6 +24,8 @@ COMMANDS = {
     "info": "what a model is: family, parameters by part, options, prompts, adapter, memory",
 }
 
+EXTRAS = {"serve": "serve"}  # what a command needs besides models
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a misused command is an expected error like any other: one line."""
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("vlm2vec"):
             raise
-        print(f"vlm2vec {name}: needs {e.name}; pip install 'vlm2vec[train]'", file=sys.stderr)
+        print(f"vlm2vec {name}: needs {e.name}; pip install 'vlm2vec[{EXTRAS.get(name, 'train')}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"vlm2vec {name}: interrupted", file=sys.stderr)

@@ -3,8 +3,8 @@
     python -m bench serve [--parts server index] [--requests 2000] [--clients 32] [--rows 100000] [--width 1536] [--csv FILE]
 
 server  2,000 requests of one to eight inputs, texts and pictures, from 32 connections of another process. Every answer is held to what
-        `encode` gives of its input alone (1e-6), none may be lost; then throughput over offline `encode` of the same list, by wall clock
-        and by processor time of the serving process, and resident memory after a quarter of the requests and at the end.
+        `encode` gives of its input alone (1e-6), none may be lost; then throughput over offline `encode` of the same inputs, in rounds by
+        turns, by wall clock and by processor time of the serving process, and its memory after a quarter as many requests and at the end.
         Clients share the processor with the server: where there are few cores, processor time is the fair number.
 index   building, adding one file, removing one, opening, and searching for one and for 16 queries. Files are small and vectors drawn by
         their content, so that times are the index's own and not a model's.
@@ -19,29 +19,13 @@ import tempfile
 import time
 
 from bench import models, tables
-from bench.measure import child_environment, process_peak_mib, timed
+from bench.measure import child_environment
 from bench.serve import indexing, traffic
 
 SIZE = "tiny"
 
 
-def offline(folder: str, count: int, passes: int = 1) -> dict:
-    """Seconds of `encode` for the inputs of all requests, in this process, and the truth of each of the pool."""
-    import numpy as np
-
-    from vlm2vec import VLM2Vec
-
-    model = VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
-    made = traffic.pool(models.IMAGES)
-    alone = np.stack([model.encode([x])[0] for x in made])
-    np.save(os.path.join(folder, "truth.npy"), alone)
-    rows = [row for request in traffic.requests(count, len(made)) for row in request]
-    inputs = [made[row] for row in rows]
-    model.encode(inputs[:64])
-    vectors, times = timed(lambda: model.encode(inputs), passes)
-    if not np.allclose(vectors, alone[rows], atol=1e-6):
-        raise ValueError("encode of all inputs differs from encode of each alone")
-    return {"inputs": len(inputs), "seconds": times["ms_p50"] / 1e3, "cpu": times["cpu_ms"] / 1e3, "process_mib": round(process_peak_mib())}
+ROUNDS = 5  # of both ways in turns, since others use the machine too
 
 
 class Served:
@@ -83,60 +67,73 @@ class Served:
             return next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
 
 
-def under_load(folder: str, count: int, clients: int) -> tuple[dict, traffic.Answered]:
-    """Seconds, processor seconds and memory of a server for all requests, after `offline` has written the truth."""
+def in_turns(folder: str, count: int, clients: int) -> tuple[dict, traffic.Answered]:
+    """Seconds and processor seconds of `encode` here and of a server, a share of the requests each in turns, and the server's memory."""
     import numpy as np
 
-    truth = np.load(os.path.join(folder, "truth.npy"))
+    from vlm2vec import VLM2Vec
+
+    model = VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
     made = traffic.pool(models.IMAGES)
+    truth = np.stack([model.encode([x])[0] for x in made])
     wanted = traffic.requests(count, len(made))
+    total = dict.fromkeys(("offline", "offline_cpu", "serve", "serve_cpu"), 0.0)
+    told, share = traffic.Answered(), -(-count // ROUNDS)
     with Served(folder) as served:
         traffic.send(served.port, made, wanted[: count // 4], truth, clients)
-        before, cpu = served.resident(), served.cpu()
-        told = traffic.send(served.port, made, wanted, truth, clients)
-        cpu, after = served.cpu() - cpu, served.resident()
-    return {"seconds": told.seconds, "cpu": cpu, "before_mib": round(before), "after_mib": round(after)}, told
+        total["before_mib"] = round(served.resident())
+        for start in range(0, count, share):
+            some = wanted[start : start + share]
+            rows = [row for request in some for row in request]
+            wall, cpu = time.perf_counter(), time.process_time()
+            vectors = model.encode([made[row] for row in rows])
+            total["offline"] += time.perf_counter() - wall
+            total["offline_cpu"] += time.process_time() - cpu
+            if not np.allclose(vectors, truth[rows], atol=1e-6):
+                raise ValueError("encode of all inputs differs from encode of each alone")
+            cpu = served.cpu()
+            told.add(traffic.send(served.port, made, some, truth, clients))
+            total["serve_cpu"] += served.cpu() - cpu
+        total["serve"], total["after_mib"] = told.seconds, round(served.resident())
+    return total, told
 
 
 def server(args) -> tuple[list[dict], list[str]]:
     """Rows and missed aims of the part `server`."""
-    from bench.measure import in_child
-
     with tempfile.TemporaryDirectory() as folder:
         models.write(SIZE, folder)
-        alone = in_child("bench.serve.run", "offline", folder, args.requests)
-        loaded, told = under_load(folder, args.requests, args.clients)
+        total, told = in_turns(folder, args.requests, args.clients)
     waits = sorted(told.waits) or [0.0]
-    about = {"part": "serve", "size": SIZE, "n": alone["inputs"]}
-    wall, cpu = alone["seconds"] / loaded["seconds"], alone["cpu"] / loaded["cpu"]
+    about = {"part": "serve", "size": SIZE, "n": told.inputs}
+    wall, cpu = total["offline"] / total["serve"], total["offline_cpu"] / total["serve_cpu"]
     rows = [
-        {**about, "name": "encode offline", "ms_p50": round(1e3 * alone["seconds"]), "cpu_ms": round(1e3 * alone["cpu"])},
+        {**about, "name": "encode offline", "ms_p50": round(1e3 * total["offline"]), "cpu_ms": round(1e3 * total["offline_cpu"])},
         {
             **about,
             "name": f"serve, {args.clients} clients",
-            "ms_p50": round(1e3 * loaded["seconds"]),
-            "cpu_ms": round(1e3 * loaded["cpu"]),
+            "ms_p50": round(1e3 * total["serve"]),
+            "cpu_ms": round(1e3 * total["serve_cpu"]),
             "ratio": round(wall, 3),
             "cpu_ratio": round(cpu, 3),
             "ratio_to": "encode offline over it",
-            "rss_mib": loaded["after_mib"] - loaded["before_mib"],
-            "process_mib": loaded["after_mib"],
+            "rss_mib": total["after_mib"] - total["before_mib"],
+            "process_mib": total["after_mib"],
         },
     ]
-    print(f"{args.requests} requests, {alone['inputs']} inputs, {told.tokens} tokens, {args.clients} clients")
-    print(f"  encode offline   {alone['seconds']:7.2f} s  {alone['cpu']:7.2f} s of processor")
-    print(f"  serve            {loaded['seconds']:7.2f} s  {loaded['cpu']:7.2f} s of processor")
+    print(f"{args.requests} requests, {told.inputs} inputs, {told.tokens} tokens, {args.clients} clients")
+    print(f"  encode offline   {total['offline']:7.2f} s  {total['offline_cpu']:7.2f} s of processor")
+    print(f"  serve            {total['serve']:7.2f} s  {total['serve_cpu']:7.2f} s of processor")
     print(f"  throughput over offline: {wall:.3f} by wall clock, {cpu:.3f} by processor time")
     print(f"  answers: {told.requests} of {args.requests}, largest difference from encode alone {told.worst:.2g}")
     print(f"  a request took {waits[len(waits) // 2] * 1e3:.0f} ms at the median, {waits[len(waits) * 95 // 100] * 1e3:.0f} at 95 %")
-    print(f"  resident memory: {loaded['before_mib']} MiB after a quarter as many requests, {loaded['after_mib']} at the end")
+    print(f"  resident memory: {total['before_mib']} MiB after a quarter as many requests, {total['after_mib']} at the end")
     missed = [f"serve: {told.errors[0]} ({len(told.errors)} such)"] if told.errors else []
     if told.worst > 1e-6:
         missed.append(f"serve: an answer differs by {told.worst:.2g} from encode alone, aim 1e-6")
     if cpu < 0.8:
         missed.append(f"serve: {cpu:.2f} of offline throughput by processor time, aim 0.8")
-    if loaded["after_mib"] > 1.1 * loaded["before_mib"] + 20:
-        missed.append(f"serve: memory grew from {loaded['before_mib']} to {loaded['after_mib']} MiB")
+    if total["after_mib"] > 1.1 * total["before_mib"] + 20:
+        missed.append(f"serve: memory grew from {total['before_mib']} to {total['after_mib']} MiB")
     return rows, missed
 
 
@@ -160,8 +157,6 @@ def main(argv=None) -> int:
         missed += failed
     return tables.conclude(rows, missed, args.csv)
 
-
-CHILDREN = {"offline": offline}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,6 +35,14 @@ class Answered:
     errors: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
 
+    def add(self, other: Answered) -> None:
+        """Count another round in."""
+        for name in ("seconds", "requests", "inputs", "tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.worst = max(self.worst, other.worst)
+        self.errors += other.errors
+        self.waits += other.waits
+
 
 def picture(rng: np.random.Generator, width: int, height: int) -> bytes:
     """A JPEG of soft shapes, as large as a photograph of that size is."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -210,6 +211,34 @@ def test_an_open_index_goes_on_and_refreshes(folder, tmp_path, few_rows):
     assert reader.search_vectors(vector("picture 0")[None], 1)[0][0].score == pytest.approx(1), "it has what it opened"
     assert reader.refresh() and not reader.refresh()
     assert reader.search_vectors(vector("new")[None], 1)[0][0].key == "new.png" and reader.file_of("00.png") is None
+
+
+def test_readers_meet_a_whole_index_while_it_is_updated(folder, tmp_path, few_rows):
+    writer = Index(tmp_path / "i", model=StubModel())
+    counted(writer, folder)
+    told, ended = [], threading.Event()
+
+    def read():
+        reader = Index.open(tmp_path / "i")
+        while not ended.is_set():
+            for index in (reader, Index.open(tmp_path / "i")):
+                index.refresh()
+                hit = index.search_vectors(vector("picture 4")[None], 1)[0][0]
+                if (hit.key, len(index) in (12, 13)) != ("04.png", True):
+                    told.append((hit, len(index)))
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        try:
+            for i in range(12):
+                put(folder, f"new{i}.png", f"new {i}")
+                counted(writer)
+                (folder / f"new{i}.png").unlink()
+                counted(writer)
+        finally:
+            ended.set()
+        reading.result(60)
+    assert not told
 
 
 def killed_at(number, run):

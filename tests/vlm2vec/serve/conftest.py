@@ -20,7 +20,7 @@ class Running:
     """`vlm2vec serve ...`, started."""
 
     def __init__(self, *options):
-        paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+        paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "vlm2vec.cli", "serve", "--port", "0", "--device", "cpu", *map(str, options)]
         environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

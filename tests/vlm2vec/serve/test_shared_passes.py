@@ -69,14 +69,17 @@ def test_many_requests_share_passes_and_get_their_own(queue, watched, model):
 
 
 def test_a_short_request_is_not_kept_by_a_long_one(queue, watched):
+    ended = []
     watched.held.clear()
     long = queue.submit(TEXTS + TEXTS[:30])
     until(lambda: queue._ready)
     short = queue.submit(["short"])
+    for name, future in (("long", long), ("short", short)):
+        future.add_done_callback(lambda _, name=name: ended.append(name))
     watched.held.set()
     short.result(30)
-    assert not long.done()
     assert long.result(30).vectors.shape[0] == 90
+    assert ended == ["short", "long"]
 
 
 def test_too_much_is_refused_with_a_time(queue, watched):

@@ -4,6 +4,7 @@ import http.client
 import json
 import signal
 import socket
+import sys
 import threading
 
 import pytest
@@ -57,6 +58,13 @@ def test_the_end_of_a_server(place, how):
             socket.create_connection(("127.0.0.1", running.port), timeout=5)
     finally:
         running.stop(signal.SIGKILL)
+
+
+def test_a_missing_extra_is_named(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "vlm2vec.commands.serve.server", raising=False)
+    code, _, told = call(capsys, "serve", place / "model", "--port", 0)
+    assert code == 2 and told == "vlm2vec serve: needs uvicorn; pip install 'vlm2vec[serve]'\n"
 
 
 def test_misuse_is_one_line(place, capsys):

@@ -258,8 +258,12 @@ class Batcher:
                     taken, self._ready = [job for job in self._ready if not job.dropped], []
                     self._changed.notify_all()
                 self._pages.give_back()
-                for rows in encoding.chunks([job.features.length for job in taken], self.limits.batch_size, self.model.device.type):
-                    self._pass([taken[row] for row in rows])
+                try:
+                    for rows in encoding.chunks([job.features.length for job in taken], self.limits.batch_size, self.model.device.type):
+                        self._pass([taken[row] for row in rows])
+                except Exception as e:  # a fault of ours: it must not end the only thread that answers
+                    for job in taken:
+                        _fail(job.request, e)
 
     def _pass(self, jobs: list[Job]) -> None:
         """One pass of the model; where it fails, each input alone, so that one input's fault is one request's."""

@@ -97,7 +97,9 @@ def read_state(folder: Path, verify: bool = True) -> State:
             segments = [open_segment(folder, name, verify=verify) for name in about["segments"]]
         except FileNotFoundError as e:
             if signature(folder) == now and turn > 1:
-                raise ValueError(f"{folder}: {os.path.basename(e.filename)} is gone; remove the index and make it again") from e
+                raise ValueError(
+                    f"{folder}: {os.path.basename(e.filename or 'one of its files')} is gone; remove the index and make it again"
+                ) from e
             time.sleep(0.01 * turn)
             continue
         starts = [0]
@@ -146,10 +148,11 @@ def _read_rows(path: Path, name: str) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if name != f"rows-{_digest(path.read_bytes())}.parquet":
+    content = path.read_bytes()  # once: an update may take the file away
+    if name != f"rows-{_digest(content)}.parquet":
         raise ValueError(f"{path} is damaged (its content is not what was written); remove the index and make it again")
     try:
-        table = pq.read_table(path, schema=_schema())
+        table = pq.read_table(pa.BufferReader(content), schema=_schema())
     except (pa.ArrowInvalid, OSError) as e:
         raise ValueError(f"{path} does not read back ({json.dumps(str(e)[:200])}); remove the index and make it again") from e
     return [Row(*row) for row in zip(*(table.column(column).to_pylist() for column in COLUMNS))]

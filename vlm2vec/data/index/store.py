@@ -134,7 +134,7 @@ class Index:
         if self._model is None:
             made = self.about.get("model", "")
             if self._load is None:
-                from vlm2vec import VLM2Vec
+                from vlm2vec.model import VLM2Vec
 
                 self._model = VLM2Vec.from_pretrained(made)
             else:
