@@ -165,7 +165,8 @@ def run(task: str, scale: float) -> list[dict[str, Any]]:
         rows.append({**row, "cpu_ms": round(1e3 * told["cpu"]), "value": round(size), "unit": "MiB of tables"})
         print(
             f"{task:<10}{peer:<8}{told['candidates']:>9,} candidates, tables {size:>7,.0f} MiB   resident growth {rss:>7,.0f} MiB"
-            f"   processor {told['cpu']:>6.1f} s"
+            f"   processor {told['cpu']:>6.1f} s",
+            flush=True,
         )
     return rows
 

@@ -42,10 +42,11 @@ def ending_at_rows(text: nn.Module, index: torch.Tensor, *, plain_last_layer: bo
 
     Args:
         plain_last_layer: the last layer is attention and MLP, each behind its norm and beside a residual, and nothing follows it but the
-            norm. Without gradients, in evaluation, its MLP then runs on these rows alone, unless somebody has hooked or replaced the layer.
+            norm. In inference mode its MLP then runs on these rows alone, unless somebody has hooked or replaced the layer; products of
+            fewer rows may round otherwise, and elsewhere the bits stay.
     """
     modules = dict(text._modules)
-    if plain_last_layer and not text.training and not torch.is_grad_enabled() and _untouched(text.layers[-1]):
+    if plain_last_layer and not text.training and torch.is_inference_mode_enabled() and _untouched(text.layers[-1]):
         modules["layers"] = nn.ModuleList([*text.layers[:-1], LayerOfRows(text.layers[-1], index)])
         modules["norm"] = text.norm
     else:

@@ -111,14 +111,15 @@ def test_settings_and_kind_of_media_keep_inputs_apart(pictures):
 
 
 def test_the_last_layer_runs_whole_where_somebody_looks(tmp_path):
-    """With gradients, in training, or with a hook on the layer every token goes through it."""
+    """Outside of inference mode, or with a hook on the layer, every token goes through it."""
     tiny_models.qwen2_vl(tmp_path)
     model = VLM2Vec.from_pretrained(tmp_path, dtype="float32", device="cpu").eval()
     packed, seen = model.pack(model.preprocess(["a cat", "a longer text"])), []
     layer = model.backbone.text_model(model.model).layers[-1]
     layer.mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
-    whole = model(packed)
     with torch.no_grad():
+        whole = model(packed)
+    with torch.inference_mode():
         ends = model(packed)
         handle = layer.register_forward_hook(lambda *_: None)
         hooked = model(packed)
