@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.tasks import Task
+from vlm2vec.evaluation.tasks.instructions import instructed
 from vlm2vec.evaluation.tasks.task_data import TaskData, reworded
 from vlm2vec.files import AnyPath
 from vlm2vec.inputs import MARKER
@@ -80,7 +81,8 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
     Args:
         task: a Task. root: folder of annotation folders (None with hub=True). media: image root, or the folder that
             holds video-tasks/ for videos; a task's own `media` folder below it is looked for first.
-        feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`).
+        feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`); or "qwen3-vl",
+            MMEB-V2 as Qwen3-VL-Embedding's authors feed it.
         options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked).
 
     Raises:
@@ -95,6 +97,8 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
     data = getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)
     if feeding == "wemm" and task.loader not in AT_MARKERS:
         data.queries, data.candidates = reworded(data.queries, bare), reworded(data.candidates, bare)
+    if feeding == "qwen3-vl" and task.loader != "mmeb":  # whose rows bring their own
+        data.queries = [instructed(task, query) for query in data.queries]
     faults = [query["unreadable"] for query in data.queries if query.get("row")]
     if 2 * len(faults) > len(data.queries):
         raise ValueError(f"task {task.name}, {faults[0]}; {len(faults)} of {len(data.queries)} rows cannot be scored: mend or remove them")

@@ -176,7 +176,8 @@ def _own_row(name: str, model: str, protocol: str | None, scores: dict[str, Scor
 
 
 def _without_reading(options: dict[str, Any]) -> dict[str, Any]:
-    """Family options but for those that task and protocol decide."""
+    """Family options but for those that task and protocol decide; a limit of texts that was in force holds for them all."""
     from vlm2vec.backbones.processing import READING
 
-    return {key: value for key, value in options.items() if key not in READING}
+    kept = {"text_max_length"} if options.get("text_max_length") is not None else set()
+    return {key: value for key, value in options.items() if key not in READING or key in kept}
