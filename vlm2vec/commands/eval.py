@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(list_tasks(str(args.protocol))))
         return 0
     row = reproduce.apply_row(args)
+    reproduce.apply_checked(args)
     _need(args)
     of_recipe = _is_recipe(args.data)
     tasks = [] if of_recipe else chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))

@@ -86,6 +86,35 @@ def test_what_cannot_move_a_score_is_said_and_does_not_count(small, capsys):
     assert "frames: '8' there, '4' here (moves no score of this task)" in out and "batch size: 32 there, 8 here (moves" in out
 
 
+def test_a_check_that_compared_nothing_fails(small, capsys, tmp_path):
+    """Tasks of the file that are not here are counted; a file of MMEB-V3 brings its protocol and feeding with it."""
+    code, out = check(small, capsys, "--tasks", "UCF101", file="out/tasks/OpenMoji-Object.json")
+    assert code == 1 and "0 of 1 tasks of" in out and "1 are not among the tasks here" in out
+    code, out = check(small, capsys, "--tasks", "UCF101", file="out/summary.json")
+    assert code == 0 and out.count("nothing differs") == 1, "the tasks that were named are compared"
+    import shutil
+
+    shutil.copytree(small / "eval" / "OpenMoji-Object", tmp_path / "OpenMoji-Object")
+    part = ["eval", str(small / "model"), "--data", str(tmp_path), "--images", str(small / "images"), "--device", "cpu"]
+    assert main([*part, "--check", str(small / "out" / "summary.json")]) == 1
+    assert "1 of 2 tasks of" in capsys.readouterr().out
+    v3 = tmp_path / "v3"
+    parquet(
+        v3 / "image-query" / "NIGHTS" / "test-00000.parquet",
+        qry_text=["a"],
+        qry_img_path=[""],
+        tgt_text=[["a", "b"]],
+        tgt_img_path=[["", ""]],
+    )
+    words = ["eval", str(small / "model"), "--data", str(v3), "--device", "cpu"]
+    assert (
+        main([*words, "--output", str(tmp_path / "out"), "--no-report", "--protocol", "v3", "--feeding", "wemm", "--tasks", "NIGHTS"]) == 0
+    )
+    capsys.readouterr()
+    assert main([*words, "--check", str(tmp_path / "out" / "tasks" / "NIGHTS.json")]) == 0
+    assert "NIGHTS: nothing differs" in capsys.readouterr().out
+
+
 def test_changed_data_and_weights_are_named(small, capsys, tmp_path):
     """A prompt within the rows, one other picture, one other answer, other weights."""
     import shutil

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm2vec.evaluation.tasks import Task
@@ -75,6 +77,16 @@ def bare(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "text": MARKER.sub("", item["text"]).strip()} if item.get("text") else item
 
 
+@lru_cache(maxsize=1)
+def _temporary() -> TemporaryDirectory:
+    return TemporaryDirectory(prefix="vlm2vec-media-")
+
+
+def temporary() -> str:
+    """A folder for unpacked media that goes when the process ends."""
+    return _temporary().name
+
+
 def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str = "official", **options: Any) -> TaskData:
     """Read one task into a TaskData.
 
@@ -83,7 +95,8 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
             holds video-tasks/ for videos; a task's own `media` folder below it is looked for first.
         feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`); or "qwen3-vl",
             MMEB-V2 as Qwen3-VL-Embedding's authors feed it.
-        options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked).
+        options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked; a temporary one of this
+            process by default).
 
     Raises:
         ValueError: names the task and what it lacks; more than half of its rows cannot be scored (fewer are told and counted).
@@ -93,6 +106,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
     _check(task)
     if task.media and (Path(media) / task.media).is_dir():
         media = Path(media) / task.media
+    options["cache"] = options.get("cache") or temporary()
     module, function = LOADERS[task.loader]
     data = getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)
     if feeding == "wemm" and task.loader not in AT_MARKERS:

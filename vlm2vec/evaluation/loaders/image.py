@@ -104,9 +104,7 @@ def own_prompts(task: Task) -> Task:
     return replace(task, **same)
 
 
-def load_mmeb(
-    task: Task, root: AnyPath | None, images: AnyPath, *, hub: bool = False, protocol: str = "v1", cache: AnyPath = "media"
-) -> TaskData:
+def load_mmeb(task: Task, root: AnyPath | None, images: AnyPath, *, hub: bool = False, protocol: str = "v1", cache: AnyPath) -> TaskData:
     """Read one MMEB image task.
 
     Args:
