@@ -99,17 +99,11 @@ def test_a_check_that_compared_nothing_fails(small, capsys, tmp_path):
     assert main([*part, "--check", str(small / "out" / "summary.json")]) == 1
     assert "1 of 2 tasks of" in capsys.readouterr().out
     v3 = tmp_path / "v3"
-    parquet(
-        v3 / "image-query" / "NIGHTS" / "test-00000.parquet",
-        qry_text=["a"],
-        qry_img_path=[""],
-        tgt_text=[["a", "b"]],
-        tgt_img_path=[["", ""]],
-    )
+    sides = {"qry_text": ["a"], "qry_img_path": [""], "tgt_text": [["a", "b"]], "tgt_img_path": [["", ""]]}
+    parquet(v3 / "image-query" / "NIGHTS" / "test-00000.parquet", **sides)
     words = ["eval", str(small / "model"), "--data", str(v3), "--device", "cpu"]
-    assert (
-        main([*words, "--output", str(tmp_path / "out"), "--no-report", "--protocol", "v3", "--feeding", "wemm", "--tasks", "NIGHTS"]) == 0
-    )
+    how = ["--no-report", "--protocol", "v3", "--feeding", "wemm", "--tasks", "NIGHTS"]
+    assert main([*words, "--output", str(tmp_path / "out"), *how]) == 0
     capsys.readouterr()
     assert main([*words, "--check", str(tmp_path / "out" / "tasks" / "NIGHTS.json")]) == 0
     assert "NIGHTS: nothing differs" in capsys.readouterr().out
