@@ -149,7 +149,8 @@ def run(task: str, scale: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         write(task, Path(folder), count)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.suffix != ".png") / measure.MIB
-        found = {peer: measure.in_child("bench.wide", "measured", peer, task, folder, **measure.BLOCKS_GIVEN_BACK) for peer in PEERS}
+        variables = {**measure.BLOCKS_GIVEN_BACK, "HF_DATASETS_CACHE": f"{folder}/cache"}
+        found = {peer: measure.in_child("bench.wide", "measured", peer, task, folder, **variables) for peer in PEERS}
     if found["files"]["scores"] != found["held"]["scores"]:
         raise RuntimeError(f"{task}: scores differ between the peers, {found['files']['scores']} and {found['held']['scores']}")
     for peer, told in found.items():

@@ -68,7 +68,7 @@ def _alike(a: Features, b: Features, ids_a: np.ndarray, ids_b: np.ndarray) -> in
     most = min(len(ids_a), len(ids_b)) - 1
     differ = ids_a[:most] != ids_b[:most]
     shared = int(differ.argmax()) if differ.any() else most
-    if (a.position_ids is None) != (b.position_ids is None):
+    if shared == 0 or (a.position_ids is None) != (b.position_ids is None):
         return 0
     if a.position_ids is not None:
         apart = (a.position_ids[..., :shared] != b.position_ids[..., :shared]).reshape(-1, shared).any(0)

@@ -137,11 +137,11 @@ class Table(Rows):
                 self.table = Dataset.from_parquet([str(file) for file in files]).data.table
             else:
                 self.table = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
-                pa.default_memory_pool().release_unused()  # unpacking takes as much again, and is kept for a next time
         except (OSError, ValueError, pa.ArrowInvalid) as error:
             told = (str(error).splitlines() or [type(error).__name__])[0][:250]
             raise ValueError(f"{self.source} cannot be read: {told}") from error
         self.columns = self.table.column_names
+        pa.default_memory_pool().release_unused()  # unpacking takes as much again, and is kept for a next time
 
     def __len__(self) -> int:
         return self.table.num_rows
