@@ -1,4 +1,4 @@
-"""`vlm2vec COMMAND`: embed, index, search, serve, eval, mine, data, train, plan, merge, info. An expected error is one line and exit code 2."""
+"""`vlm2vec COMMAND`: embed, index, search, serve, eval, mine, data, train, plan, merge, info. Expected errors are one line, exit code 2."""
 
 from __future__ import annotations
 

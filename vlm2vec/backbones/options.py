@@ -8,7 +8,7 @@ from typing import Any
 from vlm2vec.files.documents import shown
 
 MOST = 10**12  # of a count: more is a slip, and beyond what libraries hold in an integer
-OPTIONAL_COUNTS = ("max_length", "max_image_pixels", "max_frames")  # None means no limit
+OPTIONAL_COUNTS = ("max_length", "text_max_length", "max_image_pixels", "max_frames")  # None means no limit
 OPTIONAL_NUMBERS = ("fps", "seconds_per_step")  # None means that another option, or the input, decides
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-READING = ("orientation", "background", "frames", "fps", "max_frames")  # options that change what is read, not how it is fed
+# options that change what is read, not how it is fed
+READING = ("orientation", "background", "frames", "fps", "max_frames", "text_max_length")
 
 
 class Processing:
@@ -49,6 +50,7 @@ class Processing:
         frames: how many frames are taken of a film, spread evenly.
         fps: frames a second of a film file instead (`vlm2vec.media.sampling`). max_frames: at most so many of any film.
         max_length: most tokens of an input; never more than the model has positions.
+        text_max_length: the same of an input without media, where that has a limit of its own.
         truncation: True cuts longer texts, with a warning that counts them; False refuses them.
         max_image_pixels: largest width * height of a file that is decoded.
         layout: how instruction and text are laid out (`vlm2vec.checkpoint.prompts`).
@@ -68,6 +70,7 @@ class Processing:
     shared_defaults = {
         "feeding": "raw",
         "max_length": None,
+        "text_max_length": None,
         "truncation": True,
         "layout": "image",
         "frames": FRAMES,
@@ -354,10 +357,10 @@ class Processing:
 
     def _truncate(self, pieces: list, kept_ids: frozenset | None = None) -> list:
         """Keep the first text tokens that fit besides the image tokens (and a chat template's own), which are never cut."""
-        limit = min((limit for limit in (self.max_length, self.positions_limit) if limit is not None), default=None)
+        limit = self._limit(pieces)
         if limit is None or sum(p.length if isinstance(p, Visual) else 1 for p in pieces) <= limit:
             return pieces
-        named = f"max_length={limit}" if limit == self.max_length else f"the model's {limit} positions"
+        named = self._named(limit)
         kept_ids = self.kept_ids if kept_ids is None else kept_ids
         free = [isinstance(p, int) and p not in kept_ids and at < len(pieces) - self.tail for at, p in enumerate(pieces)]
         fixed = sum(p.length if isinstance(p, Visual) else 1 for p, cuttable in zip(pieces, free) if not cuttable)
@@ -375,6 +378,17 @@ class Processing:
                 room -= cuttable
         return shortened
 
+    def _limit(self, pieces: list) -> int | None:
+        """Most tokens of an input, None for any number."""
+        media = any(isinstance(piece, Visual) for piece in pieces)
+        limits = [self.max_length, self.positions_limit, None if media else self.options["text_max_length"]]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _named(self, limit: int) -> str:
+        """A limit in words, by the option that it is of."""
+        said = {"max_length": self.max_length, "text_max_length": self.options["text_max_length"]}
+        return next((f"{name}={limit}" for name, value in said.items() if value == limit), f"the model's {limit} positions")
+
     def _count_cut(self, named: str, text: int, fixed: int, room: int) -> None:
         """Before a text is cut: refuse it where that was asked for, else warn now and then.
 
@@ -388,7 +402,7 @@ class Processing:
         self.truncated += 1
         if self.truncated in (1, 10, 100) or self.truncated % 1000 == 0:
             warnings.warn(
-                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to {named}{' tokens' if named[0] == 'm' else ''} "
+                f"{self.truncated} text{'s' if self.truncated > 1 else ''} so far cut to {named}{' tokens' if '=' in named else ''} "
                 f"(the last one had {text} besides {fixed} that stay)",
                 stacklevel=4,
             )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.commands import common, reproduce
-from vlm2vec.evaluation.tasks.task import FEEDINGS
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -41,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--feeding",
-        choices=FEEDINGS,
+        choices=("official", "wemm", "qwen3-vl"),
         default=reproduce.Default("official"),
-        help="which published evaluation of MMEB-V3 to follow: words, pools, judgements (needs --protocol v3; docs/evaluation.md)",
+        help="which published evaluation to follow: words, pools, judgements (wemm needs --protocol v3, qwen3-vl v2; docs/evaluation.md)",
     )
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
@@ -70,8 +69,9 @@ def _need(args):
             raise ValueError(f"vlm2vec eval needs {'a MODEL' if name == 'model' else '--' + name}; or --list to see the tasks")
     if not args.data and not args.hub:
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
-    if args.feeding != "official" and args.protocol != "v3":
-        raise ValueError(f"--feeding {args.feeding} is an evaluation of MMEB-V3; add --protocol v3")
+    of = {"wemm": ("MMEB-V3", "v3"), "qwen3-vl": ("MMEB-V2", "v2")}.get(str(args.feeding))
+    if of and args.protocol != of[1]:
+        raise ValueError(f"--feeding {args.feeding} is an evaluation of {of[0]}; add --protocol {of[1]}")
     if args.top < 1 or args.batch_size < 1:
         raise ValueError(f"--top and --batch-size are at least 1, got {args.top} and {args.batch_size}")
     if args.top > MOST_SHOWN:
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(list_tasks(str(args.protocol))))
         return 0
     row = reproduce.apply_row(args)
+    reproduce.apply_checked(args)
     _need(args)
     tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
     if args.check:

@@ -53,6 +53,18 @@ def apply_row(args: argparse.Namespace) -> Row | None:
     return row
 
 
+def apply_checked(args: argparse.Namespace) -> None:
+    """Protocol and feeding of the score file of --check where they were not given: by them its tasks are found."""
+    if not args.check:
+        return
+    from vlm2vec.evaluation.reproduce.rows import read_scores
+
+    row = read_scores(args.check)
+    for name in ("protocol", "feeding"):
+        if getattr(row, name) and isinstance(getattr(args, name, None), Default):
+            setattr(args, name, getattr(row, name))
+
+
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Family options: the row's, and those of --option, which win."""
     return {**getattr(args, "row_options", {}), **common.parse_options(args.option)}
@@ -97,7 +109,8 @@ def _same_name(theirs: str, ours: str) -> bool:
 
 
 def check(args: argparse.Namespace, tasks: list[Task], options: Options) -> int:
-    """Print what differs here from what the score file says; 1 where something does that may move a score, else 0."""
+    """Print what differs here from what the score file says; 1 where something does that may move a score, or a task of the file (of
+    those of --tasks, where they are named) is not there to be compared, else 0."""
     from vlm2vec.evaluation.reproduce.causes import touches
     from vlm2vec.evaluation.reproduce.compare import HARMLESS, differences
     from vlm2vec.evaluation.reproduce.rows import read_scores
@@ -109,17 +122,21 @@ def check(args: argparse.Namespace, tasks: list[Task], options: Options) -> int:
         return 0
     mine = records_here(args, [task for task in tasks if task.name in told], options)
     moved = 0
-    for name, run in told.items():
-        if name not in mine:
-            print(f"{name}: not in {args.data}", file=sys.stderr)
-            continue
+    compared = {name: run for name, run in told.items() if name in mine}
+    for name in told:
+        if name not in mine and not (args.tasks and compared):
+            print(f"{name}: not in {args.data or 'the tasks that were named'}", file=sys.stderr)
+    for name, run in compared.items():
         found, modality = differences(run, mine[name]), mine[name]["task"]["modality"]
         counted = [d for d in found if d.kind not in HARMLESS and touches(d, modality)]
         moved += bool(counted)
         print(f"{name}: {'nothing differs' if not found else 'nothing that moves its score differs' if not counted else 'differs'}")
         for difference in found:
             print(f"  {difference.kind + ':':<11}{difference}{'' if difference in counted else ' (moves no score of this task)'}")
-    return int(bool(moved))
+    absent = 0 if args.tasks and compared else len(told) - len(compared)
+    if absent:
+        print(f"{len(compared)} of {len(told)} tasks of {args.check} compared: {absent} are not among the tasks here")
+    return int(bool(moved or absent))
 
 
 def records_here(args: argparse.Namespace, tasks: list[Task], options: Options) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identi
 from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.evaluation.frames import frame_rule, has_films, with_rule
+from vlm2vec.evaluation.limits import text_limit
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.report.export import write_faiss, write_predictions
 from vlm2vec.evaluation.report.outputs import top_rows, write_v1, write_v2
@@ -237,9 +238,12 @@ def _tell_ties(row: dict[str, Any]) -> None:
         )
 
 
-def reading(model: Any, task: Task, asked: dict[str, str], rule: FrameRule | None = None) -> tuple[tuple[str, Any], ...]:
+def reading(
+    model: Any, task: Task, asked: dict[str, str], rule: FrameRule | None = None, *, protocol: str = "v1", feeding: str = "official"
+) -> tuple[tuple[str, Any], ...]:
     """How a task's pictures and films are read, as options of `VLM2Vec.reading`: published tasks' pictures as the reference reads them,
-    others' as the model says, films by `rule`; () for a model that reads in one way only.
+    others' as the model says, films by `rule`, texts up to the protocol's limit (`limits.text_limit`); () for a model that reads in one
+    way only.
 
     Args:
         asked: orientation and background that were asked for by name, which hold for all tasks.
@@ -247,6 +251,7 @@ def reading(model: Any, task: Task, asked: dict[str, str], rule: FrameRule | Non
     if not hasattr(model, "reading"):
         return ()
     own = {name: model.options[name] for name in READING}
+    own["text_max_length"] = text_limit(model, task, protocol, feeding)
     films = rule.options if rule is not None and has_films(task) else {}
     return tuple({**own, **(REFERENCE if task.name in known_tasks() else {}), **films, **asked}.items())
 
@@ -287,7 +292,8 @@ def readers(model: Any, tasks: Sequence[Task], options: Options) -> Iterator[tup
     parts: dict[tuple, list[Task]] = {}
     rule = frame_rule(model, asked=options.frames, protocol=options.protocol, feeding=options.feeding)
     for task in tasks:
-        parts.setdefault(reading(model, task, options.pictures, rule), []).append(with_rule(task, rule))
+        read = reading(model, task, options.pictures, rule, protocol=options.protocol, feeding=options.feeding)
+        parts.setdefault(read, []).append(with_rule(task, rule))
     for media, part in parts.items():
         yield (model.reading(**dict(media)) if media else model), part
 

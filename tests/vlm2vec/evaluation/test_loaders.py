@@ -184,6 +184,7 @@ def test_moments(tmp_path):
     parquet(tmp_path / "QVHighlight" / "test.parquet", query=["a dog"], video_path=["x/vid.mp4"])
     loaded = load_task(load_tasks()["QVHighlight"], tmp_path, tmp_path / "media")
     assert [n.rpartition("/")[2] for n in loaded.names] == ["clip_2", "clip_10", "positive_0"]
+    assert loaded.label_names == [[loaded.names[2]]] and str(tmp_path) not in loaded.names[2], "where the folder lies is no answer"
     assert loaded.labels == [[2]]
     seeker = tmp_path / "media" / "MomentSeeker"
     for name in ("a_1", "a_2", "b_3", "q_9"):

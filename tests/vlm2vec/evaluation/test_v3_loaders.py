@@ -1,8 +1,10 @@
 """Every kind of MMEB-V3's loaders on data of its layout, scored by hand (tests/helpers/v3_layouts.py)."""
 
 import json
+import os
 
 import pytest
+from PIL import Image
 
 from tests.helpers import v3_layouts
 from tests.helpers.angles import AngleModel
@@ -131,6 +133,19 @@ def test_tools_are_read_once_and_by_category(tmp_path):
     v3_layouts.table(tools, *(row | {"category": row["category"].replace("web", "customized")} for row in rows))
     with pytest.raises(ValueError, match="row 0: category 'web' has no tools; the corpus has customized, code"):
         read(tmp_path, "toolde/web/apibank")
+
+
+def test_films_of_ave_lie_beside_its_sounds(tmp_path):
+    """The archive holds film files in AVE/AVE_Dataset/AVE; frames are made of them in a folder that is not the working directory."""
+    base = tmp_path / "audio-tasks/AVE/AVE_Dataset"
+    (base / "AVE").mkdir(parents=True)
+    pictures = [Image.new("RGB", (32, 24), (80 * i, 0, 0)) for i in range(3)]
+    pictures[0].save(base / "AVE" / "v1.gif", save_all=True, append_images=pictures[1:])
+    (base / "testSet.txt").write_text("Dog&v1&good&0&5\nCat&v2&good&1&3\n", encoding="utf-8")
+    here = sorted(os.listdir())
+    data = read(tmp_path, "AVE")
+    assert len(data.candidates[0]["video"]) == 3 and data.candidates[1]["unreadable"].endswith("audio-tasks/AVE/AVE_Dataset/AVE")
+    assert not any(str(frame).startswith(os.getcwd()) for frame in data.candidates[0]["video"]) and sorted(os.listdir()) == here
 
 
 def test_several_screenshots(place):

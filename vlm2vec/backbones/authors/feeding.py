@@ -124,7 +124,7 @@ class AuthorsProcessing(Qwen3VLProcessing):
         limit, total = self._limit(pieces), length_of(pieces)
         if limit is None or total <= limit:
             return pieces
-        named = f"max_length={limit}" if limit == self.max_length else f"the model's {limit} positions"
+        named = self._named(limit)
         kept = cut(
             pieces, limit, self.tail, named=named, mend="raise max_length, or lower max_pixels, fps, max_frames or file_total_pixels"
         )
@@ -134,7 +134,8 @@ class AuthorsProcessing(Qwen3VLProcessing):
 
     def _limit(self, pieces: list) -> int | None:
         """Most tokens of an input. Positions run slower than tokens where there are media, and bound texts alone."""
-        limits = [self.max_length, None if any(isinstance(piece, Visual) for piece in pieces) else self.positions_limit]
+        bare = not any(isinstance(piece, Visual) for piece in pieces)
+        limits = [self.max_length, *([self.positions_limit, self.options["text_max_length"]] if bare else [])]
         return min((limit for limit in limits if limit is not None), default=None)
 
     # -- media ----------------------------------------------------------------------------------------------------------

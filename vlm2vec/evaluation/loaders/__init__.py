@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm2vec.evaluation.tasks import Task
+from vlm2vec.evaluation.tasks.instructions import instructed
 from vlm2vec.evaluation.tasks.task_data import TaskData, reworded
 from vlm2vec.files import AnyPath
 from vlm2vec.inputs import MARKER
@@ -74,14 +77,26 @@ def bare(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "text": MARKER.sub("", item["text"]).strip()} if item.get("text") else item
 
 
+@lru_cache(maxsize=1)
+def _temporary() -> TemporaryDirectory:
+    return TemporaryDirectory(prefix="vlm2vec-media-")
+
+
+def temporary() -> str:
+    """A folder for unpacked media that goes when the process ends."""
+    return _temporary().name
+
+
 def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str = "official", **options: Any) -> TaskData:
     """Read one task into a TaskData.
 
     Args:
         task: a Task. root: folder of annotation folders (None with hub=True). media: image root, or the folder that
             holds video-tasks/ for videos; a task's own `media` folder below it is looked for first.
-        feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`).
-        options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked).
+        feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`); or "qwen3-vl",
+            MMEB-V2 as Qwen3-VL-Embedding's authors feed it.
+        options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked; a temporary one of this
+            process by default).
 
     Raises:
         ValueError: names the task and what it lacks; more than half of its rows cannot be scored (fewer are told and counted).
@@ -91,10 +106,13 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
     _check(task)
     if task.media and (Path(media) / task.media).is_dir():
         media = Path(media) / task.media
+    options["cache"] = options.get("cache") or temporary()
     module, function = LOADERS[task.loader]
     data = getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)
     if feeding == "wemm" and task.loader not in AT_MARKERS:
         data.queries, data.candidates = reworded(data.queries, bare), reworded(data.candidates, bare)
+    if feeding == "qwen3-vl" and task.loader != "mmeb":  # whose rows bring their own
+        data.queries = [instructed(task, query) for query in data.queries]
     faults = [query["unreadable"] for query in data.queries if query.get("row")]
     if 2 * len(faults) > len(data.queries):
         raise ValueError(f"task {task.name}, {faults[0]}; {len(faults)} of {len(data.queries)} rows cannot be scored: mend or remove them")

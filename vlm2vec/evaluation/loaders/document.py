@@ -85,7 +85,7 @@ def _tables(task: Task, root: AnyPath | None, hub: bool) -> Iterator[tuple[str |
 
 
 def load_documents(
-    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath
 ) -> TaskData:
     """Text query -> page images.
 

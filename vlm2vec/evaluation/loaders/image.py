@@ -104,21 +104,21 @@ def own_prompts(task: Task) -> Task:
     return replace(task, **same)
 
 
-def load_mmeb(
-    task: Task, root: AnyPath | None, images: AnyPath, *, hub: bool = False, protocol: str = "v1", cache: AnyPath = "media"
-) -> TaskData:
+def load_mmeb(task: Task, root: AnyPath | None, images: AnyPath, *, hub: bool = False, protocol: str = "v1", cache: AnyPath) -> TaskData:
     """Read one MMEB image task.
 
     Args:
         task: the Task; `form` tells how V2 strings are put together, the prompts of an own task wrap
-            the rows' texts; the option `query_text` is every query's text.
+            the rows' texts; the option `query_text` is every query's text;
+            `instruction_apart` leaves texts bare and puts a row's qry_inst beside its query.
         root: folder of annotation folders. images: folder the image paths are relative to.
         protocol: "v1" keys candidates by (text, path); "v2" by name (text, path, or "path:text"), the first one wins.
 
     Returns: TaskData with local candidates (all of them when the task says global).
     Raises: ValueError that names file, column or row.
     """
-    table = read_table(root, task, columns=EVAL_COLUMNS, hub=hub)
+    apart = bool(task.options.get("instruction_apart"))
+    table = read_table(root, task, columns=(*EVAL_COLUMNS, *(V2_COLUMNS if apart else ())), hub=hub)
     parts = all(column in table.column_names for column in V2_COLUMNS)
     data, pool, prompted = TaskData(task, label_names=[], local=[]), Pool(), own_prompts(task)
     for i, row in enumerate(table):
@@ -132,13 +132,16 @@ def load_mmeb(
         tgt_inst = _as_list(row["tgt_inst"]) if parts else [None]
         if "query_text" in task.options:
             query = task.options["query_text"]
+        elif apart:
+            query = qry_text
         elif parts:
             query = rebuild_query(task.form, row["qry_inst"], qry_text, bool(qry_image), task.options.get("query_end", ""))
         elif prompted.query_prompt:
             query = prompted.query_prompt.replace("{text}", qry_text)
         else:
             query = qry_text
-        data.queries.append(item(query, qry_image, images))
+        told = {"instruction": (row["qry_inst"] or "").replace(IMAGE_MARKER, "").strip()} if apart else {}
+        data.queries.append({**item(query, qry_image, images), **told})
         mine = []
         for j, (text, path) in enumerate(zip(row["tgt_text"], row["tgt_img_path"])):
             text, path = text or "", _path(path)
@@ -149,7 +152,9 @@ def load_mmeb(
             key = (text, path) if protocol == "v1" else candidate_name(task.form, text, path)
             where = pool.index.get(key)
             if where is None:  # most rows of a task have the candidates of the rows before
-                if parts:
+                if apart:
+                    full = text
+                elif parts:
                     full = rebuild_target(task.form, tgt_inst[j % len(tgt_inst)], text, bool(path))
                 else:
                     full = prompted.target_prompt.replace("{text}", text) if prompted.target_prompt else text

@@ -12,12 +12,11 @@ from vlm2vec.files import AnyPath
 from vlm2vec.media.sampling import natural_order
 
 
-def load_moments(
-    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
-) -> TaskData:
+def load_moments(task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath) -> TaskData:
     """QVHighlight, Charades-STA: FRAMES/{video}/query and one folder per clip; "positive..." is right.
 
-    A candidate's name is its folder. Clips come in natural order of their names (the reference takes the file system's).
+    A candidate's name is its folder's, below the task's frames. Clips come in natural order of their names (the reference takes the
+    file system's).
     """
     o = task.options
     table = read_table(root, task, columns=[o["text"], o["video"]], hub=hub)
@@ -30,11 +29,12 @@ def load_moments(
         clips = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != "query"), key=natural_order) if folder else []
         mine, right, names = [], [], []
         for clip in clips:
-            where = pool.add(str(clip), lambda name=f"{video}/{clip.name}": videos.item(task.target_prompt, name, clip=True))
+            name = f"{video}/{clip.name}"
+            where = pool.add(name, lambda name=name: videos.item(task.target_prompt, name, clip=True))
             mine.append(where)
             if clip.name.startswith("positive"):
                 right.append(where)
-                names.append(str(clip))
+                names.append(name)
         if not mine:
             data.problems.add("empty_candidates", i, f"row {i}: no clips of {video}")
         data.local.append(mine)
@@ -45,7 +45,7 @@ def load_moments(
 
 
 def load_momentseeker(
-    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath
 ) -> TaskData:
     """MomentSeeker: text, image or video queries against the positive and negative clips of the row.
 

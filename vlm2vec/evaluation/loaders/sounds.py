@@ -83,7 +83,7 @@ def load_sound_labels(task: Task, root: AnyPath | None, media: AnyPath, **_: Any
     return data
 
 
-def load_sound_retrieval(task: Task, root: AnyPath | None, media: AnyPath, *, cache: AnyPath = "media", **_: Any) -> TaskData:
+def load_sound_retrieval(task: Task, root: AnyPath | None, media: AnyPath, *, cache: AnyPath, **_: Any) -> TaskData:
     """Sounds, films or pictures by a text or a sound; every candidate is ranked, one is right. `layout` names one of `LAYOUTS`."""
     layout = task.options["layout"]
     if layout not in LAYOUTS:

@@ -20,9 +20,7 @@ def _first(value):
     return (value or [None])[0] if isinstance(value, list) else value
 
 
-def load_labels(
-    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
-) -> TaskData:
+def load_labels(task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath) -> TaskData:
     """Video -> label text: a global label set, or the row's own list (which holds the positive)."""
     o = task.options
     choices = o.get("choices")
@@ -110,9 +108,7 @@ def _right(task, i, how, answer, choices):
     return where if 0 <= where < len(choices) else -1
 
 
-def load_choice(
-    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
-) -> TaskData:
+def load_choice(task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath) -> TaskData:
     """Video and question -> the right one of a few options."""
     o = task.options
     fixed = o.get("fixed_choices")
@@ -157,7 +153,7 @@ def _parts(task, root, columns, hub):
 
 
 def load_retrieval(
-    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath = "media"
+    task: Task, root: AnyPath | None, media: AnyPath, *, hub: bool = False, protocol: str = "v2", cache: AnyPath
 ) -> TaskData:
     """Caption -> video, all videos of the data set as candidates; `skip_missing` leaves rows without a film out (MMEB-V3)."""
     o = task.options

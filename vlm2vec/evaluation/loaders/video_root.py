@@ -18,7 +18,7 @@ class VideoRoot:
     """Finds the frames of a task's videos.
 
     Args:
-        task: its `frames` is a folder like video-tasks/frames/video_cls/UCF101.
+        task: its `frames` is a folder like video-tasks/frames/video_cls/UCF101; its option `films` one with film files.
         media: folder that holds video-tasks/, or the frame folders themselves. cache: where decoded frames go.
     """
 
@@ -26,9 +26,10 @@ class VideoRoot:
         media = Path(media)
         names = [task.frames or task.name, (task.frames or "").removeprefix("video-tasks/frames/"), task.name]
         self.roots = [media / n for n in dict.fromkeys(names) if n and (media / n).is_dir()]
-        film_folders = [n.replace("video-tasks/frames", "video-tasks/videos", 1) for n in names]
+        films = [task.options["films"]] if task.options.get("films") else []
+        film_folders = films + [n.replace("video-tasks/frames", "video-tasks/videos", 1) for n in names]
         self.film_roots = [media / n for n in dict.fromkeys(film_folders) if n and (media / n).is_dir()]
-        self.looked = [str(media / n) for n in dict.fromkeys(names) if n]
+        self.looked = [str(media / n) for n in dict.fromkeys([*names, *films]) if n]
         self.cache = Path(cache) / task.name
         self.rule: FrameRule = task.options.get("frame_rule") or FrameRule()
 

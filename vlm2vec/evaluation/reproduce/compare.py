@@ -92,8 +92,7 @@ DATA = {
 def _named(part: str, name: str) -> tuple[str, str | None]:
     """The name of a difference and its kind; None for one that is told by another."""
     if part == "settings":
-        what = "data sets' instructions" if name == "words" else name.replace("_", " ")
-        return what, "precision" if name == "device" else SETTINGS.get(name, "rounding")
+        return name.replace("_", " "), "precision" if name == "device" else SETTINGS.get(name, "rounding")
     if part == "options":
         if name in FRAME_OPTIONS:
             return f"option {name}", "frames"

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "Pillow", "numpy", "av")
-WORDS = "as the data has them"  # instructions of data sets: in the texts, as MMEB's own evaluation feeds them
 EXAMPLE = 160  # characters of a first input
 
 
@@ -127,7 +126,6 @@ def run_record(
         "frames": str(rule),
         "frames_everywhere": rule.whole_too,
         "prompt": options.prompt,
-        "words": WORDS,
         "pictures": dict(options.pictures),
         "strict": options.strict,
         "batch_size": options.batch_size,

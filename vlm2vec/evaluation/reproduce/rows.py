@@ -42,7 +42,6 @@ class Row:
         name: under which it was asked for. model: whose scores they are.
         protocol, feeding, frames, prompt, options: what it was made with, None or {} where nobody said; options are family options.
         frames_everywhere: the frames hold for tasks too that take all stored ones. dtype: of the weights.
-        words: how instructions of data sets were fed, where otherwise than by MMEB's evaluation; a run cannot follow it, and tells it.
         noise: points by which two runs of it were apart on one task. about: where it is from.
     """
 
@@ -56,7 +55,6 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     frames_everywhere: bool = False
     dtype: str | None = None
-    words: str | None = None
     noise: float = 0.0
     about: str = ""
 
@@ -178,7 +176,8 @@ def _own_row(name: str, model: str, protocol: str | None, scores: dict[str, Scor
 
 
 def _without_reading(options: dict[str, Any]) -> dict[str, Any]:
-    """Family options but for those that task and protocol decide."""
+    """Family options but for those that task and protocol decide; a limit of texts that was in force holds for them all."""
     from vlm2vec.backbones.processing import READING
 
-    return {key: value for key, value in options.items() if key not in READING}
+    kept = {"text_max_length"} if options.get("text_max_length") is not None else set()
+    return {key: value for key, value in options.items() if key not in READING or key in kept}

@@ -61,7 +61,7 @@ def differing(row: Row, score: Score, mine: dict[str, Any]) -> tuple[Difference,
     run = mine.get("run") or {}
     if score.run:
         return tuple(differences(score.run, run))
-    there: dict[str, Any] = {"settings": {k: v for k in ("protocol", "feeding", "frames", "words") if (v := getattr(row, k)) is not None}}
+    there: dict[str, Any] = {"settings": {k: v for k in ("protocol", "feeding", "frames") if (v := getattr(row, k)) is not None}}
     there["model"] = {"options": row.options}
     if score.queries:
         there["data"] = {"queries": score.queries}

@@ -17,8 +17,9 @@ Ranked = Sequence[Sequence[int | None]]
 
 
 def v3_facts(options: Any) -> dict[str, str]:
-    """What MMEB-V3's score files say besides scores: those of its two published evaluations cannot be compared."""
-    return {"protocol": "v3", "feeding": options.feeding} if options.protocol == "v3" else {}
+    """What score files say besides scores where there are several published evaluations, whose scores cannot be compared."""
+    several = options.protocol == "v3" or options.feeding != "official"
+    return {"protocol": options.protocol, "feeding": options.feeding} if several else {}
 
 
 def other_metric(ranked: Ranked, labels: Sequence[Sequence[int]], grades: Any, metric: str, parts: Sequence[str] | None = None) -> float:

@@ -47,7 +47,7 @@ META_OF_GROUP = {
 }
 GROUPS = tuple(META_OF_GROUP)
 V2_GROUPS = GROUPS[: GROUPS.index("mcmr")]
-FEEDINGS = ("official", "wemm")
+FEEDINGS = ("official", "wemm", "qwen3-vl")
 GROUP_OF_META = {"classification": "image_cls", "vqa": "image_qa", "retrieval": "image_ret", "grounding": "image_vg"}
 
 
@@ -107,9 +107,14 @@ class Task:
         return word in known or (word == "agent" and self.modality in ("tool", "gui", "memory"))
 
     def fed(self, feeding: str) -> Task:
-        """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead."""
+        """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead, "qwen3-vl"
+        is MMEB-V2 as Qwen3-VL-Embedding's authors run it (`tasks.instructions`)."""
         if feeding not in FEEDINGS:
             raise ValueError(f"feeding is {' or '.join(FEEDINGS)}, got {shown(feeding)}")
+        if feeding == "qwen3-vl":
+            from vlm2vec.evaluation.tasks.instructions import bare_task
+
+            return bare_task(self)
         if feeding == "official" or not self.wemm:
             return self
         return replace(self, **{**self.wemm, "options": {**self.options, **self.wemm.get("options", {})}})
