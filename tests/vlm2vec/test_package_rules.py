@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from importlib import import_module
 
 import pytest
 
@@ -43,5 +44,6 @@ def test_a_bare_argument_is_seen():
 
 
 def test_the_release_is_said_alike():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert declared == vlm2vec.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    module, _, name = project["tool"]["setuptools"]["dynamic"]["version"]["attr"].rpartition(".")
+    assert project["project"]["dynamic"] == ["version"] and getattr(import_module(module), name) == vlm2vec.__version__
