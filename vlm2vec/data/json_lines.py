@@ -26,12 +26,17 @@ def iter_json_lines(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    value = parse_json(line, f"{path}, line {number}")
-                    yield number, _whole(value) if "\\u" in line else value
+                    yield number, read_json_value(line, f"{path}, line {number}")
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+
+
+def read_json_value(text: str, where: str) -> Any:
+    """One JSON value, halves of surrogate pairs in its strings as U+FFFD. ValueError begins with `where`."""
+    value = parse_json(text, where)
+    return _whole(value) if "\\u" in text else value
 
 
 def read_json_rows(path: str | os.PathLike) -> dict[str, list[Any]]:
