@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reproduce",
         metavar="ROW",
-        help="run with the settings of a published row (MODEL@SOURCE; a wrong name is answered with its likes) or of a score file, and compare; options given here win",
+        help="run with the settings of a published row (MODEL@SOURCE; a wrong name is answered with its likes) or of a score file, "
+        "and compare; options given here win",
     )
     parser.add_argument("--check", metavar="FILE", help="say what differs here from what a score file was made with, and stop")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlm2vec.evaluation.encode.keys import ContentHashes
 
 FORMAT = 1
-LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "Pillow", "numpy", "av", "qwen-vl-utils")
+LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "Pillow", "numpy", "av")
 WORDS = "as the data has them"  # instructions of data sets: in the texts, as MMEB's own evaluation feeds them
 EXAMPLE = 160  # characters of a first input
 
