@@ -142,11 +142,11 @@ def _evaluate(args: argparse.Namespace, tasks: list, rank: int, world: int, barr
     from vlm2vec.evaluation.report.summary import terminal, write_summary
     from vlm2vec.evaluation.runner import run_tasks
     from vlm2vec.evaluation.score.details import v3_facts
-    from vlm2vec.evaluation.support import with_unheard
+    from vlm2vec.evaluation.support import with_unsupported
     from vlm2vec.evaluation.tasks import load_tasks
 
     model = reproduce.options_model(args)
-    tasks = tasks if args.tasks or args.reproduce else with_unheard(model, tasks, str(args.protocol))
+    tasks = tasks if args.tasks or args.reproduce else with_unsupported(model, tasks, str(args.protocol))
     options = _options(args, rank=rank, world=world, barrier=barrier, device=str(model.device))
     rows = run_tasks(model, tasks, args.data, args.media or args.data or ".", args.output, store=args.store, options=options)
     if rank == 0:

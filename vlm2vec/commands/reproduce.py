@@ -76,18 +76,20 @@ def frames_of(args: argparse.Namespace) -> FrameRule | None:
 
 
 def tasks_of(row: Row, tasks: list[Task]) -> list[Task]:
-    """The tasks that the row has scores of. ValueError where it has none of them."""
-    shared = [task for task in tasks if task.name in row.scores]
+    """The tasks that the row has scores of, or means over. ValueError where it has none of them."""
+    from vlm2vec.evaluation.reproduce.means import is_part
+
+    shared = [task for task in tasks if task.name in row.scores or is_part(task, row.means)]
     if not shared:
-        raise ValueError(
-            f"row {row.name} has no score of {', '.join(task.name for task in tasks[:5])}; it has {', '.join(list(row.scores)[:5])}, ..."
-        )
+        held = ", ".join([*row.scores, *row.means][:5])
+        raise ValueError(f"row {row.name} has no score of {', '.join(task.name for task in tasks[:5])}; it has {held}, ...")
     return shared
 
 
 def tell(row: Row, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """The comparison on the terminal and in the output folder."""
-    from vlm2vec.evaluation.reproduce.verdict import compare_with, lines, write_verdicts
+    from vlm2vec.evaluation.reproduce.means import mean_lines
+    from vlm2vec.evaluation.reproduce.verdict import about, compare_with, lines, write_verdicts
 
     verdicts = compare_with(row, rows)
     done = {row["task"] for row in rows}
@@ -95,15 +97,16 @@ def tell(row: Row, rows: list[dict[str, Any]], args: argparse.Namespace) -> None
     print()
     if row.model and not _same_name(row.model, args.model):
         print(f"the row is of {row.model}, the model here is {args.model}")
-    print("\n".join(lines(row, verdicts, missing=len(missing))))
-    print(f"comparison: {write_verdicts(args.output, row, verdicts, missing)}")
+    means = mean_lines(row, rows)
+    print("\n".join([*lines(row, verdicts, missing=len(missing)), *means] if row.scores else [about(row), *means]))
+    print(f"comparison: {write_verdicts(args.output, row, verdicts, missing, means)}")
 
 
 def _same_name(theirs: str, ours: str) -> bool:
-    """Whether two names of a model are alike: their last parts, without case, marks and what stands behind a comma."""
+    """Whether two names of a model are alike: their last parts, without case and marks."""
 
     def bare(name: str) -> str:
-        return "".join(c for c in Path(name.split(",")[0]).name.lower() if c.isalnum())
+        return "".join(c for c in Path(name).name.lower() if c.isalnum())
 
     return bare(theirs) in bare(ours) or bare(ours) in bare(theirs)
 

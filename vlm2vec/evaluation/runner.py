@@ -26,7 +26,8 @@ from vlm2vec.evaluation.score.details import chance, cut_texts, other_metric, pa
 from vlm2vec.evaluation.score.metrics import KS, METRICS, mean_of, per_query_metrics
 from vlm2vec.evaluation.score.ranking import rank
 from vlm2vec.evaluation.score.ties import WARN_ABOVE, ties
-from vlm2vec.evaluation.support import audio_tasks, unsupported_row
+from vlm2vec.evaluation.support import reason as unsupported
+from vlm2vec.evaluation.support import unsupported_row
 from vlm2vec.evaluation.tasks import known_tasks
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
@@ -278,11 +279,11 @@ def run_tasks(
         evaluation writes into `output`.
     """
     options = options or Options()
-    deaf = audio_tasks(model, tasks)
-    heard = [task for task in tasks if task.name not in deaf]
+    why = {task.name: unsupported(model, task) for task in tasks}
+    supported = [task for task in tasks if not why[task.name]]
     with locked(output, "an evaluation") if options.rank == 0 else nullcontext():
-        rows = {name: unsupported_row(task, output, options) for name, task in deaf.items()}
-        for reader, part in readers(model, heard, options):
+        rows = {task.name: unsupported_row(task, told, output, options) for task in tasks if (told := why[task.name])}
+        for reader, part in readers(model, supported, options):
             rows |= {row["task"]: row for row in _run_tasks(reader, part, data, media, Path(output), store, options)}
     return [rows[task.name] for task in tasks]
 

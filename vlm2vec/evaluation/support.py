@@ -7,31 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.score.details import v3_facts
-from vlm2vec.evaluation.tasks import Task, load_tasks
+from vlm2vec.evaluation.tasks import Task, known_tasks, load_tasks
 from vlm2vec.files import AnyPath, write_json
 
-NO_AUDIO = "the model takes no audio"
+TAKEN = ("text", "image", "video")  # what a model is taken to take that does not say so
+OF_PUBLISHED = {"image": ("image",), "video": ("video",), "visdoc": ("image",), "gui": ("image",), "audio": ("audio",)}
+BESIDE_AUDIO = {"AVE": ("video",), "SpeechCOCO": ("image",)}
 
 
-def hears(model: Any) -> bool:
-    """Whether a model takes audio: it says so in `modalities`."""
-    return "audio" in getattr(model, "modalities", ())
+def needed(task: Task) -> tuple[str, ...]:
+    """What a published task's inputs hold besides text; () for a task of one's own, whose rows tell."""
+    return (*OF_PUBLISHED.get(task.modality, ()), *BESIDE_AUDIO.get(task.name, ())) if task.name in known_tasks() else ()
 
 
-def audio_tasks(model: Any, tasks: Sequence[Task]) -> dict[str, Task]:
-    """{name: task} of the tasks that a model cannot do since it hears nothing; {} for one that hears."""
-    return {} if hears(model) else {task.name: task for task in tasks if task.modality == "audio"}
+def reason(model: Any, task: Task) -> str | None:
+    """Why a model cannot do a task, by its `modalities`; None where it can."""
+    taken = getattr(model, "modalities", TAKEN)
+    lacking = [kind for kind in needed(task) if kind not in taken]
+    return f"the model takes no {' and no '.join(lacking)}" if lacking else None
 
 
-def with_unheard(model: Any, tasks: Sequence[Task], protocol: str) -> list[Task]:
-    """The tasks, and for MMEB-V3 and a model without audio its audio tasks too: nobody fetches data that a model cannot use."""
+def with_unsupported(model: Any, tasks: Sequence[Task], protocol: str) -> list[Task]:
+    """The tasks, and for MMEB-V3 also those that the model cannot do: nobody fetches data that a model cannot use."""
     there = {task.name for task in tasks}
-    if protocol != "v3" or hears(model):
+    if protocol != "v3":
         return list(tasks)
-    return [*tasks, *(task for task in load_tasks("v3").values() if task.modality == "audio" and task.name not in there)]
+    return [*tasks, *(task for task in load_tasks("v3").values() if task.name not in there and reason(model, task))]
 
 
-def unsupported_row(task: Task, output: AnyPath, options: Any) -> dict[str, Any]:
+def unsupported_row(task: Task, why: str, output: AnyPath, options: Any) -> dict[str, Any]:
     """The summary of a task that was not run, also in OUTPUT/tasks/{task}.json: no score, and why."""
     row = {
         "task": task.name,
@@ -41,7 +45,7 @@ def unsupported_row(task: Task, output: AnyPath, options: Any) -> dict[str, Any]
         "split": task.split,
         "metric": task.metric,
         "score": None,
-        "unsupported": NO_AUDIO,
+        "unsupported": why,
         "metrics": {},
         "num_queries": 0,
         "num_candidates": 0,

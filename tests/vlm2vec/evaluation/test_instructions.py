@@ -87,7 +87,7 @@ def test_rows_that_cannot_be_made_so_are_refused_by_name(root, tmp_path, capsys)
 
 
 def test_the_row_of_the_authors_asks_for_it(root):
-    for name in ("Qwen3-VL-Embedding-8B, rerun@v2-qwen3vl", "Qwen3-VL-Embedding-8B, leaderboard@v2-qwen3vl"):
+    for name in ("Qwen3-VL-Embedding-8B-rerun@v2-qwen3vl", "Qwen3-VL-Embedding-8B-leaderboard@v2-qwen3vl"):
         row = find_row(name)
         assert (row.protocol, row.feeding, row.options["feeding"], row.frames) == ("v2", "qwen3-vl", "authors", "fps:1,max:64")
         assert all(task.loader == "mmeb" or instruction_of(task) for task in load_tasks().values() if task.name in row.scores)

@@ -19,7 +19,8 @@ from vlm2vec.evaluation.report.export import leaderboard
 from vlm2vec.evaluation.report.summary import markdown, terminal, write_summary
 from vlm2vec.evaluation.runner import Options, run_tasks
 from vlm2vec.evaluation.score.aggregate import aggregate
-from vlm2vec.evaluation.tasks import find_tasks, load_tasks
+from vlm2vec.evaluation.support import reason
+from vlm2vec.evaluation.tasks import find_tasks, load_tasks, make_task
 from vlm2vec.model import VLM2Vec
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
@@ -98,7 +99,7 @@ def test_long_texts_are_cut_and_counted(place):
     assert "aops: " in told and "without the candidates that 1 queries exclude" in told
 
 
-def test_a_model_that_hears_nothing(place, tmp_path, capsys):
+def test_a_model_without_audio(place, tmp_path, capsys):
     """Eleven tasks are told as unsupported, the others run; V3-All counts them 0 and stands beside the mean of what was run."""
     folder, _ = place
     data, names = folder / "data", find_tasks(folder / "data", protocol="v3")
@@ -108,12 +109,16 @@ def test_a_model_that_hears_nothing(place, tmp_path, capsys):
     assert len(audio) == 8 and all(row["score"] is None and row["unsupported"] == "the model takes no audio" for row in audio)
     assert all(row["score"] is not None for row in rows if row["modality"] != "audio")
     assert json.loads((tmp_path / "out" / "tasks" / "TUTSound(hard).json").read_text())["score"] is None
-    from vlm2vec.evaluation.support import with_unheard
+    from vlm2vec.evaluation.support import with_unsupported
 
     model = AngleModel(("text", "image", "video"))
-    whole = with_unheard(model, [t for t in load_tasks("v3").values() if t.modality != "audio"], "v3")
-    assert len(whole) == 190 and with_unheard(AngleModel(), whole[:5], "v3") == whole[:5]
-    assert with_unheard(model, whole[:5], "v2") == whole[:5]
+    whole = with_unsupported(model, [t for t in load_tasks("v3").values() if t.modality != "audio"], "v3")
+    assert len(whole) == 190 and with_unsupported(AngleModel(), whole[:5], "v3") == whole[:5]
+    assert with_unsupported(model, whole[:5], "v2") == whole[:5]
+    texts = with_unsupported(
+        AngleModel(("text",)), [t for t in load_tasks("v3").values() if t.modality in ("text", "tool", "memory")], "v3"
+    )
+    assert len(texts) == 190, "a model of texts does 53 + 35 + 4 of them"
     means = aggregate([*({**rows[0], "task": t.name, "score": None if t.modality == "audio" else 0.5} for t in whole)])
     assert means["v3"]["groups"]["V3-All"] == {
         "score": pytest.approx(0.5 * 179 / 190),
@@ -132,6 +137,35 @@ def test_a_model_that_hears_nothing(place, tmp_path, capsys):
     board = leaderboard(rows, "deaf")["metrics"]
     assert board["audio"] == "DIR_N/A" and board["text"]["aops"]["hit@1"] == 0.5 and board["text"]["biology"] == "FILE_N/A"
     assert list(board) == ["image", "video", "visdoc", "text", "tool", "gui", "memory", "audio"] and len(board["image"]) == 37
+
+
+def test_a_model_without_films(place, tmp_path):
+    """What a model cannot take is told before anything is read, and pollutes no mean of what was run."""
+    folder, _ = place
+    names = ["Breakfast", "AVE", "SpeechCOCO", "Clotho", "ViDoRe_docvqa", "text/BRIGHT/aops"]
+    tasks = [load_tasks("v3")[name] for name in names]
+    model = AngleModel(("text", "image", "audio"))
+    rows = run_tasks(model, tasks, folder / "data", folder / "data", tmp_path, options=Options(progress=False, protocol="v3"))
+    told = {row["task"]: row.get("unsupported") for row in rows}
+    assert told == {**dict.fromkeys(names), "Breakfast": "the model takes no video", "AVE": "the model takes no video"}
+    assert [reason(AngleModel(("text",)), task) for task in tasks] == [
+        "the model takes no video",
+        "the model takes no audio and no video",
+        "the model takes no audio and no image",
+        "the model takes no audio",
+        "the model takes no image",
+        None,
+    ]
+    groups = aggregate(rows)["v3"]["groups"]
+    assert "video" not in aggregate(rows)["modality"] and groups["video"] == {
+        "score": 0.0,
+        "ran": None,
+        "tasks": 0,
+        "unsupported": 1,
+        "of": 18,
+    }
+    own = make_task({"name": "Mine", "modality": "video"}, "a test")
+    assert reason(AngleModel(("text",)), own) is None, "the rows of an own task tell"
 
 
 def test_the_command_line(place, tmp_path, capsys):

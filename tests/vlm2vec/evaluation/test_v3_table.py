@@ -79,7 +79,7 @@ def test_two_feedings_differ_where_the_facts_say_so(golden):
             )
     assert load_tasks("v3")["K700"].fed("wemm").options["label_set"] is None
     assert load_tasks("v3")["K700"].options["label_set"] == "Kinetics-700"
-    with pytest.raises(ValueError, match="feeding is official or wemm, got 'other'"):
+    with pytest.raises(ValueError, match="feeding is official or wemm or qwen3-vl, got 'other'"):
         load_tasks("v3")["K700"].fed("other")
 
 
@@ -137,7 +137,7 @@ def test_leaderboard_rows_and_v2():
     given = {"image": card["image (37)"], **dict.fromkeys(("tool", "gui", "memory"), card["agent"]), **card}
     whole = v3_means({n: given[t.modality] for n, t in load_tasks("v3").items()})
     assert whole["groups"]["V3-All"]["score"] == pytest.approx(card["all"], abs=2 * EXACT)
-    row = score_rows()["Qwen3-VL-Embedding-8B, leaderboard@v2-qwen3vl"].scores
+    row = score_rows()["Qwen3-VL-Embedding-8B-leaderboard@v2-qwen3vl"].scores
     printed = printed_means()["v2"]["Qwen3-VL-Embedding (8B)"]
     rows = [
         {"task": n, "score": s, "meta_task": t.meta_task, "group": t.group, "split": t.split, "modality": t.modality}
@@ -163,4 +163,11 @@ def test_list_shows_all_190():
     for name, task in load_tasks("v3").items():
         line = next(line for line in lines if line.startswith(name + " "))
         assert task.metric in line and task.candidates in line and str(task.per_query or "-") in line, name
-    assert "190 tasks; published" in lines[-2]
+    assert "190 tasks; published" in lines[-3] and "GME-7B@v3-paper" in lines[-2] and "WeMM-Embedding-2B@v3-wemm" in lines[-2]
+    columns = next(line for line in lines if line.startswith("task ")).split()
+    aops = next(line for line in lines if line.startswith("text/BRIGHT/aops ")).split()
+    assert aops[-len(columns) + columns.index("q3_2b")] == "2.4" and aops[-1] == "3.2", "the paper's, and the rerun's of the last column"
+    for protocol in ("v1", "v2", "v3"):
+        told = "\n".join(list_tasks(protocol))
+        assert "Qwen3-VL-Embedding-2B@vidore-v3 52.9, Qwen3-VL-Embedding-8B@vidore-v3 59.0" in told
+        assert sum(line.startswith("Vidore3") for line in told.splitlines()) == 10 and "vidore/vidore_v3_hr" in told

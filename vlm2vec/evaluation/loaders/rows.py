@@ -11,7 +11,8 @@ import csv
 import io
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Rows:
 
     source: str
     columns: list[str]
+    starts: Sequence[tuple[int, str]] = ()  # first row of each file, and the file
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -45,19 +47,30 @@ class Rows:
         return iter(self)
 
     def where(self, at: int) -> str:
-        """How a message names a row."""
-        return f"{self.source}, row {at}"
+        """How a message names a row: its file, and its number there."""
+        file, first = next(((file, first) for first, file in reversed(self.starts) if first <= at), (self.source, 0))
+        return f"{file}, row {at - first}"
 
     def has(self, *names: str) -> str | None:
         """The first of `names` that is a column."""
         return next((name for name in names if name in self.columns), None)
 
 
+def _starts(files: Sequence[Path], counts: Iterable[int]) -> list[tuple[int, str]]:
+    """`Rows.starts` of files with so many rows."""
+    found, at = [], 0
+    for file, count in zip(files, counts):
+        found.append((at, str(file)))
+        at += count
+    return found
+
+
 class Held(Rows):
     """A small table, all of it in memory."""
 
-    def __init__(self, source: str, rows: list[dict[str, Any]]):
-        self.source, self.rows = source, rows
+    def __init__(self, files: Sequence[Path], parts: list[list[dict[str, Any]]]):
+        self.source, self.rows = str(files[0]), [row for part in parts for row in part]
+        self.starts = _starts(files, map(len, parts))
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def __len__(self) -> int:
@@ -82,6 +95,8 @@ class Lines(Rows):
                     if line.strip().removeprefix(b"\xef\xbb\xbf"):
                         self.places.append((number, at, len(line)))
                     at += len(line)
+        of = Counter(number for number, _, _ in self.places)
+        self.starts = _starts(files, (of[number] for number in range(len(files))))
         # columns of the first rows: later ones may have more, which `[]` gives all the same
         for at in range(min(len(self.places), 20)):
             self.columns += [name for name in self[at] if name not in self.columns]
@@ -148,6 +163,7 @@ class Table(Rows):
             told = (str(error).splitlines() or [type(error).__name__])[0][:250]
             raise ValueError(f"{self.source} cannot be read: {told}") from error
         self.columns = self.table.column_names
+        self.starts = _starts(files, (pq.read_metadata(file).num_rows for file in files)) if len(files) > 1 else ()
         pa.default_memory_pool().release_unused()  # unpacking takes as much again, and is kept for a next time
 
     def __len__(self) -> int:
@@ -166,12 +182,21 @@ class Table(Rows):
 
 
 def _separated(file: Path, delimiter: str, header: bool = True) -> list[dict[str, Any]]:
-    lines = csv.reader(io.StringIO(read_text(file)), delimiter=delimiter)
-    rows = [row for row in lines if row]
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE  # a quote in a table with tabs is a character like any other
+    lines = csv.reader(io.StringIO(read_text(file), newline=""), delimiter=delimiter, quoting=quoting)
+    try:
+        rows = [(lines.line_num, row) for row in lines if row]
+    except csv.Error as error:
+        raise ValueError(
+            f"{file}, line {lines.line_num}: expected cells parted by {delimiter!r}, got what csv cannot read: {error}"
+        ) from None
     if not header:
-        return [{str(i): cell for i, cell in enumerate(row)} for row in rows]
-    names = rows[0] if rows else []
-    return [dict(zip(names, row)) for row in rows[1:]]
+        return [{str(i): cell for i, cell in enumerate(row)} for _, row in rows]
+    names = rows[0][1] if rows else []
+    for line, row in rows[1:]:
+        if len(row) != len(names):
+            raise ValueError(f"{file}, line {line}: expected {len(names)} cells, as the first line has, got {len(row)}; mend the line")
+    return [dict(zip(names, row)) for _, row in rows[1:]]
 
 
 def read_rows(files: Sequence[Path], *, header: bool = True) -> Rows:
@@ -187,16 +212,25 @@ def read_rows(files: Sequence[Path], *, header: bool = True) -> Rows:
         return Table(files)
     if suffix in (".csv", ".tsv", ".txt"):
         delimiter = "," if suffix == ".csv" else "\t"
-        return Held(str(files[0]), [row for file in files for row in _separated(file, delimiter, header)])
-    with open(files[0], "rb") as file:
-        is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-    if not is_list:
+        return Held(files, [_separated(file, delimiter, header) for file in files])
+    lists = [_is_list(file) for file in files]
+    if not any(lists):
         return Lines(files)
-    rows = parse_json(read_text(files[0]), str(files[0]))
-    for at, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{files[0]}, entry {at}: expected an object, got {kind(row)}")
-    return Held(str(files[0]), rows)
+    if not all(lists):
+        raise ValueError(
+            f"{files[lists.index(False)]}: expected a JSON list, as {files[lists.index(True)]} is, got lines; write them alike"
+        )
+    parts = [parse_json(read_text(file), str(file)) for file in files]
+    for file, rows in zip(files, parts):
+        for at, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, entry {at}: expected an object, got {kind(row)}")
+    return Held(files, parts)
+
+
+def _is_list(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
 
 def find_files(root: AnyPath, patterns: str | Sequence[str]) -> list[Path]:

@@ -151,7 +151,10 @@ def read_table(root: AnyPath | None, task: Task, config: str | None = None, *, c
             raise ValueError(told if source in told and files[0].suffix == ".jsonl" else f"{source} cannot be read: {told}") from error
     elif hub and task.hub.get("dataset"):
         source = f"hub dataset {task.hub['dataset']}"
-        table = load_dataset(task.hub["dataset"], config, split=task.hub.get("split", "test"))
+        if task.hub.get("access") == "private":
+            raise ValueError(f"task {task.name}: expected its folder in the data folder, since {source} is private; got none")
+        pinned = {"revision": task.hub["revision"]} if task.hub.get("revision") else {}
+        table = load_dataset(task.hub["dataset"], config, split=task.hub.get("split", "test"), **pinned)
     else:
         looked = ", ".join(str(f) for f in _folders(root or Path("."), task, config))
         raise ValueError(f"task {task.name}: no {task.hub.get('split') or 'test'}*.parquet or .jsonl in {looked}")

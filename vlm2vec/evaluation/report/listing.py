@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm2vec.evaluation.tasks import load_tasks, published
+from vlm2vec.evaluation.tasks import known_tasks, load_tasks, published
 from vlm2vec.evaluation.tasks.score_rows import score_rows, v3_columns
 
 
@@ -15,6 +15,18 @@ def published_columns(protocol: str) -> dict[str, tuple[str, dict[str, float]]]:
         short: (name, {task: cells[short] for task, cells in books["models"].items() if short in cells})
         for short, name in books["columns"].items()
     }
+
+
+def _vidore_v3(width: int) -> list[str]:
+    """Lines of ViDoRe V3's sets, which any protocol runs, and of what was published of them: means over all."""
+    rows = {name: row.means["vidore_v3"] for name, row in score_rows().items() if "vidore_v3" in row.means}
+    told = ", ".join(f"{name} {mean}" for name, mean in rows.items())
+    lines = ["", f"vidore_v3 (document retrieval, visdoc), apart from MMEB; mean over its ten sets: {told}"]
+    for task in (task for task in known_tasks().values() if task.group == "vidore_v3"):
+        source = "private" if task.hub.get("access") == "private" else task.hub["dataset"]
+        counts = f"{task.queries or '-':>7} {task.per_query or '-':>7}"
+        lines.append(f"{task.name:<{width}}  {'':<5} {task.metric:<14} {task.candidates:<6} {counts}  {source}")
+    return lines
 
 
 def list_tasks(protocol: str = "v2") -> list[str]:
@@ -31,8 +43,11 @@ def list_tasks(protocol: str = "v2") -> list[str]:
             f"{task.name:<{width}}  {task.split or '':<5} {task.metric:<14} {task.candidates:<6} {task.queries or '-':>7} "
             f"{task.per_query or '-':>7}  {cells}"
         )
+    lines += _vidore_v3(width)
     told = "; ".join(f"{short} = {name}" for short, (name, _) in columns.items())
     lines += ["", f"{len(tasks)} tasks; published, in percent: {told}"]
+    rows = [name for name, row in score_rows().items() if row.protocol == protocol or "vidore_v3" in row.means]
+    lines.append(f"rows for --reproduce: {', '.join(rows)}")
     if protocol == "v3":
         lines.append("queries and candidates (of) that nobody has published are shown as -: the data tells them")
     return lines[1:]

@@ -97,7 +97,8 @@ def markdown(rows: list[dict[str, Any]], means: dict[str, Any], model: str, brok
     lines += ["", "## Means", "", "| mean over | data sets | score |", "|---|---|---|"]
     for field, title in (("meta_task", ""), ("group", "group "), ("split", "split "), ("modality", "modality ")):
         for name, part in means[field].items():
-            lines.append(f"| {title}{name} | {part['tasks']} | {percent(part['score'])} |")
+            of = f" of {part['of']}" if part.get("of", part["tasks"]) != part["tasks"] else ""
+            lines.append(f"| {title}{name} | {part['tasks']}{of} | {percent(part['score'])} |")
     lines.append(f"| all | {means['overall']['tasks']} | {percent(means['overall']['score'])} |")
     own_scores = own_row(means)
     for key, wanted, title in (("v1", V1_TABLE, "MMEB (arXiv:2410.05160)"), ("v2", V2_TABLE, "MMEB-V2 (arXiv:2507.04590)")):

@@ -42,6 +42,7 @@ class Row:
         name: under which it was asked for. model: whose scores they are.
         protocol, feeding, frames, prompt, options: what it was made with, None or {} where nobody said; options are family options.
         frames_everywhere: the frames hold for tasks too that take all stored ones. dtype: of the weights.
+        means: {name: fraction} that were printed, by the names of `score.aggregate.members`.
         noise: points by which two runs of it were apart on one task. about: where it is from.
     """
 
@@ -57,6 +58,7 @@ class Row:
     dtype: str | None = None
     noise: float = 0.0
     about: str = ""
+    means: dict[str, float] = field(default_factory=dict)
 
     @property
     def has_runs(self) -> bool:
@@ -98,7 +100,7 @@ def published_row(row: ScoreRow) -> Row:
         task = tasks.get(name)
         scores[name] = Score(percent / 100, _rounding(percent), task.queries if task else None, task.metric if task else None)
     source = {"protocol": row.protocol, "feeding": row.feeding, **source}
-    return Row(row.name, row.model, scores, **source)
+    return Row(row.name, row.model, scores, **source, means={name: percent / 100 for name, percent in row.means.items()})
 
 
 def _rounding(percent: float) -> float:

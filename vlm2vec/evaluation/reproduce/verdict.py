@@ -75,10 +75,15 @@ def compare_with(row: Row, rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     return [verdict_of(row, r["task"], row.scores[r["task"]], r) for r in rows if r["task"] in row.scores and r["score"] is not None]
 
 
+def about(row: Row) -> str:
+    """A row's name and where it is from."""
+    return f"beside {row.name}" + (f" ({row.about})" if row.about else "")
+
+
 def lines(row: Row, verdicts: Sequence[Verdict], *, missing: int = 0, causes: int = MOST_WORDS) -> list[str]:
     """The comparison for a terminal."""
     width = max([len(v.task) for v in verdicts] + [20])
-    out = [f"beside {row.name}" + (f" ({row.about})" if row.about else "")]
+    out = [about(row)]
     shared = shared_differences(verdicts)
     out += ["known to differ from it:", *(f"  {d}" for d in shared)] if shared else []
     out.append(f"{'task':<{width}} {'there':>7} {'here':>7} {'points':>7}  {'expected':>15} {'queries':>8}")
@@ -108,8 +113,8 @@ def shared_differences(verdicts: Sequence[Verdict]) -> list[Difference]:
     return [d for d in verdicts[0].differing if all(d in v.differing for v in verdicts)]
 
 
-def write_verdicts(output: AnyPath, row: Row, verdicts: Sequence[Verdict], missing: Sequence[str]) -> str:
-    """OUTPUT/reproduce.json and reproduce.md; returns the path of the latter."""
+def write_verdicts(output: AnyPath, row: Row, verdicts: Sequence[Verdict], missing: Sequence[str], means: Sequence[str] = ()) -> str:
+    """OUTPUT/reproduce.json and reproduce.md; returns the path of the latter. `means` are the lines of `reproduce.means`."""
     from pathlib import Path
 
     told = [
@@ -125,8 +130,9 @@ def write_verdicts(output: AnyPath, row: Row, verdicts: Sequence[Verdict], missi
         }
         for v in verdicts
     ]
-    content = {"row": row.name, "model": row.model, "about": row.about, "tasks": told, "not_run": list(missing)}
+    content = {"row": row.name, "model": row.model, "about": row.about, "tasks": told, "not_run": list(missing), "means": list(means)}
     write_json(Path(output) / "reproduce.json", content)
     path = Path(output) / "reproduce.md"
-    write_lines(path, [f"# Beside {row.name}", "", "```", *lines(row, verdicts, missing=len(missing), causes=100), "```"])
+    compared = lines(row, verdicts, missing=len(missing), causes=100) if row.scores else [about(row)]
+    write_lines(path, [f"# Beside {row.name}", "", "```", *compared, *means, "```"])
     return str(path)

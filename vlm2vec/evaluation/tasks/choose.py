@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vlm2vec.evaluation.tasks import Task, find_tasks, load_tasks, read_task_file
+from vlm2vec.evaluation.tasks import Task, find_tasks, known_tasks, load_tasks, read_task_file
 from vlm2vec.files import AnyPath
 
 
@@ -37,7 +37,10 @@ def chosen_tasks(words: Iterable[str], data: AnyPath | None, *, hub: bool = Fals
     published = load_tasks(protocol)
     if protocol == "v3":  # what only its archives hold cannot be had from the hub set by set
         published = {name: task for name, task in published.items() if name in load_tasks()}
-    return _named({**published, **extra, **local}, names)
+    apart = {task.name: task for task in known_tasks().values() if task.group == "vidore_v3" and task.hub.get("access") != "private"}
+    # by a word of their own alone: they are no part of MMEB, and "visdoc" means its pages
+    apart = {name: task for name, task in apart.items() if {name, task.group, task.hub_name} & set(names)}
+    return _named({**published, **apart, **extra, **local}, names)
 
 
 def _named(table: dict[str, Task], names: Sequence[str]) -> list[Task]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from vlm2vec.files.documents import read_yaml
 
 HERE = Path(__file__).resolve().parent / "scores"
 FILES = ("paper.yaml", "rerun.yaml", "v2_rerun.yaml")  # each tells its source and the protocol by which its rows were scored
+
+# columns of the printed tables as `evaluation.score.aggregate.members` names them; MMEB-V2's Image is its 36 tasks
+COLUMNS = {"Text": "text", "Agent": "agent", "Audio": "audio", "AVG": "V2", "Image": "image36", "Video": "video", "VisDoc": "visdoc"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class ScoreRow:
         name: "MODEL@SOURCE", the name under which `score_rows` has it. model, source: its parts.
         protocol: "v1", "v2" or "v3". feeding: how its inputs were worded, "official" or "wemm".
         scores: {task: percent}, by the task's main metric; tasks that the source leaves out are absent.
+        means: {name: percent} that were printed where no task was (`evaluation.score.aggregate.members`).
     """
 
     name: str
@@ -29,11 +33,12 @@ class ScoreRow:
     protocol: str
     feeding: str
     scores: dict[str, float]
+    means: dict[str, float] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=1)
 def score_rows() -> dict[str, ScoreRow]:
-    """{name: ScoreRow} of all published rows that tell single tasks. Do not change the dict.
+    """{name: ScoreRow} of all published rows. Do not change the dict.
 
     Example:
         >>> score_rows()["Omni-Embed-Nemotron-3B@v3-paper"].scores["ESC-50"]
@@ -52,7 +57,19 @@ def score_rows() -> dict[str, ScoreRow]:
         model = model.split(" (")[0]
         scores = {task: float(cells[column]) for task, cells in books["models"].items() if column in cells}
         rows.append(ScoreRow(f"{model}@{protocol}-files", model, f"{protocol}-files", protocol, "official", scores))
-    return {row.name: row for row in rows}
+    return {row.name: row for row in [*rows, *_rows_of_means()]}
+
+
+def _rows_of_means() -> list[ScoreRow]:
+    """Rows of WeMM-Embedding and of ViDoRe V3, of which means alone were printed; other models' means are those of their tasks."""
+    printed, rows = printed_means(), []
+    for model in (name for name in printed["v3"] if name.startswith("WeMM")):
+        told = {COLUMNS.get(c, c): value for part in ("v3", "v3_subgroups", "v2") for c, value in printed[part].get(model, {}).items()}
+        name = model.replace(" (", "-").rstrip(")")
+        rows.append(ScoreRow(f"{name}@v3-wemm", name, "v3-wemm", "v3", "wemm", {}, told))
+    for name, value in printed["vidore_v3"].items():
+        rows.append(ScoreRow(f"{name}@vidore-v3", name, "vidore-v3", "v2", "official", {}, {"vidore_v3": value}))
+    return rows
 
 
 @lru_cache(maxsize=1)

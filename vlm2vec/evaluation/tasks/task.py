@@ -101,9 +101,15 @@ class Task:
         """Key of the task in a leaderboard file."""
         return self.report_as or self.name
 
+    @property
+    def hub_name(self) -> str | None:
+        """Name of its data set on the hub, without the owner's."""
+        return self.hub["dataset"].rsplit("/", 1)[-1] if self.hub.get("dataset") else None
+
     def is_called(self, word: str) -> bool:
-        """Whether a word of `--tasks` means this task: its name, group, kind or modality, its report's name, a set that its name holds."""
-        known = (self.name, self.report_as, self.group, self.meta_task, self.modality, *self.name.split("/")[:-1])
+        """Whether a word of `--tasks` means this task: its name, group, kind or modality, its name on the hub or in
+        reports, a set that its name holds."""
+        known = (self.name, self.report_as, self.group, self.meta_task, self.modality, self.hub_name, *self.name.split("/")[:-1])
         return word in known or (word == "agent" and self.modality in ("tool", "gui", "memory"))
 
     def fed(self, feeding: str) -> Task:
