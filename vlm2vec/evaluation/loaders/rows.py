@@ -71,7 +71,7 @@ class Held(Rows):
     def __init__(self, files: Sequence[Path], parts: list[list[dict[str, Any]]]):
         self.source, self.rows = str(files[0]), [row for part in parts for row in part]
         self.starts = _starts(files, map(len, parts))
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
 
     def __len__(self) -> int:
         return len(self.rows)
