@@ -113,7 +113,8 @@ class Curve:
         first = frame.first + np.cumsum(left) + self._chosen("rise", keeps)
         order = np.concatenate([np.flatnonzero(keeps), np.flatnonzero(~keeps)])  # as the second pass takes them
         there = left.sum() - np.concatenate([[0], np.cumsum(left[order])[:-1]])
-        second = frame.second + there + self._chosen("high", keeps)[order]
+        before = np.where(np.arange(count) == 0, frame.first, frame.second)  # the first one finds no gradients
+        second = before + there + self._chosen("high", keeps)[order]
         peak = max(first.max(), frame.loss + left.sum(), second.max(), frame.after)
         seconds = frame.cost.seconds + self._chosen("first", keeps).sum() + self._chosen("second", keeps).sum()
         seconds += link_seconds(self.estimator.sample, self.estimator.gpu, count, kept)
