@@ -103,17 +103,18 @@ def screens(root):
     base, shots = root / "gui-tasks" / "GAE-GUIAct", root / "gui-tasks" / "GUIAct"
     for name, angle in (("p10", 10), ("p11", 11), ("p80", 80), ("p150", 150)):
         picture(shots / "guiact" / f"{name}.png", angle)
-    table(
-        base / "corpus" / "q2s-00000.parquet",
+    stored = (
         {"cand_id": "c1", "cand_text": "<|image_1|> then <|image_1|>", "cand_image_path": "['guiact/p10.png', 'guiact/p11.png']"},
         {"cand_id": "c2", "cand_text": "angle:40", "cand_image_path": ""},
         {"cand_id": "c3", "cand_text": "<|image_1|> last", "cand_image_path": "guiact/p80.png"},
         {"cand_id": "c4", "cand_text": "<|image_1|> " * 10, "cand_image_path": str(["guiact/p150.png"] * 10)},  # a trajectory
     )
+    table(base / "corpus" / "q2s-00000.parquet", *stored)
+    sides = {row["cand_id"]: {"pos_text": row["cand_text"], "pos_image_path": row["cand_image_path"]} for row in stored}
 
     def query(name, text, right):
         side = {"qry_id": name, "qry_text": text, "qry_image_path": "", "retrieval_type": "q2s"}
-        return {**side, "pos_id": right, "pos_text": "", "pos_image_path": ""}
+        return {**side, "pos_id": right, **sides[right]}
 
     table(
         base / "queries" / "q2s-00000.parquet",

@@ -156,7 +156,7 @@ def records_here(args: argparse.Namespace, tasks: list[Task], options: Options) 
         for reader, part in readers(model, tasks, options):
             identity = model_identity(reader)
             for prepared in read_tasks(part, args.data, media, cache, hashes, options):
-                record = run_record(reader, identity, prepared, hashes, options, (args.data, media))
+                record = run_record(reader, identity, prepared, options, (args.data, media))
                 records[prepared.data.task.name] = record
     return records
 

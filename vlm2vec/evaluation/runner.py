@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm2vec.backbones.processing import READING
-from vlm2vec.evaluation.encode.keys import ContentHashes, item_key, model_identity
+from vlm2vec.evaluation.encode.keys import ContentHashes, Contents, item_key, model_identity
 from vlm2vec.evaluation.encode.missing import collect_unreadable, fill_store, share_unreadable
 from vlm2vec.evaluation.encode.store import EmbeddingStore
 from vlm2vec.evaluation.frames import frame_rule, has_films, with_rule
@@ -29,6 +29,7 @@ from vlm2vec.evaluation.score.ties import WARN_ABOVE, ties
 from vlm2vec.evaluation.support import reason as unsupported
 from vlm2vec.evaluation.support import unsupported_row
 from vlm2vec.evaluation.tasks import known_tasks
+from vlm2vec.evaluation.tasks.task_data import whole
 from vlm2vec.files import AnyPath, write_json, write_lines
 from vlm2vec.files.locks import locked
 from vlm2vec.media.images import REFERENCE
@@ -76,27 +77,34 @@ class Prepared:
     query_keys: list
     candidate_keys: list
     reasons: dict = field(default_factory=dict)
+    contents: dict = field(default_factory=dict)  # digests of the sides' texts and of all media; see `keys.Contents`
 
 
 def prepare(data: TaskData, hashes: ContentHashes, prompt: str | None = None) -> Prepared:
     """Key every input of a task; unreadable files are noted, not raised. ValueError when most of a task's files are missing."""
-    reasons = {}
+    reasons, visual, bad = {}, 0, []
+    contents = Contents(hashes)
 
-    def key(item):
+    def key(lazy, side):
+        nonlocal visual
+        item = whole(lazy)  # read once: all that is asked of it is asked here
+        shows = bool(item.get("image") or item.get("video") or item.get("audio") is not None or item.get("unreadable"))
+        shows = shows and not item.get("row")
+        visual += shows
+        contents.add(side, item)
         try:
             return item_key(item, hashes, prompt)
         except ValueError as error:
-            reasons[id(item)] = str(error)
+            reasons[id(lazy)] = str(error)
+            bad.extend([str(error)] * shows)
             return None
 
-    prepared = Prepared(data, [key(q) for q in data.queries], [key(c) for c in data.candidates], reasons)
-    read = [i for i in data.queries + data.candidates if not i.get("row")]
-    visual = [i for i in read if i.get("image") or i.get("video") or i.get("audio") is not None or i.get("unreadable")]
-    bad = [i for i in visual if id(i) in reasons]
-    if bad and len(bad) > MISSING_SHARE * len(visual):
+    keys = [[key(item, side) for item in items] for side, items in (("query", data.queries), ("candidate", data.candidates))]
+    prepared = Prepared(data, *keys, reasons, contents.digests())
+    if bad and len(bad) > MISSING_SHARE * visual:
         kinds = "sounds" if data.task.modality == "audio" else "images or videos"
         raise ValueError(
-            f"task {data.task.name}: {len(bad)} of {len(visual)} {kinds} cannot be read, the first {reasons[id(bad[0])]}; "
+            f"task {data.task.name}: {len(bad)} of {visual} {kinds} cannot be read, the first {bad[0]}; "
             "is the image folder (--images) right?"
         )
     return prepared
@@ -349,7 +357,7 @@ def _run_tasks(model, tasks, data, media, output: Path, store, options: Options)
     store.refresh()
     summaries = {}
     for p in prepared[options.rank :: options.world]:
-        run = run_record(model, identity, p, hashes, options, (data, media))
+        run = run_record(model, identity, p, options, (data, media))
         summaries[p.data.task.name] = score_task(p, store, unreadable, options, output, run)
         if p.data.problems:
             print(f"{p.data.task.name}: {p.data.problems.text()}", file=sys.stderr)

@@ -9,8 +9,7 @@ from tests.helpers import tiny_models
 from vlm2vec import VLM2Vec
 from vlm2vec.evaluation.encode import encoder, prefixes
 from vlm2vec.evaluation.encode.encoder import Encoder
-from vlm2vec.evaluation.encode.keys import ContentHashes
-from vlm2vec.evaluation.encode.missing import visual_key
+from vlm2vec.evaluation.encode.keys import ContentHashes, visual_key
 
 CLOSE = 2e-6  # float32 vectors of length 1, by the same arithmetic in another order
 

@@ -11,7 +11,7 @@ from tests.helpers.evaluation_layouts import parquet
 from tests.helpers.v3_layouts import SECOND, documents, lines, page, table
 from vlm2vec.evaluation.loaders import load_task
 from vlm2vec.evaluation.loaders.ids import id_text, read_judgements
-from vlm2vec.evaluation.loaders.rows import Held, open_rows
+from vlm2vec.evaluation.loaders.rows import Held, open_rows, read_rows
 from vlm2vec.evaluation.runner import Options, run_tasks
 from vlm2vec.evaluation.tasks import find_tasks, known_tasks, load_tasks
 
@@ -32,12 +32,13 @@ def test_what_is_no_id_is_refused_by_name(value, told):
 
 
 def judgements(*rows):
-    return read_judgements(Held("qrels", [dict(zip(("query_id", "corpus_id", "score"), row)) for row in rows]))
+    return read_judgements(Held(["qrels"], [[dict(zip(("query_id", "corpus_id", "score"), row)) for row in rows]]))
 
 
 def test_judgements():
     assert judgements((0, 1, 2), ("0", "1", 1), (0, "x", 0), (0, 5, -1), (1, 2, "3")) == {"0": {"1": 1.0}, "1": {"2": 3.0}}
-    assert judgements((0, 1, 2), (0, 1, 0)) == {}, "the last row of a pair holds, also where it takes the label back"
+    assert judgements((0, 1, 2), (0, 1, 3)) == {"0": {"1": 3.0}}, "the last row of a pair holds"
+    assert judgements((0, 1, 2), (0, 1, 0)) == {"0": {"1": 2.0}}, "rows of grade 0 go first"
     assert judgements((0, 1, None)) == {"0": {"1": 1.0}}
     for row, told in (
         ((None, 1, 1), "qrels, row 0: no id"),
@@ -207,3 +208,43 @@ def test_labels_that_were_mended_go_first_and_the_old_ones_are_told(tmp_path, ca
     parquet(tmp_path / f"{folder}-fixed" / "queries" / "test-00000.parquet", **{"query-id": [0], "query": ["angle:2"]})
     assert len(load_task(task, tmp_path, tmp_path, cache=tmp_path / "cache").queries) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_tables_with_tabs_know_no_quotes(tmp_path):
+    """A quote is a character there, so that no line swallows the next; in a csv it is one. Cells that are missing are told by line."""
+    tsv, other = tmp_path / "a.tsv", tmp_path / "b.tsv"
+    tsv.write_text('query-id\tcorpus-id\tscore\nq1\t"d1\t1\nq2\td2\t1\nq3\td"3\t1\n', encoding="utf-8")
+    other.write_text("query-id\tcorpus-id\tscore\nq4\t\t1\n", encoding="utf-8")
+    table = read_rows([tsv, other])
+    assert [row["corpus-id"] for row in table] == ['"d1', "d2", 'd"3', ""] and len(table) == 4
+    assert table.where(3) == f"{other}, row 0" and table.where(2) == f"{tsv}, row 2"
+    with pytest.raises(ValueError, match="b.tsv, row 0: no id"):
+        read_judgements(table)
+    for content, got in (("a\tb\n1\t2\n3\n", 1), ("a\tb\n1\t2\n1\t2\t3\n", 3)):
+        tsv.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"a.tsv, line 3: expected 2 cells, as the first line has, got {got}"):
+            read_rows([tsv])
+    (tmp_path / "c.csv").write_text('a,b\n"1,5",2\n', encoding="utf-8")
+    assert list(read_rows([tmp_path / "c.csv"])) == [{"a": "1,5", "b": "2"}]
+
+
+def test_all_files_of_a_table_are_read_and_named(tmp_path):
+    """Lists, lines and parquet: every file's rows, and a message names the file that a row is of."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = {"json": [], "jsonl": [], "parquet": []}
+    for name in ("x", "y"):
+        paths = {kind: tmp_path / f"{name}.{kind}" for kind in made}
+        paths["json"].write_text(json.dumps([{"id": name}]), encoding="utf-8")
+        paths["jsonl"].write_text(json.dumps({"id": name}) + "\n", encoding="utf-8")
+        pq.write_table(pa.table({"id": [name]}), paths["parquet"])
+        for kind, path in paths.items():
+            made[kind].append(path)
+    for kind, files in made.items():
+        table = read_rows(files)
+        assert [row["id"] for row in table] == ["x", "y"] and table[1] == {"id": "y"}, kind
+        assert table.where(1) == f"{tmp_path / 'y'}.{kind}, row 0", kind
+    (tmp_path / "y.json").write_text('{"id": "y"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="y.json: expected a JSON list, as .*x.json is, got lines"):
+        read_rows(made["json"])

@@ -151,7 +151,8 @@ def test_films_of_ave_lie_beside_its_sounds(tmp_path):
 def test_several_screenshots(place):
     root, _, _ = place
     screen = read(root, "GAE-GUIAct_q2s")
-    first, second, third, trajectory = screen.candidates
+    assert screen.names == ["c1", "c3", "c2", "c4"], "the queries' candidates go before the corpus"
+    first, third, second, trajectory = screen.candidates
     assert len(trajectory["image"]) == 10 and trajectory["text"].count("<|image_1|>") == 10
     assert [path.rpartition("/")[2] for path in first["image"]] == ["p10.png", "p11.png"] and first["text"].count("<|image_1|>") == 2
     assert second["image"] is None and third["image"].endswith("p80.png")

@@ -45,17 +45,17 @@ def place(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-def evaluate(folder, output):
+def evaluate(folder, output, feeding="official"):
     model = VLM2Vec.from_pretrained(folder / "model", device="cpu", max_length=LIMIT)
     data = folder / "data"
-    options = Options(progress=False, protocol="v3", shard_cost=100, workers=1)
+    options = Options(progress=False, protocol="v3", feeding=feeding, shard_cost=100, workers=1)
     return run_tasks(model, find_tasks(data, protocol="v3"), data, data, output, options=options)
 
 
-def forked(folder, output):
+def forked(folder, output, feeding):
     def run():
         torch.set_num_threads(1)
-        evaluate(folder, output)
+        evaluate(folder, output, feeding)
 
     process = FORK.Process(target=run)
     process.start()
@@ -63,26 +63,39 @@ def forked(folder, output):
 
 
 @forks
-def test_killed_at_random_moments(place, tmp_path):
-    """SIGKILL, several times in one run of all kinds: the same score files to the byte, and no shard is written twice."""
+@pytest.mark.parametrize("feeding", ["official", "wemm"])
+def test_killed_at_random_moments(place, tmp_path, feeding):
+    """SIGKILL, ten times in one run of all kinds: the same score files to the byte, and no shard is written twice.
+
+    Half of the moments are told by the shards that there are, so that encoding is hit; half by the clock, over the time in which a run
+    with those shards reads, ranks and writes.
+    """
     folder, _ = place
-    whole = shards(folder / "whole")
-    assert len(whole) > 2 * KILLS, "too few shards for the kills to fall between them"
-    rng, out, before = random.Random(5), tmp_path / "out", {}
-    for moment in sorted(rng.sample(range(len(whole)), KILLS)):
-        process = forked(folder, out)
-        while len(shards(out)) < moment and process.is_alive():
+    undisturbed, out = folder / ("whole" if feeding == "official" else feeding), tmp_path / "out"
+    if feeding != "official":
+        evaluate(folder, undisturbed, feeding)
+    began = time.monotonic()
+    evaluate(folder, undisturbed, feeding)
+    short, whole = time.monotonic() - began, shards(undisturbed)
+    assert len(whole) > 3 * (KILLS // 2), "too few shards for the kills to fall between them"
+    rng, before, killed = random.Random(5), {}, 0
+    by_shards = sorted(rng.sample(range(len(whole)), KILLS // 2))
+    for moment in [*by_shards, *(None,) * (KILLS - len(by_shards))]:
+        process = forked(folder, out, feeding)
+        while moment is not None and len(shards(out)) < moment and process.is_alive():
             time.sleep(0.002)
-        process.join(rng.uniform(0, 0.05))
+        process.join(rng.uniform(0, 0.05 if moment is not None else short))
+        killed += process.is_alive()
         process.kill()
         process.join()
         now = shards(out)
         assert before.items() <= now.items(), "a finished shard was encoded again"
         before = now
-    evaluate(folder, out)
+    assert killed > KILLS // 2
+    evaluate(folder, out, feeding)
     assert shards(out).keys() == whole.keys() and before
-    assert files(out) == files(folder / "whole")
-    tasks = [{str(p.relative_to(run)): p.read_text() for p in (run / "tasks").rglob("*.json")} for run in (out, folder / "whole")]
+    assert files(out) == files(undisturbed)
+    tasks = [{str(p.relative_to(run)): p.read_text() for p in (run / "tasks").rglob("*.json")} for run in (out, undisturbed)]
     assert tasks[0] == tasks[1] and len(tasks[0]) == len(find_tasks(folder / "data", protocol="v3"))
 
 

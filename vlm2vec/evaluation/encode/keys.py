@@ -32,6 +32,7 @@ class ContentHashes:
 
     def __init__(self):
         self._known = {}
+        self._last: tuple[Any, bytes] | None = None  # bytes that were asked for last: an input's media are asked for more than once
 
     def of(self, visual: Any) -> bytes:
         """16-byte digest of a path's content, of bytes, or of a PIL image's pixels. ValueError when a file is missing."""
@@ -40,7 +41,9 @@ class ContentHashes:
             if path not in self._known:
                 self._known[path] = self._file(path)
             return self._known[path]
-        digest = _hash()
+        if isinstance(visual, bytes) and self._last is not None and self._last[0] is visual:
+            return self._last[1]
+        given, digest = visual, _hash()
         if isinstance(visual, Sound):
             digest.update(f"sound {visual.start} {visual.end}".encode())
             visual = self.of(visual.source)
@@ -52,7 +55,10 @@ class ContentHashes:
             digest.update(visual.tobytes())
         else:
             raise ValueError(f"expected a path, bytes or a PIL image, got {type(visual).__name__}")
-        return digest.digest()
+        found = digest.digest()
+        if isinstance(given, bytes):
+            self._last = given, found
+        return found
 
     @staticmethod
     def _file(path):
@@ -66,6 +72,43 @@ class ContentHashes:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
         return digest.digest()
+
+
+def visual_key(item: dict[str, Any], hashes: ContentHashes) -> bytes:
+    """Content of an input's media and what it says of them, b"" without any; inputs that share it share reading and the vision tower."""
+    parts = []
+    for name in MEDIA_KEYS:
+        value = item.get(name)
+        value = [] if value is None or value == "" else value
+        for visual in value if isinstance(value, (list, tuple)) else [value]:
+            frames = visual if isinstance(visual, (list, tuple)) else [visual]
+            parts += [f"{name} {len(frames)} ".encode(), *(hashes.of(frame) for frame in frames)]
+    said = {name: item[name] for name in SETTING_KEYS if item.get(name) is not None} if parts else {}
+    return b"".join([*parts, json.dumps(said, sort_keys=True).encode()] if said else parts)
+
+
+class Contents:
+    """Digests of a task's texts, a side each, and of its media, to say which of them another run's data has otherwise."""
+
+    def __init__(self, hashes: ContentHashes):
+        self.hashes = hashes
+        self._parts = {name: hashlib.blake2b(digest_size=12) for name in ("query_texts", "candidate_texts", "media")}
+
+    def add(self, side: str, item: dict[str, Any]) -> None:
+        """The next input of a side, "query" or "candidate", read whole."""
+        self._note(f"{side}_texts", json.dumps([item.get("text"), item.get("instruction")]).encode())
+        try:
+            self._note("media", b"unreadable" if item.get("unreadable") else visual_key(item, self.hashes))
+        except ValueError:
+            self._note("media", b"unreadable")
+
+    def _note(self, name: str, content: bytes) -> None:
+        self._parts[name].update(len(content).to_bytes(8, "little"))
+        self._parts[name].update(content)
+
+    def digests(self) -> dict[str, str]:
+        """{"query_texts", "candidate_texts", "media": hex digest}."""
+        return {name: part.hexdigest() for name, part in self._parts.items()}
 
 
 def item_key(item: dict[str, Any], hashes: ContentHashes, prompt: str | None = None) -> bytes:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm2vec.evaluation.encode.encoder import Encoder
-from vlm2vec.evaluation.encode.keys import ContentHashes
+from vlm2vec.evaluation.encode.keys import ContentHashes, visual_key
+from vlm2vec.evaluation.tasks.task_data import whole
 from vlm2vec.files import AnyPath, write_json
-from vlm2vec.inputs import MEDIA_KEYS, SETTING_KEYS
 from vlm2vec.media.sampling import FRAMES
 
 if TYPE_CHECKING:
@@ -44,33 +44,27 @@ def cost_of(item: dict[str, Any]) -> int:
     return 4 + len(item.get("text") or "") // 64 + 32 * (images + frames)
 
 
-def visual_key(item: dict[str, Any], hashes: ContentHashes) -> bytes:
-    """Content of an input's media and what it says of them, b"" without any; inputs that share it share reading and the vision tower."""
-    parts = []
-    for name in MEDIA_KEYS:
-        value = item.get(name)
-        value = [] if value is None or value == "" else value
-        for visual in value if isinstance(value, (list, tuple)) else [value]:
-            frames = visual if isinstance(visual, (list, tuple)) else [visual]
-            parts += [f"{name} {len(frames)} ".encode(), *(hashes.of(frame) for frame in frames)]
-    said = {name: item[name] for name in SETTING_KEYS if item.get(name) is not None} if parts else {}
-    return b"".join([*parts, json.dumps(said, sort_keys=True).encode()] if said else parts)
+def shape_of(item: dict[str, Any], hashes: ContentHashes) -> tuple[int, bytes, int, int]:
+    """(visuals, their content, characters, cost) of an input, which is read once for it."""
+    item = whole(item)
+    return sum(visuals_of(item)), visual_key(item, hashes), len(item.get("text") or ""), cost_of(item)
 
 
-def plan_shards(items: dict[bytes, dict[str, Any]], shard_cost: int = SHARD_COST, hashes: ContentHashes | None = None) -> list[list[bytes]]:
+def plan_shards(
+    items: dict[bytes, dict[str, Any]],
+    shard_cost: int = SHARD_COST,
+    hashes: ContentHashes | None = None,
+    shapes: dict[bytes, tuple[int, bytes, int, int]] | None = None,
+) -> list[list[bytes]]:
     """Lists of keys. `items` is {key: input}; the plan depends on the set alone, not on its order.
 
-    Inputs with the same picture stand together, texts by length.
+    Inputs with the same picture stand together, texts by length. `shapes` are those of the items (`shape_of`), where they are known.
     """
     hashes = hashes or ContentHashes()
-
-    def order(key):
-        images, frames = visuals_of(items[key])
-        return (images + frames, visual_key(items[key], hashes), len(items[key].get("text") or ""), key)
-
+    shapes = shapes or {key: shape_of(item, hashes) for key, item in items.items()}
     shards, cost = [], 0
-    for key in sorted(items, key=order):
-        item_cost = cost_of(items[key])
+    for key in sorted(items, key=lambda key: (*shapes[key][:3], key)):
+        item_cost = shapes[key][3]
         if not shards or cost + item_cost > shard_cost:
             shards.append([])
             cost = 0
@@ -106,7 +100,8 @@ def fill_store(
 
     hashes = hashes or ContentHashes()
     store.verify(items)
-    shards = [[key for key in shard if key not in store] for shard in plan_shards(items, shard_cost, hashes)[rank::world]]
+    shapes = {key: shape_of(item, hashes) for key, item in items.items()}
+    shards = [[key for key in shard if key not in store] for shard in plan_shards(items, shard_cost, hashes, shapes)[rank::world]]
     shards = [shard for shard in shards if shard]
     missing = sum(map(len, shards))
     bar = tqdm(
@@ -122,7 +117,7 @@ def fill_store(
     with evaluating(model), bar:
         encoder = Encoder(model, batch_size, prompt, workers)
         inputs = [[items[key] for key in shard] for shard in shards]
-        groups = [[visual_key(item, hashes) for item in shard] for shard in inputs]
+        groups = [[shapes[key][1] for key in shard] for shard in shards]
         for keys, (good, vectors, failures) in zip(shards, encoder.run(inputs, groups)):
             for i, reason in failures.items():
                 unreadable[keys[i]] = reason

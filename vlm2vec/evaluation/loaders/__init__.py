@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm2vec.evaluation.tasks import Task
-from vlm2vec.evaluation.tasks.instructions import instructed
+from vlm2vec.evaluation.tasks.instructions import bare_task, instructed
 from vlm2vec.evaluation.tasks.task_data import TaskData, reworded
 from vlm2vec.files import AnyPath
 from vlm2vec.inputs import MARKER
@@ -102,7 +102,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
         ValueError: names the task and what it lacks; more than half of its rows cannot be scored (fewer are told and counted).
     """
     check_loader(task)
-    task = task.fed(feeding)
+    task = bare_task(task) if feeding == "qwen3-vl" else task.fed(feeding)
     _check(task)
     if task.media and (Path(media) / task.media).is_dir():
         media = Path(media) / task.media

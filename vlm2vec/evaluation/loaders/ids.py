@@ -62,7 +62,7 @@ def grade_of(row: dict[str, Any], where: str) -> float:
 
 
 def read_judgements(table: Rows) -> dict[str, dict[str, float]]:
-    """{query id: {candidate id: grade}} of a table of judgements: grades above 0, of a pair that stands twice the last row's.
+    """{query id: {candidate id: grade}} of a table of judgements: rows of grades above 0 alone, of a pair that stands twice the last one's.
 
     Raises: ValueError naming file and row: no id, or a grade that is no number.
     """
@@ -70,12 +70,10 @@ def read_judgements(table: Rows) -> dict[str, dict[str, float]]:
     for at, row in enumerate(table):
         where = table.where(at)
         query, candidate = row_id(row, QRELS_QUERY, where), row_id(row, QRELS_CANDIDATE, where)
-        grade, known = grade_of(row, where), out.setdefault(query, {})
+        grade = grade_of(row, where)
         if grade > 0:
-            known[candidate] = grade
-        else:
-            known.pop(candidate, None)
-    return {query: grades for query, grades in out.items() if grades}
+            out.setdefault(query, {})[candidate] = grade
+    return out
 
 
 def plain_grade(grade: float) -> int | float:

@@ -54,7 +54,7 @@ def judgement_rows(path: Path) -> Rows:
         if len(cells) != 3:
             raise ValueError(f"{path}, line {at + 1}: expected query, document and grade, got {len(cells)} columns")
         out.append({"query_id": cells[0], "corpus_id": cells[1], "score": cells[2]})
-    return Held(str(path), out)
+    return Held([path], [out])
 
 
 def _is_number(text: str) -> bool:

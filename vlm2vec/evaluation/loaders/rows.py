@@ -187,9 +187,7 @@ def _separated(file: Path, delimiter: str, header: bool = True) -> list[dict[str
     try:
         rows = [(lines.line_num, row) for row in lines if row]
     except csv.Error as error:
-        raise ValueError(
-            f"{file}, line {lines.line_num}: expected cells parted by {delimiter!r}, got what csv cannot read: {error}"
-        ) from None
+        raise ValueError(f"{file}, line {lines.line_num}: expected cells parted by {delimiter!r}, got {error}; mend the line") from None
     if not header:
         return [{str(i): cell for i, cell in enumerate(row)} for _, row in rows]
     names = rows[0][1] if rows else []
@@ -217,9 +215,8 @@ def read_rows(files: Sequence[Path], *, header: bool = True) -> Rows:
     if not any(lists):
         return Lines(files)
     if not all(lists):
-        raise ValueError(
-            f"{files[lists.index(False)]}: expected a JSON list, as {files[lists.index(True)]} is, got lines; write them alike"
-        )
+        lines, rows = files[lists.index(False)], files[lists.index(True)]
+        raise ValueError(f"{lines}: expected a JSON list, as {rows} is, got lines; write them alike")
     parts = [parse_json(read_text(file), str(file)) for file in files]
     for file, rows in zip(files, parts):
         for at, row in enumerate(rows):

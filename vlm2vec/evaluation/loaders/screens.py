@@ -67,23 +67,27 @@ def load_screens(task: Task, root: AnyPath | None, media: AnyPath, **_: Any) -> 
     candidate = maker(task.target_prompt, "cand_text", "cand_image_path")
     positive = maker(task.target_prompt, "pos_text", "pos_image_path")
     query = maker(task.query_prompt, "qry_text", "qry_image_path")
+    ids, rights = [], []
+    for at, row in enumerate(queries):  # their candidates go before the corpus, and the first of a name stands (the reference's rule)
+        where = queries.where(at)
+        ids.append(id_text(row["qry_id"], f"{where}, qry_id"))
+        screenshots(row["qry_image_path"], where)
+        screenshots(row["pos_image_path"], where)
+        data.queries.append(Lazy(queries, at, query))
+        rights.append(id_text(row["pos_id"], f"{where}, pos_id"))
+        pool.add(rights[-1], Lazy(queries, at, positive), rights[-1])
+    stored: set[str] = set()
     for at, row in enumerate(corpus):
         where = corpus.where(at)
         name = id_text(row["cand_id"], f"{where}, cand_id")
         screenshots(row["cand_image_path"], where)
-        if name in pool.index:
+        if name in stored:
             data.problems.add("duplicate_candidates", at, f"{where}: {name}")
+        stored.add(name)
         pool.add(name, Lazy(corpus, at, candidate), name)
-    ids = []
-    for at, row in enumerate(queries):
-        where = queries.where(at)
-        ids.append(id_text(row["qry_id"], f"{where}, qry_id"))
-        screenshots(row["qry_image_path"], where)
-        data.queries.append(Lazy(queries, at, query))
-        right = id_text(row["pos_id"], f"{where}, pos_id")
-        if right not in pool.index:
-            data.problems.add("added_candidates", at, f"{where}: {right}")
-            pool.add(right, Lazy(queries, at, positive), right)
+    for at, right in enumerate(rights):
+        if right not in stored:
+            data.problems.add("added_candidates", at, f"{queries.where(at)}: {right}")
         data.labels.append([pool.index[right]])
         data.label_names.append([right])
     data.candidates, data.names = pool.items, pool.names

@@ -14,12 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec.checkpoint.release import __version__
-from vlm2vec.evaluation.tasks.task_data import Lazy, whole
+from vlm2vec.evaluation.tasks.task_data import whole
 from vlm2vec.files import AnyPath
 from vlm2vec.media.sampling import FrameRule
 
 if TYPE_CHECKING:
-    from vlm2vec.evaluation.encode.keys import ContentHashes
+    pass
 
 FORMAT = 1
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "Pillow", "numpy", "av")
@@ -67,38 +67,18 @@ def model_record(model: Any, identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_record(prepared: Any, hashes: ContentHashes) -> dict[str, Any]:
+def data_record(prepared: Any) -> dict[str, Any]:
     """A task's data in short: how much there is, and fingerprints of texts, media and answers apart, to say what differs."""
     data = prepared.data
     return {
         "queries": len(data.queries),
         "candidates": len(data.candidates),
-        "query_texts": digest(map(_said, data.queries, prepared.query_keys)),
-        "candidate_texts": digest(map(_said, data.candidates, prepared.candidate_keys)),
-        "media": digest(_shown(item, hashes) for side in (data.queries, data.candidates) for item in side),
+        **prepared.contents,
         "answers": digest([data.label_names, data.grades, *([] if data.local is None else data.local)]),
         "first_query": _example(data.queries),
         "first_candidate": _example(data.candidates),
         "affected_rows": data.problems.summary().get("affected_rows", 0),
     }
-
-
-def _said(item: dict[str, Any], key: bytes | None) -> list[Any]:
-    """An input's words; for one that is read on demand its key, which holds them: nothing is read twice."""
-    return [(key or b"").hex()] if isinstance(item, Lazy) else [item.get("text"), item.get("instruction")]
-
-
-def _shown(item: dict[str, Any], hashes: ContentHashes) -> bytes:
-    from vlm2vec.evaluation.encode.missing import visual_key
-
-    if isinstance(item, Lazy):
-        return b""
-    if item.get("unreadable"):
-        return b"unreadable"
-    try:
-        return visual_key(item, hashes)
-    except ValueError:
-        return b"unreadable"
 
 
 def _example(items: list[dict[str, Any]]) -> str:
@@ -110,7 +90,7 @@ def _place(folder: AnyPath | None) -> str | None:
 
 
 def run_record(
-    model: Any, identity: dict[str, Any], prepared: Any, hashes: ContentHashes, options: Any, folders: tuple[AnyPath | None, AnyPath]
+    model: Any, identity: dict[str, Any], prepared: Any, options: Any, folders: tuple[AnyPath | None, AnyPath]
 ) -> dict[str, Any]:
     """All of a task's run, JSON-able.
 
@@ -147,7 +127,7 @@ def run_record(
         "settings": settings,
         "model": model_record(model, identity),
         "task": told,
-        "data": {"folder": _place(folders[0]), "media_folder": _place(folders[1]), **data_record(prepared, hashes)},
+        "data": {"folder": _place(folders[0]), "media_folder": _place(folders[1]), **data_record(prepared)},
         "versions": versions(),
     }
     return json.loads(json.dumps(record, sort_keys=True, default=str))

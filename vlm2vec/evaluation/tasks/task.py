@@ -113,15 +113,11 @@ class Task:
         return word in known or (word == "agent" and self.modality in ("tool", "gui", "memory"))
 
     def fed(self, feeding: str) -> Task:
-        """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead, "qwen3-vl"
-        is MMEB-V2 as Qwen3-VL-Embedding's authors run it (`tasks.instructions`)."""
+        """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead
+        ("qwen3-vl" is told by `tasks.instructions.bare_task`)."""
         if feeding not in FEEDINGS:
             raise ValueError(f"feeding is {' or '.join(FEEDINGS)}, got {shown(feeding)}")
-        if feeding == "qwen3-vl":
-            from vlm2vec.evaluation.tasks.instructions import bare_task
-
-            return bare_task(self)
-        if feeding == "official" or not self.wemm:
+        if feeding != "wemm" or not self.wemm:
             return self
         return replace(self, **{**self.wemm, "options": {**self.options, **self.wemm.get("options", {})}})
 
