@@ -5,20 +5,19 @@ Runs in data-loader workers, without weights.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vlm2vec.inputs import NOTHING, whole_characters
+from vlm2vec.inputs import NOTHING
 from vlm2vec.packing import Features
 
 from ..recipe.schema import Data
+from .contents import content_id
 from .groups import NO_GROUP, group_id, split
 from .sources import open_source
 
@@ -74,15 +73,17 @@ class PairDataset(torch.utils.data.Dataset):
         sample: dict[str, Any] = {"source": source, "row": row, "error": None}
         ids, labels = (-1, -1, []), {}
         try:
-            query, target, negatives = self.tables[source].row(row, self.frames)
+            table = self.tables[source]
+            query, target, negatives = table.row(row, self.frames)
             negatives = negatives if self.data.hard_negatives else []
-            ids = (content_id(query), content_id(target), [content_id(negative) for negative in negatives])
-            labels = self.tables[source].labels(row, 1 + len(negatives))
-            if self.tables[source].group:
-                labels["group_id"] = group_id(self.tables[source].group, self.tables[source].group_of(row))
+            labels = table.labels(row, 1 + len(negatives))
+            if table.group:
+                labels["group_id"] = group_id(table.group, table.group_of(row))
             labels["pair"] = 3 * _kind(query) + _kind(target)
             sample["query"], sample["target"] = self.processing.measure(query), self.processing.measure(target)
             sample["negatives"] = [self.processing.measure(negative) for negative in negatives]
+            first, second, *others = [content_id(item, by_bytes=table.is_own) for item in (query, target, *negatives)]  # all are readable
+            ids = (first, second, others)
         except Exception as error:  # Pillow's plugins and rows of a wrong shape raise whatever comes: struct.error, EOFError, KeyError
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             message = " ".join(f"{name}, row {row}: {kind}{error}".split())
@@ -103,22 +104,6 @@ class PairDataset(torch.utils.data.Dataset):
 def _kind(item: dict[str, Any]) -> int:
     """Place in `train.losses.base.KINDS` of what an item shows."""
     return 2 if item.get("video") else 1 if item.get("image") else 0
-
-
-def content_id(item: dict[str, Any]) -> int:
-    """The same non-negative 63-bit number for the same content, on every rank and in every run."""
-    visuals = [item[kind] for kind in ("image", "video") if item.get(kind)]
-    digest = hashlib.blake2b(whole_characters(item["text"]).encode(), digest_size=8)
-    if item.get("instruction"):
-        digest.update(b"\1" + whole_characters(item["instruction"]).encode())
-    for part in _flat(visuals) or [""]:
-        digest.update(b"\0")
-        digest.update(part if isinstance(part, bytes) else Path(part).as_posix().encode() if part else b"")
-    return int.from_bytes(digest.digest(), "little") >> 1
-
-
-def _flat(visuals: list) -> list:
-    return [part for visual in visuals for part in (_flat(visual) if isinstance(visual, list) else [visual])]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class SourceTable:
         images: folder where paths of media start.
         scores, grade, group: columns of a teacher's scores (one of lists, or several), of grades and of groups, where there are any.
         left_out: lines of the source's files that are no rows.
+        is_own: the rows are of people's own columns, so that media count by the bytes of their files (`train.data.contents`).
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class SourceTable:
         grade: str | None = None,
         group: str | None = None,
         left_out: Sequence[str] = (),
+        is_own: bool = False,
     ):
         self.table, self.images = table, images
         self.format = FORMATS[format] if isinstance(format, str) else format
-        self.scores, self.grade, self.group, self.left_out = scores, grade, group, left_out
+        self.scores, self.grade, self.group, self.left_out, self.is_own = scores, grade, group, left_out, is_own
         columns = [column for key in ("scores", "grade") for column in _columns(getattr(self, key))]
         self._labels = table.select_columns(list(dict.fromkeys(columns))) if columns else None
         self._grouped = table.select_columns([group]) if group is not None else None
@@ -73,7 +75,7 @@ class SourceTable:
     def first(self, rows: int) -> SourceTable:
         """The source of its first rows alone."""
         table = self.table.select(range(min(rows, len(self.table))))
-        options = {key: getattr(self, key) for key in (*LABELS, "left_out")}
+        options = {key: getattr(self, key) for key in (*LABELS, "left_out", "is_own")}
         return SourceTable(table, self.format, self.images, **options)
 
     def row(self, index: int, frames: int | None) -> Row:
@@ -206,7 +208,7 @@ def _own(data: Data, source: Source) -> SourceTable:
         raise ValueError(f"source {source.name}: {error}") from error
     names = [*columns.columns, *(column for told in labels.values() for column in _columns(told))]
     format = RowFormat("columns of its own", (), columns.convert)
-    return SourceTable(table.select_columns(names), format, columns.media or "", left_out=table.left_out, **labels)
+    return SourceTable(table.select_columns(names), format, columns.media or "", left_out=table.left_out, is_own=True, **labels)
 
 
 def _mentioned(told: Any) -> list[str]:

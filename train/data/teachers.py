@@ -49,7 +49,7 @@ def teach(recipe, teacher, name: str, folder: Path, *, batch_size: int = 32) -> 
     """Writes the vectors of every row that can be read, held-out ones too; equal contents are encoded once."""
     from vlm2vec.commands import common
 
-    from .rows import content_id
+    from .contents import content_id
     from .sources import open_source
 
     options = teacher.processing.options

@@ -19,11 +19,15 @@ from ..recipe.schema import Content, Recipe
 _LARGE = 4096  # pixels; every family has a limit below it
 
 
-def has_data(recipe: Recipe) -> bool:
-    """Whether the recipe's rows lie on this machine."""
-    own = [source.path for source in recipe.data.sources if source.path is not None]
-    is_root_here = len(own) == len(recipe.data.sources) or os.path.isdir(recipe.data.root or "")
-    return is_root_here and all(is_local(path) for path in own)
+def absent(recipe: Recipe) -> str | None:
+    """The first place of the recipe's rows that is not on this machine, as the recipe names it; None where all are."""
+    for source in recipe.data.sources:
+        if source.path is not None:
+            if not is_local(source.path):
+                return source.path
+        elif not os.path.isdir(source.root or recipe.data.root or ""):
+            return source.root or recipe.data.root
+    return None
 
 
 def first_batch(recipe: Recipe, processing: Any, ranks: int, dataset: PairDataset | None = None) -> dict[str, Any]:

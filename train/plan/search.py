@@ -79,9 +79,9 @@ class Planner:
 
     def __init__(self, recipe: Recipe, gpu: Gpu, ranks: int = 1, *, name: str = "", efficiency: float | None = None):
         recipe.check_ranks(ranks)
-        self.at_hand = plan_batch.has_data(recipe)
+        place = plan_batch.absent(recipe)
+        self.at_hand = place is None
         if not self.at_hand and recipe.plan is None:
-            place = recipe.data.root or recipe.data.sources[0].path
             raise ValueError(f"the data ({place}) is not here; say in `plan.rows` what a batch looks like, or copy the data")
         self.recipe, self.gpu, self.ranks, self.name = recipe, gpu, ranks, name
         self.efficiency = gpu.reached if efficiency is None else efficiency

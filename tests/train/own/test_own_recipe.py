@@ -8,7 +8,7 @@ from tests.helpers.own_data import rows, source, write_csv, write_pictures
 from train.data.fingerprints import fingerprints
 from train.data.rows import PairDataset
 from train.data.sources import open_source
-from train.plan.batch import has_data
+from train.plan.batch import absent
 from train.recipe.from_yaml import build
 from train.recipe.schema import Data, Recipe, Source
 
@@ -78,7 +78,7 @@ def test_a_table_that_is_not_there_is_told_with_its_source(tmp_path, monkeypatch
 def test_lines_that_are_no_rows_stop_a_strict_run(tmp_path):
     (tmp_path / "bad.csv").write_text("caption,file\na,b\nc\n")
     told = Source(**OWN | {"path": str(tmp_path / "bad.csv")})
-    assert open_source(Data(), told).left_out == ("bad.csv, line 3: 1 cells, expected the 2 of the first line",)
+    assert open_source(Data(), told).left_out == ("bad.csv, line 3: 1 cells, expected the 2 of the first line, in 'c'",)
     with pytest.raises(ValueError, match="source shop: bad.csv, line 3: 1 cells, .*; mend it, or set data.strict to false"):
         open_source(Data(strict=True), told)
 
@@ -110,7 +110,7 @@ def test_first_rows_and_whether_the_data_is_here(tmp_path):
     data = Data(sources=[Source(**told | {"rows": 7})], hard_negatives=True)
     assert len(open_source(data, data.sources[0])) == 7 and open_source(data, data.sources[0]).groups()[-1] == "p3"
     here, gone = recipe(told, hard_negatives=True), recipe(told | {"path": "gone.jsonl"}, hard_negatives=True)
-    assert has_data(here) and not has_data(gone)
+    assert absent(here) is None and absent(gone) == "gone.jsonl"
     before = fingerprints(here)["data.shop"]
     lines = (tmp_path / "rows" / "captions.jsonl").read_text(encoding="utf-8").split("\n")
     (tmp_path / "rows" / "captions.jsonl").write_text("\n".join([*lines[:-1], "null"]), encoding="utf-8")

@@ -67,9 +67,35 @@ def test_lines_of_another_number_of_cells_are_named_and_left_out(tmp_path, monke
     opened = table(tmp_path / "rows.csv", "a,b\n1,2\n3\n4,5,6\n7,8\n")
     assert all_rows(opened) == [{"a": "1", "b": "2"}, {"a": "7", "b": "8"}]
     assert opened.left_out == (
-        "rows.csv, line 3: 1 cells, expected the 2 of the first line",
-        "rows.csv, line 4: 3 cells, expected the 2 of the first line",
+        "rows.csv, line 3: 1 cells, expected the 2 of the first line, in '3'",
+        "rows.csv, line 4: 3 cells, expected the 2 of the first line, in '4,5,6'",
     )
+
+
+def test_lines_are_the_files_own(tmp_path):
+    """Cells of several lines, empty lines, every kind of line end; a file whose last row is left out behind such a cell is whole."""
+    body = '\nfile,cap\na,"two\nlines"\n\nb,x\nc,x,EXTRA\n"d","1\n2\n""3"""\ne\n'
+    for name, content in (("n.csv", body), ("rn.csv", body.replace("\n", "\r\n")), ("utf16.csv", body.encode("utf-16"))):
+        opened = table(tmp_path / name, content)
+        assert [row["file"] for row in all_rows(opened)] == ["a", "b", "d"]
+        assert [line.split(",")[1] for line in opened.left_out] == [" line 7: 3 cells", " line 11: 1 cells"], name
+        assert opened.left_out[0].endswith("in 'c,x,EXTRA'")
+    opened = table(tmp_path / "long.csv", f'a,b\n"{"x" * 200_000}",1\n2\n')  # beyond what Python's reader takes
+    assert opened.left_out == ("long.csv, row 3: 1 cells, expected the 2 of the first line, in '2'",)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["whole", "laid out"])
+@pytest.mark.parametrize("body", [",a,b\n0,x,1\n1,y,2\n", "a,b,\nx,1,\ny,2,\n", "a,b,,\nx,1,,\ny,2,,\n", ",a, ,b\n,x,,1\n,y,,2\n"])
+def test_columns_without_a_name_are_none(tmp_path, monkeypatch, large, body):
+    """The index that pandas writes, a comma at the end of each line, both."""
+    if large:
+        monkeypatch.setattr(csv_files, "IN_MEMORY", 0)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    opened = table(tmp_path / "rows.csv", body)
+    assert opened.column_names == ["a", "b"] and opened.left_out == () and opened.repeated <= {""}
+    assert all_rows(opened.select_columns(["a", "b"])) == [{"a": "x", "b": "1"}, {"a": "y", "b": "2"}]
+    with pytest.raises(ValueError, match="no column '', the data has a, b;"):
+        opened.top("")
 
 
 def test_repeated_names_are_refused_where_they_are_used(tmp_path):
@@ -86,6 +112,7 @@ REFUSED = {
     "an unknown encoding": ("x.csv", b"a,b\n", {"encoding": "utf-9"}, "encoding 'utf-9' is unknown"),
     "another encoding": ("x.csv", b"a\n\x81\n", {"encoding": "cp1252"}, "expected text in cp1252"),
     "a quote without its other": ("x.csv", b'a,b\n1,2\n3,"4\n5,6\n7,8\n', {}, "a quote in its last rows is never closed"),
+    "a quote before the last cell": ("x.csv", b'a,b\n1,2\n"3,4\n5,6\n7,8\n', {}, "a quote in its last rows is never closed"),
     "a long delimiter": ("x.csv", b"a,b\n", {"delimiter": ";;"}, "delimiter must be one character"),
     "a delimiter of JSON": ("x.jsonl", b'{"a": 1}\n', {"delimiter": ";"}, "encoding and delimiter are of CSV files"),
     "a split of a file": ("x.csv", b"a\n1\n", {"split": "train"}, "is a file and has no split"),
@@ -136,6 +163,27 @@ def test_lists_of_rows_in_one_value(tmp_path):
     for body in ('[{"a": 1}, {"a": 2}]', '[\n{"a": 1},\n{"a": 2}\n]', '{\n "info": {"n": 2},\n "rows": [{"a": 1}, {"a": 2}]\n}'):
         assert all_rows(table(tmp_path / "rows.json", body)) == [{"a": 1}, {"a": 2}], body
     assert all_rows(table(tmp_path / "rows.json", '{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}], "JSON lines under another name"
+
+
+def test_columns_that_come_late_are_found(tmp_path, monkeypatch):
+    first = '{"a": "late", "b": {"c": 1}}\n' * 1200
+    body = first + '{"a": "x", "late": "here"}\n{"ärmel": 1, "c\\"d": 2, "e": {"deep": 3}}\n{"\\u00fcber": 4}\n'
+    opened = table(tmp_path / "rows.jsonl", body)
+    assert opened.column_names == ["a", "b"]
+    for row, name, value in ((1200, "late", "here"), (1201, "ärmel", 1), (1201, 'c"d', 2), (1201, "e.deep", 3), (1202, "über", 4)):
+        assert opened.has(name) and opened.value(opened[row], name) == value and opened.value(opened[0], name) is None
+    for name in ("deep", "here", "c", "x" * 200):
+        assert not opened.has(name)
+        with pytest.raises(ValueError, match="no column"):
+            opened.top(name)
+    assert opened.column_names == ["a", "b", "late", "ärmel", 'c"d', "e", "über"]
+    assert table(tmp_path / "rows.json", json.dumps([{"a": 1}] * 1200 + [{"late": 2}])).column_names == ["a", "late"]
+    (tmp_path / "few.jsonl").write_text('{"z": 1}\n')
+    both = open_table(str(tmp_path / "*.jsonl"))
+    assert both.column_names == ["z", "a", "b"] and both.has("late") and both[1] == {"a": "late", "b": {"c": 1}}, "keys are each row's own"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tar = tar_of(tmp_path / "s.tar", [(f"{i}.txt", b"x") for i in range(150)] + [("150.txt", b"y"), ("150.second.jpg", b"J")])
+    assert open_table(str(tar)).column_names == ["__key__", "txt", "second.jpg"]
 
 
 def tar_of(path, files):

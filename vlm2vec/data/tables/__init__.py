@@ -12,8 +12,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vlm2vec.data.tables.arrow import open_hub, open_parquet, open_saved
@@ -118,14 +119,21 @@ def _one_kind(path: str, files: list[str], encoding: str | None, delimiter: str 
 
 def _joined(files: list[str], tables: list[Table]) -> Table:
     first = tables[0]
+    is_json = not files[0].lower().endswith((".csv", ".tsv"))  # whose keys are each row's own
     for file, table in zip(files, tables):
         absent = [name for name in first.column_names if name not in table.column_names]
-        if absent:
+        if absent and not is_json:
             raise ValueError(f"{file} has no column {absent[0]!r}, which {files[0]} has; give files of the same columns")
     media = first.media if len({table.media for table in tables}) == 1 else None
     left_out = tuple(line for table in tables for line in table.left_out)
     repeated = frozenset().union(*(table.repeated for table in tables))
-    return replace(first, reader=Joined([table.reader for table in tables]), media=media, left_out=left_out, repeated=repeated)
+    names = list(dict.fromkeys(name for table in tables for name in table.column_names)) if is_json else first.column_names
+    joined = Table(Joined([table.reader for table in tables]), names, media, left_out, repeated)
+    return replace(joined, late=partial(_any, [table.late for table in tables if table.late is not None])) if is_json else joined
+
+
+def _any(looks: Sequence[Callable[[str], bool]], name: str) -> bool:
+    return any(look(name) for look in looks)
 
 
 def _folder(path: str, split: str | None, config: str | None, encoding: str | None, delimiter: str | None, wanted: Sequence[str]) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm2vec.files import replacing
 
-_VERSION = 1  # of what is written; another one is made anew
+_VERSION = 2  # of what is written; another one is made anew
 
 
 def cached(file: str, ending: str, options: Any, make: Callable[[Path], None]) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm2vec.data.tables.arrow import ArrowRows, mapped
 from vlm2vec.data.tables.cache import cached
+from vlm2vec.data.tables.csv_lines import LeftOut
 from vlm2vec.data.tables.table import Table
 from vlm2vec.files.documents import require_regular
 
@@ -37,19 +38,18 @@ def open_csv(path: str, *, encoding: str | None = None, delimiter: str | None = 
     require_regular(path)
     encoding = encoding or _encoding(path)
     header, delimiter = _header(path, encoding, delimiter, wanted)
-    left_out: list[str] = []
-    size = os.path.getsize(path)
-    if size <= IN_MEMORY:
-        rows = _whole(path, encoding, delimiter, header, left_out)
+    if os.path.getsize(path) <= IN_MEMORY:
+        rows, left_out = _whole(path, encoding, delimiter, header)
     else:
         made = cached(path, ".arrow", ("csv", encoding, delimiter), lambda part: _lay_out(path, encoding, delimiter, header, part))
         rows = mapped(made)
         left_out = _left_out(made)
     names = [name.strip() for name in header]
-    unique = [name if names.index(name) == at else f"{name}\0{at}" for at, name in enumerate(names)]
+    unique = [name if name and names.index(name) == at else f"{name}\0{at}" for at, name in enumerate(names)]
     repeated = frozenset(name for name in names if names.count(name) > 1)
+    named = [name for name in names if name]  # pandas' index has none, nor what follows a comma at the line's end: no column to ask for
     rows = rows.rename_columns(dict(zip(rows.column_names, unique))) if rows.column_names != unique else rows
-    return Table(ArrowRows(rows), names, os.path.dirname(os.path.abspath(path)), tuple(left_out), repeated)
+    return Table(ArrowRows(rows), named, os.path.dirname(os.path.abspath(path)), tuple(left_out), repeated)
 
 
 def _encoding(path: str) -> str:
@@ -93,72 +93,70 @@ def _first_row(path: str, text: str, separator: str) -> list[str]:
     return row
 
 
-def _reader(path: str, encoding: str, delimiter: str, header: list[str], left_out: list[str]) -> Any:
+def _reader(path: str, encoding: str, delimiter: str, header: list[str], left_out: LeftOut) -> Any:
     import pyarrow as pa
     import pyarrow.csv
-
-    name = os.path.basename(path)
-
-    def another_number(row) -> str:
-        left_out.append(f"{name}, line {row.number}: {row.actual_columns} cells, expected the {row.expected_columns} of the first line")
-        return "skip"
 
     return pa.csv.open_csv(
         path,
         read_options=pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK, encoding=encoding),
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=another_number),
+        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=left_out),
         convert_options=pa.csv.ConvertOptions(strings_can_be_null=False, column_types={each: pa.string() for each in header}),
     )
 
 
-def _batches(path: str, encoding: str, delimiter: str, header: list[str], left_out: list[str]) -> Any:
+def _batches(path: str, encoding: str, delimiter: str, header: list[str], left_out: LeftOut) -> Any:
     """Record batches under names of their own ("0", "1", ...), since several columns may bear one name."""
     import pyarrow as pa
 
     names = list(map(str, range(len(header))))
-    last = None
+    last, count = None, 1  # the first line
     try:
         for batch in _reader(path, encoding, delimiter, header, left_out):
             if not all(pa.types.is_string(kind) for kind in batch.schema.types) or batch.num_columns != len(header):
                 raise ValueError(f"{path}: its first line cannot be read as names of columns; write them in front of the rows, one a cell")
-            last = batch if batch.num_rows else last
+            last, count = batch if batch.num_rows else last, count + batch.num_rows
             yield pa.RecordBatch.from_arrays(batch.columns, names=names)
     except pa.ArrowInvalid as error:
         raise _refused(path, encoding, str(error)) from error
     except UnicodeDecodeError as error:
         raise _not_text(path, encoding, error) from error
-    _require_closed(path, encoding, last)
-
-
-def _require_closed(path: str, encoding: str, last: Any) -> None:
-    """A last cell of several lines stands in quotes, so that the file ends with one; without it, the cell took the rest of the file."""
-    if last is None or "\n" not in str(last.column(last.num_columns - 1)[-1].as_py()):
-        return
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 64))
-        end = file.read().replace(b"\0", b"").rstrip()
-    if not end.endswith(b'"'):
+    swallowed = left_out.swallowed(count + len(left_out.rows), delimiter)
+    if _ends_unquoted(path, last) if swallowed is None else swallowed:
         raise ValueError(f"{path}: a quote in its last rows is never closed, so that a cell took the lines behind it; close or double it")
 
 
-def _whole(path: str, encoding: str, delimiter: str, header: list[str], left_out: list[str]) -> Any:
+def _ends_unquoted(path: str, last: Any) -> bool:
+    """A last cell of several lines stands in quotes, so that the file ends with one; without it, the cell took the rest of the file."""
+    if last is None or "\n" not in str(last.column(last.num_columns - 1)[-1].as_py()):
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        return not file.read().replace(b"\0", b"").rstrip().endswith(b'"')
+
+
+def _whole(path: str, encoding: str, delimiter: str, header: list[str]) -> tuple[Any, list[str]]:
+    """(rows, lines that are none)."""
     import datasets
     import pyarrow as pa
 
-    schema = pa.schema([(str(at), pa.string()) for at in range(len(header))])
-    return datasets.Dataset(pa.Table.from_batches(_batches(path, encoding, delimiter, header, left_out), schema=schema))
+    schema, left_out = pa.schema([(str(at), pa.string()) for at in range(len(header))]), LeftOut()
+    rows = pa.Table.from_batches(_batches(path, encoding, delimiter, header, left_out), schema=schema)
+    return datasets.Dataset(rows), left_out.said(path, encoding, delimiter)
 
 
 def _lay_out(path: str, encoding: str, delimiter: str, header: list[str], part: Path) -> None:
     """The rows as an Arrow file. What was left out is known at the end alone, so that the rows are read twice."""
     import pyarrow as pa
 
-    left_out: list[str] = []
+    left_out = LeftOut()
     for _ in _batches(path, encoding, delimiter, header, left_out):
         pass
-    schema = pa.schema([(str(at), pa.string()) for at in range(len(header))], metadata={"left_out": "\n".join(left_out)})
+    schema = pa.schema(
+        [(str(at), pa.string()) for at in range(len(header))], metadata={"left_out": "\n".join(left_out.said(path, encoding, delimiter))}
+    )
     with pa.OSFile(os.fspath(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in _batches(path, encoding, delimiter, header, []):
+        for batch in _batches(path, encoding, delimiter, header, LeftOut()):
             writer.write_batch(batch)
 
 

@@ -5,6 +5,8 @@ A line that is no JSON object costs itself: it keeps its row, which says what is
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from vlm2vec.data.tables.table import Table
 from vlm2vec.files.documents import kind, parse_json, read_text, require_regular
 
 _BLOCK = 64 << 20
-_LOOKED_AT = 1000  # rows whose keys are the columns
+_LOOKED_AT = 1000  # rows whose keys are the columns at first; the others are looked through for one that is asked for and is not there
 _LARGEST = 1 << 30  # bytes of a file that is read whole
 _BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
@@ -61,6 +63,32 @@ class JsonLines:
                 values.append(None)
         return values
 
+    def names(self) -> list[str]:
+        """Keys of the first rows."""
+        names: dict[str, None] = {}
+        for row in range(min(_LOOKED_AT, len(self))):
+            try:
+                names |= dict.fromkeys(self.read(row, None))
+            except ValueError:
+                continue  # told when the row is read
+        return list(names)
+
+    def has(self, name: str) -> bool:
+        """Whether any row has this key: lines in which it stands as a text are read."""
+        spelled = {json.dumps(name, ensure_ascii=ascii).encode("utf-8", "replace") for ascii in (False, True)}
+        with open(self._file.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for text in spelled:
+                at = 0
+                while (at := content.find(text, at)) >= 0:
+                    row = int(np.searchsorted(self._starts, at, side="right")) - 1
+                    try:
+                        if name in self.read(row, None):
+                            return True
+                    except ValueError:  # told when the row is read
+                        pass
+                    at = max(at + 1, int(self._ends[row]))
+        return False
+
 
 class Listed:
     """Rows that were read whole."""
@@ -73,6 +101,10 @@ class Listed:
 
     def read(self, row: int, columns: Sequence[str] | None) -> dict[str, Any]:
         return _object(self._rows[row], f"{self._name}, entry {row}", True)
+
+    def names(self) -> list[str]:
+        """Keys of all rows."""
+        return list(dict.fromkeys(name for row in self._rows if isinstance(row, dict) for name in row))
 
 
 def open_json(path: str) -> Table:
@@ -91,13 +123,8 @@ def open_json(path: str) -> Table:
     reader = _whole(path) if head[:1] == b"[" or _spread(head) else JsonLines(path)
     if not len(reader):
         raise ValueError(f"{path} holds no rows; expected one JSON object a row")
-    names: dict[str, None] = {}
-    for row in range(min(_LOOKED_AT, len(reader))):
-        try:
-            names |= dict.fromkeys(reader.read(row, None))
-        except ValueError:
-            continue  # told when the row is read
-    return Table(reader, list(names), os.path.dirname(os.path.abspath(path)))
+    late = reader.has if isinstance(reader, JsonLines) and len(reader) > _LOOKED_AT else None
+    return Table(reader, reader.names(), os.path.dirname(os.path.abspath(path)), late=late)
 
 
 def _spread(head: bytes) -> bool:

@@ -21,7 +21,6 @@ from vlm2vec.files.documents import parse_json, require_regular
 
 KEY = "__key__"
 TEXTS = ("txt", "text", "caption", "cls", "cls2", "index", "inx", "id", "transcript")
-_LOOKED_AT = 100  # samples of a shard whose endings are the columns
 
 
 class Shard:
@@ -38,9 +37,8 @@ class Shard:
         return len(self._keys)
 
     def endings(self) -> list[str]:
-        """Those of the first samples, in their order."""
-        upto = self._first[min(_LOOKED_AT, len(self))]
-        return [str(self._endings[at]) for at in dict.fromkeys(self._ending[:upto].tolist())]
+        """Those of all samples, in the order in which they first occur."""
+        return self._endings.tolist()
 
     def read(self, row: int, columns: Sequence[str] | None) -> dict[str, Any]:
         key = str(self._keys[row])

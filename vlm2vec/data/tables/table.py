@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 MOST_LISTED = 12  # columns that a message names
+_LONGEST = 100  # characters of a name that is looked for in a whole file: what is longer is words
 
 
 class Reader(Protocol):
@@ -28,6 +29,7 @@ class Table:
         media: folder where relative paths of media start; None where they have no place of their own.
         left_out: a line for each part of a file that is no row of it, such as a CSV line of another number of cells.
         repeated: names that several columns bear.
+        late: whether any row has a column that is none of `column_names`, where these are of the first rows; None: they are all.
         rows: those of the reader that are this table's; None for all. chosen: columns that are read; None for all.
 
     Example:
@@ -43,6 +45,7 @@ class Table:
     repeated: frozenset[str] = frozenset()
     rows: Sequence[int] | None = None
     chosen: tuple[str, ...] | None = None
+    late: Callable[[str], bool] | None = None
 
     def __len__(self) -> int:
         return len(self.reader) if self.rows is None else len(self.rows)
@@ -70,7 +73,7 @@ class Table:
 
     def has(self, name: str) -> bool:
         """Whether there is a column of this name, dotted or not."""
-        return any(name[:end] in self.column_names for end in _ends(name))
+        return self._found(name) is not None
 
     def top(self, name: str) -> str:
         """The column that holds a named value: `json` of `json.caption`.
@@ -78,11 +81,21 @@ class Table:
         Raises:
             ValueError: no such column (with the nearest), or several of that name.
         """
-        found = next((name[:end] for end in _ends(name) if name[:end] in self.column_names), None)
+        found = self._found(name)
         if found is None:
             raise ValueError(f"no column {name!r}, {nearest(name, self.column_names)}")
         if found in self.repeated:
             raise ValueError(f"{self.column_names.count(found)} columns are named {found!r}; rename all but one of them")
+        return found
+
+    def _found(self, name: str) -> str | None:
+        """The column that a name begins with; one that comes late in the data joins the others."""
+        names = [name[:end] for end in _ends(name)]
+        found = next((each for each in names if each in self.column_names), None)
+        if found is None and self.late is not None and len(name) <= _LONGEST:
+            found = next((each for each in names if self.late(each)), None)
+            if found is not None:
+                self.column_names.append(found)
         return found
 
     def value(self, values: dict[str, Any], name: str) -> Any:
