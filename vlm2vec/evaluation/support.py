@@ -9,8 +9,9 @@ from typing import Any
 from vlm2vec.evaluation.score.details import v3_facts
 from vlm2vec.evaluation.tasks import Task, known_tasks, load_tasks
 from vlm2vec.files import AnyPath, write_json
+from vlm2vec.inputs import MODALITIES
 
-TAKEN = ("text", "image", "video")  # what a model is taken to take that does not say so
+TAKEN = MODALITIES  # what a model is taken to take that does not say so
 OF_PUBLISHED = {"image": ("image",), "video": ("video",), "visdoc": ("image",), "gui": ("image",), "audio": ("audio",)}
 BESIDE_AUDIO = {"AVE": ("video",), "SpeechCOCO": ("image",)}
 
