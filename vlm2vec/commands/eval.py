@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
@@ -83,6 +84,17 @@ def _need(args):
         raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
 
 
+def _tell_found(tasks: list, data: str) -> None:
+    """How many of MMEB-V3's tasks are there: a folder with another name is no task, and no error."""
+    from vlm2vec.evaluation.tasks import load_tasks
+
+    found, wanted = {task.name for task in tasks}, load_tasks("v3")
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        told = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        print(f"{len(wanted) - len(lacking)} of {len(wanted)} tasks of MMEB-V3 are in {data}; not there: {told}", file=sys.stderr)
+
+
 def _is_recipe(data: str | None) -> bool:
     return data is not None and data.endswith((".yaml", ".yml")) and not Path(data).is_dir()
 
@@ -114,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
     _need(args)
     of_recipe = _is_recipe(args.data)
     tasks = [] if of_recipe else chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
+    if str(args.protocol) == "v3" and not (args.tasks or of_recipe or args.hub):
+        _tell_found(tasks, args.data)
     if args.check:
         return reproduce.check(args, tasks, _options(args))
     if row is not None:
