@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--feeding",
-        choices=("official", "wemm", "qwen3-vl"),
+        choices=("official", "wemm", "authors"),
         default=reproduce.Default("official"),
-        help="which published evaluation to follow: words, pools, judgements (wemm needs --protocol v3, qwen3-vl v2; docs/evaluation.md)",
+        help="which published evaluation to follow: words, pools, judgements (wemm needs --protocol v3, authors v2; docs/evaluation.md)",
     )
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
@@ -73,7 +73,7 @@ def _need(args):
             raise ValueError(f"vlm2vec eval needs {'a MODEL' if name == 'model' else '--' + name}; or --list to see the tasks")
     if not args.data and not args.hub:
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
-    of = {"wemm": ("MMEB-V3", "v3"), "qwen3-vl": ("MMEB-V2", "v2")}.get(str(args.feeding))
+    of = {"wemm": ("MMEB-V3", "v3"), "authors": ("MMEB-V2", "v2")}.get(str(args.feeding))
     if of and args.protocol != of[1]:
         raise ValueError(f"--feeding {args.feeding} is an evaluation of {of[0]}; add --protocol {of[1]}")
     if args.top < 1 or args.batch_size < 1:

@@ -118,7 +118,7 @@ def test_two_feedings_differ_where_the_facts_say_so(golden):
             )
     assert load_tasks("v3")["K700"].fed("wemm").options["label_set"] is None
     assert load_tasks("v3")["K700"].options["label_set"] == "Kinetics-700"
-    with pytest.raises(ValueError, match="feeding is official or wemm or qwen3-vl, got 'other'"):
+    with pytest.raises(ValueError, match="feeding is official or wemm or authors, got 'other'"):
         load_tasks("v3")["K700"].fed("other")
 
 
