@@ -41,6 +41,7 @@ class Processing:
         image_limit: the option that bounds the tokens of a picture.
         feeding: "raw" (the text as it is) or "authors" (as a published embedder is fed); one `Processing` does one of them.
         film_frames: which frames of a film the family's own evaluation takes (`vlm2vec.media.sampling.FrameRule`).
+        text_tokens: most tokens of an input without media in VLM2Vec's evaluation of MMEB-V3.
         takes_settings: reads what an input says of one picture or film alone (`Item.settings`); without it such inputs are refused.
 
     Options that every family has:
@@ -67,6 +68,7 @@ class Processing:
     feeding = "raw"
     takes_settings = False
     film_frames = str(FRAMES)
+    text_tokens = 2048
     shared_defaults = {
         "feeding": "raw",
         "max_length": None,

@@ -42,6 +42,7 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
     """
 
     reference_edges = False
+    text_tokens = 8192
     defaults = {
         **Qwen2VLProcessing.defaults,
         "min_pixels": 64 * FACTOR**2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--feeding",
-        choices=("official", "wemm", "qwen3-vl"),
+        choices=("official", "wemm", "authors"),
         default=reproduce.Default("official"),
-        help="which published evaluation to follow: words, pools, judgements (wemm needs --protocol v3, qwen3-vl v2; docs/evaluation.md)",
+        help="which published evaluation to follow: words, pools, judgements (wemm needs --protocol v3, authors v2; docs/evaluation.md)",
     )
     parser.add_argument("--hub", action="store_true", help="read annotations that DATA lacks from the hub")
     parser.add_argument("--store", help="embedding store, shared between runs (default: OUTPUT/embeddings)")
@@ -69,7 +70,7 @@ def _need(args):
             raise ValueError(f"vlm2vec eval needs {'a MODEL' if name == 'model' else '--' + name}; or --list to see the tasks")
     if not args.data and not args.hub:
         raise ValueError("vlm2vec eval needs --data DIR with one sub-folder per data set, or --hub")
-    of = {"wemm": ("MMEB-V3", "v3"), "qwen3-vl": ("MMEB-V2", "v2")}.get(str(args.feeding))
+    of = {"wemm": ("MMEB-V3", "v3"), "authors": ("MMEB-V2", "v2")}.get(str(args.feeding))
     if of and args.protocol != of[1]:
         raise ValueError(f"--feeding {args.feeding} is an evaluation of {of[0]}; add --protocol {of[1]}")
     if args.top < 1 or args.batch_size < 1:
@@ -78,6 +79,17 @@ def _need(args):
         raise ValueError(f"--top is at most {MOST_SHOWN:,}, got {shown(args.top)}")
     if args.workers is not None and not 1 <= args.workers <= MOST_WORKERS:
         raise ValueError(f"--workers is from 1 to {MOST_WORKERS} threads, got {shown(args.workers)}")
+
+
+def _tell_found(tasks: list, data: str) -> None:
+    """How many of MMEB-V3's tasks are there: a folder with another name is no task, and no error."""
+    from vlm2vec.evaluation.tasks import load_tasks
+
+    found, wanted = {task.name for task in tasks}, load_tasks("v3")
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        told = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        print(f"{len(wanted) - len(lacking)} of {len(wanted)} tasks of MMEB-V3 are in {data}; not there: {told}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     reproduce.apply_checked(args)
     _need(args)
     tasks = chosen_tasks(args.tasks, args.data, hub=args.hub, protocol=str(args.protocol))
+    if str(args.protocol) == "v3" and not (args.tasks or args.hub):
+        _tell_found(tasks, args.data)
     if args.check:
         return reproduce.check(args, tasks, _options(args))
     if row is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm2vec.evaluation.tasks import Task
 
-OFFICIAL, OFFICIAL_OF = 2048, {"qwen3_vl": 8192}  # of VLM2Vec's evaluation, and of single families there
+OFFICIAL = 2048  # of VLM2Vec's evaluation, but for families that say otherwise (`Processing.text_tokens`)
 WEMM, WEMM_OF = 8192, {"text": 262144, "gui": 262144}  # of WeMM's, and of single modalities there
 
 
@@ -24,4 +24,4 @@ def text_limit(model: Any, task: Task, protocol: str, feeding: str) -> int | Non
         return own
     if feeding == "wemm":
         return WEMM_OF.get(task.modality, WEMM)
-    return OFFICIAL_OF.get(getattr(model, "family", None), OFFICIAL)
+    return getattr(model.processing, "text_tokens", OFFICIAL) if hasattr(model, "processing") else OFFICIAL

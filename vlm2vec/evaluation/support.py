@@ -11,7 +11,6 @@ from vlm2vec.evaluation.tasks import Task, known_tasks, load_tasks
 from vlm2vec.files import AnyPath, write_json
 from vlm2vec.inputs import MODALITIES
 
-TAKEN = MODALITIES  # what a model is taken to take that does not say so
 OF_PUBLISHED = {"image": ("image",), "video": ("video",), "visdoc": ("image",), "gui": ("image",), "audio": ("audio",)}
 BESIDE_AUDIO = {"AVE": ("video",), "SpeechCOCO": ("image",)}
 
@@ -23,7 +22,7 @@ def needed(task: Task) -> tuple[str, ...]:
 
 def reason(model: Any, task: Task) -> str | None:
     """Why a model cannot do a task, by its `modalities`; None where it can."""
-    taken = getattr(model, "modalities", TAKEN)
+    taken = getattr(model, "modalities", MODALITIES)
     lacking = [kind for kind in needed(task) if kind not in taken]
     return f"the model takes no {' and no '.join(lacking)}" if lacking else None
 

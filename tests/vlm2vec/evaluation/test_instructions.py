@@ -1,4 +1,4 @@
-"""--feeding qwen3-vl: MMEB-V2 as Qwen3-VL-Embedding's authors feed it, down to the rendered text."""
+"""--feeding authors: MMEB-V2 as Qwen3-VL-Embedding's authors feed it, down to the rendered text."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def root(tmp_path_factory):
 def rendered(root, name):
     """(system, user) of the first query and of the first candidate as the model is told them, media as their kinds."""
     model = VLM2Vec.from_pretrained(root / "model", dtype="float32", feeding="authors")
-    data = load_task(load_tasks()[name], root, root, feeding="qwen3-vl", protocol="v2", cache=root / "cache")
+    data = load_task(load_tasks()[name], root, root, feeding="authors", protocol="v2", cache=root / "cache")
     processing = model.processing
     sides = [dict(processing.messages(processing.item(item))) for item in (data.queries[-1], data.candidates[0])]
     return [(side["system"], side["user"].replace("<|image_1|>", "IMAGE").replace("<|video_1|>", "VIDEO")) for side in sides]
@@ -78,17 +78,17 @@ def test_what_the_model_is_told(root, name, query, candidate):
 
 def test_rows_that_cannot_be_made_so_are_refused_by_name(root, tmp_path, capsys):
     with pytest.raises(ValueError, match="NIGHTS.*no column 'qry_inst'"):
-        load_task(load_tasks()["NIGHTS"], root, root, feeding="qwen3-vl", protocol="v2", cache=tmp_path)
+        load_task(load_tasks()["NIGHTS"], root, root, feeding="authors", protocol="v2", cache=tmp_path)
     own = make_task({"name": "Mine", "loader": "documents"}, "a test")
-    with pytest.raises(ValueError, match="task Mine: expected a task of MMEB-V2 with --feeding qwen3-vl"):
-        load_task(own, root, root, feeding="qwen3-vl", protocol="v2", cache=tmp_path)
-    words = ["eval", str(root / "model"), "--data", str(root), "--output", str(tmp_path), "--feeding", "qwen3-vl", "--protocol", "v3"]
+    with pytest.raises(ValueError, match="task Mine: expected a task of MMEB-V2 with --feeding authors"):
+        load_task(own, root, root, feeding="authors", protocol="v2", cache=tmp_path)
+    words = ["eval", str(root / "model"), "--data", str(root), "--output", str(tmp_path), "--feeding", "authors", "--protocol", "v3"]
     assert main(words) == 2 and "evaluation of MMEB-V2; add --protocol v2" in capsys.readouterr().err
 
 
 def test_the_row_of_the_authors_asks_for_it(root):
     for name in ("Qwen3-VL-Embedding-8B-rerun@v2-qwen3vl", "Qwen3-VL-Embedding-8B-leaderboard@v2-qwen3vl"):
         row = find_row(name)
-        assert (row.protocol, row.feeding, row.options["feeding"], row.frames) == ("v2", "qwen3-vl", "authors", "fps:1,max:64")
+        assert (row.protocol, row.feeding, row.options["feeding"], row.frames) == ("v2", "authors", "authors", "fps:1,max:64")
         assert all(task.loader == "mmeb" or instruction_of(task) for task in load_tasks().values() if task.name in row.scores)
     assert {task.name for task in find_tasks(root)} >= {"K700", "CIRR"}

@@ -44,7 +44,7 @@ def test_rows_of_wemm(tmp_path):
 
 def test_the_row_of_vidore_v3():
     row = find_row("Qwen3-VL-Embedding-8B@vidore-v3")
-    assert (row.feeding, row.options["feeding"], tasks_of(row, VIDORE_V3)) == ("qwen3-vl", "authors", VIDORE_V3)
+    assert (row.feeding, row.options["feeding"], tasks_of(row, VIDORE_V3)) == ("authors", "authors", VIDORE_V3)
     assert instruction_of(VIDORE_V3[0]) == "Find a screenshot that is relevant to the user's question."
     all_ten, public = (mean_lines(row, scored(part))[1].split() for part in (VIDORE_V3, VIDORE_V3[:8]))
     assert all_ten[2:5] == ["59.00", "50.00", "-9.00"] and public[2:] == ["59.00", "-", "-", "8", "of", "10", "tasks"]

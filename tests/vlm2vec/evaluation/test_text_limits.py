@@ -9,6 +9,7 @@ from tests.helpers import tiny_models
 from tests.helpers.evaluation_layouts import picture
 from tests.helpers.v3_layouts import lines
 from vlm2vec import VLM2Vec
+from vlm2vec.backbones import backbone_for
 from vlm2vec.evaluation.limits import text_limit
 from vlm2vec.evaluation.reproduce.rows import find_row, read_scores
 from vlm2vec.evaluation.runner import Options, readers, run_tasks
@@ -19,7 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*cut to text_max_length")
 
 class Named:
     def __init__(self, family, **options):
-        self.family, self.options = family, options
+        self.options = options
+        if family is not None:
+            self.processing = backbone_for(family).processing_class
 
 
 @pytest.mark.parametrize(

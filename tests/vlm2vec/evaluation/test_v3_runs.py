@@ -142,7 +142,7 @@ def test_a_model_without_audio(place, tmp_path, capsys):
     }
     assert means["complete"]["v3"]
     text = "\n".join(terminal(rows, {**aggregate(rows), "v3": means["v3"]}))
-    assert "not run: the model takes no audio" in text and "V3-All" in text and "11 that the model cannot do counted 0" in text
+    assert "not run: the model takes no audio" in text and "V3-All" in text and "11 unsupported counted 0" in text
     summary = write_summary(tmp_path / "out", rows, "deaf", {"protocol": "v3"})
     assert summary["means"]["v3"]["groups"]["audio"] == {"score": 0.0, "ran": None, "tasks": 0, "unsupported": 8, "of": 11}
     told = (tmp_path / "out" / "summary.md").read_text()
@@ -188,7 +188,8 @@ def test_the_command_line(place, tmp_path, capsys):
     qwen2_vl(tmp_path / "deaf")
     words = ["eval", tmp_path / "deaf", "--data", folder / "data", "--output", tmp_path / "out", "--protocol", "v3", "--feeding", "wemm"]
     assert main(list(map(str, [*words, "--option", "max_length=150", "--device", "cpu"]))) == 0
-    told = capsys.readouterr().out
+    told, err = capsys.readouterr()
+    assert "of 190 tasks of MMEB-V3 are in" in err and "not there: ImageNet-1K, N24News" in err
     assert told.count("not run: the model takes no audio") == 11 and "toolde/web/apibank" in told
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["protocol"], summary["feeding"]) == ("v3", "wemm") and len(summary["tasks"]) == 11 + 11

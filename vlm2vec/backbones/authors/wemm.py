@@ -33,6 +33,7 @@ class WeMMProcessing(AuthorsProcessing):
     defaults = {**AuthorsProcessing.defaults, "fps": 2.0, "max_frames": 768}
     opens_answer = False
     film_frames = "fps:1,max:64,clips:8,rounded"  # mmeb_v3_eval's, which the published scores come from
+    text_tokens = 2048
     film_limits = FILM_LIMITS
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: PretrainedConfig, options: dict | None = None):

@@ -93,7 +93,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
     Args:
         task: a Task. root: folder of annotation folders (None with hub=True). media: image root, or the folder that
             holds video-tasks/ for videos; a task's own `media` folder below it is looked for first.
-        feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`); or "qwen3-vl",
+        feeding: "official" or "wemm", the two published evaluations of MMEB-V3: words, pools and judgements (`Task.fed`); or "authors",
             MMEB-V2 as Qwen3-VL-Embedding's authors feed it.
         options: hub (bool), protocol ("v1" or "v2"), cache (folder for frames and pages that have to be unpacked; a temporary one of this
             process by default).
@@ -102,7 +102,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
         ValueError: names the task and what it lacks; more than half of its rows cannot be scored (fewer are told and counted).
     """
     check_loader(task)
-    task = bare_task(task) if feeding == "qwen3-vl" else task.fed(feeding)
+    task = bare_task(task) if feeding == "authors" else task.fed(feeding)
     _check(task)
     if task.media and (Path(media) / task.media).is_dir():
         media = Path(media) / task.media
@@ -111,7 +111,7 @@ def load_task(task: Task, root: AnyPath | None, media: AnyPath, *, feeding: str 
     data = getattr(import_module(f"vlm2vec.evaluation.loaders.{module}"), function)(task, root, media, **options)
     if feeding == "wemm" and task.loader not in AT_MARKERS:
         data.queries, data.candidates = reworded(data.queries, bare), reworded(data.candidates, bare)
-    if feeding == "qwen3-vl" and task.loader != "mmeb":  # whose rows bring their own
+    if feeding == "authors" and task.loader != "mmeb":  # whose rows bring their own
         data.queries = [instructed(task, query) for query in data.queries]
     faults = [query["unreadable"] for query in data.queries if query.get("row")]
     if 2 * len(faults) > len(data.queries):

@@ -230,6 +230,12 @@ def _is_list(file: Path) -> bool:
         return opened.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
 
+def place(path: str, *bases: AnyPath | None) -> Path:
+    """A folder below the first of these that holds it, below the first of all where none does."""
+    there = [Path(base or ".") / path for base in bases]
+    return next((folder for folder in there if folder.is_dir()), there[0])
+
+
 def find_files(root: AnyPath, patterns: str | Sequence[str]) -> list[Path]:
     """Files of the first pattern that has any, sorted; a pattern is a path below `root` that may hold `*`."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.evaluation.loaders.rows import read_rows
+from vlm2vec.evaluation.loaders.rows import place, read_rows
 from vlm2vec.evaluation.loaders.texts import words
 from vlm2vec.evaluation.tasks import Task
 from vlm2vec.evaluation.tasks.task_data import Pool, TaskData
@@ -75,7 +75,7 @@ def load_sound_events(task: Task, root: AnyPath | None, media: AnyPath, **_: Any
     Options: `folder`, `labels` (names of the label files in it, {fold} for each of `folds`). Any event of the recording with the
     same label is right; with `exact: true` the query's own alone.
     """
-    o, folder = task.options, Path(root or ".") / task.options["folder"]
+    o, folder = task.options, place(task.options["folder"], root, media)
     names = [o["labels"].format(fold=fold) for fold in o.get("folds", [""])]
     paths = [found for name in names if (found := next(iter(sorted(folder.rglob(name))), None))]
     if len(paths) != len(names):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.evaluation.loaders.ids import CANDIDATE_IDS, QUERY_IDS, QUERY_TEXTS, id_text, pick, read_judgements, row_id
-from vlm2vec.evaluation.loaders.rows import Rows, find_files, open_rows, require_columns
+from vlm2vec.evaluation.loaders.rows import Rows, find_files, open_rows, place, require_columns
 from vlm2vec.evaluation.loaders.texts import tell_repeated, words
 from vlm2vec.evaluation.loaders.video_root import VideoRoot
 from vlm2vec.evaluation.tasks import Task
@@ -71,7 +71,7 @@ def load_sound_labels(task: Task, root: AnyPath | None, media: AnyPath, **_: Any
     everything = list(range(len(pool.items)))
 
     def make(row):
-        folder = Path(media) / o["folder"].format(**row) if o.get("folder") else Path(media)
+        folder = place(o["folder"].format(**row), media, root) if o.get("folder") else Path(media)
         return heard(text, row[audio], folder, task.name)
 
     for at, row in enumerate(rows.only(label)):
@@ -130,7 +130,7 @@ def _beir(task, root, media, data, pool, cache) -> Found:
 
 def _captions(task, root, media, data, pool, cache) -> Found:
     """Clotho: a table of files with five captions each, every caption a query; a row whose file is not there is left out."""
-    rows, folder = open_rows(root, task, task.options["queries"], "captions"), Path(root or ".") / task.options["folder"]
+    rows, folder = open_rows(root, task, task.options["queries"], "captions"), place(task.options["folder"], root, media)
     require_columns(rows, "file_name", *CAPTIONS)
     for at, row in enumerate(rows):
         file = folder / row["file_name"]
@@ -148,7 +148,7 @@ def _ave(task, root, media, data, pool, cache) -> Found:
     path = find_files(root or ".", task.options["queries"])
     if not path:
         raise ValueError(f"task {task.name}: no {task.options['queries']} in {root}")
-    films, folder = VideoRoot(task, media, cache), Path(root or ".") / task.options["folder"]
+    films, folder = VideoRoot(task, media, cache), place(task.options["folder"], root, media)
     for at, line in enumerate(read_text(path[0]).splitlines(), 1):
         cells = line.strip().split("&")
         if not line.strip() or cells[-1].strip().lower() in ("end", "endtime"):

@@ -48,13 +48,14 @@ def v3_lines(means: dict[str, Any]) -> list[str]:
     """Lines of MMEB-V3's means: what a model cannot do counted 0, and beside it the mean over what was run; [] without them."""
     if "v3" not in means:
         return []
-    lines = ["", "## MMEB-V3", "", "Tasks that the model cannot do count 0; *run* is the mean over those that were run.", ""]
-    lines += ["| mean over | tasks run | cannot do | of | score | run |", "|---|---|---|---|---|---|"]
-    for part in means["v3"].values():
+    lines = ["", "## MMEB-V3", "", "Tasks of inputs that the model does not take count 0; *run* is the mean over those that were run.", ""]
+    lines += ["| mean over | tasks run | unsupported | of | score | run |", "|---|---|---|---|---|---|"]
+    for kind, part in means["v3"].items():
+        title = {"subgroups": "sub-group ", "sets": "set "}.get(kind, "")
         for name, mean in part.items():
             whole = mean["tasks"] + mean["unsupported"] == mean["of"]
             score = percent(mean["score"]) if whole else "-"
-            lines.append(f"| {name} | {mean['tasks']} | {mean['unsupported']} | {mean['of']} | {score} | {percent(mean['ran'])} |")
+            lines.append(f"| {title}{name} | {mean['tasks']} | {mean['unsupported']} | {mean['of']} | {score} | {percent(mean['ran'])} |")
     return lines
 
 
@@ -176,8 +177,8 @@ def terminal(rows: list[dict[str, Any]], means: dict[str, Any]) -> list[str]:
     whole = means.get("v3", {}).get("groups", {}).get("V3-All")
     if whole and whole["tasks"] + whole["unsupported"] == whole["of"]:
         lines.append(
-            f"{'V3-All':<{width}}  {'':<24} {'':<14} {percent(whole['score']):>6}  {whole['of']:>7} tasks, {whole['unsupported']} that the "
-            "model cannot do counted 0"
+            f"{'V3-All':<{width}}  {'':<24} {'':<14} {percent(whole['score']):>6}  {whole['of']:>7} tasks, "
+            f"{whole['unsupported']} unsupported counted 0"
         )
     lines.append(
         f"{'mean of all':<{width}}  {'':<24} {'':<14} {percent(means['overall']['score']):>6}  {means['overall']['tasks']:>7} tasks"

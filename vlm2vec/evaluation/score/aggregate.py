@@ -21,7 +21,7 @@ V3_GROUPS = {  # of MMEB-V3, by the modalities of their tasks; image holds MCMR,
     "gui": ("gui",),
     "memory": ("memory",),
     "audio": ("audio",),
-    "new": ("text", "tool", "gui", "memory", "audio"),
+    "Overall-V3": ("text", "tool", "gui", "memory", "audio"),
 }
 VIDORE_V3 = "vidore_v3"  # a benchmark of its own, by NDCG@10: a group mean over its ten sets, and part of no other mean
 PAPER_NAMES = {"text_reasoning": "RR", "text_instruction": "IF", "text_long": "LC", "text_conditions": "MC", "text_general": "GR"}
@@ -41,8 +41,9 @@ def _v3_members() -> dict[str, dict[str, list[str]]]:
         groups += ["image36"] if task.modality == "image" and name != "MCMR" else []
         for group in groups:
             parts["groups"].setdefault(group, []).append(name)
-        parts["subgroups"].setdefault(PAPER_NAMES.get(task.group, task.group), []).append(name)
-        if "/" in name:
+        if task.group != "mcmr":  # which is a group already
+            parts["subgroups"].setdefault(PAPER_NAMES.get(task.group, task.group), []).append(name)
+        if "/" in name and task.modality in ("text", "tool"):  # of the memories each set is a subgroup
             parts["sets"].setdefault(name.split("/")[1], []).append(name)
     return parts
 

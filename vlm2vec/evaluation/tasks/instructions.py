@@ -30,7 +30,7 @@ def instruction_of(task: Task) -> str | dict[str, str]:
     found = _table()["tasks"].get(task.name) or _table()["groups"].get(task.group)
     if found is None:
         raise ValueError(
-            f"task {task.name}: expected a task of MMEB-V2 with --feeding qwen3-vl, got one without a published instruction; leave it out"
+            f"task {task.name}: expected a task of MMEB-V2 with --feeding authors, got one without a published instruction; leave it out"
         )
     return found
 

@@ -47,7 +47,7 @@ META_OF_GROUP = {
 }
 GROUPS = tuple(META_OF_GROUP)
 V2_GROUPS = GROUPS[: GROUPS.index("mcmr")]
-FEEDINGS = ("official", "wemm", "qwen3-vl")
+FEEDINGS = ("official", "wemm", "authors")
 GROUP_OF_META = {"classification": "image_cls", "vqa": "image_qa", "retrieval": "image_ret", "grounding": "image_vg"}
 
 
@@ -114,7 +114,7 @@ class Task:
 
     def fed(self, feeding: str) -> Task:
         """The task as a published evaluation feeds it: "official" is the task itself, "wemm" has what its `wemm` says instead
-        ("qwen3-vl" is told by `tasks.instructions.bare_task`)."""
+        ("authors" is told by `tasks.instructions.bare_task`)."""
         if feeding not in FEEDINGS:
             raise ValueError(f"feeding is {' or '.join(FEEDINGS)}, got {shown(feeding)}")
         if feeding != "wemm" or not self.wemm:
