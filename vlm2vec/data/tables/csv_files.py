@@ -152,7 +152,8 @@ def _lay_out(path: str, encoding: str, delimiter: str, header: list[str], part: 
     left_out = LeftOut()
     for _ in _batches(path, encoding, delimiter, header, left_out):
         pass
-    schema = pa.schema([(str(at), pa.string()) for at in range(len(header))], metadata={"left_out": "\n".join(left_out.said(path, encoding, delimiter))})
+    said = "\n".join(left_out.said(path, encoding, delimiter))
+    schema = pa.schema([(str(at), pa.string()) for at in range(len(header))], metadata={"left_out": said})
     with pa.OSFile(os.fspath(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in _batches(path, encoding, delimiter, header, LeftOut()):
             writer.write_batch(batch)
