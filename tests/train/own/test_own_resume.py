@@ -52,7 +52,7 @@ def train_main(rank, port, recipe):
 
 @pytest.mark.slow
 def test_killed_it_ends_in_the_same_weights(root):
-    assert ended(start(train_main, write(root, "whole"), ranks=1)) == [0]
+    assert ended(start(train_main, write(root, "whole", save_steps=STEPS), ranks=1)) == [0]
     recipe = write(root, "killed")
     processes = start(train_main, recipe, ranks=1)
     deadline = time.monotonic() + 200
