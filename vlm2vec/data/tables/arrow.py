@@ -1,6 +1,6 @@
 """Tables of `datasets`: parquet files, folders that `save_to_disk` wrote, data sets of the hub or folders laid out as these.
 
-A row of a parquet file cannot be read without its whole row group, so that `datasets` lays larger ones out as Arrow files once, in its cache.
+A row of a parquet file cannot be read without its whole row group: `datasets` lays larger files out as Arrow files once, in its cache.
 """
 
 from __future__ import annotations
@@ -156,10 +156,10 @@ def load(*names: str, **options: Any) -> Any:
     if os.path.isdir(names[0]):  # datasets knows a folder by its last name alone: another one of that name, or rows that changed, are its
         stored, size = _as_it_is(names[0])
         options |= {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "vlm2vec", stored)}
-        _tell(names[0], size)
+        announce_copy(names[0], size)
     elif files is not None and "hf://" not in str(files):
         files = [files] if isinstance(files, str) else files
-        _tell(files[0], sum(os.path.getsize(file) for file in files if os.path.isfile(file)))
+        announce_copy(files[0], sum(os.path.getsize(file) for file in files if os.path.isfile(file)))
     try:
         table = datasets.load_dataset(*names, **options)
     except ImportError:
@@ -194,7 +194,8 @@ def _as_it_is(folder: str) -> tuple[str, int]:
     return digest.hexdigest(), total
 
 
-def _tell(name: str, size: int) -> None:
+def announce_copy(name: str, size: int) -> None:
+    """A word before a second copy of so many bytes is made, from 1 GiB on."""
     import datasets
 
     if size >= _TOLD:
