@@ -22,7 +22,8 @@ SIDES = {
 
 
 def write_pictures(folder: Path, count: int = 24) -> Path:
-    """JPEGs 000.jpg, ... of four sizes; every fifth one is to be turned by its EXIF orientation. Number 3 is damaged, 4 absent."""
+    """JPEGs 000.jpg, ... of four sizes; every fifth one is to be turned by its EXIF orientation. Number 3 is damaged, 4 absent, and
+    14 a copy of 10 under another name."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -33,6 +34,7 @@ def write_pictures(folder: Path, count: int = 24) -> Path:
         image.save(folder / f"{number:03}.jpg", quality=80, exif=exif)
     (folder / "003.jpg").write_bytes(b"no picture at all")
     (folder / "004.jpg").unlink()
+    (folder / "014.jpg").write_bytes((folder / "010.jpg").read_bytes())
     return folder
 
 

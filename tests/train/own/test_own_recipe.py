@@ -9,6 +9,8 @@ from train.data.fingerprints import fingerprints
 from train.data.rows import PairDataset
 from train.data.sources import open_source
 from train.plan.batch import absent
+from train.plan.gpus import GPUS
+from train.plan.search import Planner
 from train.recipe.from_yaml import build
 from train.recipe.schema import Data, Recipe, Source
 
@@ -111,6 +113,14 @@ def test_first_rows_and_whether_the_data_is_here(tmp_path):
     assert len(open_source(data, data.sources[0])) == 7 and open_source(data, data.sources[0]).groups()[-1] == "p3"
     here, gone = recipe(told, hard_negatives=True), recipe(told | {"path": "gone.jsonl"}, hard_negatives=True)
     assert absent(here) is None and absent(gone) == "gone.jsonl"
+    root = tmp_path / "rows"
+    for told_of, place in (
+        (gone, "gone.jsonl"),
+        (recipe(told, {"name": "Texts"}, hard_negatives=True, root="no-root", images="i"), "no-root"),
+        (recipe({"name": "Texts"}, told | {"path": "gone.csv"}, hard_negatives=True, root=str(root), images="i"), "gone.csv"),
+    ):
+        with pytest.raises(ValueError, match=f"the data .{place}. is not here; say in `plan.rows` what a batch looks like"):
+            Planner(told_of, GPUS["h100-80"])
     before = fingerprints(here)["data.shop"]
     lines = (tmp_path / "rows" / "captions.jsonl").read_text(encoding="utf-8").split("\n")
     (tmp_path / "rows" / "captions.jsonl").write_text("\n".join([*lines[:-1], "null"]), encoding="utf-8")

@@ -263,3 +263,38 @@ def test_tables_of_datasets(tmp_path):
         open_table(str(tmp_path / "saved"))
     row = open_table(str(tmp_path / "saved"), split="b")[0]
     assert row["label"] == "dog" and [view["bytes"] for view in row["views"]] == [body] * 2
+
+
+def hub_folder(folder, rows):
+    import datasets
+
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: shop\n  data_files: data/train-*.parquet\n---\n")
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return all_rows(open_table(str(folder), config="shop"))
+
+
+def test_a_folder_like_the_hubs_is_read_as_it_is_now(tmp_path, monkeypatch):
+    """Another one of its name and configuration, and one whose rows changed: `datasets` alone gives the rows that it saw first."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder, word in (("one", "first"), ("two", "other"), ("one", "again")):
+        assert hub_folder(tmp_path / folder / "hub", [{"a": word}]) == [{"a": word}]
+
+
+def test_small_parquet_is_read_in_place_and_large_one_says_where_its_copy_lies(tmp_path, monkeypatch, caplog):
+    import datasets
+
+    from vlm2vec.data.tables import arrow
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image(decode=False)})
+    rows = [{"label": i % 2, "image": {"bytes": bytes([i]) * 100, "path": None}} for i in range(30)]
+    for part in range(2):
+        datasets.Dataset.from_list(rows[part * 15 :][:15], features=features).to_parquet(tmp_path / f"{part}.parquet", batch_size=4)
+    small = all_rows(open_table(str(tmp_path / "*.parquet")))
+    assert [row["label"] for row in small] == ["cat", "dog"] * 15 and small[29]["image"]["bytes"] == bytes([29]) * 100
+    assert not list(tmp_path.glob("cache/**/*.arrow")) and not caplog.records
+    monkeypatch.setattr(arrow, "IN_MEMORY", 0)
+    monkeypatch.setattr(arrow, "_TOLD", 1)
+    assert all_rows(open_table(str(tmp_path / "*.parquet"))) == small
+    assert list(tmp_path.glob("cache/**/*.arrow")) and f"second copy in {tmp_path / 'cache'}" in caplog.text

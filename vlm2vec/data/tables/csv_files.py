@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.data.tables.arrow import ArrowRows, mapped
+from vlm2vec.data.tables.arrow import ArrowRows, announce_copy, mapped
 from vlm2vec.data.tables.cache import cached
 from vlm2vec.data.tables.csv_lines import LeftOut
 from vlm2vec.data.tables.table import Table
@@ -38,9 +38,11 @@ def open_csv(path: str, *, encoding: str | None = None, delimiter: str | None = 
     require_regular(path)
     encoding = encoding or _encoding(path)
     header, delimiter = _header(path, encoding, delimiter, wanted)
-    if os.path.getsize(path) <= IN_MEMORY:
+    size = os.path.getsize(path)
+    if size <= IN_MEMORY:
         rows, left_out = _whole(path, encoding, delimiter, header)
     else:
+        announce_copy(path, size)
         made = cached(path, ".arrow", ("csv", encoding, delimiter), lambda part: _lay_out(path, encoding, delimiter, header, part))
         rows = mapped(made)
         left_out = _left_out(made)
@@ -152,9 +154,8 @@ def _lay_out(path: str, encoding: str, delimiter: str, header: list[str], part: 
     left_out = LeftOut()
     for _ in _batches(path, encoding, delimiter, header, left_out):
         pass
-    schema = pa.schema(
-        [(str(at), pa.string()) for at in range(len(header))], metadata={"left_out": "\n".join(left_out.said(path, encoding, delimiter))}
-    )
+    said = "\n".join(left_out.said(path, encoding, delimiter))
+    schema = pa.schema([(str(at), pa.string()) for at in range(len(header))], metadata={"left_out": said})
     with pa.OSFile(os.fspath(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in _batches(path, encoding, delimiter, header, LeftOut()):
             writer.write_batch(batch)
