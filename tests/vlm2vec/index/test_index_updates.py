@@ -296,3 +296,20 @@ def test_no_index_and_no_folder(tmp_path):
     (tmp_path / "i" / state.MANIFEST).write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format a number 99, expected 1"):
         Index.open(tmp_path / "i")
+
+
+def test_another_models_index_in_its_place_is_told(folder, tmp_path):
+    """Vectors of one model are never compared with another's: what was opened is kept, and the reason said."""
+    index = Index(tmp_path / "i", model=StubModel())
+    index.update(folder, encode=embed)
+    opened = Index.open(tmp_path / "i", model=StubModel())
+    shutil.rmtree(tmp_path / "i")
+    put(folder, "new.png", "new")
+    Index(tmp_path / "i", model=StubModel("two")).update(folder, encode=embed)
+    for again in (opened.refresh, lambda: opened.update(encode=embed)):
+        with pytest.raises(ValueError, match="made by another model .* other weights; open it anew"):
+            again()
+    assert len(opened) == 12 and opened.search_vectors(vector("picture 3")[None], 1)[0][0].key == "03.png"
+    shutil.rmtree(tmp_path / "i")
+    Index(tmp_path / "i", model=StubModel()).update(folder, encode=embed)
+    assert opened.refresh() and len(opened) == 13

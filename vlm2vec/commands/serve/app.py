@@ -142,8 +142,9 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        said = {"status": "stopping" if service.draining else "ok", "model": service.name, "queued_inputs": service.batcher.queued}
-        return Response(json.dumps(said), 503 if service.draining else 200, media_type="application/json")
+        status = "stopping" if service.draining else "ok" if service.batcher.alive else "failed"
+        said = {"status": status, "model": service.name, "queued_inputs": service.batcher.queued}
+        return Response(json.dumps(said), 200 if status == "ok" else 503, media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from vlm2vec.commands.serve import requests
 from vlm2vec.commands.serve.app import Service
 from vlm2vec.commands.serve.errors import BadRequest
+from vlm2vec.commands.serve.limits import Refused
 from vlm2vec.data.index import Hit
 from vlm2vec.files.documents import kind, parse_json
 from vlm2vec.media.endings import FILMS, PICTURES
@@ -44,7 +45,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/search")
     async def search(request: Request) -> Response:
         body = await service.body(request)
-        await run_in_threadpool(index.refresh)
+        try:
+            await run_in_threadpool(index.refresh)
+        except ValueError as e:
+            raise Refused(503, f"the index was replaced: {e}", 60) from None
         query, k = parse(body, service.limits.pixels)
         made = await service.embed(request, [query], "query", len(body))
         hits = await run_in_threadpool(index.search_vectors, normalize(made.vectors, dim=-1), k)

@@ -14,7 +14,7 @@ from vlm2vec.checkpoint.words import said_as
 from vlm2vec.data.index import changes, identity
 from vlm2vec.data.index.entries import KINDS, entries
 from vlm2vec.data.index.nearest import nearest
-from vlm2vec.data.index.state import Row, is_index, read_state, signature, write_state
+from vlm2vec.data.index.state import Row, State, is_index, read_state, signature, write_state
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 
@@ -217,11 +217,26 @@ class Index:
     # -- updating -------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> bool:
-        """Read the index anew where an update has replaced it; whether it did."""
+        """Read the index anew where an update has replaced it; whether it did.
+
+        Raises:
+            ValueError: what lies there now is damaged, or of another model than what was opened, which is kept: vectors of
+                queries that are at hand would be compared with strange ones.
+        """
         if self._state is not None and signature(self.path) in ((), self._state.signature):
             return False
-        self._state = read_state(self.path, verify=False)
+        self._take(read_state(self.path, verify=False))
         return True
+
+    def _take(self, state: State) -> None:
+        """Go on with a state that another process wrote. ValueError where it is another model's."""
+        if self._state is not None:
+            there, before = (identity.compared(one.about["identity"]) for one in (state, self._state))
+            maker, opened = (one.about.get("model") for one in (state, self._state))
+            wrong = identity.mismatch(there, before, str(self.path), maker, f"what was opened ({opened})", "open it anew")
+            if wrong:
+                raise ValueError(wrong)
+        self._state = state
 
     def update(
         self,
@@ -250,7 +265,7 @@ class Index:
         """
         with locked(self.path, "an update of an index"):
             if is_index(self.path) and (self._state is None or signature(self.path) != self._state.signature):
-                self._state = read_state(self.path)
+                self._take(read_state(self.path))
             old = self._state
             folder, kinds = self._what(folder, kinds)
             made = changes.plan(entries(folder, kinds), old, skip_bad)
