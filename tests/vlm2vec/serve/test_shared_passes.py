@@ -90,7 +90,7 @@ def test_too_much_is_refused_with_a_time(queue, watched):
         queue.submit(TEXTS)
     assert e.value.status == 429 and 1 <= e.value.retry_after <= 60
     queue.submit(["a"], weight=1 << 19)
-    with pytest.raises(Refused, match="MiB wait already"):
+    with pytest.raises(Refused, match="MiB are held already"):
         queue.submit(["a"], weight=1 << 20)
     with pytest.raises(ValueError, match="3000 inputs: expected at most 2048 in one request"):
         queue.submit(["a"] * 3000)

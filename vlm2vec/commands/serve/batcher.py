@@ -161,13 +161,28 @@ class Batcher:
         with self._changed:
             self._admit(1, weight)
 
-    def _admit(self, inputs: int, weight: int) -> None:
+    def hold(self, weight: int, beside: int) -> None:
+        """Count more bytes of a body that comes in, until `release`; Refused beyond the limit.
+
+        Args:
+            beside: bytes of the same body that are counted already. One body alone is always taken.
+        """
+        with self._changed:
+            self._admit(1, weight, beside)
+            self._held += weight
+
+    def release(self, weight: int) -> None:
+        """Bytes that `hold` counted are gone."""
+        with self._changed:
+            self._held -= weight
+
+    def _admit(self, inputs: int, weight: int, beside: int = 0) -> None:
         if self._closed:
             raise Refused(503, "the server is stopping; ask again in a moment", 5)
         if self._inputs and self._inputs + inputs > self.limits.queued_inputs:
             raise Refused(429, f"{self._inputs} inputs wait already, of at most {self.limits.queued_inputs}", self._seconds_left())
-        if self._held and self._held + weight > self.limits.held_mib << 20:
-            raise Refused(429, f"{self._held >> 20} MiB wait already, of at most {self.limits.held_mib}", self._seconds_left())
+        if weight and self._held > beside and self._held + weight > self.limits.held_mib << 20:
+            raise Refused(429, f"{self._held >> 20} MiB are held already, of at most {self.limits.held_mib}", self._seconds_left())
 
     def _seconds_left(self) -> int:
         """By when half of what waits will be done."""

@@ -1,7 +1,8 @@
 """Streamed inputs to a folder of shards, by one process or by the ranks of torchrun.
 
 Input i belongs to shard i // rows, and shard s to rank s % world. Every rank reads all inputs' rows, knows by their digests which shards
-are of the inputs as they are, and embeds its own. So ranks exchange nothing, may die alone, and another number of them goes on where they stopped.
+are of the inputs as they are, and embeds its own. So ranks exchange nothing, may die alone, and another number of them goes on where they
+stopped.
 """
 
 from __future__ import annotations
