@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.helpers.stub_model import WIDTH, StubModel, embed, vector
+from vlm2vec.commands.common import images_below
+from vlm2vec.data.bulk.inputs import stream
 from vlm2vec.data.index import Index, segments, state
 from vlm2vec.files.locks import locked
 
@@ -313,3 +315,20 @@ def test_another_models_index_in_its_place_is_told(folder, tmp_path):
     shutil.rmtree(tmp_path / "i")
     Index(tmp_path / "i", model=StubModel()).update(folder, encode=embed)
     assert opened.refresh() and len(opened) == 13
+
+
+def test_links_are_followed_and_hidden_names_left_out(folder, tmp_path):
+    """Shared storage links folders in; systems leave files whose names begin with a dot. Index, shards and `embed` see the same."""
+    elsewhere = tmp_path / "elsewhere"
+    put(elsewhere, "a.png", "linked")
+    (folder / "train").symlink_to(elsewhere)
+    (folder / "more/up").symlink_to(folder)  # without end, if it were followed
+    (elsewhere / "back").symlink_to(elsewhere)
+    for hidden in ("._00.png", ".thumbs/00.png", "more/.a.png"):
+        put(folder, hidden, "hidden")
+    wanted = [*(f"{i:02d}.png" for i in range(10)), "more/film.mp4", "train/a.png"]
+    index = Index(tmp_path / "i", model=StubModel())
+    index.update(folder, encode=embed)
+    assert sorted(held(index)) == sorted([*wanted, "more/note.txt"])
+    assert [key for key, _ in stream([str(folder)], [])] == [str(folder / key) for key in wanted]
+    assert images_below(str(folder)) == [str(folder / key) for key in wanted if key.endswith(".png")]
