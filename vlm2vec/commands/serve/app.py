@@ -109,7 +109,7 @@ def create_app(service: Service, names: frozenset[str] | None = None) -> FastAPI
                     raise BadRequest(str(e).replace("truncate_dim=", "dimensions: "), "dimensions") from None
             made = await service.embed(request, asked.inputs, asked.role)
         vectors = normalize(made.vectors[:, : asked.dimensions], dim=-1)
-        return Response(await read(vectors, requests.answer, asked, service.name, made.tokens), media_type="application/json")
+        return Response(await read(vectors, requests.answer, asked, service.name, made.tokens, made.cut), media_type="application/json")
 
     @app.get("/v1/models")
     async def models() -> dict:

@@ -37,10 +37,14 @@ PASSES = 4  # of the model, that may be ready or being read
 
 
 class Embedded(NamedTuple):
-    """The answer to a request: (n, D) float32 vectors as the model gives them, not of length 1 yet, and tokens in all."""
+    """The answer to a request: (n, D) float32 vectors as the model gives them, not of length 1 yet, and tokens in all.
+
+    `cut` are the places of inputs whose text was longer than the model's limit, and lost its end.
+    """
 
     vectors: torch.Tensor
     tokens: int
+    cut: list[int]
 
 
 @dataclass(eq=False)
@@ -53,6 +57,7 @@ class Request:
     future: Future = field(default_factory=Future)
     vectors: torch.Tensor | None = None
     tokens: int = 0
+    cut: list[int] = field(default_factory=list)
     begun: int = 0  # inputs that a thread has taken
     answered: int = 0
 
@@ -319,11 +324,11 @@ class Batcher:
         if hidden is None:  # here the error and the frames it held, with all that the pass had allocated, are gone
             self._halves(jobs)
             return
-        for job, vector in zip(jobs, hidden):
-            self._answer(job, vector)
         seconds = time.monotonic() - start
         self._rate = 0.9 * self._rate + 0.1 * len(jobs) / seconds if self._rate else len(jobs) / seconds
         self._observed(len(jobs), tokens, seconds)
+        for job, vector in zip(jobs, hidden):
+            self._answer(job, vector)
 
     def _halves(self, jobs: list[Job]) -> None:
         if self.model.device.type == "cuda":
@@ -355,11 +360,13 @@ class Batcher:
             request.vectors = torch.empty(request.count, vector.shape[0])
         request.vectors[job.place] = vector
         request.tokens += job.features.length
+        if job.features.cut:
+            request.cut.append(job.place)
         request.answered += 1
         job.features = None
         if request.answered == request.count:
             with contextlib.suppress(InvalidStateError):  # cancelled, or the server stops, in this moment
-                request.future.set_result(Embedded(request.vectors, request.tokens))
+                request.future.set_result(Embedded(request.vectors, request.tokens, sorted(request.cut)))
 
 
 def _fail(request: Request, error: Exception) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,15 +195,16 @@ def picture(url: Any, where: str, pixels: Room) -> bytes:
     return content
 
 
-def answer(vectors: torch.Tensor, asked: Asked, model: str, tokens: int) -> bytes:
+def answer(vectors: torch.Tensor, asked: Asked, model: str, tokens: int, cut: Sequence[int] = ()) -> bytes:
     """The JSON of an answer.
 
     Args:
         vectors: (n, D) float32 of length 1.
-        tokens: of all inputs, those of pictures counted.
+        tokens: of all inputs, those of pictures counted. cut: places of inputs whose text lost its end; OpenAI's own server refuses them.
     """
     rows = vectors.numpy().astype("<f4", copy=False)
     made = [base64.b64encode(row.tobytes()).decode() for row in rows] if asked.base64 else rows.tolist()
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(made)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return json.dumps({"object": "list", "data": data, "model": model, "usage": usage}, separators=(",", ":")).encode()
+    said = {"object": "list", "data": data, "model": model, "usage": usage, **({"truncated": list(cut)} if cut else {})}
+    return json.dumps(said, separators=(",", ":")).encode()
