@@ -12,6 +12,7 @@ from tests.helpers.stub_model import WIDTH, StubModel, embed, vector
 from vlm2vec.commands.common import images_below
 from vlm2vec.data.bulk.inputs import stream
 from vlm2vec.data.index import Index, segments, state
+from vlm2vec.data.index.changes import in_blocks
 from vlm2vec.files.locks import locked
 
 PAST = 1_700_000_000
@@ -332,3 +333,20 @@ def test_links_are_followed_and_hidden_names_left_out(folder, tmp_path):
     assert sorted(held(index)) == sorted([*wanted, "more/note.txt"])
     assert [key for key, _ in stream([str(folder)], [])] == [str(folder / key) for key in wanted]
     assert images_below(str(folder)) == [str(folder / key) for key in wanted if key.endswith(".png")]
+
+
+def test_an_update_embeds_in_one_stream(folder, tmp_path, monkeypatch, few_rows):
+    """One stream reads the next pictures while the model is at these; a call for every few would wait for each other."""
+    calls = []
+
+    def stream(model, inputs, **options):
+        calls.append(options)
+        yield from in_blocks(embed)(inputs)
+
+    monkeypatch.setattr("vlm2vec.encoding.encode_stream", stream)
+    model = StubModel()
+    model.prompts = {"document": "said"}
+    index = Index(tmp_path / "i", model=model)
+    assert index.update(folder, batch_size=5).embedded == 12
+    assert calls == [{"prompt": "said", "batch_size": 5, "skip_bad": True}]
+    require_true(index, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -274,9 +274,9 @@ class Index:
             if made.idle and old is not None and (old.about["folder"], tuple(old.about["kinds"])) == (folder, kinds):
                 return made.changes
             about = self._about(folder, kinds, old, bool(made.fresh))
-            encode = encode or self._encoder(batch_size)
+            stream = changes.in_blocks(encode) if encode is not None else self._stream(batch_size)
             rows, names = changes.apply(
-                made, self.path, old, encode, identity.digest(about["identity"]), skip_bad=skip_bad, progress=progress
+                made, self.path, old, stream, identity.digest(about["identity"]), skip_bad=skip_bad, progress=progress
             )
             if not rows:
                 raise ValueError(_nothing(folder, kinds, made.changes))
@@ -315,25 +315,16 @@ class Index:
         source = os.path.abspath(source) if os.path.isdir(source) else source
         return {**about, "model": source, "as": "document", "dimensions": model.embedding_dim, "identity": now}
 
-    def _encoder(self, batch_size: int) -> changes.Encode:
-        def encode(inputs: list[Any]) -> tuple[torch.Tensor, dict[int, str]]:
-            bad: dict[int, str] = {}
-            said, prompt = said_as(self.model, inputs, "document")
-            vectors = encoding.encode(
-                self.model,
-                said,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=False,
-                convert_to_tensor=True,
-                normalize_embeddings=True,
-                truncate_dim=None,
-                unreadable=bad,
-                keep_on="cpu",
-            )
-            return vectors, bad
+    def _stream(self, batch_size: int) -> changes.Stream:
+        """`encode_stream` of the model, with the words of documents around the inputs."""
 
-        return encode
+        def stream(inputs: Iterator[Any]) -> Iterator[changes.Some]:
+            prompt = self.model.prompts.get("document")
+            if not prompt:
+                inputs = (said_as(self.model, [x], "document")[0][0] for x in inputs)
+            return encoding.encode_stream(self.model, inputs, prompt=prompt or None, batch_size=batch_size, skip_bad=True)
+
+        return stream
 
 
 def _below(root: str, row: Row) -> Row:
