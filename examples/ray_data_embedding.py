@@ -1,14 +1,15 @@
 """Embeddings by Ray Data: rows of a parquet or JSON-lines file through workers that hold a model each, into parquet files.
 
     pip install 'vlm2vec[train,ray]'
-    python examples/ray_data_embedding.py MODEL ROWS OUTPUT [--workers 2] [--gpus 0] [--batch-size 64] [--as document]
+    python examples/ray_data_embedding.py MODEL ROWS OUTPUT [--workers 2] [--gpus 0] [--batch-size 64] [--as document] [--images DIR]
 
-ROWS has columns text, image, video or instruction; image and video are paths or bytes. On a cluster (`ray job submit`, or RAY_ADDRESS)
-the same program uses all its machines. The data is streamed: a worker has one batch in memory, Ray's store a few more. A worker that
-dies is started again and its batch is run again; finished batches stay.
+ROWS has columns text, image, video or instruction; image and video are bytes, or paths from DIR or else ROWS' own folder. On a cluster
+(`ray job submit`, or RAY_ADDRESS) the same program uses all its machines. The data is streamed: a worker has one batch in memory, Ray's
+store a few more. A worker that dies is started again and its batch is run again; finished batches stay.
 """
 
 import argparse
+import os
 
 import ray
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=float, default=0, help="of a worker")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--as", dest="role", choices=("query", "document"))
+    parser.add_argument("--images", help="folder that relative paths of rows are taken from (default: that of ROWS)")
     args = parser.parse_args()
     embed(
         args.rows,
@@ -48,6 +50,7 @@ def main() -> None:
         gpus=args.gpus,
         batch_size=args.batch_size,
         role=args.role,
+        root=args.images or os.path.dirname(os.path.abspath(args.rows)),
         device=None if args.gpus else "cpu",
     )
 

@@ -8,13 +8,13 @@ Ray streams the rows, starts the workers, and starts one again where it dies, wi
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from vlm2vec import encoding
 from vlm2vec.checkpoint.words import ROLES, said_as
+from vlm2vec.data.bulk.inputs import rooted
 from vlm2vec.files.documents import shown
-from vlm2vec.inputs import ITEM_KEYS
+from vlm2vec.inputs import ITEM_KEYS, VISUAL_KEYS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,8 @@ class Embedder:
     """Adds a column of vectors to batches of rows: the same vectors that `vlm2vec embed` makes.
 
     A batch is {column: array of n values}. Columns text, image, video and instruction are the input, as of a JSONL's row: image and video
-    are paths or the bytes of a file; all other columns go through. A worker holds one model, and vectors leave its device pass by pass.
+    are paths, bytes of a file, data: URIs, {"bytes":, "path":}, or a list of these; all other columns go through. A worker holds one
+    model, and vectors leave its device pass by pass.
 
     Args:
         model: folder or hub name, as of `VLM2Vec.from_pretrained`, which takes `model_options` too.
@@ -34,7 +35,7 @@ class Embedder:
         batch_size: inputs of one pass of the model, at most.
         truncate_dim: keep the first dimensions.
         columns: {"text": "caption", ...} where columns have other names than the inputs' own.
-        root: folder that relative paths are taken from.
+        root: folder that relative paths are taken from, by each worker; None: the worker's own (`embed` takes the table's).
         output: name of the new column, (n, D) float32.
         skip_bad: rows that cannot be read get zeros and say why in the column `embedding_error`, "" for the others; otherwise they raise.
 
@@ -109,12 +110,21 @@ class Embedder:
         return [self._row({name: values[row] for name, values in given.items()}) for row in range(count)]
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Values of one row as Python's own; missing ones (None, NaN) are not there."""
+        """Values of one row as Python's own; missing ones (None, NaN) are not there. Paths begin at `root`, as in `vlm2vec embed`."""
         made = {}
         for name, value in row.items():
+            value = _plain(value)
             if value is None or (isinstance(value, float) and value != value):
                 continue
-            value = value.item() if hasattr(value, "item") and not getattr(value, "ndim", 0) else value
-            is_path = name not in ("text", "instruction") and isinstance(value, str) and value
-            made[name] = os.path.join(self.root, value) if is_path and self.root is not None else value
+            is_media = name in VISUAL_KEYS and isinstance(value, (str, list, dict)) and value
+            made[name] = rooted(self.root, value) if is_media and self.root is not None else value
         return made
+
+
+def _plain(value: Any) -> Any:
+    """Lists for Ray's arrays of paths, bytes or objects; pictures' own arrays of numbers stay."""
+    if not hasattr(value, "dtype"):
+        return value
+    if not value.ndim:
+        return value.item()
+    return [_plain(one) for one in value] if value.dtype.kind in "OUS" else value

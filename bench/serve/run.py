@@ -5,18 +5,21 @@
 server  2,000 requests of one to eight inputs, texts and pictures, from 32 connections of another process. Every answer is held to what
         `encode` gives of its input alone (1e-6), none may be lost; then throughput over offline `encode` of the same inputs, in rounds by
         turns, by wall clock and by processor time of the serving process, and its memory after a quarter as many requests and at the end.
-        Clients share the processor with the server: where there are few cores, processor time is the fair number.
+        Clients have half of the cores, and the server and `encode` by turns the other half (Linux, two cores or more): the clock is
+        what is held to the aim there. Elsewhere clients share the server's cores, and either of the two may reach it.
 index   building, adding one file, removing one, opening, and searching for one and for 16 queries. Files are small and vectors drawn by
         their content, so that times are the index's own and not a model's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 from bench import models, tables
 from bench.measure import child_environment
@@ -26,6 +29,27 @@ SIZE = "tiny"
 
 
 ROUNDS = 5  # of both ways in turns, since others use the machine too
+
+
+def halves() -> tuple[set[int], set[int]] | None:
+    """(cores of the server and of `encode`, cores of the clients), None where they cannot be told apart."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    half = len(cores) // 2
+    return (set(cores[half:]), set(cores[:half])) if half else None
+
+
+@contextlib.contextmanager
+def on(cores: set[int] | None) -> Iterator[None]:
+    """This thread, and threads and processes that it starts within the block, on these cores; None leaves them."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class Served:
@@ -73,29 +97,46 @@ def in_turns(folder: str, count: int, clients: int) -> tuple[dict, traffic.Answe
 
     from vlm2vec import VLM2Vec
 
-    model = VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
-    made = traffic.pool(models.IMAGES)
-    truth = np.stack([model.encode([x])[0] for x in made])
+    serving, asking = halves() or (None, None)
+    with on(serving):  # torch's own threads stay where they began
+        model = VLM2Vec.from_pretrained(folder, dtype="float32", device="cpu")
+        made = traffic.pool(models.IMAGES)
+        truth = np.stack([model.encode([x])[0] for x in made])
+        served = Served(folder)
     wanted = traffic.requests(count, len(made))
     total = dict.fromkeys(("offline", "offline_cpu", "serve", "serve_cpu"), 0.0)
     told, share = traffic.Answered(), -(-count // ROUNDS)
-    with Served(folder) as served:
-        traffic.send(served.port, made, wanted[: count // 4], truth, clients)
+    with served:
+        with on(asking):
+            traffic.send(served.port, made, wanted[: count // 4], truth, clients)
         total["before_mib"] = round(served.resident())
         for start in range(0, count, share):
             some = wanted[start : start + share]
             rows = [row for request in some for row in request]
-            wall, cpu = time.perf_counter(), time.process_time()
-            vectors = model.encode([made[row] for row in rows])
-            total["offline"] += time.perf_counter() - wall
-            total["offline_cpu"] += time.process_time() - cpu
+            with on(serving):
+                wall, cpu = time.perf_counter(), time.process_time()
+                vectors = model.encode([made[row] for row in rows])
+                total["offline"] += time.perf_counter() - wall
+                total["offline_cpu"] += time.process_time() - cpu
             if not np.allclose(vectors, truth[rows], atol=1e-6):
                 raise ValueError("encode of all inputs differs from encode of each alone")
             cpu = served.cpu()
-            told.add(traffic.send(served.port, made, some, truth, clients))
+            with on(asking):
+                told.add(traffic.send(served.port, made, some, truth, clients))
             total["serve_cpu"] += served.cpu() - cpu
         total["serve"], total["after_mib"] = told.seconds, round(served.resident())
     return total, told
+
+
+def too_slow(wall: float, cpu: float, apart: bool) -> list[str]:
+    """What misses the aim of 0.8 of offline throughput.
+
+    Args:
+        wall, cpu: throughput over offline by the clock and by processor time. apart: whether clients had cores of their own.
+    """
+    by = {"the clock": wall} if apart else {"the clock": wall, "processor time": cpu}
+    best = max(by, key=by.get)
+    return [] if by[best] >= 0.8 else [f"serve: {by[best]:.2f} of offline throughput by {best}, aim 0.8"]
 
 
 def server(args) -> tuple[list[dict], list[str]]:
@@ -130,8 +171,7 @@ def server(args) -> tuple[list[dict], list[str]]:
     missed = [f"serve: {told.errors[0]} ({len(told.errors)} such)"] if told.errors else []
     if told.worst > 1e-6:
         missed.append(f"serve: an answer differs by {told.worst:.2g} from encode alone, aim 1e-6")
-    if cpu < 0.8:
-        missed.append(f"serve: {cpu:.2f} of offline throughput by processor time, aim 0.8")
+    missed += too_slow(wall, cpu, halves() is not None)
     if total["after_mib"] > 1.1 * total["before_mib"] + 20:
         missed.append(f"serve: memory grew from {total['before_mib']} to {total['after_mib']} MiB")
     return rows, missed

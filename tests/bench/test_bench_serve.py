@@ -1,6 +1,7 @@
 """The server's table, a tenth of a tenth of it: no answer lost or mixed up, throughput and memory told."""
 
 import argparse
+import os
 
 import pytest
 
@@ -31,6 +32,17 @@ def test_many_clients_get_their_own_answers(tmp_path):
     assert not told.errors and told.requests == 150 and told.inputs == sum(map(len, wanted))
     assert told.worst <= 1e-6 < others.worst, "an answer that is another's is seen"
     assert after < 1.15 * before + 20, (before, after)
+
+
+def test_a_server_that_sleeps_misses_the_aim():
+    assert not run.too_slow(0.81, 0.5, apart=True) and "0.40 of offline throughput by the clock" in run.too_slow(0.4, 0.9, apart=True)[0]
+    assert not run.too_slow(0.4, 0.9, apart=False) and run.too_slow(0.4, 0.7, apart=False)
+    found = run.halves()
+    if found is not None:
+        serving, asking = found
+        with run.on(asking):
+            assert os.sched_getaffinity(0) == asking and not serving & asking
+        assert os.sched_getaffinity(0) >= serving | asking
 
 
 def test_the_index_part_is_held_to_an_exhaustive_search(capsys):

@@ -15,6 +15,7 @@ from vlm2vec.data.index import identity
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.files import replacing
 from vlm2vec.files.documents import shown
+from vlm2vec.files.walk import files_below
 from vlm2vec.inputs import VISUAL_KEYS
 from vlm2vec.media.endings import PICTURES
 
@@ -116,7 +117,7 @@ def images_below(folder: str) -> list[str]:
     """Image files in a folder and below it, in order of their paths."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder of images")
-    pictures = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name.lower().endswith(PICTURES))
+    pictures = sorted(found.path for found in files_below(folder, PICTURES))
     if not pictures:
         raise ValueError(f"{folder}: no images in it ({', '.join(PICTURES)})")
     return pictures

@@ -149,7 +149,7 @@ def _shards(args: argparse.Namespace) -> int:
             world=world,
         )
     if done.left_out:
-        common.tell_left_out(done.left_out, done.made + len(done.left_out), "input")
+        common.tell_left_out(done.left_out, done.made + done.bad, "input")
     who = f"rank {rank} of {world}: " if world > 1 else ""
     print(f"{args.shards}: {who}{done.made} embedded, {done.kept} were there, of {done.rows} inputs in all")
     return 0

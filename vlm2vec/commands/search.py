@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         found = _in_index(args)
     else:
         found = _in_memory(args)
-    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found)))
+    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found, "image" if args.images else "key")))
     return 0
 
 
@@ -185,10 +185,10 @@ def _from_file(file: str, stored: tuple, model: VLM2Vec, name: str, vectors: tor
     return targets, keys
 
 
-def _table(found: list[dict[str, Any]]) -> list[str]:
+def _table(found: list[dict[str, Any]], what: str) -> list[str]:
     lines = []
     for one in found:
         lines += [f"{one['query']}"] if len(found) > 1 else []
-        lines.append(f"{'rank':>4}  {'score':>7}  image")
+        lines.append(f"{'rank':>4}  {'score':>7}  {what}")
         lines += [f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['key']}" for hit in one["results"]]
     return lines

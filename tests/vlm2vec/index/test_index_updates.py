@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from tests.helpers.stub_model import WIDTH, StubModel, embed, vector
+from vlm2vec.commands.common import images_below
+from vlm2vec.data.bulk.inputs import stream
 from vlm2vec.data.index import Index, segments, state
+from vlm2vec.data.index.changes import in_blocks
 from vlm2vec.files.locks import locked
 
 PAST = 1_700_000_000
@@ -296,3 +299,54 @@ def test_no_index_and_no_folder(tmp_path):
     (tmp_path / "i" / state.MANIFEST).write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format a number 99, expected 1"):
         Index.open(tmp_path / "i")
+
+
+def test_another_models_index_in_its_place_is_told(folder, tmp_path):
+    """Vectors of one model are never compared with another's: what was opened is kept, and the reason said."""
+    index = Index(tmp_path / "i", model=StubModel())
+    index.update(folder, encode=embed)
+    opened = Index.open(tmp_path / "i", model=StubModel())
+    shutil.rmtree(tmp_path / "i")
+    put(folder, "new.png", "new")
+    Index(tmp_path / "i", model=StubModel("two")).update(folder, encode=embed)
+    for again in (opened.refresh, lambda: opened.update(encode=embed)):
+        with pytest.raises(ValueError, match="made by another model .* other weights; open it anew"):
+            again()
+    assert len(opened) == 12 and opened.search_vectors(vector("picture 3")[None], 1)[0][0].key == "03.png"
+    shutil.rmtree(tmp_path / "i")
+    Index(tmp_path / "i", model=StubModel()).update(folder, encode=embed)
+    assert opened.refresh() and len(opened) == 13
+
+
+def test_links_are_followed_and_hidden_names_left_out(folder, tmp_path):
+    """Shared storage links folders in; systems leave files whose names begin with a dot. Index, shards and `embed` see the same."""
+    elsewhere = tmp_path / "elsewhere"
+    put(elsewhere, "a.png", "linked")
+    (folder / "train").symlink_to(elsewhere)
+    (folder / "more/up").symlink_to(folder)  # without end, if it were followed
+    (elsewhere / "back").symlink_to(elsewhere)
+    for hidden in ("._00.png", ".thumbs/00.png", "more/.a.png"):
+        put(folder, hidden, "hidden")
+    wanted = [*(f"{i:02d}.png" for i in range(10)), "more/film.mp4", "train/a.png"]
+    index = Index(tmp_path / "i", model=StubModel())
+    index.update(folder, encode=embed)
+    assert sorted(held(index)) == sorted([*wanted, "more/note.txt"])
+    assert [key for key, _ in stream([str(folder)], [])] == [str(folder / key) for key in wanted]
+    assert images_below(str(folder)) == [str(folder / key) for key in wanted if key.endswith(".png")]
+
+
+def test_an_update_embeds_in_one_stream(folder, tmp_path, monkeypatch, few_rows):
+    """One stream reads the next pictures while the model is at these; a call for every few would wait for each other."""
+    calls = []
+
+    def stream(model, inputs, **options):
+        calls.append(options)
+        yield from in_blocks(embed)(inputs)
+
+    monkeypatch.setattr("vlm2vec.encoding.encode_stream", stream)
+    model = StubModel()
+    model.prompts = {"document": "said"}
+    index = Index(tmp_path / "i", model=model)
+    assert index.update(folder, batch_size=5).embedded == 12
+    assert calls == [{"prompt": "said", "batch_size": 5, "skip_bad": True}]
+    require_true(index, folder)

@@ -1,5 +1,6 @@
 """The embedder of Ray Data: the same vectors as `embed`; on local Ray with two workers, of which one is killed on the way."""
 
+import base64
 import os
 import sys
 
@@ -45,6 +46,18 @@ def test_a_batch(place, model):
     truth = model.encode(["a", {"image": place / "0.png"}, {"text": "b", "image": place / "1.png"}, "c"])
     np.testing.assert_allclose(made["embedding"], truth, atol=1e-6)
     assert Embedder(str(place / "model"), device="cpu", truncate_dim=5)({"text": np.array(["a"])})["embedding"].shape == (1, 5)
+
+
+def test_paths_of_every_form_begin_at_root(place, model):
+    """What `embed` takes as a row's pictures, as Ray hands it over: arrays of paths, dictionaries with or without bytes, data: URIs."""
+    content = (place / "1.png").read_bytes()
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    many, one, both = objects("0.png", "1.png"), {"bytes": None, "path": "1.png"}, {"bytes": content, "path": "elsewhere.png"}
+    pixels = np.asarray(Image.open(place / "1.png"))
+    batch = {"image": objects(many, one, both, uri, np.array(["1.png"]), str(place / "1.png"), pixels)}
+    made = Embedder(str(place / "model"), device="cpu", root=str(place))(batch)["embedding"]
+    truth = model.encode([{"image": [place / "0.png", place / "1.png"]}, {"image": place / "1.png"}])
+    np.testing.assert_allclose(made, truth[[0] + [1] * 6], atol=1e-6)
 
 
 def test_roles_and_rows_that_cannot_be_read(place, model):

@@ -155,13 +155,44 @@ def test_inputs_that_changed_are_embedded_again_shard_by_shard(tmp_path):
     require_pairs(folder, pairs(9))
 
 
+def test_a_complete_set_never_holds_shards_of_other_inputs(tmp_path):
+    """Not where a rerun of changed rows is killed, not where one rank of two has run, not where a file was put in another's place."""
+    folder, before, now = tmp_path / "s", pairs(30), pairs(30, range(30))
+    settle(folder, {})
+    embedded(folder, before)
+
+    def killed(inputs):
+        for number, made in enumerate(encoder([], window=5)(inputs)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield made
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_shards(lambda: now, folder, killed, rows=10, kind="safetensors", about={})
+    with pytest.raises(ValueError, match="no complete set of shards"):
+        read_shards(folder)
+    embedded(folder, before)
+    require_pairs(folder, before)
+    embedded(folder, now, 0, 2)
+    with pytest.raises(ValueError, match="no complete set of shards"):
+        read_shards(folder)
+    embedded(folder, now, 1, 2)
+    require_pairs(folder, now)
+    (folder / "shard-00001.safetensors").write_bytes((folder / "shard-00000.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="shard-00001.safetensors is of other inputs than embeddings.json says"):
+        read_shards(folder)
+
+
 def test_what_cannot_be_read_is_left_out_and_named(tmp_path):
     folder, inputs = tmp_path / "s", [(f"k{i}", "BAD" if i in (3, 10, 11, 29) else f"text {i}") for i in range(30)]
     settle(folder, {})
     done, _ = embedded(folder, inputs)
-    assert set(done.left_out) == {"k3", "k10", "k11", "k29"} and done.made == 26
+    assert set(done.left_out) == {"k3", "k10", "k11", "k29"} and (done.made, done.bad) == (26, 4)
     require_pairs(folder, [pair for pair in inputs if pair[1] != "BAD"])
     assert read_shards(folder)[0][1].left_out == {"k10": "bad", "k11": "bad"}
+    settle(tmp_path / "t", {})
+    done, _ = embedded(tmp_path / "t", [("same key", x) for _, x in inputs])
+    assert (done.made, done.kept, done.bad, len(done.left_out)) == (26, 0, 4, 1)
 
 
 def test_inputs_are_read_as_they_are_needed(place):

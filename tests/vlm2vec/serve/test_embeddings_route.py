@@ -48,6 +48,15 @@ def test_content_parts_and_messages(server, model, place):
     np.testing.assert_allclose(vectors(answer), truth[:1], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*so far cut to")
+def test_texts_that_lose_their_end_are_told(server, model):
+    long = "word " * 5000
+    status, answer, _ = server.ask("/v1/embeddings", {"input": ["short", long, "a", long]})
+    assert status == 200 and answer["truncated"] == [1, 3] and model.preprocess([long])[0].cut
+    np.testing.assert_allclose(vectors(answer)[3], model.encode(long), atol=1e-6)
+    assert "truncated" not in server.ask("/v1/embeddings", {"input": ["short"]})[1]
+
+
 def test_dimensions_base64_and_roles(server, model):
     status, answer, _ = server.ask("/v1/embeddings", {"input": "a fox", "dimensions": 5, "encoding_format": "base64"})
     got = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -71,14 +72,14 @@ def test_many_requests_share_passes_and_get_their_own(queue, watched, model):
 def test_a_short_request_is_not_kept_by_a_long_one(queue, watched):
     ended = []
     watched.held.clear()
-    long = queue.submit(TEXTS + TEXTS[:30])
+    long = queue.submit(TEXTS + TEXTS[:39])  # more than three times what may be ready: it cannot end in the pass of the short one
     until(lambda: queue._ready)
     short = queue.submit(["short"])
     for name, future in (("long", long), ("short", short)):
         future.add_done_callback(lambda _, name=name: ended.append(name))
     watched.held.set()
     short.result(30)
-    assert long.result(30).vectors.shape[0] == 90
+    assert long.result(30).vectors.shape[0] == 99
     assert ended == ["short", "long"]
 
 
@@ -89,7 +90,7 @@ def test_too_much_is_refused_with_a_time(queue, watched):
         queue.submit(TEXTS)
     assert e.value.status == 429 and 1 <= e.value.retry_after <= 60
     queue.submit(["a"], weight=1 << 19)
-    with pytest.raises(Refused, match="MiB wait already"):
+    with pytest.raises(Refused, match="MiB are held already"):
         queue.submit(["a"], weight=1 << 20)
     with pytest.raises(ValueError, match="3000 inputs: expected at most 2048 in one request"):
         queue.submit(["a"] * 3000)
@@ -151,3 +152,66 @@ def test_memory_is_bounded_by_a_few_passes(queue, watched):
     assert len(queue._ready) <= 4 * 8, "inputs are read as passes are made"
     watched.held.set()
     future.result(30)
+
+
+def test_a_fault_beside_the_model_ends_no_thread(watched, model, monkeypatch):
+    """Whatever raises around a pass fails the requests of that pass, if any; the next one is answered."""
+
+    def full(*numbers):
+        raise OSError("disk full, says the test")
+
+    queue = Batcher(watched, Limits(), observe=full)
+    np.testing.assert_allclose(rows(queue.submit(["a"]).result(30)), model.encode(["a"]), atol=1e-6)
+    for owner, name in ((queue._pages, "give_back"), (queue, "_answer")):
+        with monkeypatch.context() as broken:
+            broken.setattr(owner, name, full)
+            with pytest.raises(OSError, match="disk full"):
+                queue.submit(["b"]).result(30)
+        np.testing.assert_allclose(rows(queue.submit(["c"]).result(30)), model.encode(["c"]), atol=1e-6)
+    assert queue.alive
+    queue.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_the_thread_of_the_model_ends_nobody_waits(watched, monkeypatch):
+    def end(taken):
+        raise SystemExit
+
+    queue = Batcher(watched, Limits())
+    monkeypatch.setattr(queue, "_answer_all", end)
+    with pytest.raises(RuntimeError, match="the thread of the model has ended"):
+        queue.submit(["a"]).result(30)
+    with pytest.raises(Refused):
+        queue.submit(["b"])
+    until(lambda: not queue.alive)
+    queue.close()
+
+
+def test_a_pass_that_failed_holds_no_memory_when_its_halves_run(model):
+    """The error of a pass holds its frames, and these what it had allocated: on a full card no retry would fit."""
+
+    class Full(Watched):
+        lost, sizes, kept = [], [], 0
+
+        def __call__(self, packed):
+            self.held.wait(20)
+            self.sizes.append(len(packed))
+            self.kept += sum(one() is not None for one in self.lost)
+            activations = torch.ones(3)
+            if len(packed) > 2:
+                self.lost.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError("says the test")
+            return self.model(packed)
+
+    full = Full(model)
+    queue = Batcher(full, Limits(batch_size=8))
+    full.held.clear()
+    first = queue.submit(["first"])
+    until(lambda: not queue._waiting and not queue._reading)
+    future = queue.submit(TEXTS[:8])
+    until(lambda: len(queue._ready) >= 8)
+    full.held.set()
+    np.testing.assert_allclose(rows(future.result(30)), model.encode(TEXTS[:8]), atol=1e-6)
+    assert full.sizes == [1, 8, 4, 2, 2, 4, 2, 2] and full.kept == 0 and len(full.lost) == 3
+    first.result(30)
+    queue.close()

@@ -43,6 +43,8 @@ def test_the_end_of_a_server(place, how):
     running = Running(place / "model")
     try:
         assert running.ask("/")[0] == 404, "no index, no page"
+        upload = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+        upload.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         threads, results = in_flight(running, 2)
         code = running.stop(how)
         for thread in threads:
@@ -50,12 +52,15 @@ def test_the_end_of_a_server(place, how):
         assert len(results) == 2
         if how == signal.SIGTERM:
             assert code == 0
+            told = upload.makefile("rb").read()
+            assert told.startswith(b"HTTP/1.1 503") and b'"error"' in told, "a client in the midst of its body is told too"
             assert all(status in (200, 503) for status, _ in results) and any(status == 200 for status, _ in results), results
             assert all(len(answer["data"]) == len(TEXTS) for status, answer in results if status == 200)
         else:
             assert all(issubclass(status, (ConnectionError, http.client.HTTPException)) for status, _ in results), results
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", running.port), timeout=5)
+        upload.close()
     finally:
         running.stop(signal.SIGKILL)
 

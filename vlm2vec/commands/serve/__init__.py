@@ -18,8 +18,11 @@ ABOUT = {
     "inputs": "most inputs of one request",
     "queued_inputs": "most inputs that wait; beyond it 429 with Retry-After",
     "body_mib": "most MiB of one request",
-    "held_mib": "most MiB of requests that wait",
+    "held_mib": "most MiB of requests that come in or wait",
+    "body_seconds": "seconds in which a request must have come",
     "pixels": "most pixels, width times height, of a picture",
+    "request_pixels": "most pixels of all pictures of one request",
+    "connections": "most open connections",
     "batch_size": "most inputs of one pass of the model",
     "wait_ms": "milliseconds that an input waits for others to share its pass",
     "drain_seconds": "seconds to answer what was taken when told to stop",
@@ -32,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the model's name for clients (default: as it is given)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this name too (a proxy's, say), * to any; addresses and localhost always. May be repeated",
+    )
     for one in fields(Limits):
         kind = float if isinstance(one.default, float) else int
         parser.add_argument(
@@ -42,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     limits = Limits(**{one.name: getattr(args, one.name) for one in fields(Limits)})
+    from vlm2vec.commands.serve.hosts import names_at
     from vlm2vec.commands.serve.memory import FreePages
     from vlm2vec.commands.serve.server import BACKLOG, bound
     from vlm2vec.commands.serve.server import run as serve
@@ -51,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     service = made(args, limits)
     from vlm2vec.commands.serve.app import create_app
 
-    app = create_app(service)
+    app = create_app(service, names_at(args.host, args.allow_host))
     if service.index is not None:
         from vlm2vec.commands.serve.search_page import add_routes
 

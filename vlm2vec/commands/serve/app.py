@@ -18,7 +18,9 @@ from vlm2vec.checkpoint.release import __version__
 from vlm2vec.checkpoint.words import said_as
 from vlm2vec.commands.serve import requests
 from vlm2vec.commands.serve.batcher import Batcher, Embedded
+from vlm2vec.commands.serve.bodies import Incoming
 from vlm2vec.commands.serve.errors import BadRequest, body_of
+from vlm2vec.commands.serve.hosts import KnownHosts
 from vlm2vec.commands.serve.limits import Limits, Refused
 from vlm2vec.commands.serve.metrics import Metrics
 from vlm2vec.encoding import require_width
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 INLINE_BYTES = 32 << 10  # a body that is read without leaving the thread of the event loop
-THROWN_AWAY = 1 << 30  # bytes of a refused body that are read before its connection is closed
 COUNTED = ("/v1/embeddings", "/search", "/thumbnail")
 
 
@@ -52,39 +53,13 @@ class Service:
         self.draining = True
         self.batcher.drain()
 
-    async def body(self, request: Request) -> bytes:
-        """A request's body. BadRequest (413) beyond the limit, Refused where the queue is full.
-
-        What is refused is read to its end and thrown away: clients that are still writing would see a broken connection and no answer.
-        """
-        most, parts, size = self.limits.body_mib << 20, [], 0
-        told = request.headers.get("content-length", "")
-        told_size = int(told) if told.isdecimal() and len(told) < 20 else 0
-        try:
-            if told_size > most:
-                raise BadRequest(f"a body of {told_size} bytes: expected at most {most}", status=413)
-            self.batcher.admit(told_size)
-            async for part in request.stream():
-                size += len(part)
-                parts.append(part)
-                if size > most:
-                    raise BadRequest(f"a body of more than {most} bytes: expected at most that", status=413)
-        except (BadRequest, Refused):
-            parts.clear()
-            async for part in request.stream():
-                size += len(part)
-                if size > THROWN_AWAY:
-                    break
-            raise
-        return b"".join(parts)
-
-    async def embed(self, request: Request, inputs: list[Any], role: str | None, weight: int) -> Embedded:
+    async def embed(self, request: Request, inputs: list[Any], role: str | None) -> Embedded:
         """Vectors of a request's inputs; its inputs leave the queue where the client goes away."""
         prompt = None
         if role is not None:
             inputs, prompt = said_as(self.model, inputs, role)
         try:
-            answer = asyncio.wrap_future(self.batcher.submit(inputs, prompt, weight))
+            answer = asyncio.wrap_future(self.batcher.submit(inputs, prompt))
         except ValueError as e:
             raise BadRequest(str(e), "input") from None
         gone = asyncio.ensure_future(_gone(request))
@@ -106,29 +81,35 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application of a service; `vlm2vec.commands.serve.search_page` adds the index's routes where there is one."""
+def create_app(service: Service, names: frozenset[str] | None = None) -> FastAPI:
+    """The application of a service; `vlm2vec.commands.serve.search_page` adds the index's routes where there is one.
+
+    Args:
+        names: that it answers to, as `vlm2vec.commands.serve.hosts.names_at` gives them; None for all.
+    """
     app = FastAPI(title="vlm2vec", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
 
+    if names is not None:
+        app.add_middleware(KnownHosts, names=names)
     app.add_middleware(Counted, metrics=service.metrics)
     for kind in (BadRequest, Refused, HTTPException, CancelledError, Exception):
         app.add_exception_handler(kind, _told)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        with service.batcher.coming():
-            body = await service.body(request)
-            asked = await read(body, requests.parse, service.limits.pixels)
-            if asked.model not in ("", service.name):
-                raise BadRequest(f"no model {asked.model[:100]!r} here; there is {service.name}", "model", 404, "model_not_found")
-            try:
-                require_width(service.model, asked.dimensions)
-            except ValueError as e:
-                raise BadRequest(str(e).replace("truncate_dim=", "dimensions: "), "dimensions") from None
-        made = await service.embed(request, asked.inputs, asked.role, len(body))
+        with Incoming(request, service) as incoming:
+            with service.batcher.coming():
+                asked = await read(await incoming.read(), requests.parse, service.limits.pixels, service.limits.request_pixels)
+                if asked.model not in ("", service.name):
+                    raise BadRequest(f"no model {asked.model[:100]!r} here; there is {service.name}", "model", 404, "model_not_found")
+                try:
+                    require_width(service.model, asked.dimensions)
+                except ValueError as e:
+                    raise BadRequest(str(e).replace("truncate_dim=", "dimensions: "), "dimensions") from None
+            made = await service.embed(request, asked.inputs, asked.role)
         vectors = normalize(made.vectors[:, : asked.dimensions], dim=-1)
-        return Response(await read(vectors, requests.answer, asked, service.name, made.tokens), media_type="application/json")
+        return Response(await read(vectors, requests.answer, asked, service.name, made.tokens, made.cut), media_type="application/json")
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -142,8 +123,9 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        said = {"status": "stopping" if service.draining else "ok", "model": service.name, "queued_inputs": service.batcher.queued}
-        return Response(json.dumps(said), 503 if service.draining else 200, media_type="application/json")
+        status = "stopping" if service.draining else "ok" if service.batcher.alive else "failed"
+        said = {"status": status, "model": service.name, "queued_inputs": service.batcher.queued}
+        return Response(json.dumps(said), 200 if status == "ok" else 503, media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -179,7 +161,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 async def read(body: Any, function: Any, *arguments: Any) -> Any:
     """`function(body, *arguments)`, in another thread where it is large enough to keep others waiting."""
-    size = len(body) if isinstance(body, bytes) else body.numel() * 4
+    size = len(body) if isinstance(body, bytearray) else body.numel() * 4
     return await run_in_threadpool(function, body, *arguments) if size > INLINE_BYTES else function(body, *arguments)
 
 
@@ -187,10 +169,9 @@ def failure(error: Exception) -> Response:
     """The answer to a request that failed."""
     json_type = "application/json"
     if isinstance(error, BadRequest):
-        return Response(body_of(str(error), error.status, error.param, error.code), error.status, media_type=json_type)
+        return Response(body_of(str(error), error.status, error.param, error.code), error.status, error.headers, media_type=json_type)
     if isinstance(error, Refused):
-        headers = {"Retry-After": str(error.retry_after)}
-        return Response(body_of(str(error), error.status), error.status, headers, media_type=json_type)
+        return Response(body_of(str(error), error.status), error.status, error.headers, media_type=json_type)
     if isinstance(error, CancelledError):
         return Response(body_of("the client has gone", 499), 499, media_type=json_type)
     if isinstance(error, HTTPException):

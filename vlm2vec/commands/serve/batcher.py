@@ -10,10 +10,12 @@ on its way, or when the first input has waited `wait_ms`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -30,14 +32,19 @@ if TYPE_CHECKING:
     from vlm2vec.model import VLM2Vec
     from vlm2vec.packing import Features
 
+log = logging.getLogger(__name__)
 PASSES = 4  # of the model, that may be ready or being read
 
 
 class Embedded(NamedTuple):
-    """The answer to a request: (n, D) float32 vectors as the model gives them, not of length 1 yet, and tokens in all."""
+    """The answer to a request: (n, D) float32 vectors as the model gives them, not of length 1 yet, and tokens in all.
+
+    `cut` are the places of inputs whose text was longer than the model's limit, and lost its end.
+    """
 
     vectors: torch.Tensor
     tokens: int
+    cut: list[int]
 
 
 @dataclass(eq=False)
@@ -50,6 +57,7 @@ class Request:
     future: Future = field(default_factory=Future)
     vectors: torch.Tensor | None = None
     tokens: int = 0
+    cut: list[int] = field(default_factory=list)
     begun: int = 0  # inputs that a thread has taken
     answered: int = 0
 
@@ -111,6 +119,11 @@ class Batcher:
         """Inputs that are not answered yet."""
         return self._inputs
 
+    @property
+    def alive(self) -> bool:
+        """Whether every thread that answers is there."""
+        return all(thread.is_alive() for thread in self._threads)
+
     @contextlib.contextmanager
     def coming(self) -> Iterator[None]:
         """Around the reading of a request that is on its way: passes wait for it a little."""
@@ -153,13 +166,28 @@ class Batcher:
         with self._changed:
             self._admit(1, weight)
 
-    def _admit(self, inputs: int, weight: int) -> None:
+    def hold(self, weight: int, beside: int) -> None:
+        """Count more bytes of a body that comes in, until `release`; Refused beyond the limit.
+
+        Args:
+            beside: bytes of the same body that are counted already. One body alone is always taken.
+        """
+        with self._changed:
+            self._admit(1, weight, beside)
+            self._held += weight
+
+    def release(self, weight: int) -> None:
+        """Bytes that `hold` counted are gone."""
+        with self._changed:
+            self._held -= weight
+
+    def _admit(self, inputs: int, weight: int, beside: int = 0) -> None:
         if self._closed:
             raise Refused(503, "the server is stopping; ask again in a moment", 5)
         if self._inputs and self._inputs + inputs > self.limits.queued_inputs:
             raise Refused(429, f"{self._inputs} inputs wait already, of at most {self.limits.queued_inputs}", self._seconds_left())
-        if self._held and self._held + weight > self.limits.held_mib << 20:
-            raise Refused(429, f"{self._held >> 20} MiB wait already, of at most {self.limits.held_mib}", self._seconds_left())
+        if weight and self._held > beside and self._held + weight > self.limits.held_mib << 20:
+            raise Refused(429, f"{self._held >> 20} MiB are held already, of at most {self.limits.held_mib}", self._seconds_left())
 
     def _seconds_left(self) -> int:
         """By when half of what waits will be done."""
@@ -247,43 +275,75 @@ class Batcher:
         return time.monotonic() - min(job.ready_at for job in self._ready) >= self.limits.wait_ms / 1e3
 
     def _run(self) -> None:
-        """The thread of the model."""
-        with encoding.evaluating(self.model), torch.no_grad():
+        """The thread of the model. Where it ends by a fault, nobody is left waiting, and `alive` says so."""
+        try:
+            with encoding.evaluating(self.model), torch.no_grad():
+                while taken := self._taken():
+                    self._answer_all(taken)
+        finally:
+            with self._changed:
+                left, self._closed = [] if self._stopped else list(self._requests), True
+            for request in left:
+                _fail(request, RuntimeError("the thread of the model has ended"))
+
+    def _taken(self) -> list[Job] | None:
+        """What a pass is due of; None when the server stops."""
+        with self._changed:
             while True:
-                with self._changed:
-                    while not (self._stopped or self._due()):
-                        self._changed.wait(self.limits.wait_ms / 1e3 if self._ready else None)
-                    if self._stopped:
-                        return
-                    taken, self._ready = [job for job in self._ready if not job.dropped], []
-                    self._changed.notify_all()
-                self._pages.give_back()
-                try:
-                    for rows in encoding.chunks([job.features.length for job in taken], self.limits.batch_size, self.model.device.type):
-                        self._pass([taken[row] for row in rows])
-                except Exception as e:  # a fault of ours: it must not end the only thread that answers
-                    for job in taken:
-                        _fail(job.request, e)
+                while not (self._stopped or self._due()):
+                    self._changed.wait(self.limits.wait_ms / 1e3 if self._ready else None)
+                if self._stopped:
+                    return None
+                taken, self._ready = [job for job in self._ready if not job.dropped], []
+                self._changed.notify_all()
+                if taken:
+                    return taken
+
+    def _answer_all(self, taken: list[Job]) -> None:
+        """Passes over these inputs; a fault beside the model's own fails their requests and nothing else."""
+        try:
+            self._pages.give_back()
+            for rows in encoding.chunks([job.features.length for job in taken], self.limits.batch_size, self.model.device.type):
+                self._pass([taken[row] for row in rows])
+        except Exception as e:
+            log.error("requests failed\n%s", traceback.format_exc())
+            for job in taken:
+                _fail(job.request, _bare(e))
 
     def _pass(self, jobs: list[Job]) -> None:
-        """One pass of the model; where it fails, each input alone, so that one input's fault is one request's."""
+        """One pass of the model; where it fails, each half alone, so that one input's fault is one request's."""
         start = time.monotonic()
         tokens = sum(job.features.length for job in jobs)
+        hidden = None
         try:
             hidden = self._hidden(jobs)
         except Exception as e:  # out of memory, or an input that the model cannot take
+            log.warning("a pass of %d inputs, %d tokens, failed\n%s", len(jobs), tokens, traceback.format_exc())
             if len(jobs) == 1:
-                _fail(jobs[0].request, e)
-            else:
-                for job in jobs:
-                    self._pass([job])
+                _fail(jobs[0].request, _bare(e))
+        if hidden is None:  # here the error and the frames it held, with all that the pass had allocated, are gone
+            self._halves(jobs)
             return
-        for job, vector in zip(jobs, hidden):
-            self._answer(job, vector)
         seconds = time.monotonic() - start
         self._rate = 0.9 * self._rate + 0.1 * len(jobs) / seconds if self._rate else len(jobs) / seconds
-        if self.observe is not None:
-            self.observe(len(jobs), tokens, seconds)
+        self._observed(len(jobs), tokens, seconds)
+        for job, vector in zip(jobs, hidden):
+            self._answer(job, vector)
+
+    def _halves(self, jobs: list[Job]) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = len(jobs) // 2
+        for half in (jobs[:middle], jobs[middle:]) if middle else ():
+            if left := [job for job in half if not job.dropped]:
+                self._pass(left)
+
+    def _observed(self, *numbers: float) -> None:
+        try:
+            if self.observe is not None:
+                self.observe(*numbers)
+        except Exception:  # what is counted is no part of an answer
+            log.error("a pass was not counted\n%s", traceback.format_exc())
 
     def _hidden(self, jobs: list[Job]) -> torch.Tensor:
         packed = self.model.pack([job.features for job in jobs]).to(self.model.device)
@@ -300,14 +360,22 @@ class Batcher:
             request.vectors = torch.empty(request.count, vector.shape[0])
         request.vectors[job.place] = vector
         request.tokens += job.features.length
+        if job.features.cut:
+            request.cut.append(job.place)
         request.answered += 1
         job.features = None
         if request.answered == request.count:
             with contextlib.suppress(InvalidStateError):  # cancelled, or the server stops, in this moment
-                request.future.set_result(Embedded(request.vectors, request.tokens))
+                request.future.set_result(Embedded(request.vectors, request.tokens, sorted(request.cut)))
 
 
 def _fail(request: Request, error: Exception) -> None:
     """The request's error, unless it has an answer or another error already."""
     with contextlib.suppress(InvalidStateError):
         request.future.set_exception(error)
+
+
+def _bare(error: Exception) -> Exception:
+    """The error without the frames that it came through, whose variables hold a pass' memory; the log has them."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

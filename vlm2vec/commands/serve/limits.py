@@ -12,8 +12,10 @@ class Limits:
     Attributes:
         inputs: of one request.
         queued_inputs: of all requests that are not answered yet; beyond it new ones are told to come again.
-        body_mib: of one request's body. held_mib: of all bodies and pictures that wait.
-        pixels: width times height of a picture.
+        body_mib: of one request's body. held_mib: of all bodies that come in and pictures that wait.
+        body_seconds: in which a body must have come.
+        pixels: width times height of a picture. request_pixels: of all pictures of one request.
+        connections: open ones; beyond it new ones are told 503.
         batch_size: inputs of one pass of the model, at most; its tokens are bounded as `encode` bounds them.
         wait_ms: how long a first input waits for others to share its pass, where others are on their way.
         drain_seconds: how long a server that is told to stop goes on answering what it has taken.
@@ -23,7 +25,10 @@ class Limits:
     queued_inputs: int = 8192
     body_mib: int = 64
     held_mib: int = 1024
+    body_seconds: float = 30.0
     pixels: int = 64_000_000
+    request_pixels: int = 500_000_000
+    connections: int = 1024
     batch_size: int = 32
     wait_ms: float = 5.0
     drain_seconds: float = 30.0
@@ -45,3 +50,4 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, retry_after: int):
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
+        self.headers = {"Retry-After": str(retry_after)}

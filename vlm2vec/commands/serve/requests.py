@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +43,22 @@ class Asked:
     role: str | None
 
 
-def parse(body: bytes, pixels: int) -> Asked:
+@dataclass
+class Room:
+    """Pixels, width times height: how many one picture may have, and how many are left to all of a request's.
+
+    A picture of one colour is a few bytes a million pixels, so that bytes bound neither the time nor the memory of reading it.
+    """
+
+    one: int
+    left: int
+
+
+def parse(body: bytes | bytearray, pixels: int, request_pixels: int | None = None) -> Asked:
     """A request's body.
 
     Args:
-        pixels: width times height that a picture may have.
+        pixels: width times height that a picture may have. request_pixels: all pictures together; None for any number.
 
     Raises:
         BadRequest: names the field and what was expected of it.
@@ -63,10 +76,11 @@ def parse(body: bytes, pixels: int) -> Asked:
         raise BadRequest(f"unknown field {shown(unknown[0])}; there are {', '.join(FIELDS)}", unknown[0])
     if ("input" in said) == ("messages" in said):
         raise BadRequest("expected input, or messages, one of them", "input")
+    room = Room(pixels, request_pixels or sys.maxsize)
     if "messages" in said:
-        inputs = [_messages(said["messages"], pixels)]
+        inputs = [_messages(said["messages"], room)]
     else:
-        inputs = _inputs(said["input"], pixels)
+        inputs = _inputs(said["input"], room)
     return Asked(
         inputs,
         _text(said, "model") or "",
@@ -98,7 +112,7 @@ def _dimensions(value: Any) -> int | None:
     return value
 
 
-def _inputs(given: Any, pixels: int) -> list[Any]:
+def _inputs(given: Any, pixels: Room) -> list[Any]:
     """One text, a list of inputs, or one input of content parts."""
     if isinstance(given, (str, dict)):
         return [_input(given, "input", pixels)]
@@ -111,7 +125,7 @@ def _inputs(given: Any, pixels: int) -> list[Any]:
     return [_input(x, f"input[{i}]", pixels) for i, x in enumerate(given)]
 
 
-def _input(x: Any, where: str, pixels: int) -> Any:
+def _input(x: Any, where: str, pixels: Room) -> Any:
     if isinstance(x, str):
         return picture(x, where, pixels) if is_data_uri(x) else x
     if isinstance(x, bool) or isinstance(x, (int, float)) or (isinstance(x, list) and x and all(isinstance(n, int) for n in x)):
@@ -125,13 +139,13 @@ def _input(x: Any, where: str, pixels: int) -> Any:
     raise BadRequest(f"{where}: expected a text, a list of content parts, or an object with content, got {kind(x)}", "input")
 
 
-def _messages(given: Any, pixels: int) -> list[dict]:
+def _messages(given: Any, pixels: Room) -> list[dict]:
     if not isinstance(given, list) or not given:
         raise BadRequest(f"messages: expected a list of messages, got {kind(given)}", "messages")
     return [_message(one, f"messages[{i}]", pixels)[0] for i, one in enumerate(given)]
 
 
-def _message(one: Any, where: str, pixels: int) -> list[dict]:
+def _message(one: Any, where: str, pixels: Room) -> list[dict]:
     """A chat of one message, as the model takes it."""
     if not isinstance(one, dict) or set(one) - {"role", "content"}:
         raise BadRequest(f"{where}: expected an object with role and content, got {kind(one)}", where.partition("[")[0])
@@ -145,11 +159,11 @@ def _message(one: Any, where: str, pixels: int) -> list[dict]:
     return [{**_parts(content, f"{where}.content", pixels)[0], "role": one["role"]}]
 
 
-def _parts(parts: list, where: str, pixels: int) -> list[dict]:
+def _parts(parts: list, where: str, pixels: Room) -> list[dict]:
     return [{"role": "user", "content": [_part(part, f"{where}[{i}]", pixels) for i, part in enumerate(parts)]}]
 
 
-def _part(part: Any, where: str, pixels: int) -> dict:
+def _part(part: Any, where: str, pixels: Room) -> dict:
     field = where.partition("[")[0].partition(".")[0]
     said = part.get("type") if isinstance(part, dict) else None
     if said in ("text", "input_text") and isinstance(part.get("text"), str):
@@ -164,29 +178,33 @@ def _part(part: Any, where: str, pixels: int) -> dict:
     )
 
 
-def picture(url: Any, where: str, pixels: int) -> bytes:
-    """The bytes of a data URI, whose header says that it is a picture of at most so many pixels."""
+def picture(url: Any, where: str, pixels: Room) -> bytes:
+    """The bytes of a data URI, whose header says that it is a picture of no more pixels than there is room for."""
     field = where.partition("[")[0].partition(".")[0]
     if not is_data_uri(url):
         told = f"{kind(url)}" if not isinstance(url, str) else repr(url[:40])
         raise BadRequest(f"{where}: expected a data URI, data:image/png;base64,..., got {told}; addresses and files are not read", field)
     try:
         content = loadable(url)
-        measure_picture(content, max_pixels=pixels)
+        width, height = measure_picture(content, max_pixels=pixels.one).size
     except ValueError as e:
         raise BadRequest(f"{where}: {e}", field) from None
+    pixels.left -= width * height
+    if pixels.left < 0:
+        raise BadRequest(f"{where}: with it the pictures of this request have more pixels than one may have; send several requests", field)
     return content
 
 
-def answer(vectors: torch.Tensor, asked: Asked, model: str, tokens: int) -> bytes:
+def answer(vectors: torch.Tensor, asked: Asked, model: str, tokens: int, cut: Sequence[int] = ()) -> bytes:
     """The JSON of an answer.
 
     Args:
         vectors: (n, D) float32 of length 1.
-        tokens: of all inputs, those of pictures counted.
+        tokens: of all inputs, those of pictures counted. cut: places of inputs whose text lost its end; OpenAI's own server refuses them.
     """
     rows = vectors.numpy().astype("<f4", copy=False)
     made = [base64.b64encode(row.tobytes()).decode() for row in rows] if asked.base64 else rows.tolist()
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(made)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return json.dumps({"object": "list", "data": data, "model": model, "usage": usage}, separators=(",", ":")).encode()
+    said = {"object": "list", "data": data, "model": model, "usage": usage, **({"truncated": list(cut)} if cut else {})}
+    return json.dumps(said, separators=(",", ":")).encode()

@@ -15,8 +15,10 @@ from fastapi.concurrency import run_in_threadpool
 from torch.nn.functional import normalize
 
 from vlm2vec.commands.serve import requests
-from vlm2vec.commands.serve.app import Service
+from vlm2vec.commands.serve.app import Service, read
+from vlm2vec.commands.serve.bodies import Incoming
 from vlm2vec.commands.serve.errors import BadRequest
+from vlm2vec.commands.serve.limits import Refused
 from vlm2vec.data.index import Hit
 from vlm2vec.files.documents import kind, parse_json
 from vlm2vec.media.endings import FILMS, PICTURES
@@ -43,10 +45,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/search")
     async def search(request: Request) -> Response:
-        body = await service.body(request)
-        await run_in_threadpool(index.refresh)
-        query, k = parse(body, service.limits.pixels)
-        made = await service.embed(request, [query], "query", len(body))
+        with Incoming(request, service) as incoming:
+            query, k = await read(await incoming.read(), parse, service.limits.pixels)
+            try:
+                await run_in_threadpool(index.refresh)
+            except ValueError as e:
+                raise Refused(503, f"the index was replaced: {e}", 60) from None
+            made = await service.embed(request, [query], "query")
         hits = await run_in_threadpool(index.search_vectors, normalize(made.vectors, dim=-1), k)
         return Response(json.dumps({"results": [told(rank, hit) for rank, hit in enumerate(hits[0], 1)]}), media_type="application/json")
 
@@ -65,7 +70,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "max-age=60"})
 
 
-def parse(body: bytes, pixels: int) -> tuple[Any, int]:
+def parse(body: bytes | bytearray, pixels: int) -> tuple[Any, int]:
     """(query, k) of {"text":, "image": a data URI, "k":}. BadRequest names what was expected."""
     try:
         said = parse_json(body.decode(errors="replace"), "the body")
@@ -83,7 +88,7 @@ def parse(body: bytes, pixels: int) -> tuple[Any, int]:
         raise BadRequest("say what to look for: text, image or both", "text")
     if image is None:
         return text, k
-    content = requests.picture(image, "image", pixels)
+    content = requests.picture(image, "image", requests.Room(pixels, pixels))
     return ({"text": text, "image": content} if text and text.strip() else {"image": content}), k
 
 

@@ -57,6 +57,7 @@ def run(app: FastAPI, service: Service, listening: socket.socket) -> None:
         access_log=False,
         backlog=BACKLOG,
         timeout_keep_alive=75,
+        limit_concurrency=service.limits.connections,
         timeout_graceful_shutdown=int(seconds) + 5,
         lifespan="off",
         server_header=False,

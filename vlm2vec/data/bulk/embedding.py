@@ -1,7 +1,8 @@
 """Streamed inputs to a folder of shards, by one process or by the ranks of torchrun.
 
-Input i belongs to shard i // rows, and shard s to rank s % world. Every rank reads all inputs' rows, which is cheap beside embedding
-them, and embeds its own. So ranks exchange nothing, may die alone, and another number of them goes on where they stopped.
+Input i belongs to shard i // rows, and shard s to rank s % world. Every rank reads all inputs' rows, knows by their digests which shards
+are of the inputs as they are, and embeds its own. So ranks exchange nothing, may die alone, and another number of them goes on where they
+stopped.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class Done:
 
     Attributes:
         rows: inputs in all, of every rank. made: inputs that this rank embedded now. kept: those of its shards that were there.
-        left_out: {key: why} of inputs that could not be read, of this run.
+        bad: inputs that could not be read, of this run. left_out: {key: why} of them, one for inputs of one key.
     """
 
     rows: int = 0
     made: int = 0
     kept: int = 0
+    bad: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -55,15 +57,17 @@ class _Plan:
         """Inputs of a shard, once all are known."""
         return min(self.rows, self.total - shard * self.rows)
 
+    def own(self) -> list[int]:
+        """The shards of this rank."""
+        return [shard for shard in self.digests if shard % self.world == self.rank]
+
     def wanted(self, inputs: Iterable[tuple[str, Any]]) -> Iterator[Any]:
         """The inputs that are to be embedded."""
         for key, x in inputs:
             shard = self.total // self.rows
             self.total += 1
-            if shard % self.world != self.rank:
-                continue
             self.digests.setdefault(shard, hashlib.blake2b(digest_size=16)).update(_told(key, x))
-            if shard in self.there:
+            if shard % self.world != self.rank or shard in self.there:
                 continue
             self.taken.append((shard, key))
             yield x
@@ -124,12 +128,12 @@ def embed_shards(
     while True:
         plan = _Plan(rows, rank, world, there)
         _one_pass(plan, inputs(), folder, encode, kind, about, done)
-        changed = [shard for shard in plan.digests if shard in there and not _is_of(folder / there[shard], plan.digests[shard].hexdigest())]
+        changed = [shard for shard in plan.own() if shard in there and not _is_of(folder / there[shard], plan.digests[shard].hexdigest())]
         if not changed:
             break
         there = {shard: name for shard, name in numbers(folder).items() if shard not in changed}
     done.rows = plan.total
-    done.kept = sum(plan.count(shard) for shard in plan.digests) - done.made - len(done.left_out)
+    done.kept = sum(plan.count(shard) for shard in plan.own()) - done.made - done.bad
     _complete(folder, plan)
     return done
 
@@ -159,8 +163,10 @@ def _one_pass(
             plan.digests[now].hexdigest(),
             {keys[place]: why for place, why in left.items()},
         )
+        (folder / COMPLETE).unlink(missing_ok=True)  # it tells of the shards that were
         write_shard(folder / shard_name(now, kind), shard, about)
         done.made += len(good)
+        done.bad += len(left)
         done.left_out.update(shard.left_out)
 
     for some, bad in encode(plan.wanted(inputs)):
@@ -183,11 +189,17 @@ def _one_pass(
 
 
 def _complete(folder: Path, plan: _Plan) -> None:
-    """Say that all is there, by whichever rank sees it; shards beyond the last, of a run with more inputs, go."""
-    there, count = numbers(folder), -(-plan.total // plan.rows)
-    if set(range(count)) <= set(there):
-        listed = [there[number] for number in range(count)]
-        for number, name in there.items():
-            if number >= count:
-                (folder / name).unlink(missing_ok=True)
-        write_json(folder / COMPLETE, {"inputs": plan.total, "shards": listed})
+    """Say that all is there, by whichever rank sees it: every shard, each of the inputs as they are now, whoever made it.
+
+    Shards beyond the last, of a run with more inputs, go.
+    """
+    there, digests = numbers(folder), {number: digest.hexdigest() for number, digest in sorted(plan.digests.items())}
+    if not all(number in there and _is_of(folder / there[number], digest) for number, digest in digests.items()):
+        return
+    told = {"inputs": plan.total, "shards": [there[number] for number in digests], "digests": list(digests.values())}
+    if set(there) == set(digests) and (folder / COMPLETE).is_file() and read_object(folder / COMPLETE) == told:
+        return
+    (folder / COMPLETE).unlink(missing_ok=True)
+    for number in set(there) - set(digests):
+        (folder / there[number]).unlink(missing_ok=True)
+    write_json(folder / COMPLETE, told)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm2vec.data.json_lines import iter_json_lines
 from vlm2vec.files.documents import shown
+from vlm2vec.files.walk import files_below
 from vlm2vec.inputs import ITEM_KEYS, VISUAL_KEYS
 from vlm2vec.media.endings import FILMS, PICTURES
 from vlm2vec.media.sources import is_data_uri, is_url
@@ -29,7 +30,7 @@ def stream(paths: list[str], texts: list[str], root: str | None = None) -> Itera
     """
     for path in paths:
         if os.path.isdir(path):
-            yield from _below(path)
+            yield from ((found.path, _file(found.path)) for found in files_below(path, PICTURES + FILMS))
         elif not os.path.isfile(path):
             raise ValueError(f"{path}: no such file or folder; a text goes behind --text")
         elif path.lower().endswith(".jsonl"):
@@ -49,18 +50,6 @@ def _root(path: str, root: str | None) -> str:
 
 def _file(path: str) -> Any:
     return {"video": path} if path.lower().endswith(FILMS) else Path(path)
-
-
-def _below(folder: str) -> Iterator[tuple[str, Any]]:
-    """Pictures and films of a folder and those below it; one folder's names are in memory at a time."""
-    with os.scandir(folder) as found:
-        inside = sorted((one.name, one.is_dir(follow_symlinks=False)) for one in found)
-    for name, is_folder in inside:
-        path = os.path.join(folder, name)
-        if is_folder:
-            yield from _below(path)
-        elif name.lower().endswith(PICTURES + FILMS):
-            yield path, _file(path)
 
 
 def _parquet(path: str, root: str) -> Iterator[tuple[str, Any]]:

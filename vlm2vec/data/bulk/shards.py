@@ -3,7 +3,8 @@
 DIR/settings.json            the model and how inputs are said; another run must have the same
 DIR/shard-00000.safetensors  "embeddings" (n, D) float32; metadata "keys", "inputs" (digest), "left_out", "checksum"; or
 DIR/shard-00000.parquet      columns key, embedding; the same metadata
-DIR/embeddings.json          written when every shard is there: how many rows, which files
+DIR/embeddings.json          written when every shard is there: how many inputs, which files, the digest of each one's inputs; it goes
+                             before a shard is replaced
 """
 
 from __future__ import annotations
@@ -138,5 +139,12 @@ def read_shards(folder: str | os.PathLike) -> tuple[list[Shard], dict[str, Any]]
     folder = Path(folder)
     if not (folder / COMPLETE).is_file():
         raise ValueError(f"{folder}: no complete set of shards in it; run vlm2vec embed ... --shards {folder} to its end")
-    listed = read_object(folder / COMPLETE)["shards"]
-    return [read_shard(folder / name) for name in listed], read_object(folder / SETTINGS)
+    told = read_object(folder / COMPLETE)
+    names, digests = told.get("shards"), told.get("digests")
+    if not isinstance(names, list) or not isinstance(digests, list) or len(names) != len(digests):
+        raise ValueError(f"{folder / COMPLETE}: expected shards and digests, as many; run the vlm2vec embed that made it again")
+    shards = [read_shard(folder / name) for name in names]
+    for name, digest, shard in zip(names, digests, shards):
+        if shard.inputs != digest:
+            raise ValueError(f"{folder / name} is of other inputs than {COMPLETE} says; run the vlm2vec embed that made it again")
+    return shards, read_object(folder / SETTINGS)

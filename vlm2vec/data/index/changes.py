@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ from vlm2vec.data.index.entries import Entry
 from vlm2vec.data.index.segments import ROWS, SegmentWriter, open_segment
 from vlm2vec.data.index.state import Row, State, unnamed
 
-BLOCK = 512  # inputs that are embedded by one call
-Encode = Callable[[list[Any]], tuple[torch.Tensor, dict[int, str]]]  # inputs -> ((n, D) vectors, {place: why it cannot be read})
+BLOCK = 512  # inputs, or vectors, that are handled together
+Some = tuple[torch.Tensor, dict[int, str]]  # ((n, D) vectors, {place: why it cannot be read}) of the next n inputs
+Encode = Callable[[list[Any]], Some]
+Stream = Callable[[Iterator[Any]], Iterator[Some]]  # as `encoding.encode_stream`: inputs are read ahead while the model runs
+
+
+def in_blocks(encode: Encode) -> Stream:
+    """A stream of an `encode` that takes lists, `BLOCK` inputs at a time."""
+
+    def stream(inputs: Iterator[Any]) -> Iterator[Some]:
+        while some := list(islice(inputs, BLOCK)):
+            yield encode(some)
+
+    return stream
 
 
 @dataclass
@@ -90,7 +103,7 @@ def plan(found: Iterable[Entry], old: State | None, skip_bad: bool) -> Plan:
         row = known.get(entry.key)
         if isinstance(content, str):
             if not skip_bad:
-                raise ValueError(f"{content if entry.key in content else f'{entry.key}: {content}'}; mend it, or say --skip-bad")
+                raise unreadable(entry.key, content)
             made.changes.left_out[entry.key] = content
         elif row is not None and (row.content, row.kind) == (content, entry.kind):
             made.kept[entry.key] = replace(row, stamp=entry.stamp)
@@ -141,12 +154,12 @@ class _Known:
 
 
 def apply(
-    made: Plan, folder: Path, old: State | None, encode: Encode, identity: str, *, skip_bad: bool, progress: bool | None = None
+    made: Plan, folder: Path, old: State | None, stream: Stream, identity: str, *, skip_bad: bool, progress: bool | None = None
 ) -> tuple[list[Row], list[str]]:
     """Write the vectors that the plan asks for. Gives (rows, names of segments) of the new index, which nobody sees yet.
 
     Args:
-        encode: called with the inputs that are not known by their content, `BLOCK` at a time.
+        stream: called once, with the inputs that are not known by their content; it reads them as it needs them.
         identity: the model's digest.
     """
     rows: list[Row] = []
@@ -164,49 +177,51 @@ def apply(
             written(segment.name, its)
         elif live:
             writer.add(segment.vectors[live], [its[i].content for i in live], [its[i] for i in live])
-    known = _Known(folder, old, identity)
-    for block in _blocks(made.fresh, progress):
-        _add(block, known, encode, writer, made.changes, skip_bad)
+    _add(made, _Known(folder, old, identity), stream, writer, skip_bad, progress)
     writer.close()
     return rows, names
 
 
-def _blocks(fresh: list, progress: bool | None) -> Iterator[list]:
+def _add(made: Plan, known: _Known, stream: Stream, writer: SegmentWriter, skip_bad: bool, progress: bool | None) -> None:
+    """Embed what of the fresh entries is not known, each content once, and hand all of them to the writer."""
     from tqdm.auto import tqdm
 
-    show = len(fresh) > BLOCK and sys.stderr.isatty() if progress is None else progress
-    with tqdm(total=len(fresh), desc="index", unit="input", disable=not show) as bar:
-        for start in range(0, len(fresh), BLOCK):
-            yield fresh[start : start + BLOCK]
-            bar.update(min(BLOCK, len(fresh) - start))
+    there: list[tuple[Entry, bytes]] = []
+    asked: dict[bytes, list[Entry]] = {}
+    for entry, content in made.fresh:
+        if content in known:
+            there.append((entry, content))
+        else:
+            asked.setdefault(content, []).append(entry)
+    show = len(made.fresh) > BLOCK and sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=len(made.fresh), desc="index", unit="input", disable=not show) as bar:
+        for start in range(0, len(there), BLOCK):
+            some = there[start : start + BLOCK]
+            writer.add(known.get([content for _, content in some]), [content for _, content in some], [_row(*one) for one in some])
+            bar.update(len(some))
+        coming = iter(asked.items())
+        for vectors, bad in stream(of_one[0].as_input() for of_one in asked.values()) if asked else ():
+            some, places = [], []
+            for place, (content, of_one) in enumerate(islice(coming, len(vectors))):
+                if place in bad and not skip_bad:
+                    raise unreadable(of_one[0].key, bad[place])
+                for entry in of_one:
+                    if place in bad:
+                        made.changes.leave_out(entry.key, bad[place])
+                    else:
+                        some.append((entry, content))
+                        places.append(place)
+            if some:
+                writer.add(vectors[places], [content for _, content in some], [_row(*one) for one in some])
+            made.changes.embedded += len(vectors) - len(bad)
+            bar.update(len(some))
 
 
-def _add(block: list[tuple[Entry, bytes]], known: _Known, encode: Encode, writer: SegmentWriter, done: Changes, skip_bad: bool) -> None:
-    """Embed what of a block is not known, each content once, and hand all of it to the writer."""
-    places: dict[bytes, int] = {}
-    asked: list[Entry] = []
-    for entry, content in block:
-        if content not in known and content not in places:
-            places[content] = len(asked)
-            asked.append(entry)
-    vectors, bad = encode([entry.as_input() for entry in asked]) if asked else (None, {})
-    done.embedded += len(asked) - len(bad)
-    for place, why in bad.items():
-        if not skip_bad:
-            key = asked[place].key
-            raise ValueError(f"{why if key in why else f'{key}: {why}'}; mend it, or say --skip-bad")
-    for source in (False, True):
-        some = []
-        for entry, content in block:
-            place = places.get(content)
-            if (place is None) != source:
-                continue
-            if place in bad:
-                done.leave_out(entry.key, bad[place])
-                continue
-            file, text = entry.shown()
-            some.append((Row(entry.key, entry.kind, entry.stamp, content, file, text), content, place))
-        if some:
-            its, contents, of = zip(*some)
-            found = known.get(list(contents)) if source else vectors[list(of)]
-            writer.add(found, list(contents), list(its))
+def _row(entry: Entry, content: bytes) -> Row:
+    file, text = entry.shown()
+    return Row(entry.key, entry.kind, entry.stamp, content, file, text)
+
+
+def unreadable(key: str, why: str) -> ValueError:
+    """The error of an entry that cannot be read."""
+    return ValueError(f"{why if key in why else f'{key}: {why}'}; mend it, or say --skip-bad")

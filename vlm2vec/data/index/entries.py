@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlm2vec.data.json_lines import read_json_lines
 from vlm2vec.evaluation.encode.keys import ContentHashes, item_key
 from vlm2vec.files.documents import read_text, shown
+from vlm2vec.files.walk import files_below
 from vlm2vec.inputs import MODALITIES, VISUAL_KEYS
 from vlm2vec.media.endings import FILMS, PICTURES
 from vlm2vec.media.sources import is_data_uri, is_url
@@ -74,24 +74,13 @@ def entries(where: str | os.PathLike, kinds: tuple[str, ...] = tuple(KINDS)) -> 
     where = os.path.abspath(where)
     if os.path.isdir(where):
         endings = {ending: kind for kind in kinds for ending in KINDS[kind]}
-        yield from _below(Path(where), "", endings, time.time_ns())
+        now = time.time_ns()
+        for key, path in files_below(where, tuple(endings)):
+            yield Entry(key, endings[os.path.splitext(path)[1].lower()], _stamp([path], now), path)
     elif os.path.isfile(where) and where.lower().endswith(".jsonl"):
         yield from _rows(where)
     else:
         raise ValueError(f"{where}: expected a folder of images, films and texts, or a .jsonl file; there is no such")
-
-
-def _below(folder: Path, prefix: str, endings: dict[str, str], now: int) -> Iterator[Entry]:
-    with os.scandir(folder) as found:
-        inside = sorted(found, key=lambda one: one.name)
-    for one in inside:
-        key = prefix + one.name
-        if one.is_dir(follow_symlinks=False):
-            yield from _below(folder / one.name, f"{key}/", endings, now)
-            continue
-        kind = endings.get(os.path.splitext(one.name)[1].lower())
-        if kind is not None:
-            yield Entry(key, kind, _stamp([one.path], now), one.path)
 
 
 def _stamp(files: list[str], now: int, text: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from vlm2vec.checkpoint.words import said_as
 from vlm2vec.data.index import changes, identity
 from vlm2vec.data.index.entries import KINDS, entries
 from vlm2vec.data.index.nearest import nearest
-from vlm2vec.data.index.state import Row, is_index, read_state, signature, write_state
+from vlm2vec.data.index.state import Row, State, is_index, read_state, signature, write_state
 from vlm2vec.files.documents import shown
 from vlm2vec.files.locks import locked
 
@@ -217,11 +217,26 @@ class Index:
     # -- updating -------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> bool:
-        """Read the index anew where an update has replaced it; whether it did."""
+        """Read the index anew where an update has replaced it; whether it did.
+
+        Raises:
+            ValueError: what lies there now is damaged, or of another model than what was opened, which is kept: vectors of
+                queries that are at hand would be compared with strange ones.
+        """
         if self._state is not None and signature(self.path) in ((), self._state.signature):
             return False
-        self._state = read_state(self.path, verify=False)
+        self._take(read_state(self.path, verify=False))
         return True
+
+    def _take(self, state: State) -> None:
+        """Go on with a state that another process wrote. ValueError where it is another model's."""
+        if self._state is not None:
+            there, before = (identity.compared(one.about["identity"]) for one in (state, self._state))
+            maker, opened = (one.about.get("model") for one in (state, self._state))
+            wrong = identity.mismatch(there, before, str(self.path), maker, f"what was opened ({opened})", "open it anew")
+            if wrong:
+                raise ValueError(wrong)
+        self._state = state
 
     def update(
         self,
@@ -250,7 +265,7 @@ class Index:
         """
         with locked(self.path, "an update of an index"):
             if is_index(self.path) and (self._state is None or signature(self.path) != self._state.signature):
-                self._state = read_state(self.path)
+                self._take(read_state(self.path))
             old = self._state
             folder, kinds = self._what(folder, kinds)
             made = changes.plan(entries(folder, kinds), old, skip_bad)
@@ -259,9 +274,9 @@ class Index:
             if made.idle and old is not None and (old.about["folder"], tuple(old.about["kinds"])) == (folder, kinds):
                 return made.changes
             about = self._about(folder, kinds, old, bool(made.fresh))
-            encode = encode or self._encoder(batch_size)
+            stream = changes.in_blocks(encode) if encode is not None else self._stream(batch_size)
             rows, names = changes.apply(
-                made, self.path, old, encode, identity.digest(about["identity"]), skip_bad=skip_bad, progress=progress
+                made, self.path, old, stream, identity.digest(about["identity"]), skip_bad=skip_bad, progress=progress
             )
             if not rows:
                 raise ValueError(_nothing(folder, kinds, made.changes))
@@ -300,25 +315,16 @@ class Index:
         source = os.path.abspath(source) if os.path.isdir(source) else source
         return {**about, "model": source, "as": "document", "dimensions": model.embedding_dim, "identity": now}
 
-    def _encoder(self, batch_size: int) -> changes.Encode:
-        def encode(inputs: list[Any]) -> tuple[torch.Tensor, dict[int, str]]:
-            bad: dict[int, str] = {}
-            said, prompt = said_as(self.model, inputs, "document")
-            vectors = encoding.encode(
-                self.model,
-                said,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=False,
-                convert_to_tensor=True,
-                normalize_embeddings=True,
-                truncate_dim=None,
-                unreadable=bad,
-                keep_on="cpu",
-            )
-            return vectors, bad
+    def _stream(self, batch_size: int) -> changes.Stream:
+        """`encode_stream` of the model, with the words of documents around the inputs."""
 
-        return encode
+        def stream(inputs: Iterator[Any]) -> Iterator[changes.Some]:
+            prompt = self.model.prompts.get("document")
+            if not prompt:
+                inputs = (said_as(self.model, [x], "document")[0][0] for x in inputs)
+            return encoding.encode_stream(self.model, inputs, prompt=prompt or None, batch_size=batch_size, skip_bad=True)
+
+        return stream
 
 
 def _below(root: str, row: Row) -> Row:
