@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 _SHOWN = 60  # characters of a row that is left out
 
@@ -22,7 +23,7 @@ class LeftOut:
     rows: list[tuple[int, int, str]] = field(default_factory=list)
     last: str = ""
 
-    def __call__(self, row) -> str:
+    def __call__(self, row: Any) -> str:
         """pyarrow's `invalid_row_handler`."""
         text = row.text or ""
         shown = " ".join(text.split())
