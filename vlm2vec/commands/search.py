@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         found = _in_index(args)
     else:
         found = _in_memory(args)
-    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found, "image" if args.images else "key")))
+    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found, "key" if args.index is not None and os.path.isdir(args.index) else "image")))
     return 0
 
 
