@@ -56,11 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --images DIR or --embeddings FILE or --index FILE, one of them")
     if args.k < 1:
         raise ValueError(f"-k must be at least 1, got {args.k}")
-    if args.index is not None and os.path.isdir(args.index):
-        found = _in_index(args)
-    else:
-        found = _in_memory(args)
-    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found, "image" if args.images else "key")))
+    in_index = args.index is not None and os.path.isdir(args.index)
+    found = _in_index(args) if in_index else _in_memory(args)
+    print(json.dumps(found, indent=2, ensure_ascii=True) if args.json else "\n".join(_table(found, "key" if in_index else "image")))
     return 0
 
 

@@ -48,7 +48,7 @@ def coming(parts, stalls=False, headers=()):
 
 def read(service, *some, **options):
     async def one():
-        with Incoming(coming(*some, **options), service) as incoming:
+        with Incoming(coming(*some, **options), service.batcher) as incoming:
             return bytes(await incoming.read())
 
     return asyncio.run(one())
@@ -59,7 +59,7 @@ def test_bodies_that_come_in_count_in_the_limit(service):
 
     async def stalling(told):
         try:
-            with Incoming(coming([HALF_MIB], stalls=True), service) as incoming:
+            with Incoming(coming([HALF_MIB], stalls=True), service.batcher) as incoming:
                 await incoming.read()
         except (BadRequest, Refused) as e:
             told.append((e.status, e.headers.get("Connection")))
@@ -82,10 +82,10 @@ def test_bodies_that_come_in_count_in_the_limit(service):
 
 def test_what_is_held_is_held_until_the_answer(service):
     async def two():
-        with Incoming(coming([HALF_MIB] * 3), service) as incoming:
+        with Incoming(coming([HALF_MIB] * 3), service.batcher) as incoming:
             await incoming.read()
             with pytest.raises(Refused, match="2 MiB are held already, of at most 2"):
-                with Incoming(coming([HALF_MIB] * 2), service) as other:
+                with Incoming(coming([HALF_MIB] * 2), service.batcher) as other:
                     await other.read()
 
     asyncio.run(two())

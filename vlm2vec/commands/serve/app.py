@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from vlm2vec.checkpoint.words import said_as
 from vlm2vec.commands.serve import requests
 from vlm2vec.commands.serve.batcher import Batcher, Embedded
 from vlm2vec.commands.serve.bodies import Incoming
-from vlm2vec.commands.serve.errors import BadRequest, body_of
+from vlm2vec.commands.serve.errors import BadRequest
+from vlm2vec.commands.serve.failures import failure
 from vlm2vec.commands.serve.hosts import KnownHosts
 from vlm2vec.commands.serve.limits import Limits, Refused
 from vlm2vec.commands.serve.metrics import Metrics
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vlm2vec.data.index import Index
     from vlm2vec.model import VLM2Vec
 
-log = logging.getLogger(__name__)
 INLINE_BYTES = 32 << 10  # a body that is read without leaving the thread of the event loop
 COUNTED = ("/v1/embeddings", "/search", "/thumbnail")
 
@@ -98,7 +97,7 @@ def create_app(service: Service, names: frozenset[str] | None = None) -> FastAPI
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        with Incoming(request, service) as incoming:
+        with Incoming(request, service.batcher) as incoming:
             with service.batcher.coming():
                 asked = await read(await incoming.read(), requests.parse, service.limits.pixels, service.limits.request_pixels)
                 if asked.model not in ("", service.name):
@@ -163,21 +162,6 @@ async def read(body: Any, function: Any, *arguments: Any) -> Any:
     """`function(body, *arguments)`, in another thread where it is large enough to keep others waiting."""
     size = len(body) if isinstance(body, bytearray) else body.numel() * 4
     return await run_in_threadpool(function, body, *arguments) if size > INLINE_BYTES else function(body, *arguments)
-
-
-def failure(error: Exception) -> Response:
-    """The answer to a request that failed."""
-    json_type = "application/json"
-    if isinstance(error, BadRequest):
-        return Response(body_of(str(error), error.status, error.param, error.code), error.status, error.headers, media_type=json_type)
-    if isinstance(error, Refused):
-        return Response(body_of(str(error), error.status), error.status, error.headers, media_type=json_type)
-    if isinstance(error, CancelledError):
-        return Response(body_of("the client has gone", 499), 499, media_type=json_type)
-    if isinstance(error, HTTPException):
-        return Response(body_of(str(error.detail), error.status_code), error.status_code, error.headers, media_type=json_type)
-    log.error("a request failed", exc_info=error)
-    return Response(body_of("the server could not answer this; its log says why", 500), 500, media_type=json_type)
 
 
 def _model(service: Service) -> dict:

@@ -120,6 +120,11 @@ class Batcher:
         return self._inputs
 
     @property
+    def closed(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._closed
+
+    @property
     def alive(self) -> bool:
         """Whether every thread that answers is there."""
         return all(thread.is_alive() for thread in self._threads)

@@ -13,7 +13,7 @@ from vlm2vec.commands.serve.limits import Refused
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from vlm2vec.commands.serve.app import Service
+    from vlm2vec.commands.serve.batcher import Batcher
 
 THROWN_AWAY = 1 << 30  # bytes of a refused body that are read before its connection is closed
 STALLED = 1.0  # seconds without a part after which a refused body is read no further
@@ -23,15 +23,15 @@ LOOK = 0.25  # seconds after which a body that stalls looks at the clock and at 
 class Incoming:
     """A request's body. Its bytes count in `held_mib` until the end of the block, since what was parsed of them is held as long."""
 
-    def __init__(self, request: Request, service: Service):
-        self.request, self.service = request, service
+    def __init__(self, request: Request, batcher: Batcher):
+        self.request, self.batcher = request, batcher
         self._held, self._more = 0, True
 
     def __enter__(self) -> Incoming:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.service.batcher.release(self._held)
+        self.batcher.release(self._held)
         self._held = 0
 
     async def read(self) -> bytearray:
@@ -45,19 +45,19 @@ class Incoming:
             Refused: too much is held or waits already, or the server stops.
             CancelledError: the client has gone.
         """
-        content, limits = bytearray(), self.service.limits
+        content, limits = bytearray(), self.batcher.limits
         most, end = limits.body_mib << 20, time.monotonic() + limits.body_seconds
         told = self.request.headers.get("content-length", "")
         told_size = int(told) if told.isdecimal() and len(told) < 20 else 0
         try:
             if told_size > most:
                 raise BadRequest(f"a body of {told_size} bytes: expected at most {most}", status=413)
-            self.service.batcher.admit(told_size)
+            self.batcher.admit(told_size)
             while self._more:
                 part = await self._part(end)
                 if len(content) + len(part) > most:
                     raise BadRequest(f"a body of more than {most} bytes: expected at most that", status=413)
-                self.service.batcher.hold(len(part), beside=self._held)
+                self.batcher.hold(len(part), beside=self._held)
                 self._held += len(part)
                 content += part
         except (BadRequest, Refused) as e:
@@ -73,9 +73,9 @@ class Incoming:
             try:
                 return self._content(await asyncio.wait_for(self.request.receive(), min(left, LOOK)))
             except TimeoutError:
-                if self.service.draining:
+                if self.batcher.closed:
                     raise Refused(503, "the server is stopping; ask again in a moment", 5) from None
-        raise BadRequest(f"the body did not come within {self.service.limits.body_seconds:g} seconds", status=408)
+        raise BadRequest(f"the body did not come within {self.batcher.limits.body_seconds:g} seconds", status=408)
 
     def _content(self, message: dict[str, Any]) -> bytes:
         if message["type"] == "http.disconnect":

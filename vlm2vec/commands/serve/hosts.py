@@ -6,6 +6,7 @@ import ipaddress
 from typing import Any
 
 from vlm2vec.commands.serve.errors import BadRequest
+from vlm2vec.commands.serve.failures import failure
 
 
 def is_address(name: str) -> bool:
@@ -41,8 +42,6 @@ class KnownHosts:
             said = next((value for key, value in scope["headers"] if key == b"host"), b"").decode("latin-1").lower()
             name = said[1:].partition("]")[0] if said.startswith("[") else said.partition(":")[0]
             if name and not is_address(name) and name not in self.names:
-                from vlm2vec.commands.serve.app import failure
-
                 error = BadRequest(
                     f"Host {name[:100]!r}: expected {', '.join(sorted(self.names))}; start the server with --allow-host NAME"
                 )

@@ -45,7 +45,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/search")
     async def search(request: Request) -> Response:
-        with Incoming(request, service) as incoming:
+        with Incoming(request, service.batcher) as incoming:
             query, k = await read(await incoming.read(), parse, service.limits.pixels)
             try:
                 await run_in_threadpool(index.refresh)
