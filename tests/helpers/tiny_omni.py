@@ -1,12 +1,14 @@
 """A tiny random model that hears: Qwen2.5-Omni's thinker, which the generic path loads through transformers."""
 
 from tests.helpers.tiny_models import SPECIAL, TEXT, VOCABULARY, spread
+from tests.helpers.versions import require_bare_thinker
 
 AUDIO = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 
 
 def qwen2_5_omni_thinker(folder):
     """A folder that `VLM2Vec.from_pretrained` reads; sounds are padded to one second's frames."""
+    require_bare_thinker()
     from transformers import (
         Qwen2_5OmniProcessor,
         Qwen2_5OmniThinkerConfig,

@@ -147,7 +147,8 @@ class Generic(Backbone):
     adapter_renames = [(r"^model\.", "")]
 
     def config(self, source: str, raw: dict, **hub: Any) -> PretrainedConfig:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        from transformers import __version__
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
         config = super().config(source, raw, **hub)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -156,6 +157,11 @@ class Generic(Backbone):
             raise ValueError(
                 f"{source}: family {raw.get('model_type')!r} is not a vision-language model that transformers knows; "
                 f"there are {', '.join(FAMILIES)} and every AutoModelForImageTextToText"
+            )
+        if type(config) not in MODEL_MAPPING:  # Qwen2.5-Omni's thinker, before 5.24
+            family = raw.get("model_type")
+            raise ValueError(
+                f"{source}: expected a transformers that has {family!r} without its head, got {__version__}; install a newer one"
             )
         self.architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
         return config

@@ -6,7 +6,9 @@ import wave
 import numpy as np
 import pytest
 import torch
+from transformers.models.auto import modeling_auto
 
+from tests.helpers.tiny_generic import smolvlm
 from tests.helpers.tiny_omni import qwen2_5_omni_thinker
 from vlm2vec.media.sounds import RATE, Sound, read_sound, read_wave
 from vlm2vec.model import VLM2Vec
@@ -76,6 +78,13 @@ def test_other_rates_are_resampled():
 def test_what_is_no_sound_is_told(source, told):
     with pytest.raises(ValueError, match=told):
         read_sound(source)
+
+
+def test_a_release_that_has_the_model_with_its_head_alone_is_told(tmp_path, monkeypatch):
+    smolvlm(tmp_path)
+    monkeypatch.setattr(modeling_auto, "MODEL_MAPPING", {})
+    with pytest.raises(ValueError, match="expected a transformers that has 'smolvlm' without its head, got .*; install a newer one"):
+        VLM2Vec.from_pretrained(tmp_path, device="cpu")
 
 
 @pytest.fixture(scope="module")
